@@ -1,0 +1,323 @@
+"""Settings: one typed table that makes the CLI options, TOML keys, environment names and docs/configuration.md.
+
+A setting's value comes from, strongest first: the command line, NEXUSENGINE_<NAME> in the environment, the TOML file,
+the default. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from nexusengine.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m"
+ENV_PREFIX = "NEXUSENGINE_"
+T = TypeVar("T")
+
+
+# ---- parsers: text in, value out; a ValueError's message is shown to the user -------------------------------------
+
+
+def parse_bytes(text: str | int) -> int:
+    """`2GiB`, `500M`, `1.5G`, `1048576`: bytes. K, M, G, T are powers of 1000, Ki, Mi, Gi, Ti of 1024."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 2GiB or 500M")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+
+
+def parse_bool(text: str | bool) -> bool:
+    if isinstance(text, bool):
+        return text
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Callable[[str | int], int]:
+    """Parser of whole numbers in [low, high]."""
+
+    def parse(text: str | int) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise ValueError(f"{value} is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def seconds(low: float, high: float = 86_400.0) -> Callable[[str | float], float]:
+    """Parser of durations in seconds in [low, high]."""
+
+    def parse(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a number of seconds") from None
+        if not low <= value <= high:
+            raise ValueError(f"{value} s is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Parser of one word out of several."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+# ---- devices ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One device a worker runs on: `cuda:N`, `cpu` or `cpu:THREADS`, `emulated:PROFILE`."""
+
+    kind: Literal["cuda", "cpu", "emulated"]
+    index: int | None = None
+    threads: int | None = None
+    profile: str | None = None
+
+    def __str__(self) -> str:
+        suffix = {"cuda": self.index, "cpu": self.threads, "emulated": self.profile}[self.kind]
+        return self.kind if suffix is None else f"{self.kind}:{suffix}"
+
+
+def parse_device(text: str) -> DeviceSpec:
+    """Raises ConfigError naming the word that is not a device."""
+    kind, colon, rest = text.strip().partition(":")
+    if kind == "cpu" and not colon:
+        return DeviceSpec("cpu")
+    if kind == "cpu" and rest.isdigit() and 1 <= int(rest) <= 1024:
+        return DeviceSpec("cpu", threads=int(rest))
+    if kind == "cuda" and (not colon or rest.isdigit()):
+        return DeviceSpec("cuda", index=int(rest or 0))
+    if kind == "emulated" and rest:
+        return DeviceSpec("emulated", profile=rest)
+    raise ConfigError(
+        f"{text!r} is not a device; write cuda:N, cpu, cpu:THREADS or emulated:PROFILE, separated by commas",
+        param="devices",
+    )
+
+
+def count_cuda_devices() -> int:
+    """GPUs the NVIDIA driver shows and CUDA_VISIBLE_DEVICES does not hide; 0 without a driver. No torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in {"", "-1"}])
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except Exception:  # no driver, no library, no permission: all mean that CUDA is not usable from here
+        return 0
+
+
+def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
+    """`auto` (every GPU, else the CPU) or a comma-separated list. Raises ConfigError."""
+    if text.strip() == "auto":
+        gpus = count_cuda_devices()
+        return tuple(DeviceSpec("cuda", index=i) for i in range(gpus)) or (DeviceSpec("cpu"),)
+    devices = tuple(parse_device(word) for word in text.split(",") if word.strip())
+    if not devices:
+        raise ConfigError("no device given; write auto, cuda:0, cpu, ...", param="devices")
+    twice = sorted({str(d) for d in devices if d.kind == "cuda" and devices.count(d) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is listed twice; a GPU has one worker", param="devices")
+    return devices
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def setting(
+    default: Any, help: str, *, parse: Callable[[Any], Any] = str, group: str, metavar: str | None = None
+) -> Any:
+    """A dataclass field with what is needed to read it from text and to document it."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "parse": parse, "group": group, "metavar": metavar}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine: model, memory, scheduling. Used by `Engine(...)` and by every worker."""
+
+    model: str = setting(
+        DEFAULT_MODEL, "alias, Hugging Face repository, local directory or .gguf file", group="model", metavar="M"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of the repository", group="model")
+    devices: str = setting(
+        "auto",
+        "auto, or a list: cuda:0,cuda:1 / cpu / cpu:2,cpu:2 / emulated:h100,emulated:l4",
+        group="model",
+        metavar="D",
+    )
+    dtype: str = setting(
+        "auto",
+        "type of weights and KV cache; auto: the checkpoint's on a GPU, float32 on a CPU",
+        parse=one_of("auto", "float32", "float16", "bfloat16"),
+        group="model",
+    )
+    max_model_len: int | None = setting(
+        None,
+        "longest prompt + output in tokens; default: the model's, or what the KV cache holds",
+        parse=whole(16),
+        group="memory",
+    )
+    kv_cache_memory: int | None = setting(
+        None,
+        "memory for the KV cache of each worker, e.g. 2GiB; default: chosen from what is free",
+        parse=parse_bytes,
+        group="memory",
+    )
+    block_size: int | None = setting(
+        None, "tokens in a KV block; default: what the attention backend prefers", parse=whole(1, 1024), group="memory"
+    )
+    prefix_caching: bool = setting(True, "reuse KV blocks of equal prompt beginnings", parse=parse_bool, group="memory")
+    max_batch_tokens: int = setting(2048, "most tokens computed in a step", parse=whole(16, 65_536), group="scheduling")
+    max_running: int = setting(
+        256, "most sequences with KV at a time in a worker", parse=whole(1, 4096), group="scheduling"
+    )
+    max_waiting: int = setting(1024, "most requests waiting in a worker", parse=whole(1, 100_000), group="scheduling")
+    scheduler: str = setting("fcfs", "engine policy, name or name:key=value,...", group="scheduling", metavar="NAME")
+    attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
+    seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig(EngineConfig):
+    """Settings of `nexusengine serve`: an engine behind a router and an HTTP server."""
+
+    served_model_name: str | None = setting(None, "name clients use; default: the value of --model", group="http")
+    host: str = setting("127.0.0.1", "address to listen on", group="http")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", parse=whole(0, 65_535), group="http")
+    api_key: str | None = setting(None, "ask clients for this bearer token", group="http")
+    max_body_bytes: int = setting(8 * 2**20, "largest request body", parse=parse_bytes, group="http")
+    max_requests: int = setting(4096, "most requests in the server at a time", parse=whole(1, 1_000_000), group="http")
+    request_timeout: float = setting(
+        600.0, "seconds after which a request is given up", parse=seconds(0.1), group="http"
+    )
+    router: str = setting("least-outstanding", "placement policy of the router", group="scheduling", metavar="NAME")
+    max_held: int = setting(
+        4096, "most requests the router holds while no worker can take them", parse=whole(0), group="scheduling"
+    )
+    snapshot_period: float = setting(
+        0.1, "seconds between a worker's reports to the router", parse=seconds(0.005, 10.0), group="scheduling"
+    )
+    drain_timeout: float = setting(
+        30.0, "seconds that running requests get after SIGTERM", parse=seconds(0.0, 3600.0), group="processes"
+    )
+    start_timeout: float = setting(
+        600.0, "seconds a worker gets to load its model", parse=seconds(1.0), group="processes"
+    )
+    max_restarts: int = setting(
+        5, "restarts of one process within five minutes before serve gives up", parse=whole(0, 1000), group="processes"
+    )
+    runtime_dir: str | None = setting(
+        None, "folder for sockets; default: a private one, removed at the end", group="processes"
+    )
+    log_level: str = setting(
+        "info", "how much is logged", parse=one_of("debug", "info", "warning", "error"), group="processes"
+    )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser, table: type, *, skip: frozenset[str] = frozenset()) -> None:
+    """An option for every setting of `table`. Values stay text until `load` parses them: one place, one message."""
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(table):
+        if f.name in skip:
+            continue
+        name = f.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        default = "" if f.default is None else f" (default: {f.default})"
+        help = (f.metadata["help"] + default).replace("%", "%%")
+        if isinstance(f.default, bool):
+            group.add_argument(
+                flag(f.name), help=help, dest=f.name, default=None, action=argparse.BooleanOptionalAction
+            )
+        else:
+            metavar = f.metadata["metavar"] or f.name.rsplit("_", 1)[-1].upper()
+            group.add_argument(flag(f.name), help=help, dest=f.name, default=None, metavar=metavar)
+
+
+def load(
+    table: type[T],
+    given: Mapping[str, Any],
+    *,
+    environ: Mapping[str, str] | None = None,
+    toml_file: str | Path | None = None,
+) -> T:
+    """Build `table` from `given` (None means not given), the environment and a TOML file.
+
+    Raises ConfigError naming the setting, where it came from and what it should be.
+    """
+    environ = os.environ if environ is None else environ
+    from_file = _read_toml(Path(toml_file)) if toml_file else {}
+    fields = {f.name: f for f in dataclasses.fields(table)}  # type: ignore[arg-type]
+    unknown = sorted(set(from_file) - set(fields))
+    if unknown:
+        raise ConfigError(f"{toml_file}: unknown setting {unknown[0]!r}", param=unknown[0])
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        env = ENV_PREFIX + name.upper()
+        sources = [
+            (flag(name), given.get(name)),
+            (env, environ.get(env)),
+            (f"{name} in {toml_file}", from_file.get(name)),
+        ]
+        for source, raw in sources:
+            if raw is None:
+                continue
+            try:
+                values[name] = f.metadata["parse"](raw)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{source}: {error}", param=name) from None
+            break
+    return table(**values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", param="config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}", param="config") from None
+
+
+def markdown(table: type) -> str:
+    """The settings of `table` as a Markdown table: docs/configuration.md is made of this."""
+    lines = ["| option | environment | default | what it is |", "|---|---|---|---|"]
+    for f in dataclasses.fields(table):
+        default = "" if f.default is None else f"`{f.default}`"
+        lines.append(f"| `{flag(f.name)}` | `{ENV_PREFIX}{f.name.upper()}` | {default} | {f.metadata['help']} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,85 @@
+"""The contract of every executor (contract 3 of the architecture), and how one is made. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from nexusengine.config import DeviceSpec
+from nexusengine.execute.batch import StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from nexusengine.loading.resolve import ModelFiles
+
+Progress = Callable[[str, float], None]
+"""Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorSpec:
+    """What an executor can hold, decided when it is made.
+
+    num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
+    """
+
+    device: str
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_batch_tokens: int
+    vocab_size: int
+    attention_backend: str
+    weights_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorOptions:
+    """What the user may decide about an executor. None means: chosen from model and device.
+
+    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step.
+    """
+
+    dtype: str | None = None
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    block_size: int | None = None
+    max_batch_tokens: int = 2048
+    max_running: int = 256
+    attention_backend: str | None = None
+    seed: int = 0
+
+
+class Executor(Protocol):
+    """Computes steps, one at a time. `submit` may return before the device is done; `collect` waits for it."""
+
+    spec: ExecutorSpec
+
+    def submit(self, batch: StepBatch) -> None:
+        """Start a step. At most one step is in flight; the batch's arrays may be reused once this returns."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the step submitted last."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory. Safe to call twice."""
+        ...
+
+
+def make_executor(
+    model: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress | None = None
+) -> Executor:
+    """Load `model` onto `device`. Raises ModelLoadError or ConfigError with the file or setting at fault."""
+    report = progress or (lambda phase, fraction: None)
+    if device.kind == "emulated":
+        from nexusengine.execute.emulated import EmulatedExecutor
+
+        return EmulatedExecutor.create(model, device, options, report)
+    report("importing torch", 0.0)
+    from nexusengine.execute.torch_executor import TorchExecutor
+
+    return TorchExecutor.create(model, device, options, report)

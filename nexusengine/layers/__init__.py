@@ -1,0 +1,1 @@
+"""torch modules shared by model families: linear, norm, rotary embedding, attention, embedding."""

@@ -1,0 +1,1 @@
+"""Metrics (all names in one table) and logs."""

@@ -1,0 +1,38 @@
+"""What a step's duration depends on: the features of LENS' performance model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class StepFeatures:
+    """A step's composition.
+
+    tokens: T, tokens computed. sequences: n. prefills: sequences that compute more than one token.
+    prefill_attention: A, the sum over prefill chunks of q * (ctx + q / 2), in token pairs.
+    decode_kv_tokens: K, KV tokens read by the sequences that compute one token.
+    """
+
+    tokens: int
+    sequences: int
+    prefills: int = 0
+    prefill_attention: float = 0.0
+    decode_kv_tokens: int = 0
+
+    @classmethod
+    def of(cls, counts: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32]) -> StepFeatures:
+        """From tokens computed `counts [R]` and tokens already in the KV cache `contexts [R]`, row by row."""
+        q = counts.astype(np.float64)
+        ctx = contexts.astype(np.float64)
+        chunk = counts > 1
+        return cls(
+            tokens=int(counts.sum()),
+            sequences=len(counts),
+            prefills=int(chunk.sum()),
+            prefill_attention=float((q * (ctx + 0.5 * q))[chunk].sum()),
+            decode_kv_tokens=int((ctx + 1.0)[~chunk].sum()),
+        )

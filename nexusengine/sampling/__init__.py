@@ -1,0 +1,1 @@
+"""From logits to tokens: vectorised, reproducible whatever else is in the batch. Imports torch."""

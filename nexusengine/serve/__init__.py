@@ -1,0 +1,1 @@
+"""The processes of a running engine: supervisor, worker, and the client of the router."""

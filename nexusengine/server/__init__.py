@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: pydantic at this edge only, no torch."""
