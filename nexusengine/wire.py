@@ -1,0 +1,292 @@
+"""Every message between processes: msgspec tagged structs over ZeroMQ, msgpack-encoded.
+
+A message is one frame. Frozen dataclasses of `types` travel inside as they are. A peer that sends another protocol
+version, an unknown tag or an oversized frame is answered with `ProtocolError` and otherwise ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+import msgspec
+
+from nexusengine.errors import NexusError
+from nexusengine.types import EngineRequest, TokenDelta
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_PENDING_IN_REPORT = 64
+
+
+class ProtocolError(NexusError):
+    """A message that is not of this protocol."""
+
+    code = "protocol_error"
+
+
+class WorkerState(StrEnum):
+    """starting: loading its model. ready: takes requests. stalled: a step takes far longer than predicted.
+    draining: finishes what it has. gone: process ended or silent for too long."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STALLED = "stalled"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; the class name is the tag."""
+
+
+# ---- parts of messages ------------------------------------------------------------------------------------------
+
+
+class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt that is not fully computed: its TTFT deadline (monotonic; NaN without SLO), tokens left and done."""
+
+    deadline_s: float
+    left_tokens: int
+    done_tokens: int
+    tpot_s: float
+    relegated: bool
+
+
+class PerfWeights(msgspec.Struct, frozen=True, array_like=True):
+    """`perf.model.PerfSnapshot` on the wire."""
+
+    kind: str
+    weights: tuple[float, ...]
+    quantile: float
+    steps: int
+    epoch: int
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker is doing at one instant.
+
+    covers: the last dispatch (by `Dispatch.seq`) whose effect is included here.
+    step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
+    bound predicted for it.
+    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first.
+    totals: counters since the worker started, by metric name (see obs.metrics).
+    """
+
+    covers: int
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_total_blocks: int = 0
+    step: int = 0
+    step_running_s: float = 0.0
+    step_upper_s: float = 0.0
+    decodes: int = 0
+    decode_kv_tokens: int = 0
+    tightest_tpot_s: float = float("nan")
+    pending: tuple[PendingPrefill, ...] = ()
+    pending_tokens: int = 0
+    mean_output_tokens: float = 0.0
+    perf: PerfWeights | None = None
+    totals: dict[str, float] = {}
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process."""
+
+    worker_id: str
+    epoch: str
+    pid: int
+    device: str
+    model: str
+    dtype: str = ""
+    attention_backend: str = ""
+    max_model_len: int = 0
+    max_batch_tokens: int = 0
+    block_size: int = 0
+    kv_total_blocks: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+
+
+# ---- worker -> router -------------------------------------------------------------------------------------------
+
+
+class Starting(Message, frozen=True):
+    """A worker that is not ready yet: phase ("loading weights") and fraction done 0..1. Also a heartbeat."""
+
+    info: WorkerInfo
+    phase: str
+    fraction: float
+    protocol: int = PROTOCOL_VERSION
+
+
+class Ready(Message, frozen=True):
+    """A worker that takes requests from now on. in_flight: requests it still works on, after a router restart."""
+
+    info: WorkerInfo
+    in_flight: tuple[str, ...] = ()
+    protocol: int = PROTOCOL_VERSION
+
+
+class Report(Message, frozen=True):
+    """A worker's load, pushed every snapshot period by a thread that runs while a long step computes: the heartbeat.
+    seq rises with every report of an epoch."""
+
+    epoch: str
+    seq: int
+    load: WorkerLoad
+
+
+class WorkerDeltas(Message, frozen=True):
+    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after."""
+
+    epoch: str
+    plain: tuple[tuple[str, tuple[int, ...]], ...]
+    full: tuple[TokenDelta, ...] = ()
+
+
+class Leaving(Message, frozen=True):
+    """A worker that ends by itself: draining, or with a cause when it failed."""
+
+    epoch: str
+    cause: str | None = None
+
+
+# ---- router -> worker -------------------------------------------------------------------------------------------
+
+
+class Dispatch(Message, frozen=True):
+    """Serve this request. seq rises by one with every dispatch to this epoch of the worker."""
+
+    seq: int
+    request: EngineRequest
+
+
+class Cancel(Message, frozen=True):
+    """Stop working on a request; no answer is expected."""
+
+    request_id: str
+
+
+class Reregister(Message, frozen=True):
+    """The router does not know this worker (it was restarted): say Starting or Ready again."""
+
+    router_epoch: str
+
+
+# ---- client -> router -------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """A client's first message, and its heartbeat; answered with `Cluster`. A client silent for long is forgotten and
+    its requests are cancelled."""
+
+    protocol: int = PROTOCOL_VERSION
+
+
+class Submit(Message, frozen=True):
+    request: EngineRequest
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+# ---- router -> client -------------------------------------------------------------------------------------------
+
+
+class Deltas(Message, frozen=True):
+    """As WorkerDeltas. A request's last delta has a finish_reason."""
+
+    plain: tuple[tuple[str, tuple[int, ...]], ...]
+    full: tuple[TokenDelta, ...] = ()
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
+    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger."""
+
+    info: WorkerInfo
+    state: WorkerState
+    phase: str
+    fraction: float
+    outstanding: int
+    load: WorkerLoad | None
+    restarts: int = 0
+    cause: str | None = None
+
+
+class Cluster(Message, frozen=True):
+    """All workers, pushed to clients every snapshot period and at every change of state.
+
+    router_epoch: changes when the router was restarted: requests submitted before are lost and must be failed.
+    held: requests the router holds because no worker can take them. ledger: requests in flight in all.
+    totals: the router's counters since it started.
+    """
+
+    router_epoch: str
+    workers: tuple[WorkerStatus, ...]
+    held: int = 0
+    ledger: int = 0
+    totals: dict[str, float] = {}
+
+
+ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving
+ToWorker = Dispatch | Cancel | Reregister
+ToRouterFromClient = Hello | Submit | Abort
+ToClient = Deltas | Cluster
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    union: msgspec.msgpack.Decoder(union) for union in (ToRouterFromWorker, ToWorker, ToRouterFromClient, ToClient)
+}
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def _decode(frame: bytes | memoryview, union: object) -> object:
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(frame)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoders[union].decode(frame)  # type: ignore[index]
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a message of protocol {PROTOCOL_VERSION}: {error}") from None
+
+
+def decode_from_worker(frame: bytes | memoryview) -> ToRouterFromWorker:
+    """Raises ProtocolError; so do the three below."""
+    return _decode(frame, ToRouterFromWorker)  # type: ignore[return-value]
+
+
+def decode_for_worker(frame: bytes | memoryview) -> ToWorker:
+    return _decode(frame, ToWorker)  # type: ignore[return-value]
+
+
+def decode_from_client(frame: bytes | memoryview) -> ToRouterFromClient:
+    return _decode(frame, ToRouterFromClient)  # type: ignore[return-value]
+
+
+def decode_for_client(frame: bytes | memoryview) -> ToClient:
+    return _decode(frame, ToClient)  # type: ignore[return-value]
+
+
+Split = tuple[tuple[tuple[str, tuple[int, ...]], ...], tuple[TokenDelta, ...]]
+
+
+def split_deltas(deltas: Iterable[TokenDelta]) -> Split:
+    """Into the (plain, full) of WorkerDeltas and Deltas: most tokens travel as an id and a few integers."""
+    plain: list[tuple[str, tuple[int, ...]]] = []
+    full: list[TokenDelta] = []
+    for delta in deltas:
+        if delta.finish_reason is None and delta.logprobs is None:
+            plain.append((delta.request_id, delta.token_ids))
+        else:
+            full.append(delta)
+    return tuple(plain), tuple(full)
+
+
+def join_deltas(plain: Iterable[tuple[str, tuple[int, ...]]], full: Iterable[TokenDelta]) -> list[TokenDelta]:
+    """The inverse of `split_deltas`, plain ones first."""
+    return [TokenDelta(request_id, token_ids) for request_id, token_ids in plain] + list(full)
