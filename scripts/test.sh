@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs every check: format, lint, types, import rules, tests.
+# Arguments go to pytest:  scripts/test.sh -k router
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh test
+bin=.venv/bin
+run() {
+    echo "==> $*" >&2
+    "$@"
+}
+run $bin/ruff format --check .
+run $bin/ruff check .
+run $bin/mypy
+run $bin/lint-imports
+run $bin/python -m pytest "$@"

@@ -1,0 +1,49 @@
+"""The command line: help without weight, errors without tracebacks, documents that agree with the code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nexusengine.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert COMMANDS[command] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "forbidden"),
+    [
+        ("import nexusengine", ["torch", "numpy", "msgspec"]),
+        ("from nexusengine import Engine, SamplingParams", ["torch", "fastapi"]),
+        ("import nexusengine.server.app", ["torch"]),
+        ("import nexusengine.router.broker", ["torch", "fastapi", "tokenizers"]),
+        ("import nexusengine.serve.supervisor", ["torch", "fastapi"]),
+        ("from nexusengine.cli.main import build_parser; build_parser([])", ["torch", "numpy", "rich", "msgspec"]),
+    ],
+)
+def test_importing_a_part_does_not_import_what_it_does_not_need(code: str, forbidden: list[str]) -> None:
+    check = f"{code}\nimport sys\nprint([m for m in {forbidden!r} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_a_wrong_setting_ends_with_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "seventy"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--port" in error
+    assert "seventy" in error
+
+
+def test_the_settings_page_is_the_output_of_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "configuration.md").read_text()

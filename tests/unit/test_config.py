@@ -1,0 +1,94 @@
+"""Settings: where values come from, and what a wrong one is answered."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from nexusengine.config import (
+    EngineConfig,
+    ServeConfig,
+    add_arguments,
+    load,
+    parse_bytes,
+    parse_device,
+    parse_devices,
+)
+from nexusengine.errors import ConfigError
+
+
+def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("port = 1\nmax-running = 2\nmax_waiting = 3\n")
+    environ = {"NEXUSENGINE_PORT": "4", "NEXUSENGINE_MAX_RUNNING": "5"}
+    config = load(ServeConfig, {"port": "6"}, environ=environ, toml_file=file)
+    assert (config.port, config.max_running, config.max_waiting, config.max_batch_tokens) == (6, 5, 3, 2048)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 * 2**30), ("500M", 500_000_000), ("1.5KiB", 1536), ("7", 7), ("1gb", 10**9)]
+)
+def test_sizes_are_read_with_decimal_and_binary_prefixes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"port": "65536"}, ["--port", "65536", "65535"]),
+        ({"kv_cache_memory": "lots"}, ["--kv-cache-memory", "lots", "2GiB"]),
+        ({"dtype": "int3"}, ["--dtype", "int3", "float32"]),
+        ({"prefix_caching": "perhaps"}, ["--prefix-caching", "perhaps"]),
+        ({"max_running": "x"}, ["--max-running", "x"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_option_and_what_is_right(given: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(ServeConfig, given, environ={})
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_a_wrong_environment_value_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match="NEXUSENGINE_PORT"):
+        load(ServeConfig, {}, environ={"NEXUSENGINE_PORT": "http"})
+
+
+def test_a_file_with_an_unknown_key_or_that_is_not_toml_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("prot = 1\n")
+    with pytest.raises(ConfigError, match="prot"):
+        load(ServeConfig, {}, environ={}, toml_file=file)
+    file.write_text("port = = 1\n")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(ServeConfig, {}, environ={}, toml_file=file)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(ServeConfig, {}, environ={}, toml_file=tmp_path / "none.toml")
+
+
+def test_devices_are_read_and_written_the_same_way() -> None:
+    for text in ("cuda:1", "cpu", "cpu:2", "emulated:h100"):
+        assert str(parse_device(text)) == text
+    assert [d.threads for d in parse_devices("cpu:1, cpu:1")] == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["gpu:0", "cuda:x", "cpu:0", "cpu:", "emulated:", "", ",", "cuda:0,cuda:0"])
+def test_what_is_not_a_device_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_devices(text)
+    assert caught.value.param == "devices"
+
+
+def test_auto_takes_the_gpus_it_is_shown_or_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [str(d) for d in parse_devices("auto")] == ["cuda:0", "cuda:1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [str(d) for d in parse_devices("auto")] == ["cpu"]
+
+
+def test_every_setting_is_an_option_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, EngineConfig)
+    args = parser.parse_args(["--no-prefix-caching", "--max-model-len", "128", "--devices", "cpu:1"])
+    config = load(EngineConfig, vars(args), environ={})
+    assert (config.prefix_caching, config.max_model_len, config.devices) == (False, 128, "cpu:1")
