@@ -1,0 +1,71 @@
+"""Greedy text equals transformers' for 32 prompts of 5 to 1,500 tokens, however they are scheduled."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+import pytest
+
+from nexusengine import Engine, SamplingParams
+
+from .conftest import OUTPUT_TOKENS, Reference
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+SETTINGS: dict[str, Any] = {"devices": "cpu", "kv_cache_memory": "1GiB", "dtype": "float32", "prefix_caching": False}
+
+
+def mismatches(reference: Reference, answers: list[list[int]]) -> list[int]:
+    """Lengths of the prompts whose answer differs."""
+    return [
+        len(p) for p, ours, theirs in zip(reference.prompts, answers, reference.answers, strict=True) if ours != theirs
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="batched"),
+        pytest.param({"max_running": 1}, id="alone"),
+        pytest.param({"scheduler": "fcfs:budget=16", "max_running": 8}, id="chunks of 16"),
+        pytest.param({"scheduler": "fcfs:budget=512"}, id="chunks of 512"),
+    ],
+)
+def test_greedy_text_does_not_depend_on_the_schedule(reference: Reference, settings: dict[str, Any]) -> None:
+    with Engine("smollm2-135m", **SETTINGS | settings) as engine:
+        outputs = engine.generate(reference.prompts, GREEDY, progress=False)
+    assert mismatches(reference, [list(o.token_ids) for o in outputs]) == []
+    assert [o.text for o in outputs] == reference.texts
+
+
+def test_greedy_text_does_not_depend_on_the_prefix_cache(reference: Reference) -> None:
+    with Engine("smollm2-135m", **SETTINGS | {"prefix_caching": True}) as engine:
+        first = engine.generate(reference.prompts, GREEDY, progress=False)
+        second = engine.generate(reference.prompts, GREEDY, progress=False)
+    assert mismatches(reference, [list(o.token_ids) for o in first]) == []
+    assert mismatches(reference, [list(o.token_ids) for o in second]) == []
+    assert all(o.cached_tokens == (len(o.prompt_token_ids) - 1) // 16 * 16 for o in second)
+
+
+def test_greedy_text_survives_preemption(reference: Reference) -> None:
+    """KV for 1,568 tokens: the shorter prompts run together and run out of it."""
+    with Engine("smollm2-135m", **SETTINGS | {"kv_cache_memory": 98 * 16 * 46_080, "max_model_len": 1520}) as engine:
+        outputs = engine.generate(reference.prompts, GREEDY, progress=False)
+        assert engine.stats()["preemptions"] > 0
+    assert mismatches(reference, [list(o.token_ids) for o in outputs]) == []
+
+
+def test_greedy_text_is_the_same_over_http(reference: Reference, serve: Any) -> None:
+    """The whole stack, two workers; prompts as token ids so that the comparison is exact."""
+    url = serve(
+        "--model", "smollm2-135m", "--devices", "cpu:1,cpu:1", "--dtype", "float32", "--kv-cache-memory", "1GiB"
+    )
+    body = {"model": "smollm2-135m", "prompt": reference.prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        choices = json.load(reply)["choices"]
+    assert [c["text"] for c in sorted(choices, key=lambda c: c["index"])] == reference.texts
