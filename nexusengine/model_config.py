@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -40,12 +40,13 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # on q, k, v
+    attention_output_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
-    extras: dict[str, object] = field(default_factory=dict)
+    rope_factors: tuple[float, ...] | None = None  # per-frequency divisors, where the file has them ready-made
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of K and V over all layers for one token."""

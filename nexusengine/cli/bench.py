@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
         sampling = SamplingParams(temperature=0.0, max_tokens=args.output_tokens, ignore_eos=True)
         engine.generate(prompts[:1], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), progress=False)
         runs = [_measure(engine, prompts, sampling) for _ in range(args.repeat)]
-    result = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    result["peak_rss_mb"] = _peak_rss_mb()
-    result = {
+    figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    figures["peak_rss_mb"] = _peak_rss_mb()
+    result: dict[str, Any] = {
         "model": config.model,
         "devices": config.devices,
         "requests": args.requests,
         "input_tokens": args.input_tokens,
         "output_tokens": args.output_tokens,
         "runs": args.repeat,
-        **{key: round(value, 4) for key, value in result.items()},
+        **{key: round(value, 4) for key, value in figures.items()},
     }
     if args.json:
         print(json.dumps(result))

@@ -78,8 +78,10 @@ def make_executor(
     if device.kind == "emulated":
         from nexusengine.execute.emulated import EmulatedExecutor
 
-        return EmulatedExecutor.create(model, device, options, report)
+        emulated: Executor = EmulatedExecutor.create(model, device, options, report)
+        return emulated
     report("importing torch", 0.0)
     from nexusengine.execute.torch_executor import TorchExecutor
 
-    return TorchExecutor.create(model, device, options, report)
+    executor: Executor = TorchExecutor.create(model, device, options, report)
+    return executor

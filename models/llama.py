@@ -1,0 +1,165 @@
+"""The Llama family: pre-norm decoder, grouped-query attention, rotary positions, gated MLP.
+
+Llama 2, 3 and 3.x, SmolLM2, TinyLlama; Mistral without sliding window; Qwen2, which adds biases on q, k and v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nexusengine.attention.base import AttentionBackend, AttentionMeta
+from nexusengine.errors import ModelLoadError
+from nexusengine.layers.basic import Linear, rms_norm, silu_mul
+from nexusengine.layers.rotary import RotaryEmbedding, rotate
+from nexusengine.loading.weights import WeightSource
+from nexusengine.model_config import ModelConfig
+
+_HARMLESS = (".rotary_emb.inv_freq",)
+
+
+@dataclass(slots=True)
+class Layer:
+    """qkv: q, k and v projections one below the other; gate_up likewise."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class LlamaForCausalLM:
+    """Weights on one device in one dtype. Not an nn.Module: nothing here is trained."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        source: WeightSource | None,
+        seed: int = 0,
+        progress: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        """source None: random weights from `seed`, for checks without a checkpoint. Raises ModelLoadError naming the
+        tensor that is missing, surplus or of another shape."""
+        self.config, self.dtype, self.device = config, dtype, device
+        self._source = source
+        self._generator = torch.Generator().manual_seed(seed)
+        self._taken: set[str] = set()
+        c = config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.embedding = self._take("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        self.layers = []
+        for i in range(c.num_layers):
+            name = f"model.layers.{i}"
+            attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+            qkv = [(f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv)]
+            gate_up = [(f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size)]
+            self.layers.append(
+                Layer(
+                    input_norm=self._take(f"{name}.input_layernorm.weight", (c.hidden_size,)),
+                    qkv=self._linear(qkv, c.hidden_size, c.attention_bias),
+                    output=self._linear([(f"{attention}.o_proj", c.hidden_size)], q, c.attention_output_bias),
+                    post_norm=self._take(f"{name}.post_attention_layernorm.weight", (c.hidden_size,)),
+                    gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
+                    down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+                )
+            )
+            progress((i + 1) / c.num_layers)
+        self.norm = self._take("model.norm.weight", (c.hidden_size,))
+        if c.tie_embeddings:
+            self.head = Linear(self.embedding)
+            self._taken.add("lm_head.weight")
+        else:
+            self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False)
+        self._refuse_surplus()
+        self._source = None
+        self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv: torch.Tensor,
+        attention: AttentionBackend,
+        meta: AttentionMeta,
+    ) -> torch.Tensor:
+        """token_ids, positions i8 `[T]`; kv `[2, L, num_blocks, block_size, H_kv, D]` -> normed hidden `[T, C]`."""
+        c = self.config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        cos_sin = self.rotary.at(positions)
+        x = F.embedding(token_ids, self.embedding)
+        mixed = torch.empty(len(x), c.num_heads, c.head_dim, dtype=x.dtype, device=x.device)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps))
+            q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
+            q = rotate(q.view(-1, c.num_heads, c.head_dim), cos_sin)
+            k = rotate(k.view(-1, c.num_kv_heads, c.head_dim), cos_sin)
+            attention.store(k, v.view(-1, c.num_kv_heads, c.head_dim), kv[0, i], kv[1, i], meta)
+            attention.run(q, kv[0, i], kv[1, i], meta, mixed)
+            x = x + layer.output(mixed.view(-1, q_size))
+            x = x + layer.down(silu_mul(layer.gate_up(rms_norm(x, layer.post_norm, c.rms_norm_eps))))
+        return rms_norm(x, self.norm, c.rms_norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden `[N, C]` of the rows to sample -> float32 `[N, V]`."""
+        return self.head(hidden).float()
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.embedding, self.norm)
+        if self.head.weight is not self.embedding:
+            yield self.head.weight
+        for layer in self.layers:
+            yield from (layer.input_norm, layer.post_norm)
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                yield linear.weight
+                if linear.bias is not None:
+                    yield linear.bias
+
+    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+        """One linear map of several checkpoint tensors, one below the other."""
+        weight = self._stack([(f"{name}.weight", (rows, inputs)) for name, rows in parts])
+        return Linear(weight, self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None)
+
+    def _stack(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+        rows = sum(shape[0] for _, shape in parts)
+        stacked = torch.empty(rows, *parts[0][1][1:], dtype=self.dtype, device=self.device)
+        at = 0
+        for name, shape in parts:
+            stacked[at : at + shape[0]] = self._read(name, shape)
+            at += shape[0]
+        return stacked
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._read(name, shape).to(self.device)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        self._taken.add(name)
+        if self._source is None:
+            if name.endswith("norm.weight"):
+                return torch.ones(shape, dtype=self.dtype)
+            return torch.empty(shape).normal_(0.0, 0.02, generator=self._generator).to(self.dtype)
+        if name not in self._source.names():
+            raise ModelLoadError(f"tensor {name} {list(shape)} is missing from the weights")
+        found = self._source.shape(name)
+        if found != shape:
+            raise ModelLoadError(f"tensor {name} has the shape {list(found)}, the configuration asks for {list(shape)}")
+        return self._source.get(name, self.dtype)
+
+    def _refuse_surplus(self) -> None:
+        names = self._source.names() if self._source else frozenset()
+        surplus = sorted(n for n in names - self._taken if not n.endswith(_HARMLESS))
+        if surplus:
+            more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+            raise ModelLoadError(f"the weights hold tensor {surplus[0]}{more}, which this architecture does not have")

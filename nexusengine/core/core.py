@@ -1,0 +1,541 @@
+"""The engine loop of one device: plan, place, execute, apply.
+
+Owns the requests, the columns a policy sees, and the KV accounting; knows neither sockets nor tensors. Not thread-safe:
+one thread calls everything, except `load`, which any thread may call at any time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from nexusengine.clock import Clock
+from nexusengine.core.request import RequestState
+from nexusengine.core.stats import CoreStats, StepRecord
+from nexusengine.errors import ContextTooLong, DeadlineExceeded, InternalError, InvalidRequest, Overloaded
+from nexusengine.execute.base import Executor
+from nexusengine.execute.batch import SampledLogprobs, SamplingTable, StepBatch, StepResult
+from nexusengine.kv.hashing import block_hashes
+from nexusengine.kv.manager import KVManager
+from nexusengine.lens.plan import SchedulerPolicy, StepPlan
+from nexusengine.lens.view import I4, EngineView, RequestColumns
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import PerformanceModel
+from nexusengine.types import EngineRequest, FinishReason, TokenDelta, TokenLogprob
+from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfWeights, WorkerLoad
+
+_HITS_LOOKED_UP = 8
+_PUBLISH_EVERY_S = 0.02
+_RECORDS = 4096
+
+
+class EngineCore:
+    """Serves requests on one executor.
+
+    clock: gives arrival, deadlines and timings their meaning. hash_key: secret of the prefix cache's names.
+    check_every_step: verify every invariant after each step (tests).
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: SchedulerPolicy,
+        model: PerformanceModel,
+        *,
+        clock: Clock,
+        max_running: int = 256,
+        max_waiting: int = 1024,
+        prefix_caching: bool = True,
+        hash_key: bytes = b"",
+        check_every_step: bool = False,
+    ) -> None:
+        spec = executor.spec
+        self.executor, self.policy, self.model, self.clock = executor, policy, model, clock
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self.covers = 0
+        self.records: deque[StepRecord] = deque(maxlen=_RECORDS)
+        self._hash_key, self._check_every_step = hash_key, check_every_step
+        slots = max_running + max_waiting
+        self.kv = KVManager(
+            spec.num_blocks,
+            spec.block_size,
+            slots,
+            -(-spec.max_model_len // spec.block_size),
+            prefix_caching=prefix_caching,
+        )
+        self.max_model_len = min(spec.max_model_len, self.kv.total_blocks * spec.block_size)
+        self._columns = RequestColumns.empty(slots)
+        self._sampling = SamplingTable.empty(slots)
+        self._last_token = np.zeros(slots, np.int32)
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._by_id: dict[str, RequestState] = {}
+        self._by_slot: dict[int, RequestState] = {}
+        self._running: OrderedDict[int, None] = OrderedDict()
+        self._waiting: OrderedDict[int, None] = OrderedDict()
+        self._deadlines: list[tuple[float, str]] = []
+        self._arrivals = 0
+        self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
+        self._idle_since_s = clock.now()
+        self._step_started_s: float | None = None
+        self._published_s = float("-inf")
+        self._published = WorkerLoad(covers=0, kv_total_blocks=self.kv.total_blocks)
+
+    # ---- requests in and out -------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InvalidRequest, ContextTooLong (can never fit) or Overloaded (the queue is full)."""
+        max_tokens = self._admissible(request)
+        if len(self._waiting) >= self.max_waiting or not self._free_slots:
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting already", retry_after_s=self._predicted_drain_s()
+            )
+        state = RequestState(
+            request=request,
+            slot=self._free_slots.pop(),
+            tokens=np.array(request.prompt_token_ids, np.int32),
+            known=len(request.prompt_token_ids),
+            max_tokens=max_tokens,
+            end_ids=frozenset(request.sampling.stop_token_ids)
+            | frozenset(() if request.sampling.ignore_eos else request.eos_token_ids),
+        )
+        slot, c = state.slot, self._columns
+        if self.kv.prefix_caching:
+            state.hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
+        self._sampling.set(slot, request.sampling)
+        c.arrival_s[slot] = request.arrival_s
+        c.prompt_tokens[slot] = c.known_tokens[slot] = state.known
+        c.computed_tokens[slot] = c.generated_tokens[slot] = c.blocks[slot] = 0
+        c.cached_tokens[slot] = c.cached_free_blocks[slot] = 0
+        c.max_tokens[slot] = max_tokens
+        c.ttft_s[slot] = request.slo.ttft_s if request.slo else np.nan
+        c.tpot_s[slot] = request.slo.tpot_s if request.slo else np.nan
+        c.first_token_s[slot] = c.last_token_s[slot] = np.nan
+        c.priority[slot] = request.priority
+        c.relegated[slot] = False
+        self._last_token[slot] = state.tokens[-1]
+        self._by_id[request.request_id] = self._by_slot[slot] = state
+        self._waiting[slot] = None
+        self._arrivals += 1
+        self._stats.requests += 1
+        self._stats.prompt_tokens += state.known
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
+        self._publish()
+
+    def abort(self, request_id: str) -> TokenDelta | None:
+        """End a request in whatever state it is; None if there is no such request."""
+        state = self._by_id.get(request_id)
+        if state is None:
+            return None
+        return self._finish(state, "abort")
+
+    def fail_all(self, code: str, message: str) -> list[TokenDelta]:
+        """End every request with an error."""
+        return [self._fail(state, code, message) for state in list(self._by_id.values())]
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenDelta]:
+        """Compute one step and return the new tokens; returns at once when there is nothing to do.
+
+        Raises InternalError if the policy broke its contract; what the executor raises passes through.
+        """
+        began_s, now = time.perf_counter(), self.clock.now()
+        deltas = self._expire(now)
+        if not self._by_id:
+            self._idle_since_s = now
+            self._publish(force=True)
+            return deltas
+        planned = self._plan(now, deltas)
+        if planned is None:
+            return deltas
+        plan, batch = planned
+        features = StepFeatures.of(batch.counts, batch.starts)
+        self._published = msgspec.structs.replace(
+            self._published, step=self._stats.steps + 1, step_upper_s=plan.upper_s
+        )
+        self._step_started_s = now
+        planning_s = time.perf_counter() - began_s
+        self.executor.submit(batch)
+        result = self.executor.collect()
+        collected_s = time.perf_counter()
+        self._step_started_s = None
+        self._apply(batch, result, deltas)
+        self._stats.steps += 1
+        self._stats.computed_tokens += features.tokens
+        self._stats.device_s += result.device_s
+        self._stats.learn_prediction(plan.predicted_s, plan.upper_s, result.device_s)
+        self.model.observe(features, result.device_s)
+        self._idle_since_s = self.clock.now()
+        self._publish(force=not self._by_id)
+        if self._check_every_step:
+            self.check()
+        scheduler_s = planning_s + time.perf_counter() - collected_s
+        self._stats.scheduler_s += scheduler_s
+        self.records.append(
+            StepRecord(
+                self._stats.steps,
+                now,
+                features,
+                plan.predicted_s,
+                plan.upper_s,
+                result.device_s,
+                scheduler_s,
+                len(self._running),
+                len(self._waiting),
+                len(plan.preempt),
+            )
+        )
+        return deltas
+
+    def _plan(self, now: float, deltas: list[TokenDelta]) -> tuple[StepPlan, StepBatch] | None:
+        """A plan whose rows have their KV blocks. Plans again when stale estimates of the prefix cache emptied it."""
+        for attempt in range(3):
+            self._look_up_hits(len(self._waiting) if attempt else _HITS_LOOKED_UP)
+            view = self._view(now)
+            plan = self.policy.plan(view, now)
+            self._check_plan(plan)
+            for slot in plan.preempt:
+                self._preempt(slot)
+            self._columns.relegated[list(plan.relegate)] = True
+            for slot in plan.refuse:
+                message = "refused: the engine cannot serve it in time"
+                deltas.append(self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s()))
+            batch = self._place(plan, now)
+            if len(batch.slots) or not self._by_id:
+                return (plan, batch) if len(batch.slots) else None
+            if attempt == 1 and len(self._running) > 1:
+                self._preempt(next(reversed(self._running)))
+        raise InternalError(
+            f"policy {self.policy.name!r} plans nothing with {len(self._running)} requests running and "
+            f"{len(self._waiting)} waiting"
+        )
+
+    def _place(self, plan: StepPlan, now: float) -> StepBatch:
+        """Find KV blocks for the planned rows and build the batch; a row without blocks is left for a later step."""
+        c, size = self._columns, self.kv.block_size
+        slots, counts = plan.slots.copy(), plan.counts.copy()
+        keep = np.ones(len(slots), np.bool_)
+        short = c.computed_tokens[slots] + counts > c.blocks[slots] * size
+        for i in np.nonzero(short)[0].tolist():
+            slot, count = int(slots[i]), int(counts[i])
+            newcomer = slot in self._waiting
+            if newcomer:
+                state = self._by_slot[slot]
+                cached = self.kv.admit(slot, state.hashes, state.known - 1)
+                c.computed_tokens[slot] = cached
+                counts[i] = count = min(count, state.known - cached)
+            if not self.kv.grow(slot, int(c.computed_tokens[slot]) + count):
+                self._stats.plan_shortfalls += 1
+                keep[i] = False
+                if newcomer:
+                    self.kv.release(slot)
+                    c.computed_tokens[slot] = 0
+                continue
+            c.blocks[slot] = self.kv.blocks_of(slot)
+            if newcomer:
+                self._admitted(state, cached, now)
+        slots, counts = slots[keep], counts[keep]
+        order = np.argsort(counts > 1, kind="stable")
+        return self._batch(slots[order], counts[order])
+
+    def _batch(self, slots: I4, counts: I4) -> StepBatch:
+        c = self._columns
+        starts = c.computed_tokens[slots]
+        ends = starts + counts
+        sampled = ends == c.known_tokens[slots]
+        offsets = np.cumsum(counts) - counts
+        token_ids = np.empty(int(counts.sum()), np.int32)
+        decodes = sampled & (counts == 1)
+        token_ids[offsets[decodes]] = self._last_token[slots[decodes]]
+        for i in np.nonzero(~decodes)[0].tolist():
+            tokens = self._by_slot[int(slots[i])].tokens[starts[i] : ends[i]]
+            token_ids[offsets[i] : offsets[i] + len(tokens)] = tokens
+        return StepBatch(slots, starts, counts, sampled, token_ids, self.kv.block_tables, self._sampling)
+
+    def _apply(self, batch: StepBatch, result: StepResult, deltas: list[TokenDelta]) -> None:
+        """Move every row on, append what was sampled, and end what is at its end."""
+        c, size, now = self._columns, self.kv.block_size, self.clock.now()
+        ends = batch.starts + batch.counts
+        c.computed_tokens[batch.slots] = ends
+        if self.kv.prefix_caching:
+            for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
+                self._commit(self._by_slot[int(batch.slots[i])], int(ends[i]))
+        sampled = batch.slots[batch.sampled].tolist()
+        if len(sampled) != len(result.token_ids):
+            raise InternalError(
+                f"{len(sampled)} rows were to be sampled, the executor returned {len(result.token_ids)}"
+            )
+        for row, (slot, token) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
+            state = self._by_slot[slot]
+            if token < 0:
+                deltas.append(self._fail(state, InternalError.code, "the model's logits were not finite"))
+                continue
+            self._stats.generated_tokens += 1
+            state.output_tokens += 1
+            if state.first_token_s is None:
+                state.first_token_s = c.first_token_s[slot] = now
+            if token in state.end_ids:
+                stop_reason = token if token in state.request.sampling.stop_token_ids else None
+                deltas.append(self._finish(state, "stop", stop_reason=stop_reason))
+                continue
+            logprobs = _logprobs(result.logprobs, row, token, state.request.sampling.logprobs)
+            if state.output_tokens == state.max_tokens:
+                deltas.append(self._finish(state, "length", (token,), logprobs))
+                continue
+            state.append(token)
+            self._last_token[slot] = token
+            c.known_tokens[slot] = state.known
+            c.generated_tokens[slot] = state.output_tokens
+            c.last_token_s[slot] = now
+            deltas.append(TokenDelta(state.request.request_id, (token,), logprobs))
+
+    # ---- transitions ---------------------------------------------------------------------------------------------
+
+    def _admitted(self, state: RequestState, cached: int, now: float) -> None:
+        del self._waiting[state.slot]
+        self._running[state.slot] = None
+        if state.scheduled_s is None:
+            state.scheduled_s = now
+            state.cached_tokens = cached
+        self._stats.cached_tokens += cached
+
+    def _preempt(self, slot: int) -> None:
+        """Take a running request's KV; it waits before all others and computes everything it knows anew."""
+        del self._running[slot]
+        self.kv.release(slot)
+        self._columns.computed_tokens[slot] = self._columns.blocks[slot] = 0
+        self._waiting[slot] = None
+        self._waiting.move_to_end(slot, last=False)
+        self._arrivals += 1
+        self._by_slot[slot].preemptions += 1
+        self._stats.preemptions += 1
+
+    def _commit(self, state: RequestState, computed: int) -> None:
+        size = self.kv.block_size
+        have = len(state.hashes)
+        if computed // size > have:
+            tokens = state.tokens[have * size : computed]
+            previous = state.hashes[-1] if have else b""
+            state.hashes += block_hashes(tokens, size, self._hash_key, previous)
+        self.kv.commit(state.slot, state.hashes, computed)
+
+    def _finish(
+        self,
+        state: RequestState,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        *,
+        stop_reason: int | None = None,
+        error: tuple[str, str, float | None] = ("", "", None),
+    ) -> TokenDelta:
+        slot = state.slot
+        self._running.pop(slot, None)
+        self._waiting.pop(slot, None)
+        self.kv.release(slot)
+        self._columns.blocks[slot] = self._columns.computed_tokens[slot] = 0
+        del self._by_id[state.request.request_id], self._by_slot[slot]
+        self._free_slots.append(slot)
+        setattr(self._stats, f"finished_{reason}", getattr(self._stats, f"finished_{reason}") + 1)
+        return TokenDelta(
+            state.request.request_id,
+            token_ids,
+            logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            timings=state.timings(self.clock.now()),
+            cached_tokens=state.cached_tokens,
+            preemptions=state.preemptions,
+            error_code=error[0] or None,
+            error_message=error[1] or None,
+            retry_after_s=error[2],
+        )
+
+    def _fail(self, state: RequestState, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:
+        return self._finish(state, "error", error=(code, message, retry_after_s))
+
+    def _expire(self, now: float) -> list[TokenDelta]:
+        deltas = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline_s, request_id = heapq.heappop(self._deadlines)
+            state = self._by_id.get(request_id)
+            if state is not None and state.request.deadline_s == deadline_s:
+                message = f"not finished within {deadline_s - state.request.arrival_s:.1f} s of its arrival"
+                deltas.append(self._fail(state, DeadlineExceeded.code, message))
+        return deltas
+
+    # ---- what others see -----------------------------------------------------------------------------------------
+
+    def _view(self, now: float) -> EngineView:
+        return EngineView(
+            columns=self._columns,
+            running=np.fromiter(self._running, np.int32, len(self._running)),
+            waiting=np.fromiter(self._waiting, np.int32, len(self._waiting)),
+            free_blocks=self.kv.free_blocks,
+            total_blocks=self.kv.total_blocks,
+            block_size=self.kv.block_size,
+            max_batch_tokens=self.executor.spec.max_batch_tokens,
+            max_running=self.max_running,
+            model=self.model,
+            arrivals=self._arrivals,
+            idle_s=now - self._idle_since_s,
+        )
+
+    def _look_up_hits(self, limit: int) -> None:
+        if not self.kv.prefix_caching or len(self._running) >= self.max_running:
+            return
+        for _, slot in zip(range(limit), self._waiting, strict=False):
+            state = self._by_slot[slot]
+            hit = self.kv.lookup(state.hashes, state.known - 1)
+            self._columns.cached_tokens[slot] = hit.tokens
+            self._columns.cached_free_blocks[slot] = hit.free_blocks
+
+    def stats(self) -> CoreStats:
+        """The counters, with the present numbers filled in."""
+        stats = self._stats
+        stats.running, stats.waiting = len(self._running), len(self._waiting)
+        stats.kv_used_blocks, stats.kv_evictions = self.kv.used_blocks, self.kv.evictions
+        return stats
+
+    def load(self) -> WorkerLoad:
+        """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""
+        published, started_s = self._published, self._step_started_s
+        running_s = 0.0 if started_s is None else max(self.clock.now() - started_s, 0.0)
+        return msgspec.structs.replace(published, step_running_s=running_s)
+
+    def _publish(self, force: bool = False) -> None:
+        """Replace the published picture in one assignment, so that `load` never sees half of one."""
+        now = time.perf_counter()
+        if not force and now - self._published_s < _PUBLISH_EVERY_S:
+            return
+        self._published_s = now
+        c = self._columns
+        running = np.fromiter(self._running, np.int32, len(self._running))
+        left = c.known_tokens[running] - c.computed_tokens[running]
+        decodes = running[left == 1]
+        waiting = np.fromiter(self._waiting, np.int32, len(self._waiting))
+        pending = np.concatenate([running[left > 1], waiting])
+        pending_left = c.known_tokens[pending] - c.computed_tokens[pending]
+        deadlines = c.arrival_s[pending] + c.ttft_s[pending]
+        first = np.argsort(deadlines, kind="stable")[:MAX_PENDING_IN_REPORT]
+        tpot = c.tpot_s[decodes]
+        stats, perf = self.stats(), self.model.snapshot()
+        self._published = WorkerLoad(
+            covers=self.covers,
+            running=len(running),
+            waiting=len(waiting),
+            kv_used_blocks=self.kv.used_blocks,
+            kv_total_blocks=self.kv.total_blocks,
+            step=stats.steps,
+            decodes=len(decodes),
+            decode_kv_tokens=int(c.computed_tokens[decodes].sum()),
+            tightest_tpot_s=float(np.nanmin(tpot)) if np.isfinite(tpot).any() else float("nan"),
+            pending=tuple(
+                PendingPrefill(
+                    float(deadlines[i]),
+                    int(pending_left[i]),
+                    int(c.computed_tokens[pending[i]]),
+                    float(c.tpot_s[pending[i]]),
+                    bool(c.relegated[pending[i]]),
+                )
+                for i in first.tolist()
+            ),
+            pending_tokens=int(pending_left.sum()),
+            mean_output_tokens=stats.generated_tokens / max(stats.requests - len(self._by_id), 1),
+            perf=PerfWeights(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch),
+            totals=stats.totals(),
+        )
+
+    def _predicted_drain_s(self) -> float:
+        """Seconds until the tokens waiting now are computed at the predicted rate; between 1 and 60."""
+        c, waiting = self._columns, list(self._waiting)
+        tokens = int((c.known_tokens[waiting] - c.computed_tokens[waiting]).sum()) + 1
+        size = min(tokens, self.executor.spec.max_batch_tokens)
+        step_s = self.model.predict(StepFeatures(size, 1, 1)).mean_s
+        return float(np.clip(tokens / size * step_s, 1.0, 60.0))
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+
+    def _admissible(self, request: EngineRequest) -> int:
+        """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
+        ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
+        if request.request_id in self._by_id:
+            raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
+        if not ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.executor.spec.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.executor.spec.vocab_size)
+            raise InvalidRequest(
+                f"token id {wrong} is not in the vocabulary of {self.executor.spec.vocab_size}", param="prompt"
+            )
+        room = self.max_model_len - len(ids)
+        if room < (wanted or 1):
+            asked = f" and {wanted} output tokens were asked for" if wanted else ""
+            raise ContextTooLong(
+                f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most "
+                f"{self.max_model_len}",
+                param="max_tokens" if room > 0 else "prompt",
+            )
+        return wanted or room
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        c = self._columns
+        problem = ""
+        if len(plan.slots) != len(plan.counts) or len(np.unique(plan.slots)) != len(plan.slots):
+            problem = "its rows are not one count for each slot"
+        elif any(s not in self._running for s in plan.preempt) or any(s in plan.preempt for s in plan.slots.tolist()):
+            problem = "it preempts what does not run, or runs what it preempts"
+        elif any(s not in self._by_slot for s in [*plan.slots.tolist(), *plan.refuse, *plan.relegate]):
+            problem = "it names a slot without a request"
+        elif (plan.counts < 1).any() or (
+            plan.counts > c.known_tokens[plan.slots] - c.computed_tokens[plan.slots]
+        ).any():
+            problem = "it computes no token, or more tokens than are known"
+        elif plan.counts.sum() > self.executor.spec.max_batch_tokens:
+            problem = f"it computes {plan.counts.sum()} tokens, over {self.executor.spec.max_batch_tokens}"
+        else:
+            newcomers = sum(s in self._waiting for s in plan.slots.tolist())
+            if len(self._running) - len(plan.preempt) + newcomers > self.max_running:
+                problem = f"it runs more than {self.max_running} sequences"
+        if problem:
+            raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
+
+    def check(self) -> None:
+        """Raises InternalError or KVError naming the first invariant that does not hold."""
+        self.kv.check()
+        c = self._columns
+        if set(self._running) & set(self._waiting) or {*self._running, *self._waiting} != set(self._by_slot):
+            raise InternalError("running and waiting do not partition the requests")
+        if len(self._by_slot) + len(self._free_slots) != len(c.known_tokens):
+            raise InternalError("a slot is lost")
+        for slot, state in self._by_slot.items():
+            known, computed = int(c.known_tokens[slot]), int(c.computed_tokens[slot])
+            if known != state.known or state.known != state.prompt_tokens + int(c.generated_tokens[slot]):
+                raise InternalError(f"slot {slot}: {known} tokens in its column, {state.known} in its state")
+            if not 0 <= computed < known or computed > int(c.blocks[slot]) * self.kv.block_size:
+                raise InternalError(f"slot {slot}: {computed} of {known} tokens computed in {c.blocks[slot]} blocks")
+            if int(c.blocks[slot]) != self.kv.blocks_of(slot) or (slot in self._waiting and c.blocks[slot]):
+                raise InternalError(
+                    f"slot {slot}: {c.blocks[slot]} blocks in its column, {self.kv.blocks_of(slot)} held"
+                )
+
+
+def _logprobs(
+    sampled: SampledLogprobs | None, row: int, token: int, wanted: int | None
+) -> tuple[TokenLogprob, ...] | None:
+    if wanted is None or sampled is None:
+        return None
+    pairs: Iterable[tuple[int, float]] = zip(
+        sampled.top_ids[row, :wanted].tolist(), sampled.top[row, :wanted].tolist(), strict=True
+    )
+    return (TokenLogprob(token, float(sampled.chosen[row]), tuple(pairs)),)

@@ -1,0 +1,57 @@
+"""From token deltas to the text a caller sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from nexusengine.core.stop import StopStrings
+from nexusengine.types import FinishReason, RequestOutput, TokenDelta
+
+
+class Detokenizer(Protocol):
+    """Turns token ids into text that is final: whole characters only."""
+
+    def push(self, token_ids: tuple[int, ...]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(slots=True)
+class OutputProcessor:
+    """One request's output. When a stop string matches, `stopped` is True: the request is over for its caller, and
+    whoever feeds this must abort it in the engine; deltas that still come are ignored."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    detokenizer: Detokenizer
+    stops: StopStrings
+    prompt: str | None = None
+    stopped: bool = False
+
+    def push(self, delta: TokenDelta) -> RequestOutput | None:
+        """The news in `delta`; None if there are none."""
+        if self.stopped:
+            return None
+        text, matched = self.stops.push(self.detokenizer.push(delta.token_ids))
+        reason: FinishReason | None = delta.finish_reason
+        stop_reason: int | str | None = delta.stop_reason
+        if matched is None and reason is not None:
+            rest, matched = self.stops.push(self.detokenizer.finish())
+            text += rest if matched is not None else rest + self.stops.finish()
+        if matched is not None:
+            self.stopped, reason, stop_reason = True, "stop", matched
+        if not (text or delta.token_ids or reason):
+            return None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            text=text,
+            token_ids=delta.token_ids,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            logprobs=delta.logprobs,
+            timings=delta.timings,
+            cached_tokens=delta.cached_tokens,
+            prompt=self.prompt,
+        )

@@ -1,0 +1,65 @@
+"""Counters of an engine core, and the record of its newest steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from nexusengine.perf.features import StepFeatures
+
+
+@dataclass(slots=True)
+class CoreStats:
+    """Since the core was made, except for the first four, which are of now. Seconds, tokens, counts.
+
+    scheduler_s: spent in the core outside the executor: planning, KV accounting, batch building, applying.
+    prediction_error: running mean of |predicted - measured| / measured; coverage: of measured <= upper bound.
+    plan_shortfalls: rows a plan held that found no KV blocks (its estimate of the prefix cache was stale).
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_total_blocks: int = 0
+    steps: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    plan_shortfalls: int = 0
+    kv_evictions: int = 0
+    finished_stop: int = 0
+    finished_length: int = 0
+    finished_abort: int = 0
+    finished_error: int = 0
+    scheduler_s: float = 0.0
+    device_s: float = 0.0
+    prediction_error: float = 0.0
+    coverage: float = 0.0
+
+    def totals(self) -> dict[str, float]:
+        return {name: float(value) for name, value in asdict(self).items()}
+
+    def learn_prediction(self, predicted_s: float, upper_s: float, measured_s: float) -> None:
+        """Running means over about the last 200 steps, plain means before."""
+        weight = 1.0 / min(self.steps, 200)
+        error = abs(predicted_s - measured_s) / max(measured_s, 1e-9)
+        self.prediction_error += weight * (error - self.prediction_error)
+        self.coverage += weight * (float(measured_s <= upper_s) - self.coverage)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step as it was planned and as it went. Seconds; started_s on the core's clock."""
+
+    step: int
+    started_s: float
+    features: StepFeatures
+    predicted_s: float
+    upper_s: float
+    device_s: float
+    scheduler_s: float
+    running: int
+    waiting: int
+    preempted: int

@@ -1,0 +1,32 @@
+"""Names for the content of KV blocks: a keyed hash of the tokens of a block and of all before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HASH_BYTES = 16
+
+
+def block_hashes(
+    token_ids: Sequence[int] | npt.NDArray[np.int32],
+    block_size: int,
+    key: bytes,
+    previous: bytes = b"",
+) -> list[bytes]:
+    """Hashes of the full blocks of `token_ids`, each chained to its predecessor.
+
+    key (at most 64 bytes) keeps one engine's names from being guessed or matched by another's. previous: the hash of
+    the block before the first token, or a salt that separates requests which must not share.
+    """
+    ids = np.ascontiguousarray(token_ids, np.int32)
+    hashes = []
+    for start in range(0, len(ids) - block_size + 1, block_size):
+        block = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=key)
+        block.update(ids[start : start + block_size].tobytes())
+        previous = block.digest()
+        hashes.append(previous)
+    return hashes

@@ -1,0 +1,184 @@
+"""The block pool of the paged KV cache: who holds which block, and which finished blocks can be used again.
+
+A block is in exactly one of three places: free (no content worth keeping), cached (named content, no user), or held (by
+one or more slots). Cached blocks are taken when no free one is left, least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nexusengine.errors import InternalError
+
+
+class KVError(InternalError):
+    """An invariant of the block pool is violated."""
+
+    code = "kv_error"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """What the cache holds of a prompt's beginning. free_blocks: how many of `blocks` have no user now, so that taking
+    them makes the free count smaller."""
+
+    tokens: int
+    blocks: tuple[int, ...]
+    free_blocks: int
+
+
+class KVManager:
+    """Block accounting for slots 0 .. max_slots - 1.
+
+    num_blocks counts the null block 0, which is never handed out. block_tables `[max_slots, max_blocks_per_slot]` i4
+    holds each slot's blocks in order, 0 behind them; executors read it in place.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_slots: int,
+        max_blocks_per_slot: int,
+        *,
+        prefix_caching: bool = True,
+    ) -> None:
+        if num_blocks < 2:
+            raise KVError(f"a pool of {num_blocks} blocks holds nothing beside the null block")
+        self.block_size = block_size
+        self.total_blocks = num_blocks - 1
+        self.prefix_caching = prefix_caching
+        self.block_tables: npt.NDArray[np.int32] = np.zeros((max_slots, max_blocks_per_slot), np.int32)
+        self.evictions = 0
+        self._held = [0] * max_slots  # blocks of each slot
+        self._published = [0] * max_slots  # leading blocks of each slot that were offered to the cache
+        self._users = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, 0, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # no user, oldest use first
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be taken now: free ones and cached ones without a user."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.total_blocks - self.free_blocks
+
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks with a name, in use or not."""
+        return len(self._block_of)
+
+    def blocks_of(self, slot: int) -> int:
+        return self._held[slot]
+
+    def lookup(self, hashes: Sequence[bytes], limit_tokens: int) -> PrefixHit:
+        """The longest run of leading blocks that is cached, of at most `limit_tokens` tokens. Changes nothing."""
+        blocks: list[int] = []
+        free = 0
+        for h in hashes[: limit_tokens // self.block_size]:
+            block = self._block_of.get(h)
+            if block is None:
+                break
+            blocks.append(block)
+            free += self._users[block] == 0
+        return PrefixHit(len(blocks) * self.block_size, tuple(blocks), free)
+
+    def admit(self, slot: int, hashes: Sequence[bytes], limit_tokens: int) -> int:
+        """Give an empty slot the cached beginning of its prompt; returns how many tokens that is.
+
+        Raises KVError if the slot holds blocks already.
+        """
+        if self._held[slot]:
+            raise KVError(f"slot {slot} holds {self._held[slot]} blocks and is admitted again")
+        hit = self.lookup(hashes, limit_tokens)
+        for i, block in enumerate(hit.blocks):
+            if self._users[block] == 0:
+                del self._cached[block]
+            self._users[block] += 1
+            self.block_tables[slot, i] = block
+        self._held[slot] = self._published[slot] = len(hit.blocks)
+        return hit.tokens
+
+    def grow(self, slot: int, total_tokens: int) -> bool:
+        """See to it that the slot has room for `total_tokens`; all or nothing. False if blocks are lacking."""
+        held = self._held[slot]
+        missing = -(-total_tokens // self.block_size) - held
+        if missing <= 0:
+            return True
+        if missing > self.free_blocks or held + missing > self.block_tables.shape[1]:
+            return False
+        for i in range(held, held + missing):
+            block = self._take()
+            self._users[block] = 1
+            self.block_tables[slot, i] = block
+        self._held[slot] = held + missing
+        return True
+
+    def commit(self, slot: int, hashes: Sequence[bytes], computed_tokens: int) -> None:
+        """Offer the slot's fully computed blocks to others under `hashes`. A name that exists keeps its first block."""
+        full = min(computed_tokens // self.block_size, len(hashes), self._held[slot])
+        if not self.prefix_caching:
+            return
+        for i in range(self._published[slot], full):
+            block, h = int(self.block_tables[slot, i]), hashes[i]
+            if h not in self._block_of and block not in self._hash_of:
+                self._block_of[h] = block
+                self._hash_of[block] = h
+        self._published[slot] = max(self._published[slot], full)
+
+    def release(self, slot: int) -> None:
+        """Take all blocks from the slot, the last first, so that a prompt's beginning stays cached longest."""
+        for i in range(self._held[slot] - 1, -1, -1):
+            block = int(self.block_tables[slot, i])
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+        self.block_tables[slot, : self._held[slot]] = 0
+        self._held[slot] = self._published[slot] = 0
+
+    def clear_prefix_cache(self) -> None:
+        """Forget all names; blocks in use stay with their users."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
+
+    def check(self) -> None:
+        """Raises KVError naming the first invariant that does not hold."""
+        users = [0] * len(self._users)
+        for slot, held in enumerate(self._held):
+            row = self.block_tables[slot].tolist()
+            if 0 in row[:held] or any(row[held:]):
+                raise KVError(f"slot {slot} holds {held} blocks but its table reads {row}")
+            for block in row[:held]:
+                users[block] += 1
+        if users != self._users:
+            wrong = [b for b, (a, c) in enumerate(zip(users, self._users, strict=True)) if a != c]
+            raise KVError(f"blocks {wrong[:8]} are counted with other users than the block tables show")
+        if self._block_of != {h: b for b, h in self._hash_of.items()}:
+            raise KVError("names and blocks of the prefix cache do not agree")
+        places = sorted([*self._free, *self._cached, *(b for b, n in enumerate(users) if n)])
+        if places != list(range(1, self.total_blocks + 1)):
+            raise KVError("a block is lost, or in two of free, cached and held")
+        if any(b in self._hash_of for b in self._free) or any(b not in self._hash_of for b in self._cached):
+            raise KVError("a free block has a name, or a cached one has none")
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        self.evictions += 1
+        return block

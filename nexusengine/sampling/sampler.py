@@ -1,0 +1,114 @@
+"""From logits to tokens, all rows at once.
+
+Order: temperature, top_k, top_p, min_p, then a draw by exponential race: the token with the largest p / E, E standard
+exponential, has exactly the distribution p (Gumbel-max in another form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nexusengine.execute.batch import I4, SampledLogprobs
+from nexusengine.sampling.noise import exponential, row_keys
+
+_CANDIDATES = 1024
+"""Most likely tokens looked at first for top_k and top_p; rows that need more are done over the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Parameters of the rows to sample, `[N]` each; see execute.batch.SamplingTable."""
+
+    temperature: npt.NDArray[np.float32]
+    top_k: I4
+    top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
+    seed: npt.NDArray[np.int64]
+    logprobs: I4
+    position: I4
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, SampledLogprobs | None]:
+    """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite."""
+    tokens = logits.argmax(dim=-1)
+    random = rows.temperature > 0
+    filtered = random & ((rows.top_k > 0) | (rows.top_p < 1.0))
+    for chosen, draw in ((random & ~filtered, _draw_all), (filtered, _draw_filtered)):
+        index = np.nonzero(chosen)[0]
+        if len(index):
+            part = torch.from_numpy(index).to(logits.device)
+            tokens[part] = draw(logits[part], _take(rows, index))
+    finite = torch.isfinite(logits).all(dim=-1)
+    return torch.where(finite, tokens, -1), _logprobs(logits, tokens, rows.logprobs)
+
+
+def _take(rows: SamplingRows, index: npt.NDArray[np.int64]) -> SamplingRows:
+    return SamplingRows(*(getattr(rows, name)[index] for name in SamplingRows.__slots__))
+
+
+def _column(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.device).unsqueeze(1)
+
+
+def _race(logits: torch.Tensor, ids: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Index of the winner in each row of scaled, filtered logits `[N, K]` of the tokens `ids`."""
+    keys = row_keys(rows.seed, rows.position).to(logits.device)
+    return (logits - exponential(keys, ids).log()).argmax(dim=-1)
+
+
+def _draw_all(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """No top_k, no top_p: the whole vocabulary races."""
+    scaled = logits / _column(rows.temperature, logits)
+    if (rows.min_p > 0).any():
+        floor = scaled.amax(dim=-1, keepdim=True) + _column(rows.min_p, logits).log()
+        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    return _race(scaled, ids, rows)
+
+
+def _draw_filtered(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """The most likely tokens in order, cut by top_k, top_p and min_p; then the race among what is left."""
+    vocabulary = logits.shape[1]
+    few = min(_CANDIDATES, vocabulary)
+    tokens, enough = _draw_candidates(logits, rows, few)
+    if not enough.all():
+        index = np.nonzero(~enough.cpu().numpy())[0]
+        part = torch.from_numpy(index).to(logits.device)
+        tokens[part], _ = _draw_candidates(logits[part], _take(rows, index), vocabulary)
+    return tokens
+
+
+def _draw_candidates(logits: torch.Tensor, rows: SamplingRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, whether the `count` most likely ones hold everything the filters keep)."""
+    scaled, ids = torch.topk(logits / _column(rows.temperature, logits), count, dim=-1)
+    top_k = _column(np.where(rows.top_k > 0, rows.top_k, logits.shape[1]), logits)
+    rank = torch.arange(count, device=logits.device)
+    within = rank < top_k
+    # top_p counts the probability of what top_k left: all of it is in reach only if top_k is
+    total = torch.where(
+        top_k <= count,
+        scaled.masked_fill(~within, -torch.inf).logsumexp(-1, keepdim=True),
+        (logits / _column(rows.temperature, logits)).logsumexp(-1, keepdim=True),
+    )
+    p = (scaled - total).exp()
+    before = p.cumsum(-1) - p
+    top_p, min_p = _column(rows.top_p, logits), _column(rows.min_p, logits)
+    keep = within & (before < top_p) & (p >= min_p * p[:, :1])
+    enough = (top_k <= count) | (before[:, -1:] + p[:, -1:] >= top_p) if count < logits.shape[1] else within[:, :1]
+    if count < logits.shape[1]:
+        enough = enough & ((top_k <= count) | (top_p < 1.0))
+    winner = _race(scaled.masked_fill(~keep, -torch.inf), ids.int(), rows)
+    return ids.gather(1, winner.unsqueeze(1)).squeeze(1), enough.squeeze(1)
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: I4) -> SampledLogprobs | None:
+    if not (wanted >= 0).any():
+        return None
+    everything = logits.log_softmax(dim=-1)
+    top, ids = everything.topk(int(wanted.max()), dim=-1)
+    chosen = everything.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return SampledLogprobs(chosen.cpu().numpy(), ids.int().cpu().numpy(), top.cpu().numpy())
