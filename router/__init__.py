@@ -1,1 +1,1 @@
-"""PRISM: the router process. `policy`, `ledger` and `registry` are pure; `broker` alone touches sockets."""
+"""PRISM: the router process. `broker` alone touches sockets; all else is pure."""

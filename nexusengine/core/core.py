@@ -91,6 +91,10 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._by_id)
 
+    def request_ids(self) -> list[str]:
+        """Of all requests in it; safe from any thread."""
+        return list(self._by_id)
+
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextTooLong (can never fit) or Overloaded (the queue is full)."""
         max_tokens = self._admissible(request)

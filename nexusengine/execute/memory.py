@@ -37,15 +37,15 @@ def size_kv(
     usable = min(kv_bytes // block_bytes - 1, useful)
     if usable < 1:
         raise ConfigError(
-            f"a KV cache of {kv_bytes} bytes holds no block of {block_size} tokens: each takes {block_bytes} bytes, and "
-            "one is set aside; raise --kv-cache-memory",
+            f"a KV cache of {kv_bytes} bytes holds no block of {block_size} tokens: each takes {block_bytes} bytes, "
+            "and one is set aside; raise --kv-cache-memory",
             param="kv_cache_memory",
         )
     if options.max_model_len is not None and usable * block_size < options.max_model_len:
         needed = (-(-options.max_model_len // block_size) + 1) * block_bytes
         raise ConfigError(
-            f"max_model_len {options.max_model_len} needs {needed} bytes of KV cache, there are {kv_bytes}; lower it or "
-            "raise --kv-cache-memory",
+            f"max_model_len {options.max_model_len} needs {needed} bytes of KV cache, there are {kv_bytes}; lower it "
+            "or raise --kv-cache-memory",
             param="kv_cache_memory",
         )
     return usable + 1, min(wanted_len, usable * block_size)

@@ -1,0 +1,70 @@
+"""`nexusengine serve`: an OpenAI-compatible server in front of every device."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from typing import Any
+
+from nexusengine.config import ServeConfig, load
+from nexusengine.config import add_arguments as add_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    add_settings(parser, ServeConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load(ServeConfig, vars(args), toml_file=args.config)
+
+    from nexusengine.obs.logs import setup
+    from nexusengine.serve.supervisor import Supervisor
+
+    setup(config.log_level)
+    supervisor = Supervisor(config, with_server=True, on_event=_Announcer(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.drain())
+    supervisor.run()
+    return 0
+
+
+class _Announcer:
+    """Says on stderr what start-up is doing, and at its end on stdout where the server is."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._started_s = time.monotonic()
+        self._url = ""
+        self._phase = ""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "phase":
+            self._show(event["phase"], event["fraction"])
+        elif kind == "listening":
+            host = "127.0.0.1" if event["host"] in ("0.0.0.0", "::") else event["host"]
+            self._url = f"http://[{host}]:{event['port']}" if ":" in host else f"http://{host}:{event['port']}"
+            self._show(f"listening at {self._url}, not ready yet", 0.0)
+        elif kind == "ready":
+            print(self._greeting(), flush=True)
+
+    def _show(self, phase: str, fraction: float) -> None:
+        percent = f" {100 * fraction:.0f} %" if 0 < fraction < 1 else ""
+        if sys.stderr.isatty() and phase == self._phase:
+            sys.stderr.write(f"\r==> {phase}{percent}   ")
+        elif phase != self._phase:
+            sys.stderr.write(f"==> {phase}{percent}\n")
+        sys.stderr.flush()
+        self._phase = phase
+
+    def _greeting(self) -> str:
+        name = self._config.served_model_name or self._config.model
+        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        header = ' -H "Authorization: Bearer $API_KEY"' if self._config.api_key else ""
+        return (
+            f"\nnexusengine serves {name} at {self._url} (ready after {time.monotonic() - self._started_s:.1f} s). Try:\n\n"
+            f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'\n"
+        )

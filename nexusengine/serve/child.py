@@ -1,0 +1,141 @@
+"""How the processes of one engine are tied together.
+
+A child reads its configuration as one JSON line on stdin, then control messages, one a line. The end of stdin means
+that its parent is gone: it exits at once. Where the parent spawns from its main thread, the kernel also kills the child
+when the parent dies. A child says what happened to it as JSON lines on stdout; logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+Message = dict[str, Any]
+_PR_SET_PDEATHSIG = 1
+_STDERR_LINES_KEPT = 20
+
+
+# ---- in the child ---------------------------------------------------------------------------------------------------
+
+
+def read_config() -> Message:
+    """The configuration line; ties this process to its parent's life. Call first, from the main thread."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(1)
+    config: Message = json.loads(line)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor handles it
+    if config["parent_death_signal"]:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != config["parent_pid"]:  # it died before the signal was armed
+            os._exit(1)
+    return config
+
+
+def listen(handle: Callable[[Message], None]) -> None:
+    """Pass control messages to `handle`, from a thread of their own; the end of stdin ends the process."""
+
+    def loop() -> None:
+        for line in sys.stdin.buffer:
+            handle(json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=loop, name="control", daemon=True).start()
+
+
+def emit(event: Message) -> None:
+    """Tell the parent."""
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+# ---- in the parent --------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A spawned process. on_event(child, message) is called from threads: with what it emits, and once at its end with
+    {"type": "exit", "code", "cause"}, cause being its own word or the last lines of its stderr."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        config: Message,
+        on_event: Callable[[Child, Message], None],
+        *,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._on_event = on_event
+        self._cause: str | None = None
+        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES_KEPT)
+        self._write_lock = threading.Lock()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environ or {})},
+        )
+        main_thread = threading.current_thread() is threading.main_thread()
+        self.send({**config, "parent_death_signal": main_thread, "parent_pid": os.getpid()})
+        self._readers = [
+            threading.Thread(target=self._read_events, daemon=True, name=f"{name} stdout"),
+            threading.Thread(target=self._read_stderr, daemon=True, name=f"{name} stderr"),
+        ]
+        for reader in self._readers:
+            reader.start()
+        threading.Thread(target=self._wait, daemon=True, name=f"{name} exit").start()
+
+    def send(self, message: Message) -> None:
+        """A control message; lost if the child has ended."""
+        with self._write_lock:
+            try:
+                self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+                self.process.stdin.flush()  # type: ignore[union-attr]
+            except (BrokenPipeError, ValueError):
+                return  # its end is reported by `exit`
+
+    def close(self) -> None:
+        """Ask it to end, by closing its stdin."""
+        with self._write_lock:
+            try:
+                self.process.stdin.close()  # type: ignore[union-attr]
+            except BrokenPipeError:
+                return
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def _read_events(self) -> None:
+        for line in self.process.stdout:  # type: ignore[union-attr]
+            try:
+                event: Message = json.loads(line)
+            except ValueError:
+                sys.stderr.write(f"[{self.name}] {line.decode(errors='replace')}")
+                continue
+            if event.get("type") == "failed":
+                self._cause = event["message"]
+            self._on_event(self, event)
+
+    def _read_stderr(self) -> None:
+        for raw in self.process.stderr:  # type: ignore[union-attr]
+            line = raw.decode(errors="replace").rstrip()
+            self._stderr.append(line)
+            sys.stderr.write(f"[{self.name}] {line}\n")
+
+    def _wait(self) -> None:
+        code = self.process.wait()
+        for reader in self._readers:
+            reader.join(2.0)
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        last = f"; its last line: {self._stderr[-1]}" if self._stderr else ""
+        self._on_event(self, {"type": "exit", "code": code, "cause": self._cause or ended + last})

@@ -1,0 +1,124 @@
+"""The router's client: what the HTTP server and multi-device engines submit requests through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import zmq
+import zmq.asyncio
+
+from nexusengine import wire
+from nexusengine.backend import Sink
+from nexusengine.errors import Unavailable, WorkerLost
+from nexusengine.types import EngineRequest, TokenDelta
+
+_HELLO_EVERY_S = 1.0
+_SILENT_S = 5.0
+_HIGH_WATER = 100_000
+
+
+class _Pending:
+    """A request that has no final delta yet."""
+
+    __slots__ = ("sink", "streamed")
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.streamed = sink, False
+
+
+class RouterClient:
+    """AsyncBackend over a DEALER socket; lives in one event loop."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._pending: dict[str, _Pending] = {}
+        self._cluster: wire.Cluster | None = None
+        self._heard_s = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sending: set[asyncio.Future[object]] = set()
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.SNDHWM, _HIGH_WATER)
+        self._socket.set(zmq.RCVHWM, _HIGH_WATER)
+        self._socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.LINGER, 200)
+        self._socket.connect(self._endpoint)
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._say_hello())]
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        self._pending[request.request_id] = _Pending(sink)
+        self._send(wire.Submit(request))
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._pending:
+            self._send(wire.Abort(request_id))
+
+    def status(self) -> wire.Cluster | None:
+        """None before the router was heard, and when it has been silent for 5 s."""
+        silent = time.monotonic() - self._heard_s > _SILENT_S
+        return None if silent else self._cluster
+
+    async def wait_for_ready(self, timeout_s: float) -> wire.Cluster:
+        """Until every worker is ready. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                cluster = self._cluster
+                if cluster is not None and all(w.state is wire.WorkerState.READY for w in cluster.workers):
+                    return cluster
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def close(self) -> None:
+        for request_id in list(self._pending):
+            self.abort(request_id)
+        tasks = [*self._tasks, *self._sending]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1.0)
+        self._fail_all(Unavailable.code, "the engine was closed")
+        self._socket.close()
+        self._context.term()
+
+    def _send(self, message: wire.Message) -> None:
+        # A DEALER's send waits only when its queue is full or nobody is connected; neither may block the loop.
+        sending = asyncio.ensure_future(self._socket.send(wire.encode(message)))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
+
+    async def _say_hello(self) -> None:
+        while True:
+            self._send(wire.Hello())
+            await asyncio.sleep(_HELLO_EVERY_S)
+
+    async def _receive(self) -> None:
+        while True:
+            with contextlib.suppress(wire.ProtocolError):
+                self._handle(wire.decode_for_client(await self._socket.recv()))
+
+    def _handle(self, message: wire.ToClient) -> None:
+        self._heard_s = time.monotonic()
+        if isinstance(message, wire.Cluster):
+            before, self._cluster = self._cluster, message
+            if before is not None and before.router_epoch != message.router_epoch:
+                self._fail_all(Unavailable.code, "the router was restarted")
+            self._changed.set()
+            return
+        for delta in wire.join_deltas(message.plain, message.full):
+            pending = self._pending.get(delta.request_id)
+            if pending is None:
+                continue
+            pending.streamed = True
+            if delta.finish_reason is not None:
+                del self._pending[delta.request_id]
+            pending.sink(delta)
+
+    def _fail_all(self, code: str, message: str) -> None:
+        pending, self._pending = self._pending, {}
+        for request_id, entry in pending.items():
+            code_now = WorkerLost.code if entry.streamed else code
+            entry.sink(TokenDelta(request_id, finish_reason="error", error_code=code_now, error_message=message))

@@ -1,0 +1,270 @@
+"""Starts router, server and workers, restarts what dies, drains, and leaves nothing behind.
+
+Runs in one thread: the caller's in `nexusengine serve`, a background one under `Engine(devices=[...])`. Everything that
+happens reaches it as an event in one queue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
+from nexusengine.errors import NexusError, Unavailable
+from nexusengine.loading.resolve import ModelFiles, resolve_model
+from nexusengine.obs.logs import get_logger
+from nexusengine.router.policies import make_policy
+from nexusengine.serve.child import Child, Message
+
+_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
+_RESTARTS_COUNTED_S = 300.0
+_LAST_WORDS_S = 5.0
+_TERMINATE_S = 1.5
+log = get_logger("supervisor")
+
+
+class Failed(NexusError):
+    """Something that cannot be repaired by a restart; serving ends."""
+
+    code = "serve_failed"
+
+
+@dataclass(slots=True)
+class _Role:
+    """One process that should be running. key: "router", "server", or the worker's id."""
+
+    key: str
+    module: str
+    config: Callable[[], Message]
+    environ: dict[str, str] = field(default_factory=dict)
+    child: Child | None = None
+    epoch: str = ""
+    was_ready: bool = False
+    started_s: float = 0.0
+    start_again_s: float | None = None
+    restarts: list[float] = field(default_factory=list)
+
+
+class Supervisor:
+    """on_event is called, in the supervisor's thread, with {"type": "phase", "phase", "fraction"}, {"type": "listening",
+    "host", "port"}, {"type": "ready"} once every worker is, and {"type": "exit", "name", "cause"}.
+
+    Raises ConfigError for devices or policies that do not exist, before anything is started.
+    """
+
+    def __init__(
+        self, config: ServeConfig, *, with_server: bool, on_event: Callable[[Message], None] = lambda event: None
+    ) -> None:
+        from nexusengine.lens.registry import make_policy as make_scheduler
+
+        make_policy(config.router)
+        make_scheduler(config.scheduler)
+        self.devices = parse_devices(config.devices)
+        self.config = config
+        self._on_event = on_event
+        self._events: queue.SimpleQueue[tuple[Child | None, Message]] = queue.SimpleQueue()
+        self._runtime = Path(config.runtime_dir or tempfile.mkdtemp(prefix="nexusengine-"))
+        self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._own_runtime = config.runtime_dir is None
+        self.front = f"ipc://{self._runtime}/front"
+        self._back = f"ipc://{self._runtime}/back"
+        self._files: ModelFiles | None = None
+        self._draining_until_s: float | None = None
+        self._stop_now = False
+        self._ready_said = False
+        names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
+        common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
+        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**common, "workers": names})}
+        if with_server:
+            self._roles["server"] = _Role("server", "nexusengine.server.main", lambda: common)
+        for name, device in zip(names, self.devices, strict=True):
+            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
+            role.config = lambda role=role, name=name: {  # type: ignore[misc]
+                **common,
+                **name,
+                "epoch": role.epoch,
+                "model_path": str(self._files.path) if self._files else "",
+            }
+            self._roles[name["worker_id"]] = role
+
+    # ---- from any thread -----------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take no new requests, finish those that run within drain_timeout, then end. Asked again: end now."""
+        self._events.put((None, {"type": "drain"}))
+
+    def stop(self) -> None:
+        """End now."""
+        self._events.put((None, {"type": "stop"}))
+
+    # ---- in the supervisor's thread ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until drained or stopped. Raises NexusError with the cause when it cannot go on; by the time this
+        returns or raises, every child has ended."""
+        try:
+            self._start(self._roles["router"])
+            if "server" in self._roles:
+                self._start(self._roles["server"])
+            threading.Thread(target=self._resolve, daemon=True, name="resolve model").start()
+            while not self._stop_now:
+                self._turn()
+        finally:
+            self._end_all()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        waits = [0.5, *(r.start_again_s - now for r in self._roles.values() if r.start_again_s is not None)]
+        try:
+            source, event = self._events.get(timeout=max(min(waits), 0.01))
+        except queue.Empty:
+            pass
+        else:
+            self._handle(source, event)
+        now = time.monotonic()
+        for role in self._roles.values():
+            if role.start_again_s is not None and role.start_again_s <= now:
+                self._start(role)
+            if role.child and self._is_worker(role) and not role.was_ready:
+                if now - role.started_s > self.config.start_timeout:
+                    raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
+        if self._draining_until_s is not None and now >= self._draining_until_s:
+            log.warning("requests were still running when the drain time was over")
+            self._stop_now = True
+
+    def _handle(self, source: Child | None, event: Message) -> None:
+        kind = event["type"]
+        if source is None:
+            self._handle_own(kind, event)
+            return
+        role = next((r for r in self._roles.values() if r.child is source), None)
+        if role is None:
+            return
+        if kind == "exit":
+            self._on_exit(role, event)
+        elif kind == "ready":
+            role.was_ready = True
+            if not self._ready_said and all(r.was_ready for r in self._roles.values() if self._is_worker(r)):
+                self._ready_said = True
+                self._on_event({"type": "ready"})
+        elif kind == "listening" and role.key == "server":
+            role.was_ready = True
+            self._on_event(event)
+        elif kind == "drained":
+            self._stop_now = True
+
+    def _handle_own(self, kind: str, event: Message) -> None:
+        if kind == "stop" or (kind == "drain" and self._draining_until_s is not None):
+            self._stop_now = True
+        elif kind == "drain":
+            self._draining_until_s = time.monotonic() + self.config.drain_timeout
+            for key in ("server", "router"):
+                if (role := self._roles.get(key)) and role.child:
+                    role.child.send({"type": "drain"})
+        elif kind == "phase":
+            self._on_event(event)
+            self._tell_server(event)
+        elif kind == "resolved":
+            self._files = event["files"]
+            self._tell_server(self._model_message())
+            for role in self._roles.values():
+                if self._is_worker(role):
+                    self._start(role)
+        elif kind == "failed":
+            raise event["error"]
+
+    def _on_exit(self, role: _Role, event: Message) -> None:
+        cause = event["cause"]
+        role.child = None
+        self._on_event({"type": "exit", "name": role.key, "cause": cause})
+        if not role.was_ready:
+            raise Failed(cause if event["code"] == 1 else f"{role.key} did not start: {cause}")
+        now = time.monotonic()
+        role.restarts = [t for t in role.restarts if now - t < _RESTARTS_COUNTED_S] + [now]
+        if len(role.restarts) > self.config.max_restarts:
+            raise Failed(f"{role.key} ended {len(role.restarts)} times within five minutes; the last time: {cause}")
+        back_off_s = min(_FIRST_BACK_OFF_S * 2 ** (len(role.restarts) - 1), _LONGEST_BACK_OFF_S)
+        role.start_again_s = now + back_off_s
+        log.warning("%s ended (%s); starting it again in %.1f s", role.key, cause, back_off_s)
+        if self._is_worker(role) and (router := self._roles["router"]).child:
+            message = {"worker_id": role.key, "epoch": role.epoch, "cause": cause, "restarts": len(role.restarts)}
+            router.child.send({"type": "worker_exited", **message})
+
+    def _start(self, role: _Role) -> None:
+        role.start_again_s, role.started_s = None, time.monotonic()
+        role.epoch = secrets.token_hex(4)
+        role.child = Child(
+            role.key,
+            role.module,
+            role.config(),
+            lambda child, event: self._events.put((child, event)),
+            environ=role.environ,
+        )
+        if role.key == "router":
+            role.was_ready = True
+        if role.key == "server" and self._files is not None:
+            role.child.send(self._model_message())
+
+    def _resolve(self) -> None:
+        """Find or download the model; in a thread of its own, because it can take long."""
+
+        def progress(phase: str, fraction: float) -> None:
+            self._events.put((None, {"type": "phase", "phase": phase, "fraction": fraction}))
+
+        weights = any(d.kind != "emulated" for d in self.devices)
+        try:
+            progress("looking for the model", 0.0)
+            files = resolve_model(self.config.model, revision=self.config.revision, weights=weights, progress=progress)
+            progress("starting workers", 0.0)
+            self._events.put((None, {"type": "resolved", "files": files}))
+        except NexusError as error:
+            self._events.put((None, {"type": "failed", "error": error}))
+        except Exception as error:  # a bug, but the user must not wait for ever because of it
+            log.exception("resolving the model failed")
+            failed = Failed(f"cannot load model {self.config.model!r}: {error}")
+            self._events.put((None, {"type": "failed", "error": failed}))
+
+    def _tell_server(self, message: Message) -> None:
+        if (role := self._roles.get("server")) and role.child:
+            role.child.send(message)
+
+    def _model_message(self) -> Message:
+        if self._files is None:
+            raise Unavailable("the model is not known yet")
+        name = self.config.served_model_name or self.config.model
+        return {"type": "model_ready", "path": str(self._files.path), "name": name}
+
+    @staticmethod
+    def _is_worker(role: _Role) -> bool:
+        return role.key.startswith("w")
+
+    def _end_all(self) -> None:
+        """First the server, which gets time to write its last words; then the others; then the runtime folder."""
+        children = {key: role.child for key, role in self._roles.items() if role.child is not None}
+        for key, limit_s in (("server", _LAST_WORDS_S), (None, _TERMINATE_S)):
+            group = [c for name, c in children.items() if key in (name, None)]
+            for one in group:
+                one.close()
+            until_s = time.monotonic() + limit_s
+            while any(c.process.poll() is None for c in group) and time.monotonic() < until_s:
+                time.sleep(0.02)
+            for one in group:
+                if one.process.poll() is None:
+                    one.kill()
+                one.process.wait()
+        if self._own_runtime:
+            shutil.rmtree(self._runtime, ignore_errors=True)
+
+
+def _threads(device: DeviceSpec) -> dict[str, str]:
+    """A CPU worker's thread count must be known to OpenMP before torch is imported."""
+    return {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}

@@ -1,0 +1,96 @@
+"""The worker process: one engine core on one device, fed by the router."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nexusengine import wire
+from nexusengine.clock import MonotonicClock
+from nexusengine.config import ServeConfig, parse_device
+from nexusengine.core.core import EngineCore
+from nexusengine.errors import InternalError, NexusError
+from nexusengine.execute.base import make_executor
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.obs.logs import get_logger, setup
+from nexusengine.serve import child
+from nexusengine.serve.build import executor_options, make_core
+from nexusengine.serve.link import RouterLink, with_spec
+from nexusengine.types import TokenDelta
+
+_IDLE_WAIT_S = 0.5
+log = get_logger("worker")
+
+
+def serve_requests(core: EngineCore, link: RouterLink) -> None:
+    """Until the process is ended: take what the router sent, compute a step, send the new tokens."""
+    while True:
+        deltas: list[TokenDelta] = []
+        while link.inbox:
+            message = link.inbox.popleft()
+            if isinstance(message, wire.Cancel):
+                core.abort(message.request_id)  # the router has told the client already
+                continue
+            core.covers = message.seq
+            try:
+                core.add(message.request)
+            except NexusError as error:
+                deltas.append(
+                    TokenDelta(
+                        message.request.request_id,
+                        finish_reason="error",
+                        error_code=error.code,
+                        error_message=error.message,
+                        retry_after_s=error.retry_after_s,
+                    )
+                )
+        link.send(deltas)
+        link.send(core.step())
+        if not core.has_work:
+            link.wait(_IDLE_WAIT_S)
+
+
+def main() -> None:
+    given = child.read_config()
+    config = ServeConfig(**given["config"])
+    setup(config.log_level)
+    child.listen(lambda message: None)
+    device = parse_device(given["device"])
+    info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
+    link = RouterLink(given["back"], info, config.snapshot_period)
+    try:
+        files = resolve_model(given["model_path"], weights=device.kind != "emulated")
+        executor = make_executor(files, device, executor_options(config), link.phase)
+        core = make_core(executor, config, MonotonicClock())
+    except (NexusError, MemoryError) as error:
+        message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
+        child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
+        link.leave(message)
+        sys.exit(1)
+    spec = executor.spec
+    info = with_spec(
+        info,
+        dtype=spec.dtype,
+        attention_backend=spec.attention_backend,
+        max_model_len=core.max_model_len,
+        max_batch_tokens=spec.max_batch_tokens,
+        block_size=spec.block_size,
+        kv_total_blocks=core.kv.total_blocks,
+        weights_bytes=spec.weights_bytes,
+        kv_bytes=spec.kv_bytes,
+    )
+    link.ready(info, core.load, core.request_ids)
+    child.emit({"type": "ready"})
+    try:
+        serve_requests(core, link)
+    except Exception as error:  # whatever it is, its requests are told before the process ends
+        log.exception("a step failed; the worker ends")
+        cause = f"a step failed: {error}"
+        link.send(core.fail_all(InternalError.code, cause))
+        child.emit({"type": "failed", "message": f"worker on {device}: {cause}"})
+        link.leave(cause)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

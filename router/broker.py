@@ -1,0 +1,139 @@
+"""The router process: moves frames between sockets and RouterCore. The only file of the router with sockets."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import time
+from typing import Any
+
+import zmq
+
+from nexusengine import wire
+from nexusengine.config import ServeConfig
+from nexusengine.obs.logs import get_logger, setup
+from nexusengine.router.core import Outgoing, RouterCore
+from nexusengine.router.policies import make_policy
+from nexusengine.serve import child
+
+_HIGH_WATER = 10_000
+_MOST_FRAMES_A_TURN = 256
+log = get_logger("router")
+
+
+class Broker:
+    """front: where clients connect; back: where workers connect. Both are ZeroMQ endpoints."""
+
+    def __init__(self, core: RouterCore, front: str, back: str, snapshot_period_s: float) -> None:
+        self.core = core
+        self._period_s = snapshot_period_s
+        self._context = zmq.Context()
+        self._front, self._back = self._bind(front), self._bind(back)
+        self._control: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._drained = False
+
+    def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        socket.set(zmq.SNDHWM, _HIGH_WATER)
+        socket.set(zmq.RCVHWM, _HIGH_WATER)
+        socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        socket.set(zmq.LINGER, 0)
+        socket.bind(endpoint)
+        return socket
+
+    def control(self, message: dict[str, Any]) -> None:
+        """Queue a message of the supervisor; from any thread."""
+        self._control.put(message)
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._front, self._back, self._wake):
+            poller.register(source, zmq.POLLIN)
+        next_timer_s = time.monotonic()
+        while True:
+            ready = dict(poller.poll(max(0, round(1000 * (next_timer_s - time.monotonic())))))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+                while not self._control.empty():
+                    self._on_control(self._control.get())
+            if self._back in ready:
+                self._receive(self._back)
+            if self._front in ready:
+                self._receive(self._front)
+            now = time.monotonic()
+            if now >= next_timer_s:
+                self.core.on_timer(now)
+                next_timer_s = now + self._period_s
+            self._flush()
+            if self.core.draining and not self._drained and not len(self.core.ledger):
+                self._drained = True
+                child.emit({"type": "drained"})
+
+    def _receive(self, socket: zmq.Socket[bytes]) -> None:
+        for _ in range(_MOST_FRAMES_A_TURN):
+            try:
+                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            now = time.monotonic()
+            try:
+                if len(frames) != 1:
+                    raise wire.ProtocolError(f"a message of {len(frames)} frames")
+                if socket is self._front:
+                    self.core.on_client(identity, wire.decode_from_client(frames[0]), now)
+                else:
+                    self.core.on_worker(identity, wire.decode_from_worker(frames[0]), now)
+            except wire.ProtocolError as error:
+                log.warning("ignored a message from %r: %s", identity, error)
+
+    def _on_control(self, message: dict[str, Any]) -> None:
+        if message["type"] == "worker_exited":
+            self.core.on_worker_exited(
+                message["worker_id"], message["epoch"], message["cause"], message["restarts"], time.monotonic()
+            )
+        elif message["type"] == "drain":
+            self.core.draining = True
+
+    def _flush(self) -> None:
+        """Send what is to be sent. A peer that cannot be reached, or whose queue is full, is given up: a worker counts
+        as gone, a client's requests are cancelled. Both may cause further messages."""
+        while out := self.core.take():
+            for outgoing in out:
+                self._send(outgoing)
+
+    def _send(self, outgoing: Outgoing) -> None:
+        socket = self._front if outgoing.side == "client" else self._back
+        try:
+            socket.send_multipart([outgoing.identity, wire.encode(outgoing.message)], zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError) as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            log.warning("gave up %s %r: %s", outgoing.side, outgoing.identity, error)
+            if outgoing.side == "client":
+                self.core.on_client_gone(outgoing.identity)
+            else:
+                self.core.on_worker_gone(outgoing.identity, "cannot be reached", time.monotonic())
+
+
+def main() -> None:
+    given = child.read_config()
+    config = ServeConfig(**given["config"])
+    setup(config.log_level)
+    core = RouterCore(
+        make_policy(config.router),
+        [wire.WorkerInfo(w["worker_id"], "", 0, w["device"], config.model) for w in given["workers"]],
+        epoch=secrets.token_hex(4),
+        max_held=config.max_held,
+    )
+    broker = Broker(core, given["front"], given["back"], config.snapshot_period)
+    child.listen(broker.control)
+    child.emit({"type": "listening"})
+    broker.run()
+
+
+if __name__ == "__main__":
+    main()

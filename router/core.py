@@ -1,0 +1,285 @@
+"""What the router does with every message, as a state machine without sockets: messages in, messages out.
+
+Promises: every submitted request gets exactly one final delta; nothing follows it; a request whose worker died before
+its client saw a token is dispatched once more, with its old deadline.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from nexusengine.router.ledger import Entry, Ledger, Stage
+from nexusengine.router.policy import Place, PlacementPolicy, Refuse
+from nexusengine.router.registry import Registry
+from nexusengine.types import EngineRequest, TokenDelta
+from nexusengine.wire import (
+    Abort,
+    Cancel,
+    Cluster,
+    Deltas,
+    Dispatch,
+    Hello,
+    Leaving,
+    Message,
+    Ready,
+    Report,
+    Reregister,
+    Starting,
+    Submit,
+    ToRouterFromClient,
+    ToRouterFromWorker,
+    WorkerDeltas,
+    WorkerInfo,
+    WorkerState,
+    join_deltas,
+    split_deltas,
+)
+
+MOST_ATTEMPTS = 2
+CLIENT_SILENT_S = 15.0
+DEADLINE_GRACE_S = 1.0
+"""Workers end requests at their deadline themselves, with timings; the router steps in a little later."""
+
+Side = Literal["client", "worker"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to send: to which side, to whom."""
+
+    side: Side
+    identity: bytes
+    message: Message
+
+
+class RouterCore:
+    """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`."""
+
+    def __init__(
+        self, policy: PlacementPolicy, expected: list[WorkerInfo], *, epoch: str, max_held: int = 4096
+    ) -> None:
+        self.policy, self.epoch, self.max_held = policy, epoch, max_held
+        self.ledger = Ledger()
+        self.registry = Registry(expected)
+        self.draining = False
+        self._clients: dict[bytes, float] = {}
+        self._out: list[Outgoing] = []
+        self._totals: dict[str, float] = defaultdict(float)
+        self._finished_per_s = 0.0
+        self._finished_since, self._counted_at_s = 0, 0.0
+
+    def take(self) -> list[Outgoing]:
+        """What is to be sent since the last call, in order."""
+        out, self._out = self._out, []
+        return out
+
+    def cluster(self) -> Cluster:
+        return Cluster(
+            router_epoch=self.epoch,
+            workers=self.registry.statuses(self.ledger),
+            held=self.ledger.held,
+            ledger=len(self.ledger),
+            totals=dict(self._totals),
+        )
+
+    # ---- clients -------------------------------------------------------------------------------------------------
+
+    def on_client(self, identity: bytes, message: ToRouterFromClient, now: float) -> None:
+        self._clients[identity] = now
+        if isinstance(message, Hello):
+            self._send("client", identity, self.cluster())
+        elif isinstance(message, Submit):
+            self._submit(identity, message.request, now)
+        elif isinstance(message, Abort):
+            entry = self.ledger.get(message.request_id)
+            if entry is not None and entry.client == identity:
+                self._cancel(entry)
+                self._finish(entry, TokenDelta(message.request_id, finish_reason="abort"))
+
+    def on_client_gone(self, identity: bytes) -> None:
+        """Nobody waits for its requests any more."""
+        self._clients.pop(identity, None)
+        for entry in self.ledger.of_client(identity):
+            self._cancel(entry)
+            self.ledger.remove(entry)
+            self._totals["requests_abandoned"] += 1
+
+    def _submit(self, client: bytes, request: EngineRequest, now: float) -> None:
+        self._totals["requests"] += 1
+        problem: tuple[str, str, float | None] | None = None
+        if request.request_id in self.ledger:
+            problem = (InvalidRequest.code, f"a request with id {request.request_id!r} is being served", None)
+        elif self.draining:
+            problem = (Unavailable.code, "the server is shutting down", 5.0)
+        elif self.ledger.held >= self.max_held:
+            message = f"{self.ledger.held} requests are held already"
+            problem = (Overloaded.code, message, self._predicted_drain_s())
+        if problem is not None:
+            code, message, retry_after_s = problem
+            self._send_deltas({client: [_error(request.request_id, code, message, retry_after_s)]})
+            return
+        self._place(self.ledger.add(request, client), now)
+
+    # ---- workers -------------------------------------------------------------------------------------------------
+
+    def on_worker(self, identity: bytes, message: ToRouterFromWorker, now: float) -> None:
+        if isinstance(message, Starting | Ready):
+            self._on_hello(identity, message, now)
+        elif isinstance(message, Report):
+            if not self.registry.report(identity, message.seq, message.load, now):
+                self._send("worker", identity, Reregister(self.epoch))
+        elif isinstance(message, WorkerDeltas):
+            worker = self.registry.of(identity)
+            if worker is not None:  # else: a process thought dead; its requests have been dealt with
+                worker.last_seen_s = now
+                self._forward(identity, message)
+        elif isinstance(message, Leaving):
+            self.on_worker_gone(identity, message.cause, now)
+
+    def on_worker_gone(self, identity: bytes, cause: str | None, now: float) -> None:
+        """Its process ended or cannot be reached: unseen requests go elsewhere, seen ones end with an error."""
+        if self.registry.disconnect(identity, cause) is None:
+            return
+        self._totals["workers_lost"] += 1
+        self._deal_with_orphans(identity, cause, now)
+        self._push_cluster()
+
+    def on_worker_exited(self, worker_id: str, epoch: str, cause: str, restarts: int, now: float) -> None:
+        """The supervisor saw a worker process end."""
+        self.on_worker_gone(identity_of(worker_id, epoch), cause, now)
+        worker = self.registry.workers.get(worker_id)
+        if worker is not None:
+            worker.restarts, worker.cause = restarts, cause
+
+    def _on_hello(self, identity: bytes, message: Starting | Ready, now: float) -> None:
+        worker, replaced = self.registry.connect(identity, message.info, now)
+        if replaced is not None:
+            self._deal_with_orphans(replaced, "replaced by a newer process", now)
+        before = worker.state
+        if isinstance(message, Starting):
+            worker.state, worker.phase, worker.fraction = WorkerState.STARTING, message.phase, message.fraction
+        else:
+            worker.state, worker.phase, worker.fraction, worker.cause = WorkerState.READY, "ready", 1.0, None
+            for request_id in message.in_flight:  # from before this router's time: their clients were told
+                self._send("worker", identity, Cancel(request_id))
+            self._place_held(now)
+        if worker.state is not before:
+            self._push_cluster()
+
+    def _deal_with_orphans(self, identity: bytes, cause: str | None, now: float) -> None:
+        for entry in self.ledger.at(identity):
+            if entry.stage is Stage.DISPATCHED and entry.attempts < MOST_ATTEMPTS:
+                self._totals["redispatches"] += 1
+                self.ledger.hold(entry)
+                self._place(entry, now)
+            else:
+                when = "while its answer was streamed" if entry.stage is Stage.STREAMING else "twice"
+                message = f"the worker was lost {when}" + (f": {cause}" if cause else "")
+                self._finish(entry, _error(entry.request.request_id, WorkerLost.code, message))
+
+    def _forward(self, identity: bytes, message: WorkerDeltas) -> None:
+        by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
+        for delta in join_deltas(message.plain, message.full):
+            entry = self.ledger.get(delta.request_id)
+            if entry is None or entry.identity != identity:
+                continue  # aborted meanwhile, or served elsewhere
+            entry.stage = Stage.STREAMING
+            by_client[entry.client].append(delta)
+            if delta.finish_reason is not None:
+                self._count_end(delta)
+                self.ledger.remove(entry)
+        self._send_deltas(by_client)
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def on_timer(self, now: float) -> None:
+        """Called every snapshot period: health, deadlines, held requests, silent clients, and the cluster's picture."""
+        for identity in self.registry.refresh(now):
+            self.on_worker_gone(identity, "silent for too long", now)
+        for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
+            self._cancel(entry)
+            limit_s = entry.placement.deadline_s - entry.placement.arrival_s
+            message = f"not finished within {limit_s:.1f} s of its arrival"
+            self._finish(entry, _error(entry.request.request_id, DeadlineExceeded.code, message))
+        for identity, seen_s in list(self._clients.items()):
+            if now - seen_s > CLIENT_SILENT_S:
+                self.on_client_gone(identity)
+        if self.ledger.held:
+            self._place_held(now)
+        if now - self._counted_at_s >= 1.0:
+            rate = self._finished_since / (now - self._counted_at_s)
+            self._finished_per_s += 0.3 * (rate - self._finished_per_s)
+            self._finished_since, self._counted_at_s = 0, now
+        self._push_cluster()
+
+    # ---- placement -----------------------------------------------------------------------------------------------
+
+    def _place_held(self, now: float) -> None:
+        for entry in self.ledger.held_entries():
+            if not self._place(entry, now):
+                return
+
+    def _place(self, entry: Entry, now: float) -> bool:
+        """Ask the policy; False if it says to hold."""
+        decision = self.policy.place(entry.placement, self.registry.views(self.ledger), now)
+        if isinstance(decision, Refuse):
+            delta = _error(entry.request.request_id, decision.code, decision.reason, decision.retry_after_s)
+            self._finish(entry, delta)
+            return True
+        if not isinstance(decision, Place):
+            return False
+        worker = self.registry.workers[decision.worker_id]
+        if worker.identity is None:
+            raise ValueError(f"policy {self.policy.name!r} placed a request on {decision.worker_id}, which is gone")
+        worker.dispatch_seq += 1
+        self.ledger.dispatch(entry, worker.identity, worker.dispatch_seq)
+        self._totals["dispatches"] += 1
+        self._send("worker", worker.identity, Dispatch(worker.dispatch_seq, entry.request))
+        return True
+
+    def _predicted_drain_s(self) -> float:
+        """Seconds until what is held is placed, at the present rate of finished requests; between 1 and 60."""
+        if self._finished_per_s <= 0:
+            return 5.0
+        return min(max(self.ledger.held / self._finished_per_s, 1.0), 60.0)
+
+    # ---- sending -------------------------------------------------------------------------------------------------
+
+    def _send(self, side: Side, identity: bytes, message: Message) -> None:
+        self._out.append(Outgoing(side, identity, message))
+
+    def _send_deltas(self, by_client: dict[bytes, list[TokenDelta]]) -> None:
+        for client, deltas in by_client.items():
+            self._send("client", client, Deltas(*split_deltas(deltas)))
+
+    def _push_cluster(self) -> None:
+        cluster = self.cluster()
+        for client in self._clients:
+            self._send("client", client, cluster)
+
+    def _cancel(self, entry: Entry) -> None:
+        if entry.identity is not None:
+            self._send("worker", entry.identity, Cancel(entry.request.request_id))
+
+    def _finish(self, entry: Entry, delta: TokenDelta) -> None:
+        self._count_end(delta)
+        self.ledger.remove(entry)
+        self._send_deltas({entry.client: [delta]})
+
+    def _count_end(self, delta: TokenDelta) -> None:
+        self._totals[f"requests_{delta.finish_reason}"] += 1
+        self._finished_since += 1
+
+
+def identity_of(worker_id: str, epoch: str) -> bytes:
+    """The ZeroMQ identity of a worker process."""
+    return f"{worker_id}.{epoch}".encode()
+
+
+def _error(request_id: str, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:
+    return TokenDelta(
+        request_id, finish_reason="error", error_code=code, error_message=message, retry_after_s=retry_after_s
+    )
