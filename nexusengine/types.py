@@ -173,7 +173,8 @@ class TokenDelta:
 
     finish_reason is set on the last delta only; `token_ids` then may be empty. A stop or EOS token ends the request
     and is not in `token_ids`, but counts in `timings.output_tokens`. `error_code` and `error_message` come with
-    finish_reason "error". `timings` and `cached_tokens` (prompt tokens served by the prefix cache) come with the last.
+    finish_reason "error". `timings` and `cached_tokens` (prompt tokens served by the prefix cache) come with the first
+    token and with the last delta.
     """
 
     request_id: str

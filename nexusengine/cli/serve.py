@@ -64,7 +64,8 @@ class _Announcer:
         name = self._config.served_model_name or self._config.model
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
         header = ' -H "Authorization: Bearer $API_KEY"' if self._config.api_key else ""
+        took_s = time.monotonic() - self._started_s
         return (
-            f"\nnexusengine serves {name} at {self._url} (ready after {time.monotonic() - self._started_s:.1f} s). Try:\n\n"
+            f"\nnexusengine serves {name} at {self._url} (ready after {took_s:.1f} s). Try:\n\n"
             f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'\n"
         )

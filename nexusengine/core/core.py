@@ -97,7 +97,7 @@ class EngineCore:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextTooLong (can never fit) or Overloaded (the queue is full)."""
-        max_tokens = self._admissible(request)
+        max_tokens = self.admissible(request)
         if len(self._waiting) >= self.max_waiting or not self._free_slots:
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already", retry_after_s=self._predicted_drain_s()
@@ -134,6 +134,28 @@ class EngineCore:
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
         self._publish()
+
+    def admissible(self, request: EngineRequest) -> int:
+        """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
+        ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
+        if request.request_id in self._by_id:
+            raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
+        if not ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(ids) < 0 or max(ids) >= self.executor.spec.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.executor.spec.vocab_size)
+            raise InvalidRequest(
+                f"token id {wrong} is not in the vocabulary of {self.executor.spec.vocab_size}", param="prompt"
+            )
+        room = self.max_model_len - len(ids)
+        if room < (wanted or 1):
+            asked = f" and {wanted} output tokens were asked for" if wanted else ""
+            raise ContextTooLong(
+                f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most "
+                f"{self.max_model_len}",
+                param="max_tokens" if room > 0 else "prompt",
+            )
+        return wanted or room
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -301,7 +323,12 @@ class EngineCore:
             c.known_tokens[slot] = state.known
             c.generated_tokens[slot] = state.output_tokens
             c.last_token_s[slot] = now
-            deltas.append(TokenDelta(state.request.request_id, (token,), logprobs))
+            if state.output_tokens > 1:
+                deltas.append(TokenDelta(state.request.request_id, (token,), logprobs))
+                continue
+            timings, cached = state.timings(None), state.cached_tokens
+            first = TokenDelta(state.request.request_id, (token,), logprobs, timings=timings, cached_tokens=cached)
+            deltas.append(first)
 
     # ---- transitions ---------------------------------------------------------------------------------------------
 
@@ -469,28 +496,6 @@ class EngineCore:
         return float(np.clip(tokens / size * step_s, 1.0, 60.0))
 
     # ---- checks --------------------------------------------------------------------------------------------------
-
-    def _admissible(self, request: EngineRequest) -> int:
-        """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
-        ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
-        if request.request_id in self._by_id:
-            raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
-        if not ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.executor.spec.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.executor.spec.vocab_size)
-            raise InvalidRequest(
-                f"token id {wrong} is not in the vocabulary of {self.executor.spec.vocab_size}", param="prompt"
-            )
-        room = self.max_model_len - len(ids)
-        if room < (wanted or 1):
-            asked = f" and {wanted} output tokens were asked for" if wanted else ""
-            raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most "
-                f"{self.max_model_len}",
-                param="max_tokens" if room > 0 else "prompt",
-            )
-        return wanted or room
 
     def _check_plan(self, plan: StepPlan) -> None:
         c = self._columns

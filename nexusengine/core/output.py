@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nexusengine.core.stop import StopStrings
-from nexusengine.types import FinishReason, RequestOutput, TokenDelta
+from nexusengine.types import FinishReason, RequestOutput, Timings, TokenDelta
 
 
 class Detokenizer(Protocol):
@@ -28,11 +28,17 @@ class OutputProcessor:
     stops: StopStrings
     prompt: str | None = None
     stopped: bool = False
+    timings: Timings | None = None
+    cached_tokens: int = 0
+    output_tokens: int = 0
 
-    def push(self, delta: TokenDelta) -> RequestOutput | None:
-        """The news in `delta`; None if there are none."""
+    def push(self, delta: TokenDelta, now: float) -> RequestOutput | None:
+        """The news in `delta`; None if there are none. now: the instant at which a stop string would end it."""
         if self.stopped:
             return None
+        self.output_tokens += len(delta.token_ids)
+        self.timings = delta.timings or self.timings
+        self.cached_tokens = delta.cached_tokens or self.cached_tokens
         text, matched = self.stops.push(self.detokenizer.push(delta.token_ids))
         reason: FinishReason | None = delta.finish_reason
         stop_reason: int | str | None = delta.stop_reason
@@ -41,6 +47,8 @@ class OutputProcessor:
             text += rest if matched is not None else rest + self.stops.finish()
         if matched is not None:
             self.stopped, reason, stop_reason = True, "stop", matched
+            if self.timings is not None:
+                self.timings = replace(self.timings, finished_s=now, output_tokens=self.output_tokens)
         if not (text or delta.token_ids or reason):
             return None
         return RequestOutput(
@@ -51,7 +59,7 @@ class OutputProcessor:
             finish_reason=reason,
             stop_reason=stop_reason,
             logprobs=delta.logprobs,
-            timings=delta.timings,
-            cached_tokens=delta.cached_tokens,
+            timings=self.timings if reason else None,
+            cached_tokens=self.cached_tokens,
             prompt=self.prompt,
         )

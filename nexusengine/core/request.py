@@ -39,5 +39,5 @@ class RequestState:
         self.tokens[self.known] = token_id
         self.known += 1
 
-    def timings(self, now: float) -> Timings:
-        return Timings(self.request.arrival_s, self.scheduled_s, self.first_token_s, now, self.output_tokens)
+    def timings(self, finished_s: float | None) -> Timings:
+        return Timings(self.request.arrival_s, self.scheduled_s, self.first_token_s, finished_s, self.output_tokens)

@@ -40,13 +40,14 @@ def read_config() -> Message:
     return config
 
 
-def listen(handle: Callable[[Message], None]) -> None:
-    """Pass control messages to `handle`, from a thread of their own; the end of stdin ends the process."""
+def listen(handle: Callable[[Message], None], on_end: Callable[[], None] = lambda: os._exit(0)) -> None:
+    """Pass control messages to `handle`, from a thread of their own; at the end of stdin call `on_end`, which must see
+    to it that the process ends within a second."""
 
     def loop() -> None:
         for line in sys.stdin.buffer:
             handle(json.loads(line))
-        os._exit(0)
+        on_end()
 
     threading.Thread(target=loop, name="control", daemon=True).start()
 

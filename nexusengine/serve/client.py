@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -37,7 +38,7 @@ class RouterClient:
         self._cluster: wire.Cluster | None = None
         self._heard_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
-        self._sending: set[asyncio.Future[object]] = set()
+        self._sending: set[asyncio.Future[zmq.MessageTracker | None]] = set()
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -76,7 +77,7 @@ class RouterClient:
     async def close(self) -> None:
         for request_id in list(self._pending):
             self.abort(request_id)
-        tasks = [*self._tasks, *self._sending]
+        tasks: list[asyncio.Future[Any]] = [*self._tasks, *self._sending]
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=1.0)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import NexusError, Unavailable
@@ -55,8 +54,8 @@ class _Role:
 
 
 class Supervisor:
-    """on_event is called, in the supervisor's thread, with {"type": "phase", "phase", "fraction"}, {"type": "listening",
-    "host", "port"}, {"type": "ready"} once every worker is, and {"type": "exit", "name", "cause"}.
+    """on_event is called, in the supervisor's thread, with {"type": "phase", "phase", "fraction"}, {"type":
+    "listening", "host", "port"}, {"type": "ready"} once every worker is, and {"type": "exit", "name", "cause"}.
 
     Raises ConfigError for devices or policies that do not exist, before anything is started.
     """
@@ -134,9 +133,9 @@ class Supervisor:
         for role in self._roles.values():
             if role.start_again_s is not None and role.start_again_s <= now:
                 self._start(role)
-            if role.child and self._is_worker(role) and not role.was_ready:
-                if now - role.started_s > self.config.start_timeout:
-                    raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
+            starting = role.child is not None and self._is_worker(role) and not role.was_ready
+            if starting and now - role.started_s > self.config.start_timeout:
+                raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
         if self._draining_until_s is not None and now >= self._draining_until_s:
             log.warning("requests were still running when the drain time was over")
             self._stop_now = True
@@ -156,9 +155,10 @@ class Supervisor:
             if not self._ready_said and all(r.was_ready for r in self._roles.values() if self._is_worker(r)):
                 self._ready_said = True
                 self._on_event({"type": "ready"})
-        elif kind == "listening" and role.key == "server":
+        elif kind == "listening":
             role.was_ready = True
-            self._on_event(event)
+            if role.key == "server":
+                self._on_event(event)
         elif kind == "drained":
             self._stop_now = True
 
@@ -209,8 +209,6 @@ class Supervisor:
             lambda child, event: self._events.put((child, event)),
             environ=role.environ,
         )
-        if role.key == "router":
-            role.was_ready = True
         if role.key == "server" and self._files is not None:
             role.child.send(self._model_message())
 

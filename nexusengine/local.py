@@ -1,0 +1,125 @@
+"""An engine core in this process behind the AsyncBackend protocol: it runs in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+
+from nexusengine import wire
+from nexusengine.backend import Sink
+from nexusengine.core.core import EngineCore
+from nexusengine.errors import InternalError, NexusError, Unavailable
+from nexusengine.obs.logs import get_logger
+from nexusengine.types import EngineRequest, TokenDelta
+
+_IDLE_WAIT_S = 0.5
+log = get_logger("engine")
+
+
+class LocalBackend:
+    """One hop to the event loop for all new tokens of a step."""
+
+    def __init__(self, core: EngineCore, model: str) -> None:
+        self.core = core
+        self._model = model
+        self._commands: deque[EngineRequest | str] = deque()
+        self._arrived = threading.Event()
+        self._sinks: dict[str, Sink] = {}
+        self._failure: str | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine core", daemon=True)
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        if self._failure is not None or self._closing:
+            message = self._failure or "the engine was closed"
+            code = InternalError.code if self._failure else Unavailable.code
+            sink(TokenDelta(request.request_id, finish_reason="error", error_code=code, error_message=message))
+            return
+        self._sinks[request.request_id] = sink
+        self._commands.append(request)
+        self._arrived.set()
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._sinks:
+            self._commands.append(request_id)
+            self._arrived.set()
+
+    def status(self) -> wire.Cluster:
+        spec = self.core.executor.spec
+        info = wire.WorkerInfo(
+            "w0",
+            "local",
+            0,
+            spec.device,
+            self._model,
+            spec.dtype,
+            spec.attention_backend,
+            self.core.max_model_len,
+            spec.max_batch_tokens,
+            spec.block_size,
+            self.core.kv.total_blocks,
+            spec.weights_bytes,
+            spec.kv_bytes,
+        )
+        state = wire.WorkerState.GONE if self._failure else wire.WorkerState.READY
+        worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
+        return wire.Cluster("local", (worker,), ledger=len(self._sinks))
+
+    async def close(self) -> None:
+        self._closing = True
+        self._arrived.set()
+        await asyncio.to_thread(self._thread.join)
+        self._deliver(self.core.fail_all(Unavailable.code, "the engine was closed"))
+        self.core.executor.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                deltas = self._take_commands()
+                deltas += self.core.step()
+                if deltas:
+                    self._loop.call_soon_threadsafe(self._deliver, deltas)
+                if not self.core.has_work:
+                    self._arrived.wait(_IDLE_WAIT_S)
+                    self._arrived.clear()
+        except Exception as error:  # whatever it is, the requests in flight must be told
+            log.exception("a step failed; the engine is of no more use")
+            self._failure = f"a step failed: {error}"
+            deltas = self.core.fail_all(InternalError.code, self._failure)
+            self._loop.call_soon_threadsafe(self._deliver, deltas)
+
+    def _take_commands(self) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
+        while self._commands:
+            command = self._commands.popleft()
+            if isinstance(command, str):
+                if (delta := self.core.abort(command)) is not None:
+                    deltas.append(delta)
+                continue
+            try:
+                self.core.add(command)
+            except NexusError as error:
+                deltas.append(
+                    TokenDelta(
+                        command.request_id,
+                        finish_reason="error",
+                        error_code=error.code,
+                        error_message=error.message,
+                        retry_after_s=error.retry_after_s,
+                    )
+                )
+        return deltas
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            sink = self._sinks.get(delta.request_id)
+            if sink is None:
+                continue
+            if delta.finish_reason is not None:
+                del self._sinks[delta.request_id]
+            sink(delta)

@@ -1,0 +1,105 @@
+"""From what a caller passes to an EngineRequest, and from its deltas back to what the caller sees."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Sequence
+
+from nexusengine.core.output import OutputProcessor
+from nexusengine.core.stop import StopStrings
+from nexusengine.errors import ContextTooLong, InvalidRequest, NexusError, error_from_code
+from nexusengine.tokenize import Tokenizer
+from nexusengine.types import MAX_SEED, SLO, EngineRequest, SamplingParams, TokenDelta
+
+Prompt = str | Sequence[int]
+
+DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=256)
+"""Used where a caller of the Python API gives none: greedy, at most 256 tokens."""
+
+
+def make_request(
+    prompt: Prompt,
+    sampling: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    arrival_s: float,
+    timeout_s: float | None = None,
+    request_id: str | None = None,
+    slo: SLO | None = None,
+    slo_class: str | None = None,
+    priority: int = 0,
+) -> EngineRequest:
+    """Tokenise, and draw a seed if there is none. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        token_ids = tokenizer.encode(prompt)
+    else:
+        token_ids = list(prompt)
+        wrong = next((i for i in token_ids if isinstance(i, bool) or not isinstance(i, int)), None)
+        if wrong is not None:
+            raise InvalidRequest(f"a prompt is a string or a list of token ids, got {wrong!r}", param="prompt")
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    return EngineRequest(
+        request_id=request_id or uuid.uuid4().hex,
+        prompt_token_ids=token_ids,
+        sampling=sampling.with_seed(secrets.randbelow(MAX_SEED)),
+        arrival_s=arrival_s,
+        eos_token_ids=tokenizer.eos_token_ids,
+        slo=slo,
+        slo_class=slo_class,
+        priority=priority,
+        deadline_s=None if timeout_s is None else arrival_s + timeout_s,
+    )
+
+
+def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
+    """What every worker would refuse, refused before it is sent. Raises ContextTooLong or InvalidRequest."""
+    length, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
+    if length + (wanted or 1) > max_model_len:
+        asked = f" and {wanted} output tokens were asked for" if wanted else ""
+        raise ContextTooLong(
+            f"the prompt has {length} tokens{asked}, but prompt and output together can have at most {max_model_len}",
+            param="prompt" if length >= max_model_len else "max_tokens",
+        )
+    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocab_size:
+        wrong = next(i for i in request.prompt_token_ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param="prompt")
+
+
+def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt) -> OutputProcessor:
+    return OutputProcessor(
+        request.request_id,
+        tuple(request.prompt_token_ids),
+        tokenizer.stream(),
+        StopStrings(request.sampling.stop),
+        prompt=prompt if isinstance(prompt, str) else None,
+    )
+
+
+def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
+    """Consecutive deltas of one request as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    last = deltas[-1]
+    logprobs = tuple(item for d in deltas for item in d.logprobs or ())
+    return TokenDelta(
+        last.request_id,
+        tuple(i for d in deltas for i in d.token_ids),
+        logprobs if any(d.logprobs is not None for d in deltas) else None,
+        last.finish_reason,
+        last.stop_reason,
+        last.timings,
+        last.cached_tokens,
+        last.preemptions,
+        last.error_code,
+        last.error_message,
+        last.retry_after_s,
+    )
+
+
+def delta_error(delta: TokenDelta) -> NexusError:
+    """The error that a delta with finish_reason "error" carries."""
+    return error_from_code(
+        delta.error_code or "", delta.error_message or "no reason was given", retry_after_s=delta.retry_after_s
+    )
