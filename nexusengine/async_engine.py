@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from nexusengine.backend import AsyncBackend
@@ -115,7 +115,7 @@ class AsyncEngine:
         priority: int = 0,
         timeout_s: float | None = None,
         arrival_s: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """The news of one request, the last one with a finish_reason. What comes in while the consumer is busy is
         handed over as one piece. Raises NexusError."""
         request = make_request(
@@ -160,7 +160,7 @@ class AsyncEngine:
 
     async def chat(
         self, messages: Sequence[Message], sampling: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """`generate` for a conversation, rendered with the model's chat template."""
         async for output in self.generate(self.tokenizer.encode_chat(messages), sampling, **options):
             yield output

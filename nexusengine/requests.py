@@ -62,9 +62,14 @@ def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) ->
             f"the prompt has {length} tokens{asked}, but prompt and output together can have at most {max_model_len}",
             param="prompt" if length >= max_model_len else "max_tokens",
         )
-    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocab_size:
-        wrong = next(i for i in request.prompt_token_ids if not 0 <= i < vocab_size)
-        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param="prompt")
+    check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest naming an id that is not in the vocabulary."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        wrong = next(i for i in token_ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param=param)
 
 
 def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt) -> OutputProcessor:

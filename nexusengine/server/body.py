@@ -1,0 +1,72 @@
+"""Reading a request's body: bounded, strictly JSON, checked against its schema; every refusal names its cause."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from nexusengine.errors import Cancelled, InvalidRequest, PayloadTooLarge
+from nexusengine.server.schemas import Body
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, schema: type[B], limit_bytes: int) -> B:
+    """Raises PayloadTooLarge, InvalidRequest naming the field, or Cancelled if the client left meanwhile."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        _too_large(int(declared), limit_bytes)
+    content = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("the client left before its request was complete")
+        content += message.get("body", b"")
+        if len(content) > limit_bytes:
+            _too_large(len(content), limit_bytes)
+        if not message.get("more_body", False):
+            return parse(bytes(content), schema)
+
+
+def parse(content: bytes, schema: type[B]) -> B:
+    try:
+        value = json.loads(content, parse_constant=_not_json)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    try:
+        body = schema.model_validate(value)
+    except ValidationError as error:
+        raise _named(error) from None
+    body.check_refused()
+    return body
+
+
+def _too_large(size: int, limit: int) -> NoReturn:
+    raise PayloadTooLarge(f"the body has {size} bytes or more; at most {limit} are read (--max-body-bytes)")
+
+
+def _not_json(constant: str) -> Any:
+    raise InvalidRequest(f"{constant} is not a JSON value")
+
+
+def _named(error: ValidationError) -> InvalidRequest:
+    """The first fault, with the path of its field; of a union's many complaints the one that got furthest."""
+    faults = error.errors(include_url=False, include_context=False)
+    fault = max(faults, key=lambda f: len(f["loc"]))
+    path = ".".join(str(part) for part in fault["loc"] if not _is_type_name(part))
+    shown = "" if fault["type"] == "missing" else f" (got {str(fault['input'])[:80]!r})"
+    return InvalidRequest(f"{path}: {fault['msg']}{shown}", param=path)
+
+
+def _is_type_name(part: str | int) -> bool:
+    """pydantic puts the names of a union's branches into the path: list[int], str, ..."""
+    return isinstance(part, str) and (part in ("str", "int") or part.endswith("]"))

@@ -1,0 +1,233 @@
+"""/v1/chat/completions and /v1/completions: the same life, two shapes of reply."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from nexusengine.requests import Prompt, check_token_ids
+from nexusengine.server.body import read_body
+from nexusengine.server.schemas import ChatRequest, CompletionRequest
+from nexusengine.server.state import ServerState
+from nexusengine.server.streams import EventStream, fan_in, until_disconnect
+from nexusengine.tokenize import Tokenizer
+from nexusengine.types import MAX_SEED, RequestOutput, SamplingParams, TokenLogprob
+
+router = APIRouter()
+
+
+class Shape(Protocol):
+    """How a reply looks. text so far is passed where logprobs need offsets."""
+
+    prefix: str
+    object_name: str
+    chunk_name: str
+
+    def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]: ...
+
+    def delta(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]: ...
+
+    def opening(self, index: int) -> dict[str, Any] | None: ...
+
+    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any: ...
+
+
+class ChatShape:
+    prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        delta = {"content": text} if text or reason is None else {}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            text = tokenizer.token_str(token_id)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = [
+            entry(i.token_id, i.logprob) | {"top_logprobs": [entry(token, value) for token, value in i.top]}
+            for i in items
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextShape:
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    delta = choice
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any:
+        texts = [tokenizer.token_str(i.token_id) for i in items]
+        offsets = [offset + sum(map(len, texts[:k])) for k in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [i.logprob for i in items],
+            "top_logprobs": [{tokenizer.token_str(t): value for t, value in i.top} for i in items],
+            "text_offset": offsets,
+        }
+
+
+class Generation:
+    """One HTTP request: prompts x n choices, numbered prompt by prompt."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        shape: Shape,
+        prompts: Sequence[Prompt],
+        echoes: Sequence[str],
+        sampling: SamplingParams,
+        n: int,
+        arrival_s: float,
+    ) -> None:
+        self.state, self.shape, self.sampling = state, shape, sampling
+        self.engine = state.serving_engine()
+        self.n, self.echoes = n, [e for e in echoes for _ in range(n)]
+        self.id, self.created = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time())
+        each = [sampling if k == 0 or sampling.seed is None else _reseeded(sampling, k) for k in range(n)]
+        self._generations = [
+            self.engine.generate(
+                prompt,
+                params,
+                timeout_s=state.config.request_timeout,
+                arrival_s=arrival_s,
+            )
+            for prompt in prompts
+            for params in each
+        ]
+        self._usage = {"prompt": 0, "output": 0, "cached": 0}
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """The news of every choice; counts usage and metrics as choices end."""
+        lengths = [0] * len(self._generations)
+        async with fan_in(self._generations) as news:
+            async for index, output in news:
+                lengths[index] += len(output.token_ids)
+                if output.finished:
+                    ended_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+                    tokens = lengths[index] + ended_by_token
+                    prompt = len(output.prompt_token_ids) if index % self.n == 0 else 0
+                    self._usage["prompt"] += prompt
+                    self._usage["cached"] += output.cached_tokens if index % self.n == 0 else 0
+                    self._usage["output"] += tokens
+                    self.state.metrics.finished(
+                        len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings
+                    )
+                yield index, output
+
+    def usage(self) -> dict[str, Any]:
+        prompt, output = self._usage["prompt"], self._usage["output"]
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": self._usage["cached"]},
+        }
+
+    def envelope(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.state.model_name,
+            "choices": choices,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        texts = list(self.echoes)
+        reasons: list[str | None] = [None] * len(texts)
+        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        async with aclosing(self.outputs()) as outputs:
+            async for index, output in outputs:
+                texts[index] += output.text
+                reasons[index] = output.finish_reason
+                logprobs[index].extend(output.logprobs or ())
+        choices = [
+            self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0)) for i, text in enumerate(texts)
+        ]
+        return self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
+
+    async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+        no_usage = {"usage": None} if include_usage else {}
+        lengths = [0] * len(self.echoes)
+        opened: set[int] = set()
+        async with aclosing(self.outputs()) as outputs:
+            async for index, output in outputs:
+                text = output.text
+                if index not in opened:
+                    opened.add(index)
+                    text = self.echoes[index] + text
+                    if (opening := self.shape.opening(index)) is not None:
+                        yield self.envelope(self.shape.chunk_name, [opening]) | no_usage
+                if not (text or output.finished or output.logprobs):
+                    continue
+                logprobs = self._logprobs(output.logprobs or (), lengths[index])
+                lengths[index] += len(text)
+                choice = self.shape.delta(index, text, output.finish_reason, logprobs)
+                yield self.envelope(self.shape.chunk_name, [choice]) | no_usage
+        if include_usage:
+            yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()}
+
+    def _logprobs(self, items: Sequence[TokenLogprob], offset: int) -> Any:
+        if self.sampling.logprobs is None:
+            return None
+        return self.shape.logprobs(self.engine.tokenizer, items, offset)
+
+
+def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
+    """The parameters of choice k: choices of one request differ, and are the same when it is repeated."""
+    return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    arrival_s, state = time.monotonic(), request.app.state.server
+    body = await read_body(request, ChatRequest, state.config.max_body_bytes)
+    state.check_model(body.model)
+    engine = state.serving_engine()
+    messages = [m.model_dump(exclude_none=True) for m in body.messages]
+    prompt = engine.tokenizer.encode_chat(messages)
+    generation = Generation(state, ChatShape(), [prompt], [""], body.sampling(), body.n, arrival_s)
+    return await _reply(request, generation, body)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    arrival_s, state = time.monotonic(), request.app.state.server
+    body = await read_body(request, CompletionRequest, state.config.max_body_bytes)
+    state.check_model(body.model)
+    engine, prompts = state.serving_engine(), body.prompts
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            check_token_ids(prompt, engine.vocab_size, "prompt")
+    echoes = ["" if not body.echo else p if isinstance(p, str) else engine.tokenizer.decode(p) for p in prompts]
+    generation = Generation(state, TextShape(), prompts, echoes, body.sampling(), body.n, arrival_s)
+    return await _reply(request, generation, body)
+
+
+async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
+    headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
+    if body.stream:
+        return await EventStream(request, generation.events(body.include_usage), headers).begin()
+    return JSONResponse(await until_disconnect(request, generation.whole()), headers=headers)

@@ -1,0 +1,100 @@
+"""Everything but generation: models, tokens, health, version, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from nexusengine import __version__
+from nexusengine.errors import InvalidRequest
+from nexusengine.requests import check_token_ids
+from nexusengine.server.body import read_body
+from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
+from nexusengine.server.state import ServerState
+
+router = APIRouter()
+
+
+def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    model = {"id": state.model_name, "object": "model", "created": state.started_unix_s, "owned_by": "nexusengine"}
+    return model | ({"max_model_len": state.engine.max_model_len} if state.engine and state.ready else {})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_model(_state(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    state = _state(request)
+    state.check_model(name)
+    return JSONResponse(_model(state))
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """{"prompt"} or {"messages"} -> {"tokens", "count", "max_model_len"} and, if asked for, "token_strs"."""
+    state = _state(request)
+    body = await read_body(request, TokenizeRequest, state.config.max_body_bytes)
+    state.check_model(body.model)
+    engine = state.serving_engine()
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        tokens = engine.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    else:
+        tokens = engine.tokenizer.encode_chat([m.model_dump(exclude_none=True) for m in body.messages or []])
+    reply: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
+    if body.return_token_strs:
+        reply["token_strs"] = [engine.tokenizer.token_str(i) for i in tokens]
+    return JSONResponse(reply)
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """{"tokens"} -> {"prompt"}, special tokens written out."""
+    state = _state(request)
+    body = await read_body(request, DetokenizeRequest, state.config.max_body_bytes)
+    state.check_model(body.model)
+    engine = state.serving_engine()
+    check_token_ids(body.tokens, engine.vocab_size, "tokens")
+    return JSONResponse({"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+@router.get("/livez")
+@router.get("/health")
+async def livez() -> Response:
+    """200 as soon as HTTP is up."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 while requests are served: at least one worker is ready, and the server is not shutting down."""
+    state = _state(request)
+    return JSONResponse(state.progress(), 200 if state.ready else 503)
+
+
+@router.get("/startupz")
+async def startupz(request: Request) -> Response:
+    """503 with the phase of start-up until it is over, 200 ever after."""
+    state = _state(request)
+    return JSONResponse(state.progress(), 200 if state.ready or state.was_ready else 503)
+
+
+@router.get("/version")
+async def version() -> Response:
+    return JSONResponse({"version": __version__})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(_state(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

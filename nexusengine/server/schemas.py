@@ -1,0 +1,169 @@
+"""The bodies of requests, as pydantic models. A field that is accepted is implemented, or refused with its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexusengine.errors import InvalidRequest
+from nexusengine.types import SamplingParams
+
+MAX_CHOICES = 16
+
+
+class Body(BaseModel):
+    """Strict types; unknown fields are kept aside so that a header can name them.
+
+    REFUSED: fields OpenAI knows and we do not implement, with the values that change nothing and so are accepted.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def check_refused(self) -> None:
+        """Raises InvalidRequest for a field that would have to be honoured and is not."""
+        for name, harmless in self.REFUSED.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in harmless:
+                raise InvalidRequest(f"{name} is not supported (got {str(value)[:80]})", param=name)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the body that have no effect."""
+        return sorted(self.model_extra or {})
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    include_usage: bool = False
+
+
+class Sampling(Body):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "repetition_penalty": (1,),
+        "logit_bias": ({},),
+        "slo": (),
+    }
+
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises InvalidRequest naming the field."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed with stream", param="stream_options")
+        top_k = self.top_k if self.top_k not in (None, -1) else 0  # some clients write -1 for "all"
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            seed=self.seed,
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """Further keys (name, tool_call_id, ...) are handed to the model's chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **Sampling.REFUSED,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "audio": (),
+        "modalities": (["text"],),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+    }
+
+    def sampling(self) -> SamplingParams:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed with logprobs", param="top_logprobs")
+        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_params(wanted, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionRequest(Sampling):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {**Sampling.REFUSED, "suffix": ("",)}
+
+    def sampling(self) -> SamplingParams:
+        if self.best_of not in (None, self.n):
+            raise InvalidRequest("best_of is only supported when it equals n", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("logprobs of the prompt (echo with logprobs) are not supported", param="echo")
+        return self.sampling_params(self.max_tokens, self.logprobs)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and all(isinstance(p, int) for p in self.prompt):
+            return [self.prompt]  # type: ignore[list-item]
+        if not self.prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TokenizeRequest(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,77 @@
+"""What the server knows: its configuration, how far start-up is, and the engine once there is one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nexusengine.async_engine import AsyncEngine
+from nexusengine.config import ServeConfig
+from nexusengine.errors import ModelNotFound, Unavailable
+from nexusengine.obs.metrics import Metrics
+from nexusengine.wire import Cluster, WorkerState
+
+_RETRY_WHILE_STARTING_S = 2.0
+
+
+@dataclass(slots=True)
+class ServerState:
+    """engine is None until the tokenizer is loaded; requests are served once a worker is ready."""
+
+    config: ServeConfig
+    model_name: str
+    engine: AsyncEngine | None = None
+    phase: str = "starting"
+    fraction: float = 0.0
+    draining: bool = False
+    was_ready: bool = False
+    in_progress: int = 0
+    started_unix_s: int = field(default_factory=lambda: int(time.time()))
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.cluster)
+
+    def cluster(self) -> Cluster | None:
+        return None if self.engine is None else self.engine.backend.status()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be served."""
+        cluster = self.cluster()
+        ready = cluster is not None and any(w.state is WorkerState.READY for w in cluster.workers)
+        self.was_ready |= ready
+        return ready and not self.draining
+
+    def serving_engine(self) -> AsyncEngine:
+        """Raises Unavailable while starting and while draining. A moment without a ready worker is waited out by the
+        router, once there has been one."""
+        if self.draining:
+            raise Unavailable("the server is shutting down", retry_after_s=5.0)
+        if self.engine is None or not (self.ready or self.was_ready):
+            raise Unavailable(f"the server is starting: {self.phase}", retry_after_s=_RETRY_WHILE_STARTING_S)
+        return self.engine
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFound if the request names a model that is not served here."""
+        if name is not None and name != self.model_name:
+            raise ModelNotFound(f"the model {name!r} is not served here; this is {self.model_name!r}", param="model")
+
+    def progress(self) -> dict[str, Any]:
+        """What /startupz says."""
+        cluster = self.cluster()
+        workers = [
+            {
+                "id": w.info.worker_id,
+                "device": w.info.device,
+                "state": w.state.value,
+                "phase": w.phase,
+                "fraction": round(w.fraction, 3),
+                **({"cause": w.cause} if w.cause else {}),
+            }
+            for w in (cluster.workers if cluster else ())
+        ]
+        ready = self.ready
+        phase = "draining" if self.draining else "ready" if ready else self.phase
+        return {"phase": phase, "fraction": 1.0 if ready else round(self.fraction, 3), "workers": workers}
