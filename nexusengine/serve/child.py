@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Message = dict[str, Any]
@@ -26,10 +26,21 @@ _STDERR_LINES_KEPT = 20
 # ---- in the child ---------------------------------------------------------------------------------------------------
 
 
+def _lines() -> Iterator[bytes]:
+    """Lines of stdin. Unbuffered: Python's own reader holds a lock that breaks an exit while a thread waits in it."""
+    rest = b""
+    while chunk := os.read(0, 65_536):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+_stdin = _lines()
+
+
 def read_config() -> Message:
     """The configuration line; ties this process to its parent's life. Call first, from the main thread."""
-    line = sys.stdin.buffer.readline()
-    if not line:
+    line = next(_stdin, None)
+    if line is None:
         os._exit(1)
     config: Message = json.loads(line)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor handles it
@@ -45,7 +56,7 @@ def listen(handle: Callable[[Message], None], on_end: Callable[[], None] = lambd
     to it that the process ends within a second."""
 
     def loop() -> None:
-        for line in sys.stdin.buffer:
+        for line in _stdin:
             handle(json.loads(line))
         on_end()
 

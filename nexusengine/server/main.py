@@ -1,84 +1,17 @@
-"""The server process: HTTP from the first second, requests once the model's tokenizer and a worker are there."""
+"""The server process. It takes its port before it imports anything heavy, so that clients can connect from the start
+and are answered as soon as the application is there."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
 import socket
 import sys
-import threading
-from collections.abc import Iterator
-from typing import Any
 
-import uvicorn
-
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
-from nexusengine.errors import ConfigError, NexusError
-from nexusengine.loading.resolve import resolve_model
-from nexusengine.obs.logs import get_logger, setup
+from nexusengine.errors import ConfigError
+from nexusengine.obs.logs import setup
 from nexusengine.serve import child
-from nexusengine.serve.client import RouterClient
-from nexusengine.server.app import create_app
-from nexusengine.server.state import ServerState
-from nexusengine.tokenize import load_tokenizer
 
-_LAST_WORDS_S = 0.8
-log = get_logger("server")
-
-
-class Control:
-    """Acts on the supervisor's messages, which arrive in another thread."""
-
-    def __init__(self, state: ServerState, front: str) -> None:
-        self.state, self._front = state, front
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: uvicorn.Server | None = None
-        self._early: list[child.Message] = []
-        self._lock = threading.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def attach(self, loop: asyncio.AbstractEventLoop, server: uvicorn.Server) -> None:
-        with self._lock:
-            self._loop, self._server = loop, server
-            for message in self._early:
-                loop.call_soon(self._handle, message)
-
-    def on_message(self, message: child.Message) -> None:
-        with self._lock:
-            if self._loop is None:
-                self._early.append(message)
-            else:
-                self._loop.call_soon_threadsafe(self._handle, message)
-
-    def on_end(self) -> None:
-        """The supervisor is gone or wants the end: replies under way get a moment."""
-        if self._server is not None:
-            self._server.should_exit = True
-        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
-
-    def _handle(self, message: child.Message) -> None:
-        if message["type"] == "phase":
-            self.state.phase, self.state.fraction = message["phase"], message["fraction"]
-        elif message["type"] == "drain":
-            self.state.draining = True
-        elif message["type"] == "model_ready":
-            task = asyncio.ensure_future(self._load(message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _load(self, message: child.Message) -> None:
-        try:
-            files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
-            tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        except NexusError as error:
-            child.emit({"type": "failed", "message": error.message})
-            os._exit(1)
-        client = RouterClient(self._front)
-        await client.start()
-        self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
-        self.state.model_name = message["name"]
+_BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -88,61 +21,26 @@ def bind(host: str, port: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-        made.listen(2048)
+        made.listen(_BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from None
     return made
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to the supervisor: Ctrl-C reaches every process of the terminal's group."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            create_app(state),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=30,
-            server_header=False,
-        )
-    )
-    control.attach(asyncio.get_running_loop(), server)
-    await server.serve([listening])
-
-
 def main() -> None:
-    given: dict[str, Any] = child.read_config()
+    given = child.read_config()
     config = ServeConfig(**given["config"])
     setup(config.log_level)
-    state = ServerState(config, config.served_model_name or config.model)
-    control = Control(state, given["front"])
-    child.listen(control.on_message, control.on_end)
     try:
         listening = bind(config.host, config.port)
     except ConfigError as error:
         child.emit({"type": "failed", "message": error.message})
         sys.exit(1)
     child.emit({"type": "listening", "host": config.host, "port": listening.getsockname()[1]})
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(state, control, listening))
-    os._exit(0)
 
+    from nexusengine.server.process import run
 
-def _loop_factory() -> Any:
-    """uvloop, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    run(config, given["front"], listening)
 
 
 if __name__ == "__main__":
