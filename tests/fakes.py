@@ -1,0 +1,131 @@
+"""Stand-ins for the device: small, deterministic, and suspicious of what they are given."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from nexusengine.clock import VirtualClock
+from nexusengine.core.core import EngineCore
+from nexusengine.execute.base import ExecutorSpec
+from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.perf.linear import LinearModel
+from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
+
+VOCABULARY = 97
+
+
+def next_token(tokens: list[int]) -> int:
+    """The fake model: the next token is a hash of everything before it."""
+    digest = hashlib.blake2b(np.array(tokens, np.int32).tobytes(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCABULARY
+
+
+def continuation(prompt: list[int], count: int) -> list[int]:
+    """What the fake model answers, whatever the schedule."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeExecutor:
+    """Keeps token ids where a model keeps K and V, and computes from what the block tables lead to: any mistake in
+    blocks, positions or prefix reuse changes the answer or fails an assertion. step_s: virtual seconds a step takes."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 128,
+        max_batch_tokens: int = 64,
+        clock: VirtualClock | None = None,
+        step_s: float = 0.01,
+        poison: frozenset[int] = frozenset(),
+    ) -> None:
+        self.spec = ExecutorSpec(
+            device="fake",
+            dtype="float32",
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            vocab_size=VOCABULARY,
+            attention_backend="fake",
+            weights_bytes=0,
+            kv_bytes=0,
+        )
+        self.cache = np.full((num_blocks, block_size), -1, np.int64)
+        self.batches: list[tuple[int, int]] = []
+        self._clock, self._step_s, self._poison = clock, step_s, poison
+        self._result: StepResult | None = None
+
+    def submit(self, batch: StepBatch) -> None:
+        assert self._result is None
+        assert len(batch.token_ids) == batch.counts.sum() <= self.spec.max_batch_tokens
+        assert (np.diff((batch.counts > 1).astype(int)) >= 0).all(), "rows of one token come first"
+        size, at, tokens = self.spec.block_size, 0, []
+        for slot, start, count, sampled in zip(batch.slots, batch.starts, batch.counts, batch.sampled, strict=True):
+            table = batch.block_tables[slot]
+            for position in range(start, start + count):
+                assert table[position // size] > 0, "computes into the null block"
+                self.cache[table[position // size], position % size] = batch.token_ids[at]
+                at += 1
+            if sampled:
+                known = [int(self.cache[table[p // size], p % size]) for p in range(start + count)]
+                assert min(known) >= 0, "reads a slot that was never written"
+                tokens.append(-1 if self._poison & set(known) else next_token(known))
+        self.batches.append((len(batch.slots), int(batch.counts.sum())))
+        self._result = StepResult(np.array(tokens, np.int32), self._step_s)
+
+    def collect(self) -> StepResult:
+        result, self._result = self._result, None
+        assert result is not None
+        if self._clock is not None:
+            self._clock.advance(self._step_s)
+        return result
+
+    def close(self) -> None:
+        self.cache[:] = -1
+
+
+def make_core(
+    executor: FakeExecutor | None = None, *, clock: VirtualClock | None = None, **options: object
+) -> EngineCore:
+    """A core with every invariant checked after each step."""
+    clock = clock or VirtualClock()
+    settings: dict[str, object] = {"policy": FCFS(), "max_running": 8, "max_waiting": 32, "hash_key": b"k", **options}
+    policy = settings.pop("policy")
+    return EngineCore(
+        executor or FakeExecutor(clock=clock),
+        policy,  # type: ignore[arg-type]
+        LinearModel(),
+        clock=clock,
+        check_every_step=True,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def request(
+    request_id: str, prompt: list[int], max_tokens: int | None = 4, *, arrival_s: float = 0.0, **fields: object
+) -> EngineRequest:
+    sampling = fields.pop("sampling", None) or SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=0)
+    return EngineRequest(request_id, prompt, sampling, arrival_s, **fields)  # type: ignore[arg-type]
+
+
+def run(core: EngineCore, *, steps: int = 10_000) -> dict[str, tuple[list[int], TokenDelta]]:
+    """Step until there is no work: token ids and last delta of each request that ended."""
+    tokens: dict[str, list[int]] = {}
+    ended: dict[str, tuple[list[int], TokenDelta]] = {}
+    for _ in range(steps):
+        if not core.has_work:
+            return ended
+        for delta in core.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                assert delta.request_id not in ended, "two ends"
+                ended[delta.request_id] = (tokens[delta.request_id], delta)
+    raise AssertionError(f"still at work after {steps} steps")

@@ -1,0 +1,218 @@
+"""The engine core: what a request goes through, and how it ends."""
+
+import numpy as np
+import pytest
+
+from nexusengine.clock import VirtualClock
+from nexusengine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.plan import StepPlan
+from nexusengine.lens.view import EngineView
+from nexusengine.types import SamplingParams
+from tests.fakes import FakeExecutor, continuation, make_core, request, run
+
+PROMPT = list(range(1, 20))
+
+
+def test_the_answer_is_the_models_whatever_the_chunks() -> None:
+    for budget in (1, 3, 7, 64):
+        core = make_core(policy=FCFS(budget))
+        core.add(request("a", PROMPT, 6))
+        assert run(core)["a"][0] == continuation(PROMPT, 6)
+
+
+def test_many_requests_run_in_one_batch_and_leave_nothing_behind() -> None:
+    executor = FakeExecutor()
+    core = make_core(executor)
+    for i in range(20):
+        core.add(request(str(i), PROMPT[: 3 + i % 7], 3 + i % 5))
+    ended = run(core)
+    assert {i: t for i, (t, _) in ended.items()} == {
+        str(i): continuation(PROMPT[: 3 + i % 7], 3 + i % 5) for i in range(20)
+    }
+    assert max(rows for rows, _ in executor.batches) == 8
+    stats = core.stats()
+    assert (stats.running, stats.waiting, stats.kv_used_blocks, stats.finished_length) == (0, 0, 0, 20)
+
+
+def test_sequences_that_outgrow_the_cache_are_preempted_and_continue_the_same_text() -> None:
+    core = make_core(FakeExecutor(num_blocks=12))
+    for i in range(4):
+        core.add(request(str(i), PROMPT[i : i + 6], 20))
+    ended = run(core)
+    assert all(ended[str(i)][0] == continuation(PROMPT[i : i + 6], 20) for i in range(4))
+    assert core.stats().preemptions > 0
+    assert sum(delta.preemptions for _, delta in ended.values()) == core.stats().preemptions
+
+
+def test_an_equal_beginning_is_computed_once() -> None:
+    core = make_core()
+    core.add(request("a", PROMPT, 2))
+    run(core)
+    computed = core.stats().computed_tokens
+    core.add(request("b", PROMPT, 2))
+    tokens, last = run(core)["b"]
+    assert tokens == continuation(PROMPT, 2)
+    assert last.cached_tokens == 16
+    assert core.stats().computed_tokens - computed == len(PROMPT) - 16 + 1
+
+
+def test_a_stop_token_ends_the_request_and_is_not_part_of_its_text() -> None:
+    answer = continuation(PROMPT, 6)
+    core = make_core()
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, seed=0, stop_token_ids=(answer[3],))
+    core.add(request("stop", PROMPT, sampling=sampling))
+    core.add(request("eos", PROMPT, 6, eos_token_ids=(answer[2],)))
+    ignoring = SamplingParams(temperature=0.0, max_tokens=6, seed=0, ignore_eos=True)
+    core.add(request("ignored", PROMPT, sampling=ignoring, eos_token_ids=(answer[2],)))
+    ended = run(core)
+    assert ended["stop"][0] == answer[:3]
+    assert (ended["stop"][1].finish_reason, ended["stop"][1].stop_reason) == ("stop", answer[3])
+    assert ended["eos"][0] == answer[:2]
+    assert (ended["eos"][1].finish_reason, ended["eos"][1].stop_reason) == ("stop", None)
+    assert ended["ignored"][0] == answer
+    assert ended["ignored"][1].finish_reason == "length"
+
+
+def test_without_max_tokens_a_request_runs_until_the_context_is_full() -> None:
+    core = make_core(FakeExecutor(max_model_len=40))
+    core.add(request("a", PROMPT, None))
+    assert len(run(core)["a"][0]) == 40 - len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "error", "words"),
+    [
+        ([], 1, InvalidRequest, "empty"),
+        ([1, 97], 1, InvalidRequest, "97"),
+        ([1, -3], 1, InvalidRequest, "-3"),
+        (list(range(60)), 1, ContextTooLong, "60 tokens"),
+        (list(range(40)), 30, ContextTooLong, "30 output tokens"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(
+    prompt: list[int], max_tokens: int, error: type[Exception], words: str
+) -> None:
+    core = make_core(FakeExecutor(num_blocks=16))
+    with pytest.raises(error, match=words):
+        core.add(request("a", prompt, max_tokens))
+    assert not core.has_work
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+    core = make_core(max_waiting=2)
+    core.add(request("a", PROMPT))
+    core.add(request("b", PROMPT))
+    with pytest.raises(Overloaded) as caught:
+        core.add(request("c", PROMPT))
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s >= 1.0
+    with pytest.raises(InvalidRequest, match="'a'"):
+        core.add(request("a", PROMPT))
+
+
+def test_a_request_can_be_aborted_in_every_state() -> None:
+    core = make_core(policy=FCFS(budget=8), max_running=2)
+    for i, name in enumerate(("decoding", "prefilling", "waiting")):
+        core.add(request(name, [i, *PROMPT], 50))
+    for _ in range(4):
+        core.step()
+    states = {s.request.request_id: s for s in core._by_id.values()}
+    assert states["decoding"].output_tokens > 0
+    assert states["prefilling"].output_tokens == 0
+    for name in ("waiting", "prefilling", "decoding"):
+        delta = core.abort(name)
+        assert delta is not None
+        assert delta.finish_reason == "abort"
+        core.check()
+    assert core.abort("decoding") is None
+    assert (core.has_work, core.kv.used_blocks) == (False, 0)
+
+
+def test_a_deadline_ends_a_request_that_is_late() -> None:
+    clock = VirtualClock()
+    core = make_core(FakeExecutor(clock=clock, step_s=1.0), clock=clock)
+    core.add(request("late", PROMPT, 50, deadline_s=3.5))
+    core.add(request("in time", PROMPT, 2, deadline_s=30.0))
+    ended = run(core)
+    assert ended["late"][1].error_code == "deadline_exceeded"
+    assert ended["late"][0] == continuation(PROMPT, 50)[: len(ended["late"][0])]
+    assert ended["in time"][1].finish_reason == "length"
+
+
+def test_logits_that_are_not_finite_fail_their_request_and_no_other() -> None:
+    core = make_core(FakeExecutor(poison=frozenset({50})))
+    core.add(request("bad", [50, 1, 2], 3))
+    core.add(request("good", [1, 2, 3], 3))
+    ended = run(core)
+    assert ended["bad"][1].error_code == "internal_error"
+    assert ended["good"][0] == continuation([1, 2, 3], 3)
+
+
+def test_timings_tell_queueing_first_token_and_end() -> None:
+    clock = VirtualClock(100.0)
+    core = make_core(FakeExecutor(clock=clock, step_s=0.5), clock=clock)
+    core.add(request("a", PROMPT, 3, arrival_s=99.0))
+    timings = run(core)["a"][1].timings
+    assert timings is not None
+    assert (timings.queue_s, timings.ttft_s, timings.tpot_s, timings.e2e_s) == (1.0, 1.5, 0.5, 2.5)
+
+
+def test_every_step_is_recorded_with_prediction_and_outcome() -> None:
+    core = make_core()
+    core.add(request("a", PROMPT, 3))
+    run(core)
+    records = list(core.records)
+    assert [r.features.tokens for r in records] == [19, 1, 1]
+    assert all(r.predicted_s > 0 and r.upper_s >= r.predicted_s and r.device_s == 0.01 for r in records)
+
+
+def test_the_published_load_says_what_the_worker_is_doing() -> None:
+    core = make_core(policy=FCFS(budget=8), max_running=1)
+    core.covers = 7
+    core.add(request("a", PROMPT, 5))
+    core.step()
+    core._publish(force=True)
+    core.covers = 8
+    load = core.load()
+    assert (load.covers, load.running, load.pending_tokens, load.kv_used_blocks) == (7, 1, 11, 2)
+    assert (load.pending[0].left_tokens, load.pending[0].done_tokens) == (11, 8)
+
+
+class Wrong:
+    """A policy that breaks its contract in a chosen way."""
+
+    name = "wrong"
+
+    def __init__(self, slots: list[int], counts: list[int], preempt: tuple[int, ...] = ()) -> None:
+        self.slots, self.counts, self.preempt = slots, counts, preempt
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        return StepPlan(
+            np.array(self.slots, np.int32),
+            np.array(self.counts, np.int32),
+            0.1,
+            0.1,
+            np.zeros(40, np.int8),
+            preempt=self.preempt,
+        )
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (Wrong([0, 0], [1, 1]), "one count for each slot"),
+        (Wrong([5], [1]), "without a request"),
+        (Wrong([0], [0]), "no token"),
+        (Wrong([0], [99]), "more tokens than are known"),
+        (Wrong([0, 1], [60, 60]), "120 tokens"),
+        (Wrong([], [], preempt=(0,)), "preempts"),
+        (Wrong([], []), "plans nothing"),
+    ],
+)
+def test_a_plan_that_breaks_the_contract_is_named(policy: Wrong, words: str) -> None:
+    core = make_core(policy=policy)
+    core.add(request("a", [1] * 60, 2))
+    core.add(request("b", [2] * 60, 2))
+    with pytest.raises(InternalError, match=words):
+        core.step()
