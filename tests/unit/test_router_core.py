@@ -1,0 +1,271 @@
+"""The router's state machine, message by message."""
+
+from __future__ import annotations
+
+import pytest
+
+from nexusengine import wire
+from nexusengine.errors import ConfigError
+from nexusengine.router.core import RouterCore, identity_of
+from nexusengine.router.least_outstanding import LeastOutstanding
+from nexusengine.router.policies import make_policy
+from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
+
+CLIENT = b"client"
+
+
+def info(worker: str, epoch: str = "e1", longest: int = 1000) -> wire.WorkerInfo:
+    return wire.WorkerInfo(worker, epoch, 1, "cpu", "m", max_model_len=longest)
+
+
+class Router:
+    """A core with its outgoing messages sorted by receiver."""
+
+    def __init__(self, *workers: str, **options: int) -> None:
+        self.core = RouterCore(LeastOutstanding(), [info(w, "") for w in workers], epoch="r", **options)
+        self.now = 0.0
+
+    def ready(self, worker: str, epoch: str = "e1") -> None:
+        self.core.on_worker(identity_of(worker, epoch), wire.Ready(info(worker, epoch)), self.now)
+
+    def submit(self, name: str, prompt: int = 10, max_tokens: int = 5, deadline_s: float | None = None) -> None:
+        sampling = SamplingParams(seed=1, max_tokens=max_tokens)
+        request = EngineRequest(name, [1] * prompt, sampling, self.now, deadline_s=deadline_s)
+        self.core.on_client(CLIENT, wire.Submit(request), self.now)
+
+    def deltas(self, worker: str, *deltas: TokenDelta, epoch: str = "e1") -> None:
+        message = wire.WorkerDeltas(epoch, *wire.split_deltas(deltas))
+        self.core.on_worker(identity_of(worker, epoch), message, self.now)
+
+    def sent(self) -> dict[bytes, list[wire.Message]]:
+        out: dict[bytes, list[wire.Message]] = {}
+        for o in self.core.take():
+            if not isinstance(o.message, wire.Cluster):
+                out.setdefault(o.identity, []).append(o.message)
+        return out
+
+    def dispatched(self) -> dict[str, str]:
+        """Request id -> worker id of the dispatches since the last look."""
+        return {
+            m.request.request_id: identity.decode().split(".")[0]
+            for identity, messages in self.sent().items()
+            for m in messages
+            if isinstance(m, wire.Dispatch)
+        }
+
+    def finals(self) -> dict[str, str]:
+        """Request id -> finish reason or error code of the ends since the last look."""
+        return {
+            d.request_id: d.error_code or d.finish_reason or ""
+            for m in self.sent().get(CLIENT, [])
+            if isinstance(m, wire.Deltas)
+            for d in wire.join_deltas(m.plain, m.full)
+            if d.finish_reason
+        }
+
+
+def test_equal_workers_share_requests_in_rotation() -> None:
+    router = Router("w0", "w1", "w2", "w3")
+    for w in ("w0", "w1", "w2", "w3"):
+        router.ready(w)
+    for i in range(32):
+        router.submit(str(i))
+    placed = list(router.dispatched().values())
+    assert {placed.count(w) for w in set(placed)} == {8}
+    firsts = set()
+    for i in range(4):  # one at a time: the ties must not all fall to the first worker
+        router.core.on_client(CLIENT, wire.Submit(EngineRequest(f"x{i}", [1], SamplingParams(seed=1), 0.0)), 0.0)
+        firsts |= set(router.dispatched().values())
+        router.core.on_client(CLIENT, wire.Abort(f"x{i}"), 0.0)
+    assert len(firsts) > 1
+
+
+def test_a_request_waits_for_the_first_ready_worker() -> None:
+    router = Router("w0")
+    router.submit("a")
+    assert router.sent() == {}
+    assert router.core.ledger.held == 1
+    router.ready("w0")
+    assert router.dispatched() == {"a": "w0"}
+
+
+def test_tokens_reach_the_client_and_the_end_empties_the_ledger() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.sent()
+    router.deltas("w0", TokenDelta("a", (7,)))
+    router.deltas("w0", TokenDelta("a", (8,), finish_reason="length"))
+    messages = router.sent()[CLIENT]
+    assert [d.token_ids for m in messages for d in wire.join_deltas(m.plain, m.full)] == [(7,), (8,)]  # type: ignore[attr-defined]
+    assert len(router.core.ledger) == 0
+
+
+def test_a_request_nobody_has_seen_a_token_of_moves_to_another_worker_once() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.submit("a")
+    assert router.dispatched() == {"a": "w0"}
+    router.ready("w1")
+    router.core.on_worker_exited("w0", "e1", "killed", 1, 0.0)
+    assert router.dispatched() == {"a": "w1"}
+    router.core.on_worker_exited("w1", "e1", "killed", 1, 0.0)
+    assert router.finals() == {"a": "worker_lost"}
+    assert len(router.core.ledger) == 0
+
+
+def test_a_request_that_streams_ends_with_an_error_when_its_worker_dies() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.submit("a")
+    router.deltas("w0", TokenDelta("a", (7,)))
+    router.ready("w1")
+    router.sent()
+    router.core.on_worker_exited("w0", "e1", "killed", 1, 0.0)
+    assert router.finals() == {"a": "worker_lost"}
+
+
+def test_news_of_a_worker_thought_dead_is_not_forwarded() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.submit("a")
+    router.ready("w1")
+    router.core.on_worker_exited("w0", "e1", "killed", 1, 0.0)
+    router.sent()
+    router.deltas("w0", TokenDelta("a", (7,)))
+    assert CLIENT not in router.sent()
+    router.deltas("w1", TokenDelta("a", (9,), finish_reason="stop"))
+    assert router.finals() == {"a": "stop"}
+
+
+def test_a_new_process_of_a_worker_replaces_the_old_one() -> None:
+    router = Router("w0")
+    router.ready("w0", "e1")
+    router.submit("a")
+    router.sent()
+    router.ready("w0", "e2")
+    assert [i.decode() for i, m in router.sent().items() if i != CLIENT] == ["w0.e2"]
+
+
+def test_an_unknown_worker_is_asked_to_say_hello_and_its_old_requests_are_cancelled() -> None:
+    router = Router("w0")
+    identity = identity_of("w0", "e1")
+    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(0)), 0.0)
+    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Ready(info("w0"), ("old",)), 0.0)
+    assert router.sent() == {identity: [wire.Cancel("old")]}
+
+
+def test_an_abort_ends_the_request_here_and_at_the_worker() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("running")
+    router.sent()
+    router.core.on_client(CLIENT, wire.Abort("running"), 0.0)
+    sent = router.sent()
+    assert sent[identity_of("w0", "e1")] == [wire.Cancel("running")]
+    assert len(router.core.ledger) == 0
+    router.core.on_client(CLIENT, wire.Abort("running"), 0.0)
+    assert router.sent() == {}
+
+
+def test_a_client_that_falls_silent_takes_its_requests_with_it() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.sent()
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 20.0)
+    router.core.on_timer(20.0)
+    assert router.sent() == {identity_of("w0", "e1"): [wire.Cancel("a")]}
+    assert len(router.core.ledger) == 0
+
+
+def test_a_deadline_is_kept_for_held_requests_too() -> None:
+    router = Router("w0")
+    router.submit("a", deadline_s=3.0)
+    router.core.on_timer(3.5)
+    assert router.finals() == {}
+    router.core.on_timer(4.1)
+    assert router.finals() == {"a": "deadline_exceeded"}
+
+
+def test_too_many_held_requests_and_duplicates_are_refused() -> None:
+    router = Router("w0", max_held=2)
+    for name in "aba":
+        router.submit(name)
+    assert router.finals() == {"a": "invalid_value"}
+    router.submit("c")
+    assert router.finals() == {"c": "overloaded"}
+    assert len(router.core.ledger) == 2
+
+
+def test_what_no_worker_can_hold_is_refused_and_what_one_can_goes_there() -> None:
+    router = Router("w0", "w1")
+    for worker, longest in (("w0", 100), ("w1", 50)):
+        identity = identity_of(worker, "e1")
+        router.core.on_worker(identity, wire.Ready(info(worker, longest=longest)), 0.0)
+    router.submit("long", prompt=80)
+    assert router.dispatched() == {"long": "w0"}
+    router.submit("too long", prompt=120)
+    assert router.finals() == {"too long": "context_length_exceeded"}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_worker_without_progress_gets_no_new_requests_until_it_moves_again(silent: bool) -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    stuck = wire.WorkerLoad(0, step_running_s=6.0, step_upper_s=0.1)
+    router.now = 6.0
+    if not silent:
+        router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, stuck), 6.0)
+    router.core.on_timer(6.0)
+    assert router.core.registry.workers["w0"].state is wire.WorkerState.STALLED
+    router.submit("a")
+    assert router.dispatched() == {}
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 2, wire.WorkerLoad(0)), 6.5)
+    router.core.on_timer(6.6)
+    assert router.dispatched() == {"a": "w0"}
+
+
+def test_a_worker_that_is_silent_for_very_long_counts_as_gone() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.core.on_client(CLIENT, wire.Hello(), 31.0)
+    router.core.on_timer(31.0)
+    assert router.core.registry.workers["w0"].state is wire.WorkerState.GONE
+    assert router.core.ledger.held == 1
+
+
+def test_reports_that_are_overtaken_are_dropped() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    identity = identity_of("w0", "e1")
+    for seq, covers in ((2, 9), (1, 5)):
+        router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(covers)), 0.0)
+    load = router.core.registry.workers["w0"].load
+    assert load is not None
+    assert load.covers == 9
+
+
+def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    for name in "abc":
+        router.submit(name)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(covers=2)), 0.0)
+    (view,) = router.core.registry.views(router.core.ledger)
+    assert (view.outstanding, [p.request_id for p in view.unreported]) == (3, ["c"])
+
+
+def test_while_draining_new_requests_are_refused() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.core.draining = True
+    router.submit("a")
+    assert router.finals() == {"a": "unavailable"}
+
+
+def test_an_unknown_policy_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"'best'.*least-outstanding"):
+        make_policy("best")
