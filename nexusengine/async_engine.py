@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from nexusengine.backend import AsyncBackend
 from nexusengine.config import EngineConfig
-from nexusengine.errors import ConfigError, Unavailable
+from nexusengine.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable
 from nexusengine.requests import (
     DEFAULT_SAMPLING,
     Prompt,
@@ -24,6 +25,9 @@ from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message
 from nexusengine.types import SLO, RequestOutput, SamplingParams, TokenDelta
 from nexusengine.wire import WorkerState
+
+_LONG_TEXT = 16_384
+_DEADLINE_GRACE_S = 5.0
 
 
 class AsyncEngine:
@@ -42,6 +46,8 @@ class AsyncEngine:
         self._tokenizer: Tokenizer | None = None
         self._supervisor: Any = None
         self._vocab_size = 0
+        self._longest: int | None = None
+        self._active: set[str] = set()
 
     @classmethod
     def over(cls, backend: AsyncBackend, tokenizer: Tokenizer, vocab_size: int) -> AsyncEngine:
@@ -49,6 +55,7 @@ class AsyncEngine:
         engine = cls.__new__(cls)
         engine._config, engine._supervisor = None, None
         engine._backend, engine._tokenizer, engine._vocab_size = backend, tokenizer, vocab_size
+        engine._longest, engine._active = None, set()
         return engine
 
     async def start(self) -> AsyncEngine:
@@ -94,12 +101,16 @@ class AsyncEngine:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt + output in tokens that some worker can hold. Raises Unavailable before one is ready."""
+        """Longest prompt + output in tokens that some worker can hold; while all of them start again, what it was
+        before. Raises Unavailable before one was ready, and when the router is silent."""
         cluster = self.backend.status()
-        lengths = [w.info.max_model_len for w in cluster.workers if w.state is not WorkerState.GONE] if cluster else []
-        if not any(lengths):
+        if cluster is None:
+            raise Unavailable("the router does not answer", retry_after_s=1.0)
+        lengths = [w.info.max_model_len for w in cluster.workers if w.state is not WorkerState.GONE]
+        self._longest = max(lengths, default=0) or self._longest
+        if self._longest is None:
             raise Unavailable("no worker is ready", retry_after_s=1.0)
-        return max(lengths)
+        return self._longest
 
     def abort(self, request_id: str) -> None:
         """End a request; its iterator then ends with finish_reason "abort"."""
@@ -117,8 +128,9 @@ class AsyncEngine:
         arrival_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """The news of one request, the last one with a finish_reason. What comes in while the consumer is busy is
-        handed over as one piece. Raises NexusError."""
-        request = make_request(
+        handed over as one piece. timeout_s: after arrival; None waits without limit. Raises NexusError."""
+        make = partial(
+            make_request,
             prompt,
             sampling or DEFAULT_SAMPLING,
             self.tokenizer,
@@ -128,7 +140,11 @@ class AsyncEngine:
             slo=slo,
             priority=priority,
         )
+        # A megabyte takes the tokenizer about a second: too long for the event loop to stand still.
+        request = await asyncio.to_thread(make) if isinstance(prompt, str) and len(prompt) > _LONG_TEXT else make()
         check_length(request, self.max_model_len, self._vocab_size)
+        if request.request_id in self._active:
+            raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         processor = make_processor(request, self.tokenizer, prompt)
         inbox: deque[TokenDelta] = deque()
         arrived = asyncio.Event()
@@ -138,10 +154,11 @@ class AsyncEngine:
             arrived.set()
 
         backend, over = self.backend, False
+        self._active.add(request.request_id)
         backend.submit(request, sink)
         try:
             while not over:
-                await arrived.wait()
+                await _within_deadline(arrived, request.deadline_s)
                 arrived.clear()
                 delta = merge(inbox)
                 inbox.clear()
@@ -155,6 +172,7 @@ class AsyncEngine:
                 if output is not None:
                     yield output
         finally:
+            self._active.discard(request.request_id)
             if not over:
                 backend.abort(request.request_id)
 
@@ -164,3 +182,15 @@ class AsyncEngine:
         """`generate` for a conversation, rendered with the model's chat template."""
         async for output in self.generate(self.tokenizer.encode_chat(messages), sampling, **options):
             yield output
+
+
+async def _within_deadline(arrived: asyncio.Event, deadline_s: float | None) -> None:
+    """Wait for news. The backend ends a request at its deadline; if even that does not come, DeadlineExceeded."""
+    if deadline_s is None:
+        await arrived.wait()
+        return
+    try:
+        async with asyncio.timeout(deadline_s + _DEADLINE_GRACE_S - time.monotonic()):
+            await arrived.wait()
+    except TimeoutError:
+        raise DeadlineExceeded("the time limit of the request is over, and no answer came") from None

@@ -74,7 +74,7 @@ class LocalBackend:
         self._closing = True
         self._arrived.set()
         await asyncio.to_thread(self._thread.join)
-        self._deliver(self.core.fail_all(Unavailable.code, "the engine was closed"))
+        self._fail_all(Unavailable.code, "the engine was closed")
         self.core.executor.close()
 
     def _run(self) -> None:
@@ -90,8 +90,7 @@ class LocalBackend:
         except Exception as error:  # whatever it is, the requests in flight must be told
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
-            deltas = self.core.fail_all(InternalError.code, self._failure)
-            self._loop.call_soon_threadsafe(self._deliver, deltas)
+            self._loop.call_soon_threadsafe(self._fail_all, InternalError.code, self._failure)
 
     def _take_commands(self) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -123,3 +122,9 @@ class LocalBackend:
             if delta.finish_reason is not None:
                 del self._sinks[delta.request_id]
             sink(delta)
+
+    def _fail_all(self, code: str, message: str) -> None:
+        """End every request, also those that the core has not seen yet."""
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            sink(TokenDelta(request_id, finish_reason="error", error_code=code, error_message=message))

@@ -34,6 +34,8 @@ def make_request(
     if isinstance(prompt, str):
         token_ids = tokenizer.encode(prompt)
     else:
+        if not isinstance(prompt, Sequence):
+            raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
         token_ids = list(prompt)
         wrong = next((i for i in token_ids if isinstance(i, bool) or not isinstance(i, int)), None)
         if wrong is not None:
@@ -94,9 +96,9 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
         logprobs if any(d.logprobs is not None for d in deltas) else None,
         last.finish_reason,
         last.stop_reason,
-        last.timings,
-        last.cached_tokens,
-        last.preemptions,
+        next((d.timings for d in reversed(deltas) if d.timings is not None), None),
+        max(d.cached_tokens for d in deltas),
+        max(d.preemptions for d in deltas),
         last.error_code,
         last.error_message,
         last.retry_after_s,

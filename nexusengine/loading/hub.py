@@ -63,20 +63,23 @@ def _progress_bar(repository: str, report: Callable[[str, float], None]) -> type
     from huggingface_hub.utils.tqdm import tqdm
 
     lock = threading.Lock()
-    bytes_bars: dict[int, tuple[float, float]] = {}
+    arrived = 0.0
 
     class Bar(tqdm):
+        """Counts for itself: a bar that is not shown, because stderr is no terminal, does not count at all."""
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
+            self._of_bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
-            shown: bool | None = super().update(n)
-            if self.unit == "B":
+            nonlocal arrived
+            if self._of_bytes:
                 with lock:
-                    bytes_bars[id(self)] = (self.n, self.total or 0)
-                    done, total = (sum(column) for column in zip(*bytes_bars.values(), strict=True))
-                report(f"downloading {repository}", min(done / total, 1.0) if total else 0.0)
+                    arrived += n or 0
+                    done = arrived / self.total if self.total else 0.0
+                report(f"downloading {repository}", min(done, 1.0))
+            shown: bool | None = super().update(n)
             return shown
 
     return Bar

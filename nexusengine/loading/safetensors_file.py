@@ -64,6 +64,8 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
             begin, end = entry["data_offsets"]
             elements = 1
             for dimension in entry["shape"]:
+                if not isinstance(dimension, int) or dimension < 0:
+                    raise TypeError
                 elements *= dimension
             expected = elements * _BYTES[entry["dtype"]]
             sound = 0 <= begin <= end <= size - 8 - length and end - begin == expected

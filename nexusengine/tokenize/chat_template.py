@@ -47,7 +47,7 @@ class ChatTemplate:
                 **self._special_tokens,
                 **extra,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
 
 
