@@ -1,0 +1,124 @@
+"""The HTTP application over a real engine core on the fake device, on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+
+from nexusengine.async_engine import AsyncEngine
+from nexusengine.clock import MonotonicClock
+from nexusengine.config import ServeConfig
+from nexusengine.core.core import EngineCore
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.local import LocalBackend
+from nexusengine.perf.linear import LinearModel
+from nexusengine.server.app import create_app
+from nexusengine.server.state import ServerState
+from nexusengine.tokenize.chat_template import ChatTemplate
+from nexusengine.tokenize.incremental import IncrementalDetokenizer
+from tests.fakes import VOCABULARY, FakeExecutor
+
+MODEL = "fake"
+
+
+class FakeTokenizer:
+    """Token i is the printable character i + 32."""
+
+    bos_token_id, eos_token_ids, vocab_size = None, (), VOCABULARY
+
+    def __init__(self) -> None:
+        self._template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {}, "fake")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [(ord(c) - 32) % VOCABULARY for c in text]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(i + 32) for i in token_ids)
+
+    def token_str(self, token_id: int) -> str:
+        return chr(token_id + 32)
+
+    def stream(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.decode)
+
+    def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
+        return self.encode(self._template.render(messages))
+
+
+class SlowExecutor(FakeExecutor):
+    """Takes `real_s` seconds a step, so that clients can leave in the middle."""
+
+    real_s = 0.0
+
+    def collect(self) -> Any:
+        time.sleep(self.real_s)
+        return super().collect()
+
+
+@dataclass
+class Running:
+    """A server, and what is behind it."""
+
+    url: str
+    core: EngineCore
+    executor: SlowExecutor
+    state: ServerState
+
+    def idle(self, timeout_s: float = 5.0) -> bool:
+        """Whether everything comes to rest: no request, no KV block."""
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            if not self.core.has_work and self.core.kv.used_blocks == 0 and self.state.in_progress == 0:
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., Running]]:
+    """`start_server(setting=value, ...)`: a server with these settings of ServeConfig."""
+    stops: list[Callable[[], None]] = []
+
+    def start(*, real_s: float = 0.0, with_engine: bool = True, **settings: Any) -> Running:
+        executor = SlowExecutor(num_blocks=512, max_model_len=400, max_batch_tokens=512)
+        executor.real_s = real_s
+        core = EngineCore(executor, FCFS(), LinearModel(), clock=MonotonicClock(), max_running=32, max_waiting=256)
+        state = ServerState(ServeConfig(**settings), MODEL)
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off"))
+        backend = LocalBackend(core, MODEL)
+
+        async def serve() -> None:
+            await backend.start()
+            if with_engine:
+                state.engine = AsyncEngine.over(backend, FakeTokenizer(), VOCABULARY)  # type: ignore[arg-type]
+            await server.serve([listening])
+            await backend.close()
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+
+        stops.append(stop)
+        return Running(f"http://127.0.0.1:{listening.getsockname()[1]}", core, executor, state)
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+@pytest.fixture
+def server(start_server: Callable[..., Running]) -> Running:
+    return start_server()
