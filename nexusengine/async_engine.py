@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from functools import partial
 from typing import Any
 
 from nexusengine.backend import AsyncBackend
@@ -21,6 +20,7 @@ from nexusengine.requests import (
     make_request,
     merge,
 )
+from nexusengine.start import engine_config, start_backend
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message
 from nexusengine.types import SLO, RequestOutput, SamplingParams, TokenDelta
@@ -39,8 +39,6 @@ class AsyncEngine:
     def __init__(
         self, model: str = "smollm2-135m", devices: str | Sequence[str] | None = None, **settings: Any
     ) -> None:
-        from nexusengine.engine import engine_config
-
         self._config: EngineConfig | None = engine_config(model, devices, settings)
         self._backend: AsyncBackend | None = None
         self._tokenizer: Tokenizer | None = None
@@ -63,8 +61,6 @@ class AsyncEngine:
         if self._backend is None:
             if self._config is None:
                 raise ConfigError("this engine was closed")
-            from nexusengine.engine import start_backend
-
             started = await start_backend(self._config)
             self._backend, self._tokenizer, self._vocab_size, self._supervisor = started
         return self
@@ -112,6 +108,12 @@ class AsyncEngine:
             raise Unavailable("no worker is ready", retry_after_s=1.0)
         return self._longest
 
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. A megabyte takes about a second, so a long one does not hold up the event loop."""
+        if len(text) > _LONG_TEXT:
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens)
+
     def abort(self, request_id: str) -> None:
         """End a request; its iterator then ends with finish_reason "abort"."""
         self.backend.abort(request_id)
@@ -129,9 +131,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput]:
         """The news of one request, the last one with a finish_reason. What comes in while the consumer is busy is
         handed over as one piece. timeout_s: after arrival; None waits without limit. Raises NexusError."""
-        make = partial(
-            make_request,
-            prompt,
+        request = make_request(
+            await self.encode(prompt) if isinstance(prompt, str) else prompt,
             sampling or DEFAULT_SAMPLING,
             self.tokenizer,
             arrival_s=time.monotonic() if arrival_s is None else arrival_s,
@@ -140,8 +141,6 @@ class AsyncEngine:
             slo=slo,
             priority=priority,
         )
-        # A megabyte takes the tokenizer about a second: too long for the event loop to stand still.
-        request = await asyncio.to_thread(make) if isinstance(prompt, str) and len(prompt) > _LONG_TEXT else make()
         check_length(request, self.max_model_len, self._vocab_size)
         if request.request_id in self._active:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")

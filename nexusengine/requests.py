@@ -31,11 +31,11 @@ def make_request(
     priority: int = 0,
 ) -> EngineRequest:
     """Tokenise, and draw a seed if there is none. Raises InvalidRequest."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
     if isinstance(prompt, str):
         token_ids = tokenizer.encode(prompt)
     else:
-        if not isinstance(prompt, Sequence):
-            raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
         token_ids = list(prompt)
         wrong = next((i for i in token_ids if isinstance(i, bool) or not isinstance(i, int)), None)
         if wrong is not None:

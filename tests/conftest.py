@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -10,7 +12,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,32 +28,54 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """`serve(option, ...)` starts `nexusengine serve` on a free port, waits until it is ready, and returns its URL."""
-    processes: list[subprocess.Popen[bytes]] = []
+@dataclass(frozen=True)
+class Served:
+    """A running `nexusengine serve`."""
 
-    def start(*options: str, ready_s: float = 120.0) -> str:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What /startupz says of each worker."""
+        with urllib.request.urlopen(f"{self.url}/startupz", timeout=5) as reply:
+            workers: list[dict[str, Any]] = json.load(reply)["workers"]
+            return workers
+
+    def metric(self, name: str) -> dict[str, float]:
+        """Worker id -> value, or "" -> value for a metric without workers."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as reply:
+            lines = [line for line in reply.read().decode().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+        return {(re.findall(r'worker="(\w+)"', line) or [""])[0]: float(line.split()[-1]) for line in lines}
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """`serve(option, ...)` starts `nexusengine serve` on a free port and waits until it is ready."""
+    running: list[Served] = []
+
+    def start(*options: str, ready_s: float = 120.0) -> Served:
         port = free_port()
-        log = (tmp_path / f"serve-{port}.log").open("wb")
+        log = tmp_path / f"serve-{port}.log"
         command = [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", str(port), *options]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        processes.append(process)
-        url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + ready_s
-        while time.monotonic() < deadline_s and process.poll() is None:
+        with log.open("wb") as output:
+            served = Served(f"http://127.0.0.1:{port}", subprocess.Popen(command, stdout=output, stderr=output), log)
+        running.append(served)
+        deadline_s = time.monotonic() + ready_s
+        while time.monotonic() < deadline_s and served.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{url}/readyz", timeout=2):
-                    return url
+                with urllib.request.urlopen(f"{served.url}/readyz", timeout=2):
+                    return served
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        pytest.fail(f"serve did not become ready:\n{Path(log.name).read_text()}")
+        pytest.fail(f"serve did not become ready:\n{log.read_text()}")
 
     yield start
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    for process in processes:
+    for served in running:
+        served.process.send_signal(signal.SIGTERM)
+    for served in running:
         try:
-            process.wait(45)
+            served.process.wait(45)
         except subprocess.TimeoutExpired:
-            process.kill()
-            pytest.fail("serve did not end within 45 s of SIGTERM")
+            served.process.kill()
+            pytest.fail(f"serve did not end within 45 s of SIGTERM:\n{served.log.read_text()}")

@@ -6,6 +6,7 @@ one thread calls everything, except `load`, which any thread may call at any tim
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import time
 from collections import OrderedDict, deque
@@ -15,6 +16,8 @@ import msgspec
 import numpy as np
 
 from nexusengine.clock import Clock
+from nexusengine.core.plan_check import plan_problem
+from nexusengine.core.report import worker_load
 from nexusengine.core.request import RequestState
 from nexusengine.core.stats import CoreStats, StepRecord
 from nexusengine.errors import ContextTooLong, DeadlineExceeded, InternalError, InvalidRequest, Overloaded
@@ -22,14 +25,15 @@ from nexusengine.execute.base import Executor
 from nexusengine.execute.batch import SampledLogprobs, SamplingTable, StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
-from nexusengine.lens.plan import SchedulerPolicy, StepPlan
+from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.lens.view import I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.types import EngineRequest, FinishReason, TokenDelta, TokenLogprob
-from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfWeights, WorkerLoad
+from nexusengine.wire import WorkerLoad
 
-_HITS_LOOKED_UP = 8
+_HITS_LOOKED_UP = 32
+_BLOCKS_LOOKED_UP = 2048
 _PUBLISH_EVERY_S = 0.02
 _RECORDS = 4096
 
@@ -75,11 +79,13 @@ class EngineCore:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._by_id: dict[str, RequestState] = {}
         self._by_slot: dict[int, RequestState] = {}
-        self._running: OrderedDict[int, None] = OrderedDict()
+        self._running: dict[int, None] = {}
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
+        self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
         self._arrivals = 0
         self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
+        self._finished_output_tokens = 0
         self._idle_since_s = clock.now()
         self._step_started_s: float | None = None
         self._published_s = float("-inf")
@@ -102,19 +108,20 @@ class EngineCore:
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already", retry_after_s=self._predicted_drain_s()
             )
+        slot = self._free_slots.pop()
         state = RequestState(
             request=request,
-            slot=self._free_slots.pop(),
+            slot=slot,
             tokens=np.array(request.prompt_token_ids, np.int32),
             known=len(request.prompt_token_ids),
             max_tokens=max_tokens,
             end_ids=frozenset(request.sampling.stop_token_ids)
             | frozenset(() if request.sampling.ignore_eos else request.eos_token_ids),
         )
-        slot, c = state.slot, self._columns
         if self.kv.prefix_caching:
             state.hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
         self._sampling.set(slot, request.sampling)
+        c = self._columns
         c.arrival_s[slot] = request.arrival_s
         c.prompt_tokens[slot] = c.known_tokens[slot] = state.known
         c.computed_tokens[slot] = c.generated_tokens[slot] = c.blocks[slot] = 0
@@ -132,7 +139,7 @@ class EngineCore:
         self._stats.requests += 1
         self._stats.prompt_tokens += state.known
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
+            self._watch_deadline(request.deadline_s, request.request_id)
         self._publish()
 
     def admissible(self, request: EngineRequest) -> int:
@@ -147,6 +154,10 @@ class EngineCore:
             raise InvalidRequest(
                 f"token id {wrong} is not in the vocabulary of {self.executor.spec.vocab_size}", param="prompt"
             )
+        if request.sampling.seed is None:
+            raise InvalidRequest("a seed must be drawn before a request reaches the engine core", param="seed")
+        if not -(2**31) <= request.priority < 2**31:
+            raise InvalidRequest(f"priority {request.priority} is not a 32-bit number", param="priority")
         room = self.max_model_len - len(ids)
         if room < (wanted or 1):
             asked = f" and {wanted} output tokens were asked for" if wanted else ""
@@ -162,11 +173,14 @@ class EngineCore:
         state = self._by_id.get(request_id)
         if state is None:
             return None
-        return self._finish(state, "abort")
+        self._finish(state, "abort")
+        return self._outbox.pop()
 
     def fail_all(self, code: str, message: str) -> list[TokenDelta]:
-        """End every request with an error."""
-        return [self._fail(state, code, message) for state in list(self._by_id.values())]
+        """End every request with an error; what a step that raised had not delivered comes before."""
+        for state in list(self._by_id.values()):
+            self._fail(state, code, message)
+        return self._take_outbox()
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -176,14 +190,13 @@ class EngineCore:
         Raises InternalError if the policy broke its contract; what the executor raises passes through.
         """
         began_s, now = time.perf_counter(), self.clock.now()
-        deltas = self._expire(now)
-        if not self._by_id:
-            self._idle_since_s = now
-            self._publish(force=True)
-            return deltas
-        planned = self._plan(now, deltas)
+        preemptions = self._stats.preemptions
+        self._expire(now)
+        planned = self._plan(now) if self._by_id else None
         if planned is None:
-            return deltas
+            self._idle_since_s = now
+            self._publish(force=not self._by_id)
+            return self._take_outbox()
         plan, batch = planned
         features = StepFeatures.of(batch.counts, batch.starts)
         self._published = msgspec.structs.replace(
@@ -191,11 +204,13 @@ class EngineCore:
         )
         self._step_started_s = now
         planning_s = time.perf_counter() - began_s
-        self.executor.submit(batch)
-        result = self.executor.collect()
+        try:
+            self.executor.submit(batch)
+            result = self.executor.collect()
+        finally:
+            self._step_started_s = None
         collected_s = time.perf_counter()
-        self._step_started_s = None
-        self._apply(batch, result, deltas)
+        self._apply(batch, result)
         self._stats.steps += 1
         self._stats.computed_tokens += features.tokens
         self._stats.device_s += result.device_s
@@ -209,42 +224,58 @@ class EngineCore:
         self._stats.scheduler_s += scheduler_s
         self.records.append(
             StepRecord(
-                self._stats.steps,
-                now,
-                features,
-                plan.predicted_s,
-                plan.upper_s,
-                result.device_s,
-                scheduler_s,
-                len(self._running),
-                len(self._waiting),
-                len(plan.preempt),
+                step=self._stats.steps,
+                started_s=now,
+                features=features,
+                predicted_s=plan.predicted_s,
+                upper_s=plan.upper_s,
+                device_s=result.device_s,
+                scheduler_s=scheduler_s,
+                running=len(self._running),
+                waiting=len(self._waiting),
+                preempted=self._stats.preemptions - preemptions,
+                reasons=tuple(np.bincount(plan.reasons, minlength=len(Reason)).tolist()),
             )
         )
-        return deltas
+        return self._take_outbox()
 
-    def _plan(self, now: float, deltas: list[TokenDelta]) -> tuple[StepPlan, StepBatch] | None:
-        """A plan whose rows have their KV blocks. Plans again when stale estimates of the prefix cache emptied it."""
-        for attempt in range(3):
-            self._look_up_hits(len(self._waiting) if attempt else _HITS_LOOKED_UP)
-            view = self._view(now)
-            plan = self.policy.plan(view, now)
-            self._check_plan(plan)
+    def _plan(self, now: float) -> tuple[StepPlan, StepBatch] | None:
+        """A plan whose rows have their KV blocks; None if it refused all requests. Where no row finds blocks, because
+        estimates of the prefix cache were stale, it is made anew with fresh ones, then with ever fewer running."""
+        attempt = 0
+        while True:
+            self._look_up_hits(everything=attempt > 0)
+            plan = self._ask_policy(now)
             for slot in plan.preempt:
                 self._preempt(slot)
             self._columns.relegated[list(plan.relegate)] = True
             for slot in plan.refuse:
                 message = "refused: the engine cannot serve it in time"
-                deltas.append(self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s()))
+                self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s())
             batch = self._place(plan, now)
-            if len(batch.slots) or not self._by_id:
-                return (plan, batch) if len(batch.slots) else None
-            if attempt == 1 and len(self._running) > 1:
+            if len(batch.slots):
+                return plan, batch
+            if not self._by_id:
+                return None
+            if attempt and len(self._running) <= 1:
+                raise InternalError(
+                    f"policy {self.policy.name!r} plans nothing that can run, with {len(self._running)} requests "
+                    f"running and {len(self._waiting)} waiting"
+                )
+            if attempt:
                 self._preempt(next(reversed(self._running)))
-        raise InternalError(
-            f"policy {self.policy.name!r} plans nothing with {len(self._running)} requests running and "
-            f"{len(self._waiting)} waiting"
-        )
+            attempt += 1
+
+    def _ask_policy(self, now: float) -> StepPlan:
+        view = self._view(now)
+        try:
+            plan = self.policy.plan(view, now)
+            problem = plan_problem(plan, view)
+        except Exception as error:
+            raise InternalError(f"policy {self.policy.name!r} failed: {error!r}") from error
+        if problem is not None:
+            raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
+        return plan
 
     def _place(self, plan: StepPlan, now: float) -> StepBatch:
         """Find KV blocks for the planned rows and build the batch; a row without blocks is left for a later step."""
@@ -288,47 +319,54 @@ class EngineCore:
             token_ids[offsets[i] : offsets[i] + len(tokens)] = tokens
         return StepBatch(slots, starts, counts, sampled, token_ids, self.kv.block_tables, self._sampling)
 
-    def _apply(self, batch: StepBatch, result: StepResult, deltas: list[TokenDelta]) -> None:
+    def _apply(self, batch: StepBatch, result: StepResult) -> None:
         """Move every row on, append what was sampled, and end what is at its end."""
         c, size, now = self._columns, self.kv.block_size, self.clock.now()
-        ends = batch.starts + batch.counts
-        c.computed_tokens[batch.slots] = ends
-        if self.kv.prefix_caching:
-            for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
-                self._commit(self._by_slot[int(batch.slots[i])], int(ends[i]))
-        sampled = batch.slots[batch.sampled].tolist()
+        sampled = batch.slots[batch.sampled]
         if len(sampled) != len(result.token_ids):
             raise InternalError(
                 f"{len(sampled)} rows were to be sampled, the executor returned {len(result.token_ids)}"
             )
-        for row, (slot, token) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
-            state = self._by_slot[slot]
+        for slot in sampled[result.token_ids < 0].tolist():
+            # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
+            self._fail(self._by_slot[slot], InternalError.code, "the model's logits were not finite", discard=True)
+        ends = batch.starts + batch.counts
+        c.computed_tokens[batch.slots] = ends
+        if self.kv.prefix_caching:
+            for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
+                if (state := self._by_slot.get(int(batch.slots[i]))) is not None:
+                    self._commit(state, int(ends[i]))
+        goes_on: list[int] = []
+        by_slot, outbox = self._by_slot, self._outbox
+        for row, (slot, token) in enumerate(zip(sampled.tolist(), result.token_ids.tolist(), strict=True)):
             if token < 0:
-                deltas.append(self._fail(state, InternalError.code, "the model's logits were not finite"))
                 continue
-            self._stats.generated_tokens += 1
+            state = by_slot[slot]
             state.output_tokens += 1
             if state.first_token_s is None:
                 state.first_token_s = c.first_token_s[slot] = now
             if token in state.end_ids:
                 stop_reason = token if token in state.request.sampling.stop_token_ids else None
-                deltas.append(self._finish(state, "stop", stop_reason=stop_reason))
+                self._finish(state, "stop", stop_reason=stop_reason)
                 continue
-            logprobs = _logprobs(result.logprobs, row, token, state.request.sampling.logprobs)
+            logprobs = None if result.logprobs is None else _logprobs(result.logprobs, row, token, state)
             if state.output_tokens == state.max_tokens:
-                deltas.append(self._finish(state, "length", (token,), logprobs))
+                self._finish(state, "length", (token,), logprobs)
                 continue
             state.append(token)
-            self._last_token[slot] = token
-            c.known_tokens[slot] = state.known
-            c.generated_tokens[slot] = state.output_tokens
-            c.last_token_s[slot] = now
+            goes_on.append(row)
             if state.output_tokens > 1:
-                deltas.append(TokenDelta(state.request.request_id, (token,), logprobs))
+                outbox.append(TokenDelta(state.request.request_id, (token,), logprobs))
                 continue
             timings, cached = state.timings(None), state.cached_tokens
             first = TokenDelta(state.request.request_id, (token,), logprobs, timings=timings, cached_tokens=cached)
-            deltas.append(first)
+            outbox.append(first)
+        self._stats.generated_tokens += int((result.token_ids >= 0).sum())
+        slots = sampled[goes_on]
+        self._last_token[slots] = result.token_ids[goes_on]
+        c.known_tokens[slots] += 1
+        c.generated_tokens[slots] += 1
+        c.last_token_s[slots] = now
 
     # ---- transitions ---------------------------------------------------------------------------------------------
 
@@ -369,41 +407,62 @@ class EngineCore:
         *,
         stop_reason: int | None = None,
         error: tuple[str, str, float | None] = ("", "", None),
-    ) -> TokenDelta:
+        discard: bool = False,
+    ) -> None:
+        """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
         slot = state.slot
         self._running.pop(slot, None)
         self._waiting.pop(slot, None)
-        self.kv.release(slot)
+        self.kv.release(slot, discard=discard)
         self._columns.blocks[slot] = self._columns.computed_tokens[slot] = 0
         del self._by_id[state.request.request_id], self._by_slot[slot]
         self._free_slots.append(slot)
         setattr(self._stats, f"finished_{reason}", getattr(self._stats, f"finished_{reason}") + 1)
-        return TokenDelta(
-            state.request.request_id,
-            token_ids,
-            logprobs,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            timings=state.timings(self.clock.now()),
-            cached_tokens=state.cached_tokens,
-            preemptions=state.preemptions,
-            error_code=error[0] or None,
-            error_message=error[1] or None,
-            retry_after_s=error[2],
+        self._finished_output_tokens += state.output_tokens
+        self._outbox.append(
+            TokenDelta(
+                state.request.request_id,
+                token_ids,
+                logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                timings=state.timings(self.clock.now()),
+                cached_tokens=state.cached_tokens,
+                preemptions=state.preemptions,
+                error_code=error[0] or None,
+                error_message=error[1] or None,
+                retry_after_s=error[2],
+            )
         )
 
-    def _fail(self, state: RequestState, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:
-        return self._finish(state, "error", error=(code, message, retry_after_s))
+    def _fail(
+        self,
+        state: RequestState,
+        code: str,
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        discard: bool = False,
+    ) -> None:
+        self._finish(state, "error", error=(code, message, retry_after_s), discard=discard)
 
-    def _expire(self, now: float) -> list[TokenDelta]:
-        deltas = []
+    def _take_outbox(self) -> list[TokenDelta]:
+        deltas, self._outbox = self._outbox, []
+        return deltas
+
+    def _watch_deadline(self, deadline_s: float, request_id: str) -> None:
+        if len(self._deadlines) > 2 * len(self._columns.known_tokens):  # most are of requests that have ended
+            self._deadlines = [d for d in self._deadlines if d[1] in self._by_id]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline_s, request_id))
+
+    def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline_s, request_id = heapq.heappop(self._deadlines)
             state = self._by_id.get(request_id)
             if state is not None and state.request.deadline_s == deadline_s:
                 message = f"not finished within {deadline_s - state.request.arrival_s:.1f} s of its arrival"
-                deltas.append(self._fail(state, DeadlineExceeded.code, message))
-        return deltas
+                self._fail(state, DeadlineExceeded.code, message)
 
     # ---- what others see -----------------------------------------------------------------------------------------
 
@@ -422,21 +481,29 @@ class EngineCore:
             idle_s=now - self._idle_since_s,
         )
 
-    def _look_up_hits(self, limit: int) -> None:
+    def _look_up_hits(self, *, everything: bool) -> None:
+        """Refresh what the prefix cache holds for those who wait longest; bounded unless `everything` is asked for."""
         if not self.kv.prefix_caching or len(self._running) >= self.max_running:
             return
-        for _, slot in zip(range(limit), self._waiting, strict=False):
+        blocks = 0
+        for n, slot in enumerate(self._waiting):
+            if not everything and (n == _HITS_LOOKED_UP or blocks > _BLOCKS_LOOKED_UP):
+                return
             state = self._by_slot[slot]
             hit = self.kv.lookup(state.hashes, state.known - 1)
+            blocks += len(hit.blocks)
             self._columns.cached_tokens[slot] = hit.tokens
             self._columns.cached_free_blocks[slot] = hit.free_blocks
 
     def stats(self) -> CoreStats:
-        """The counters, with the present numbers filled in."""
-        stats = self._stats
-        stats.running, stats.waiting = len(self._running), len(self._waiting)
-        stats.kv_used_blocks, stats.kv_evictions = self.kv.used_blocks, self.kv.evictions
-        return stats
+        """A picture of the counters and the present numbers."""
+        return dataclasses.replace(
+            self._stats,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_used_blocks=self.kv.used_blocks,
+            kv_evictions=self.kv.evictions,
+        )
 
     def load(self) -> WorkerLoad:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""
@@ -446,45 +513,19 @@ class EngineCore:
 
     def _publish(self, force: bool = False) -> None:
         """Replace the published picture in one assignment, so that `load` never sees half of one."""
-        now = time.perf_counter()
+        now = self.clock.now()
         if not force and now - self._published_s < _PUBLISH_EVERY_S:
             return
         self._published_s = now
-        c = self._columns
-        running = np.fromiter(self._running, np.int32, len(self._running))
-        left = c.known_tokens[running] - c.computed_tokens[running]
-        decodes = running[left == 1]
-        waiting = np.fromiter(self._waiting, np.int32, len(self._waiting))
-        pending = np.concatenate([running[left > 1], waiting])
-        pending_left = c.known_tokens[pending] - c.computed_tokens[pending]
-        deadlines = c.arrival_s[pending] + c.ttft_s[pending]
-        first = np.argsort(deadlines, kind="stable")[:MAX_PENDING_IN_REPORT]
-        tpot = c.tpot_s[decodes]
-        stats, perf = self.stats(), self.model.snapshot()
-        self._published = WorkerLoad(
+        view, stats = self._view(now), self.stats()
+        self._published = worker_load(
+            self._columns,
+            view.running,
+            view.waiting,
             covers=self.covers,
-            running=len(running),
-            waiting=len(waiting),
-            kv_used_blocks=self.kv.used_blocks,
-            kv_total_blocks=self.kv.total_blocks,
-            step=stats.steps,
-            decodes=len(decodes),
-            decode_kv_tokens=int(c.computed_tokens[decodes].sum()),
-            tightest_tpot_s=float(np.nanmin(tpot)) if np.isfinite(tpot).any() else float("nan"),
-            pending=tuple(
-                PendingPrefill(
-                    float(deadlines[i]),
-                    int(pending_left[i]),
-                    int(c.computed_tokens[pending[i]]),
-                    float(c.tpot_s[pending[i]]),
-                    bool(c.relegated[pending[i]]),
-                )
-                for i in first.tolist()
-            ),
-            pending_tokens=int(pending_left.sum()),
-            mean_output_tokens=stats.generated_tokens / max(stats.requests - len(self._by_id), 1),
-            perf=PerfWeights(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch),
-            totals=stats.totals(),
+            stats=stats,
+            perf=self.model.snapshot(),
+            mean_output_tokens=self._finished_output_tokens / max(stats.requests - len(self._by_id), 1),
         )
 
     def _predicted_drain_s(self) -> float:
@@ -497,40 +538,27 @@ class EngineCore:
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def _check_plan(self, plan: StepPlan) -> None:
-        c = self._columns
-        problem = ""
-        if len(plan.slots) != len(plan.counts) or len(np.unique(plan.slots)) != len(plan.slots):
-            problem = "its rows are not one count for each slot"
-        elif any(s not in self._running for s in plan.preempt) or any(s in plan.preempt for s in plan.slots.tolist()):
-            problem = "it preempts what does not run, or runs what it preempts"
-        elif any(s not in self._by_slot for s in [*plan.slots.tolist(), *plan.refuse, *plan.relegate]):
-            problem = "it names a slot without a request"
-        elif (plan.counts < 1).any() or (
-            plan.counts > c.known_tokens[plan.slots] - c.computed_tokens[plan.slots]
-        ).any():
-            problem = "it computes no token, or more tokens than are known"
-        elif plan.counts.sum() > self.executor.spec.max_batch_tokens:
-            problem = f"it computes {plan.counts.sum()} tokens, over {self.executor.spec.max_batch_tokens}"
-        else:
-            newcomers = sum(s in self._waiting for s in plan.slots.tolist())
-            if len(self._running) - len(plan.preempt) + newcomers > self.max_running:
-                problem = f"it runs more than {self.max_running} sequences"
-        if problem:
-            raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
-
     def check(self) -> None:
         """Raises InternalError or KVError naming the first invariant that does not hold."""
         self.kv.check()
         c = self._columns
         if set(self._running) & set(self._waiting) or {*self._running, *self._waiting} != set(self._by_slot):
             raise InternalError("running and waiting do not partition the requests")
-        if len(self._by_slot) + len(self._free_slots) != len(c.known_tokens):
-            raise InternalError("a slot is lost")
+        if len(self._running) > self.max_running:
+            raise InternalError(f"{len(self._running)} sequences run, over the limit of {self.max_running}")
+        if sorted([*self._by_slot, *self._free_slots]) != list(range(len(c.known_tokens))):
+            raise InternalError("a slot is lost, or free and in use")
         for slot, state in self._by_slot.items():
             known, computed = int(c.known_tokens[slot]), int(c.computed_tokens[slot])
             if known != state.known or state.known != state.prompt_tokens + int(c.generated_tokens[slot]):
                 raise InternalError(f"slot {slot}: {known} tokens in its column, {state.known} in its state")
+            if state.output_tokens != int(c.generated_tokens[slot]) or state.known > self.max_model_len:
+                raise InternalError(f"slot {slot}: {state.output_tokens} output tokens, {known} tokens in all")
+            if self._last_token[slot] != state.tokens[known - 1]:
+                raise InternalError(f"slot {slot}: its newest token is not the one the next step would compute")
+            named = state.tokens[: len(state.hashes) * self.kv.block_size]
+            if state.hashes != block_hashes(named, self.kv.block_size, self._hash_key):
+                raise InternalError(f"slot {slot}: its block names are not those of its tokens")
             if not 0 <= computed < known or computed > int(c.blocks[slot]) * self.kv.block_size:
                 raise InternalError(f"slot {slot}: {computed} of {known} tokens computed in {c.blocks[slot]} blocks")
             if int(c.blocks[slot]) != self.kv.blocks_of(slot) or (slot in self._waiting and c.blocks[slot]):
@@ -539,10 +567,9 @@ class EngineCore:
                 )
 
 
-def _logprobs(
-    sampled: SampledLogprobs | None, row: int, token: int, wanted: int | None
-) -> tuple[TokenLogprob, ...] | None:
-    if wanted is None or sampled is None:
+def _logprobs(sampled: SampledLogprobs, row: int, token: int, state: RequestState) -> tuple[TokenLogprob, ...] | None:
+    wanted = state.request.sampling.logprobs
+    if wanted is None:
         return None
     pairs: Iterable[tuple[int, float]] = zip(
         sampled.top_ids[row, :wanted].tolist(), sampled.top[row, :wanted].tolist(), strict=True

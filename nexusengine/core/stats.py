@@ -51,7 +51,10 @@ class CoreStats:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step as it was planned and as it went. Seconds; started_s on the core's clock."""
+    """One step as it was planned and as it went. Seconds; started_s on the core's clock.
+
+    reasons: how many slots had each lens.plan.Reason, by its number; those without a request count as NONE.
+    """
 
     step: int
     started_s: float
@@ -63,3 +66,4 @@ class StepRecord:
     running: int
     waiting: int
     preempted: int
+    reasons: tuple[int, ...]

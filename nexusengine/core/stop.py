@@ -5,42 +5,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class StopStrings:
-    """Lets text through until the earliest stop string, which never comes out, not even its beginning.
+class _Matcher:
+    """How much of one string the text so far ends with (Knuth, Morris and Pratt 1977): linear in the text however the
+    string repeats itself. The table grows with the match, so that a long string costs nothing until it is met."""
 
-    Of stop strings that begin at the same place the longest wins, unless a shorter one is complete first.
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        self._shorter = [0, 0]  # [k]: length of the next longest beginning that string[:k] ends with
+
+    def push(self, char: str) -> bool:
+        """True when the string is complete with this character."""
+        self.matched = self._extend(self.matched, char)
+        if self.matched == len(self._shorter):
+            self._shorter.append(self._extend(self._shorter[-1], char))
+        return self.matched == len(self.string)
+
+    def _extend(self, length: int, char: str) -> int:
+        while length and self.string[length] != char:
+            length = self._shorter[length]
+        return length + (self.string[length] == char)
+
+
+class StopStrings:
+    """Lets text through until the first stop string is complete, which never comes out, not even its beginning.
+
+    Of stop strings complete with the same character the longest wins. What is found does not depend on where the
+    pieces were cut.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = sorted(stops, key=len, reverse=True)
+        self._matchers = [_Matcher(s) for s in sorted(stops, key=len, reverse=True)]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain to be output, the stop string that matched or None)."""
-        if not self._stops:
+        """(text that is certain to be output, the stop string that matched or None). Not to be used after a match."""
+        if not self._matchers:
             return text, None
+        held = len(self._held)
         text = self._held + text
-        found = min(
-            ((at, -len(s), s) for s in self._stops if (at := text.find(s)) >= 0),
-            default=None,
-        )
-        if found is not None:
-            self._held = ""
-            return text[: found[0]], found[2]
-        keep = self._possible_beginning(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
+        for end in range(held, len(text)):
+            complete = [m for m in self._matchers if m.push(text[end])]
+            if complete:
+                self._held = ""
+                return text[: end + 1 - len(complete[0].string)], complete[0].string
+        keep = len(text) - max(m.matched for m in self._matchers)
+        self._held = text[keep:]
+        return text[:keep], None
 
     def finish(self) -> str:
         """What was held back, once no more text comes."""
         held, self._held = self._held, ""
         return held
-
-    def _possible_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string could begin."""
-        longest = min(len(text), len(self._stops[0]) - 1)
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(len(s) > length and s.startswith(end) for s in self._stops):
-                return length
-        return 0

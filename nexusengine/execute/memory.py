@@ -1,22 +1,45 @@
-"""How many KV blocks a device holds, and how long a sequence may get."""
+"""How many KV blocks a device holds, and how long a sequence may get. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.batch import SamplingTable, StepBatch
 from nexusengine.model_config import ModelConfig
+from nexusengine.types import MAX_LOGPROBS, SamplingParams
 
 _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30
 
 
+def available_bytes() -> int:
+    """Memory of this host that can be had without swapping. Raises ConfigError where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("cannot tell how much memory is free; give --kv-cache-memory", param="kv_cache_memory")
+
+
 def cpu_kv_bytes() -> int:
     """A share of the memory that is available now, at most 4 GiB."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return min(int(int(line.split()[1]) * 1024 * _CPU_SHARE), _CPU_MOST_BYTES)
-    raise ConfigError("cannot tell how much memory is free; give --kv-cache-memory", param="kv_cache_memory")
+    return min(int(available_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
+
+
+def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:
+    """The longest sequence asked for, in tokens. Raises ConfigError if the model has fewer positions."""
+    if options.max_model_len is not None and options.max_model_len > config.max_position:
+        raise ConfigError(
+            f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions",
+            param="max_model_len",
+        )
+    return options.max_model_len or config.max_position
 
 
 def size_kv(
@@ -26,13 +49,8 @@ def size_kv(
 
     No more blocks than `max_running` sequences of full length can use. Raises ConfigError with the numbers.
     """
-    if options.max_model_len is not None and options.max_model_len > config.max_position:
-        raise ConfigError(
-            f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions",
-            param="max_model_len",
-        )
+    wanted_len = wanted_length(config, options)
     block_bytes = config.kv_bytes_per_token(element_bytes) * block_size
-    wanted_len = options.max_model_len or config.max_position
     useful = options.max_running * -(-wanted_len // block_size)
     usable = min(kv_bytes // block_bytes - 1, useful)
     if usable < 1:
@@ -49,3 +67,25 @@ def size_kv(
             param="kv_cache_memory",
         )
     return usable + 1, min(wanted_len, usable * block_size)
+
+
+def largest_step(options: ExecutorOptions, longest: int, block_size: int) -> StepBatch:
+    """A step that takes about as much memory as any: most rows, most tokens, the longest context, every row sampled
+    with filters and log-probabilities. All its blocks are block 1, so a KV cache of two blocks can run it."""
+    rows = min(options.max_running, options.max_batch_tokens)
+    chunk = min(options.max_batch_tokens - rows + 1, longest)
+    counts = np.ones(rows, np.int32)
+    starts = np.zeros(rows, np.int32)
+    counts[-1], starts[-1] = chunk, longest - chunk
+    sampling = SamplingTable.empty(rows)
+    for slot in range(rows):
+        sampling.set(slot, SamplingParams(temperature=1.0, top_p=0.9, seed=slot, logprobs=MAX_LOGPROBS))
+    return StepBatch(
+        slots=np.arange(rows, dtype=np.int32),
+        starts=starts,
+        counts=counts,
+        sampled=np.ones(rows, np.bool_),
+        token_ids=np.zeros(int(counts.sum()), np.int32),
+        block_tables=np.ones((rows, -(-longest // block_size)), np.int32),
+        sampling=sampling,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,18 +12,31 @@ import torch
 from nexusengine.attention.base import AttentionBackend, AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import choose
 from nexusengine.config import DeviceSpec
-from nexusengine.errors import ConfigError
+from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
-from nexusengine.execute.batch import SampledLogprobs, StepBatch, StepResult
-from nexusengine.execute.memory import cpu_kv_bytes, size_kv
+from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
 from nexusengine.loading.resolve import ModelFiles
-from nexusengine.loading.weights import open_weights
+from nexusengine.loading.weights import WeightSource, open_weights
+from nexusengine.model_config import ModelConfig
 from nexusengine.models.llama import LlamaForCausalLM
 from nexusengine.models.registry import model_class
-from nexusengine.sampling.sampler import SamplingRows, sample
+from nexusengine.sampling.sampler import DeviceLogprobs, SamplingRows, sample
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _GPU_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A step on the device. token_ids, positions i8 `[T]`; last, sampled_slots i8 `[N]`: the sampled rows' last token
+    in the batch, and their slots."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    last: torch.Tensor
+    sampled_slots: torch.Tensor
+    meta: AttentionMeta
 
 
 class TorchExecutor:
@@ -38,52 +52,83 @@ class TorchExecutor:
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
         self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
-        self._in_flight: tuple[torch.Tensor | None, SampledLogprobs | None, Callable[[], float]] | None = None
+        self._in_flight: tuple[torch.Tensor | None, DeviceLogprobs | None, Callable[[], float]] | None = None
 
     @classmethod
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> TorchExecutor:
         """Load the model. Raises ModelLoadError, or ConfigError naming the setting that cannot be met."""
+        with open_weights(files) as source:
+            return cls.build(files.config, source, device, options, progress)
+
+    @classmethod
+    @torch.inference_mode()
+    def build(
+        cls,
+        config: ModelConfig,
+        source: WeightSource | None,
+        device: DeviceSpec,
+        options: ExecutorOptions,
+        progress: Progress,
+    ) -> TorchExecutor:
+        """source None: random weights from `options.seed`, for checks without a checkpoint. Raises like `create`."""
         where = _torch_device(device)
-        dtype = _dtype(options.dtype, files.config.dtype, where)
-        config = files.config
-        spec = AttentionSpec(
+        dtype = _dtype(options.dtype, config.dtype, where)
+        longest = wanted_length(config, options)
+        attention_spec = AttentionSpec(
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
         )
-        backend, spec, _ = choose(spec, options.attention_backend, options.block_size)
-        positions = options.max_model_len or config.max_position
-        with torch.inference_mode(), open_weights(files) as source:
+        backend, attention_spec, _ = choose(attention_spec, options.attention_backend, options.block_size)
+        try:
             model = model_class(config.architecture)(
                 config,
                 dtype=dtype,
                 device=where,
-                max_positions=min(positions, config.max_position),
+                max_positions=longest,
                 source=source,
+                seed=options.seed,
                 progress=lambda fraction: progress("loading weights", fraction),
             )
-        progress("allocating the KV cache", 0.0)
-        kv_bytes = options.kv_cache_bytes or (_free_gpu_bytes(where) if where.type == "cuda" else cpu_kv_bytes())
-        num_blocks, max_len = size_kv(config, options, kv_bytes, spec.block_size, dtype.itemsize)
-        made = cls(
-            model,
-            backend(spec),
-            spec,
-            ExecutorSpec(
+        except torch.OutOfMemoryError:
+            raise ModelLoadError(
+                f"the weights need about {config.num_parameters * dtype.itemsize} bytes in {dtype}, more than device "
+                f"{device} has free; take a smaller model or dtype, or end what else uses the device"
+            ) from None
+
+        def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
+            spec = ExecutorSpec(
                 device=str(device),
                 dtype=str(dtype).removeprefix("torch."),
-                block_size=spec.block_size,
+                block_size=attention_spec.block_size,
                 num_blocks=num_blocks,
-                max_model_len=max_len,
+                max_model_len=max_model_len,
                 max_batch_tokens=options.max_batch_tokens,
                 vocab_size=config.vocab_size,
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
-                kv_bytes=num_blocks * spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
-            ),
-        )
+                kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+            )
+            return cls(model, backend(attention_spec), attention_spec, spec)
+
+        progress("allocating the KV cache", 0.0)
+        if where.type == "cpu":
+            free_bytes = available_bytes()
+            kv_bytes = options.kv_cache_bytes or cpu_kv_bytes()
+        else:
+            free_bytes = _free_gpu_bytes(made(2, longest), largest_step(options, longest, attention_spec.block_size))
+            kv_bytes = options.kv_cache_bytes or free_bytes
+        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, dtype.itemsize)
+        needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize)
+        if needed > free_bytes:
+            raise ConfigError(
+                f"a KV cache of {needed} bytes was asked for, but only {free_bytes} bytes are free on {device}; "
+                "lower --kv-cache-memory",
+                param="kv_cache_memory",
+            )
+        executor = made(num_blocks, max_len)
         progress("ready", 1.0)
-        return made
+        return executor
 
     @torch.inference_mode()
     def submit(self, batch: StepBatch) -> None:
@@ -93,18 +138,15 @@ class TorchExecutor:
         if self._kv is None:
             raise RuntimeError("the executor is closed")
         elapsed_s = self._start_timer()
-        meta = self._meta(batch)
-        hidden = self._model.forward(
-            self._token_ids(batch), self._upload(_positions(batch)), self._kv, self._attention, meta
-        )
-        tokens, logprobs = None, None
         rows = np.nonzero(batch.sampled)[0]
+        inputs = self._inputs(batch, rows)
+        self._attention.plan(inputs.meta)
+        hidden = self._model.forward(inputs.token_ids, inputs.positions, self._kv, self._attention, inputs.meta)
+        tokens, logprobs = None, None
         if len(rows):
-            last = self._upload(np.cumsum(batch.counts)[rows] - 1)
-            slots = batch.slots[rows]
-            table = batch.sampling
+            slots, table = batch.slots[rows], batch.sampling
             tokens, logprobs = sample(
-                self._model.logits(hidden[last]),
+                self._model.logits(hidden[inputs.last]),
                 SamplingRows(
                     table.temperature[slots],
                     table.top_k[slots],
@@ -115,7 +157,8 @@ class TorchExecutor:
                     (batch.starts + batch.counts)[rows],
                 ),
             )
-            self._remember(slots, tokens, len(batch.block_tables))
+            # a row without a token (-1) fails; until its owner knows, any valid id keeps the others' steps safe
+            self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         self._in_flight = (tokens, logprobs, elapsed_s())
 
     def collect(self) -> StepResult:
@@ -124,7 +167,7 @@ class TorchExecutor:
         tokens, logprobs, device_s = self._in_flight
         self._in_flight = None
         ids = np.empty(0, np.int32) if tokens is None else tokens.int().cpu().numpy()
-        return StepResult(ids, device_s(), logprobs)
+        return StepResult(ids, device_s(), logprobs.fetch() if logprobs is not None else None)
 
     def close(self) -> None:
         self._kv = None
@@ -132,46 +175,53 @@ class TorchExecutor:
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
-    def _upload(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays of one type to the device in one copy, without waiting for it."""
+        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
+        if self._device.type == "cuda":
+            flat = flat.pin_memory().to(self._device, non_blocking=True)
+        ends = np.cumsum([a.size for a in arrays])
+        return [flat[end - a.size : end].view(a.shape) for end, a in zip(ends.tolist(), arrays, strict=True)]
 
-    def _token_ids(self, batch: StepBatch) -> torch.Tensor:
-        """Input ids i8 `[T]`, with the ids that so far exist only on the device filled in."""
-        ids = self._upload(batch.token_ids.astype(np.int64))
-        unknown = np.nonzero(batch.token_ids < 0)[0]
-        if len(unknown):
-            slots = np.repeat(batch.slots, batch.counts)[unknown]
-            ids[self._upload(unknown)] = self._last_tokens[self._upload(slots.astype(np.int64))]
-        return ids
-
-    def _remember(self, slots: np.ndarray, tokens: torch.Tensor, total_slots: int) -> None:
-        if len(self._last_tokens) < total_slots:
-            self._last_tokens = torch.zeros(total_slots, dtype=torch.long, device=self._device)
-        self._last_tokens[self._upload(slots.astype(np.int64))] = tokens
-
-    def _meta(self, batch: StepBatch) -> AttentionMeta:
-        size = self._block_size
+    def _inputs(self, batch: StepBatch, sampled_rows: np.ndarray) -> _Inputs:
+        size, total = self._block_size, len(batch.token_ids)
+        self._hold_slots(len(batch.block_tables))
         seq_lens = batch.starts + batch.counts
-        most_blocks = -(-int(seq_lens.max()) // size)
-        tables = batch.block_tables[batch.slots, :most_blocks]
-        positions = _positions(batch)
+        ends = np.cumsum(batch.counts, dtype=np.int64)
+        positions = np.arange(total) - np.repeat(ends - seq_lens, batch.counts)
         rows = np.repeat(np.arange(len(batch.slots)), batch.counts)
+        tables = batch.block_tables[batch.slots, : -(-int(seq_lens.max()) // size)]
         slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
-        cu_seqlens = np.zeros(len(batch.slots) + 1, np.int32)
-        np.cumsum(batch.counts, out=cu_seqlens[1:])
+        cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
+        ids, places, mapping, token_slots, last, sampled_slots = self._upload(
+            batch.token_ids.astype(np.int64),
+            positions,
+            slot_mapping,
+            batch.slots[rows].astype(np.int64),
+            ends[sampled_rows] - 1,
+            batch.slots[sampled_rows].astype(np.int64),
+        )
+        block_table, lengths, cu = self._upload(tables, seq_lens, cu_seqlens)
+        if (batch.token_ids < 0).any():
+            ids = torch.where(ids < 0, self._last_tokens[token_slots], ids)
         meta = AttentionMeta(
-            block_table=self._upload(tables),
-            seq_lens=self._upload(seq_lens),
-            cu_seqlens_q=self._upload(cu_seqlens),
-            slot_mapping=self._upload(slot_mapping),
+            block_table=block_table,
+            seq_lens=lengths,
+            cu_seqlens_q=cu,
+            slot_mapping=mapping,
             seq_lens_host=seq_lens.tolist(),
             query_lens_host=batch.counts.tolist(),
             num_decodes=int((batch.counts == 1).sum()),
             max_seq_len=int(seq_lens.max()),
             max_query_len=int(batch.counts.max()),
         )
-        self._attention.plan(meta)
-        return meta
+        return _Inputs(ids, places, last, sampled_slots, meta)
+
+    def _hold_slots(self, slots: int) -> None:
+        """Room to remember the last token of so many slots."""
+        have = len(self._last_tokens)
+        if have < slots:
+            self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(slots - have)])
 
     def _start_timer(self) -> Callable[[], Callable[[], float]]:
         """A call that ends the measurement and returns a call that gives its seconds (waiting on CUDA if it must)."""
@@ -198,12 +248,6 @@ class TorchExecutor:
         return end_cuda
 
 
-def _positions(batch: StepBatch) -> np.ndarray:
-    """Position of each token in its sequence, i8 `[T]`."""
-    ends = np.cumsum(batch.counts)
-    return np.arange(ends[-1]) - np.repeat(ends - batch.counts - batch.starts, batch.counts)
-
-
 def _torch_device(device: DeviceSpec) -> torch.device:
     if device.kind == "cpu":
         if device.threads is not None:
@@ -228,7 +272,15 @@ def _dtype(wanted: str | None, checkpoint: str, device: torch.device) -> torch.d
     return _DTYPES.get(checkpoint, torch.bfloat16) if checkpoint != "float32" else torch.bfloat16
 
 
-def _free_gpu_bytes(device: torch.device) -> int:
-    """What is left of the share of the device that we use, less room for a step's activations."""
+def _free_gpu_bytes(executor: TorchExecutor, step: StepBatch) -> int:
+    """What is left of our share of the device after the weights and the measured peak of the largest step."""
+    device = executor._device
+    before_bytes = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    executor.submit(step)
+    executor.collect()
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    executor.close()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return max(int(free - (1 - _GPU_SHARE) * total), 0)
+    return max(int(free - (1 - _GPU_SHARE) * total) - peak_bytes, 0)

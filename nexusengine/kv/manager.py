@@ -135,10 +135,14 @@ class KVManager:
                 self._hash_of[block] = h
         self._published[slot] = max(self._published[slot], full)
 
-    def release(self, slot: int) -> None:
-        """Take all blocks from the slot, the last first, so that a prompt's beginning stays cached longest."""
-        for i in range(self._held[slot] - 1, -1, -1):
-            block = int(self.block_tables[slot, i])
+    def release(self, slot: int, *, discard: bool = False) -> None:
+        """Take all blocks from the slot, the last first, so that a prompt's beginning stays cached longest.
+
+        discard: nobody may be given their content any more; blocks that others hold too lose their names.
+        """
+        for block in self.block_tables[slot, : self._held[slot]][::-1].tolist():
+            if discard and block in self._hash_of:
+                del self._block_of[self._hash_of.pop(block)]
             self._users[block] -= 1
             if self._users[block] == 0:
                 if block in self._hash_of:

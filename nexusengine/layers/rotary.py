@@ -15,7 +15,8 @@ from nexusengine.model_config import ModelConfig, RopeScaling
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     """(inverse frequencies `[D / 2]` float32, factor on cos and sin)."""
     dim = config.head_dim
-    inverse = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    # a division, not a negative power: the last bit differs, and long contexts multiply it
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.rope_scaling
     if config.rope_factors is not None:
         inverse = inverse / torch.tensor(config.rope_factors, dtype=torch.float32)

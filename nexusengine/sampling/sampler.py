@@ -17,6 +17,8 @@ from nexusengine.sampling.noise import exponential, row_keys
 
 _CANDIDATES = 1024
 """Most likely tokens looked at first for top_k and top_p; rows that need more are done over the whole vocabulary."""
+_COLDEST = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,23 @@ class SamplingRows:
     position: I4
 
 
-def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, SampledLogprobs | None]:
+@dataclass(frozen=True, slots=True)
+class DeviceLogprobs:
+    """execute.batch.SampledLogprobs before it is fetched from the device."""
+
+    chosen: torch.Tensor
+    top_ids: torch.Tensor
+    top: torch.Tensor
+
+    def fetch(self) -> SampledLogprobs:
+        """Waits for the device."""
+        return SampledLogprobs(self.chosen.cpu().numpy(), self.top_ids.int().cpu().numpy(), self.top.cpu().numpy())
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, DeviceLogprobs | None]:
     """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite."""
     tokens = logits.argmax(dim=-1)
-    random = rows.temperature > 0
+    random = rows.temperature >= _COLDEST
     filtered = random & ((rows.top_k > 0) | (rows.top_p < 1.0))
     for chosen, draw in ((random & ~filtered, _draw_all), (filtered, _draw_filtered)):
         index = np.nonzero(chosen)[0]
@@ -75,6 +90,8 @@ def _draw_filtered(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     vocabulary = logits.shape[1]
     few = min(_CANDIDATES, vocabulary)
     tokens, enough = _draw_candidates(logits, rows, few)
+    if few == vocabulary or ((rows.top_k > 0) & (rows.top_k <= few)).all():
+        return tokens  # known without waiting for the device
     if not enough.all():
         index = np.nonzero(~enough.cpu().numpy())[0]
         part = torch.from_numpy(index).to(logits.device)
@@ -85,30 +102,29 @@ def _draw_filtered(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 def _draw_candidates(logits: torch.Tensor, rows: SamplingRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, whether the `count` most likely ones hold everything the filters keep)."""
     scaled, ids = torch.topk(logits / _column(rows.temperature, logits), count, dim=-1)
-    top_k = _column(np.where(rows.top_k > 0, rows.top_k, logits.shape[1]), logits)
-    rank = torch.arange(count, device=logits.device)
-    within = rank < top_k
-    # top_p counts the probability of what top_k left: all of it is in reach only if top_k is
+    vocabulary = logits.shape[1]
+    top_k = _column(np.where(rows.top_k > 0, np.minimum(rows.top_k, vocabulary), vocabulary), logits)
+    within = torch.arange(count, device=logits.device) < top_k
+    # top_p counts the probability of what top_k left: known if those are in reach, or if top_k leaves everything
     total = torch.where(
         top_k <= count,
         scaled.masked_fill(~within, -torch.inf).logsumexp(-1, keepdim=True),
         (logits / _column(rows.temperature, logits)).logsumexp(-1, keepdim=True),
     )
     p = (scaled - total).exp()
-    before = p.cumsum(-1) - p
+    cumulative = p.cumsum(-1)
     top_p, min_p = _column(rows.top_p, logits), _column(rows.min_p, logits)
-    keep = within & (before < top_p) & (p >= min_p * p[:, :1])
-    enough = (top_k <= count) | (before[:, -1:] + p[:, -1:] >= top_p) if count < logits.shape[1] else within[:, :1]
-    if count < logits.shape[1]:
-        enough = enough & ((top_k <= count) | (top_p < 1.0))
+    nucleus = (cumulative - p < top_p) | (top_p >= 1.0)  # the sum of all may exceed 1 by rounding
+    keep = within & nucleus & (p >= min_p * p[:, :1])
+    enough = (top_k <= count) | ((top_k == vocabulary) & (cumulative[:, -1:] >= top_p) & (top_p < 1.0))
     winner = _race(scaled.masked_fill(~keep, -torch.inf), ids.int(), rows)
     return ids.gather(1, winner.unsqueeze(1)).squeeze(1), enough.squeeze(1)
 
 
-def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: I4) -> SampledLogprobs | None:
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: I4) -> DeviceLogprobs | None:
     if not (wanted >= 0).any():
         return None
     everything = logits.log_softmax(dim=-1)
     top, ids = everything.topk(int(wanted.max()), dim=-1)
     chosen = everything.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return SampledLogprobs(chosen.cpu().numpy(), ids.int().cpu().numpy(), top.cpu().numpy())
+    return DeviceLogprobs(chosen, ids, top)

@@ -16,7 +16,7 @@ from nexusengine.errors import Unavailable, WorkerLost
 from nexusengine.types import EngineRequest, TokenDelta
 
 _HELLO_EVERY_S = 1.0
-_SILENT_S = 5.0
+_SILENT_S, _GONE_S = 5.0, 30.0
 _HIGH_WATER = 100_000
 
 
@@ -42,6 +42,7 @@ class RouterClient:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
+        self._heard_s = time.monotonic()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.SNDHWM, _HIGH_WATER)
@@ -94,6 +95,10 @@ class RouterClient:
     async def _say_hello(self) -> None:
         while True:
             self._send(wire.Hello())
+            if self._pending and time.monotonic() - self._heard_s > _GONE_S:
+                for request_id in self._pending:
+                    self.abort(request_id)
+                self._fail_all(Unavailable.code, f"the router has been silent for {_GONE_S:.0f} s")
             await asyncio.sleep(_HELLO_EVERY_S)
 
     async def _receive(self) -> None:

@@ -24,10 +24,11 @@ from nexusengine.errors import (
 )
 from nexusengine.obs.logs import get_logger
 from nexusengine.server import completions, info
-from nexusengine.server.errors import error_response
+from nexusengine.server.errors import SERVER_FAILED, error_response
 from nexusengine.server.state import ServerState
 
 _GENERATION = ("/v1/chat/completions", "/v1/completions")
+_OPEN_TO_ALL = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 _MAX_REQUEST_ID = 128
 log = get_logger("server")
 
@@ -38,9 +39,19 @@ def create_app(state: ServerState) -> ASGIApp:
     app.state.server = state
     app.include_router(completions.router)
     app.include_router(info.router)
-    app.add_exception_handler(NexusError, lambda request, error: error_response(error))
+    app.add_exception_handler(NexusError, _nexus_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _fault)
     return Edge(app, state)
+
+
+async def _nexus_error(request: object, error: NexusError) -> Response:
+    return error_response(error)
+
+
+async def _fault(request: object, error: Exception) -> Response:
+    """Our own faults; the framework raises them again after this reply, and Edge logs them."""
+    return error_response(InternalError(SERVER_FAILED))
 
 
 async def _http_error(request: object, error: HTTPException) -> Response:
@@ -87,8 +98,7 @@ class Edge:
         except Exception:
             log.exception("request %s to %s failed", request_id, scope["path"])
             if status == 0:
-                failure = InternalError("the server failed; see its log")
-                await error_response(failure)(scope, receive, send_with_id)
+                await error_response(InternalError(SERVER_FAILED))(scope, receive, send_with_id)
         finally:
             if generation:
                 self._state.in_progress -= 1
@@ -97,7 +107,7 @@ class Edge:
     def _admit(self, scope: Scope, headers: Headers, generation: bool) -> None:
         """Raises Unauthorized or Overloaded."""
         config = self._state.config
-        if config.api_key and scope["path"].startswith("/v1/"):
+        if config.api_key and scope["path"] not in _OPEN_TO_ALL:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), config.api_key.encode()):
                 raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")

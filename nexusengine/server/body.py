@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import reprlib
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from nexusengine.errors import Cancelled, InvalidRequest, PayloadTooLarge
+from nexusengine.config import ServeConfig
+from nexusengine.errors import Cancelled, DeadlineExceeded, InvalidRequest, PayloadTooLarge
 from nexusengine.server.schemas import Body
 
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(request: Request, schema: type[B], limit_bytes: int) -> B:
-    """Raises PayloadTooLarge, InvalidRequest naming the field, or Cancelled if the client left meanwhile."""
+async def read_body(request: Request, schema: type[B]) -> B:
+    """Raises PayloadTooLarge, InvalidRequest naming the field, DeadlineExceeded, or Cancelled if the client left."""
+    config: ServeConfig = request.app.state.server.config
+    try:
+        async with asyncio.timeout(config.request_timeout):
+            content = await _content(request, config.max_body_bytes)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the body did not arrive within {config.request_timeout} s") from None
+    return parse(content, schema)
+
+
+async def _content(request: Request, limit_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         _too_large(int(declared), limit_bytes)
@@ -28,16 +41,20 @@ async def read_body(request: Request, schema: type[B], limit_bytes: int) -> B:
         if len(content) > limit_bytes:
             _too_large(len(content), limit_bytes)
         if not message.get("more_body", False):
-            return parse(bytes(content), schema)
+            return bytes(content)
 
 
 def parse(content: bytes, schema: type[B]) -> B:
     try:
-        value = json.loads(content, parse_constant=_not_json)
+        value = json.loads(content.decode(), parse_constant=_not_json)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
+        raise InvalidRequest(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+    except InvalidRequest:
+        raise
+    except ValueError:  # Python's own limit against numbers that take long to read
+        raise InvalidRequest("the body holds a number with too many digits") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     if not isinstance(value, dict):
@@ -63,7 +80,7 @@ def _named(error: ValidationError) -> InvalidRequest:
     faults = error.errors(include_url=False, include_context=False)
     fault = max(faults, key=lambda f: len(f["loc"]))
     path = ".".join(str(part) for part in fault["loc"] if not _is_type_name(part))
-    shown = "" if fault["type"] == "missing" else f" (got {str(fault['input'])[:80]!r})"
+    shown = "" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})"
     return InvalidRequest(f"{path}: {fault['msg']}{shown}", param=path)
 
 

@@ -57,7 +57,12 @@ class ChatShape:
     def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any:
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
             text = tokenizer.token_str(token_id)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            part_of_a_character = "\ufffd" in text
+            return {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if part_of_a_character else list(text.encode()),
+            }
 
         content = [
             entry(i.token_id, i.logprob) | {"top_logprobs": [entry(token, value) for token, value in i.top]}
@@ -203,11 +208,11 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
-    body = await read_body(request, ChatRequest, state.config.max_body_bytes)
+    body = await read_body(request, ChatRequest)
     state.check_model(body.model)
     engine = state.serving_engine()
-    messages = [m.model_dump(exclude_none=True) for m in body.messages]
-    prompt = engine.tokenizer.encode_chat(messages)
+    text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
+    prompt = await engine.encode(text, add_special_tokens=False)
     generation = Generation(state, ChatShape(), [prompt], [""], body.sampling(), body.n, arrival_s)
     return await _reply(request, generation, body)
 
@@ -215,7 +220,7 @@ async def chat_completions(request: Request) -> Response:
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
-    body = await read_body(request, CompletionRequest, state.config.max_body_bytes)
+    body = await read_body(request, CompletionRequest)
     state.check_model(body.model)
     engine, prompts = state.serving_engine(), body.prompts
     for prompt in prompts:
@@ -229,5 +234,6 @@ async def completions(request: Request) -> Response:
 async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
     headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
-        return await EventStream(request, generation.events(body.include_usage), headers).begin()
+        stall_s = generation.state.config.request_timeout
+        return await EventStream(request, generation.events(body.include_usage), headers, stall_s).begin()
     return JSONResponse(await until_disconnect(request, generation.whole()), headers=headers)

@@ -9,11 +9,17 @@ from starlette.responses import JSONResponse
 
 from nexusengine.errors import NexusError
 
+SERVER_FAILED = "the server failed; see its log"
+
 
 def error_body(error: NexusError) -> dict[str, Any]:
-    return {
-        "error": {"message": error.message, "type": error.openai_type, "param": error.param, "code": error.code},
-    }
+    message, param = _valid_unicode(error.message), error.param and _valid_unicode(error.param)
+    return {"error": {"message": message, "type": error.openai_type, "param": param, "code": error.code}}
+
+
+def _valid_unicode(text: str) -> str:
+    """JSON may hold halves of characters, and a message may quote them; a reply cannot."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def error_response(error: NexusError) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,15 +44,16 @@ async def model(request: Request, name: str) -> Response:
 async def tokenize(request: Request) -> Response:
     """{"prompt"} or {"messages"} -> {"tokens", "count", "max_model_len"} and, if asked for, "token_strs"."""
     state = _state(request)
-    body = await read_body(request, TokenizeRequest, state.config.max_body_bytes)
+    body = await read_body(request, TokenizeRequest)
     state.check_model(body.model)
     engine = state.serving_engine()
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        tokens = engine.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        tokens = await engine.encode(body.prompt, body.add_special_tokens)
     else:
-        tokens = engine.tokenizer.encode_chat([m.model_dump(exclude_none=True) for m in body.messages or []])
+        messages = [m.for_template() for m in body.messages or ()]
+        tokens = await asyncio.to_thread(engine.tokenizer.encode_chat, messages)
     reply: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
     if body.return_token_strs:
         reply["token_strs"] = [engine.tokenizer.token_str(i) for i in tokens]
@@ -62,11 +64,12 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """{"tokens"} -> {"prompt"}, special tokens written out."""
     state = _state(request)
-    body = await read_body(request, DetokenizeRequest, state.config.max_body_bytes)
+    body = await read_body(request, DetokenizeRequest)
     state.check_model(body.model)
     engine = state.serving_engine()
     check_token_ids(body.tokens, engine.vocab_size, "tokens")
-    return JSONResponse({"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, False)
+    return JSONResponse({"prompt": text})
 
 
 @router.get("/livez")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import re
+import reprlib
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +12,10 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.types import SamplingParams
 
 MAX_CHOICES = 16
+MAX_GENERATIONS = 1024
+T = TypeVar("T")
+List = Annotated[list[T], Field(fail_fast=True)]
+"""A list checked up to its first fault: a body of megabytes must not make a fault for each of its items."""
 
 
 class Body(BaseModel):
@@ -26,12 +32,13 @@ class Body(BaseModel):
         for name, harmless in self.REFUSED.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in harmless:
-                raise InvalidRequest(f"{name} is not supported (got {str(value)[:80]})", param=name)
+                raise InvalidRequest(f"{name} is not supported (got {reprlib.repr(value)})", param=name)
 
     @property
     def ignored(self) -> list[str]:
-        """Fields of the body that have no effect."""
-        return sorted(self.model_extra or {})
+        """Fields of the body that have no effect; names no client sends in earnest come as "?"."""
+        unknown = set(self.model_extra or {}) - set(self.REFUSED)
+        return sorted({name if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) else "?" for name in unknown})[:32]
 
 
 class StreamOptions(BaseModel):
@@ -49,8 +56,8 @@ class Sampling(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | List[str] | None = None
+    stop_token_ids: List[int] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -97,13 +104,19 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | List[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates know it: "developer" is a newer name of "system". Raises InvalidRequest."""
+        if self.content is None and self.role != "assistant":
+            raise InvalidRequest(f"a message of role {self.role!r} needs content", param="messages")
+        return self.model_dump(exclude_none=True) | ({"role": "system"} if self.role == "developer" else {})
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Annotated[List[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -129,8 +142,8 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = 16
+    prompt: str | List[str] | List[int] | List[List[int]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     best_of: int | None = None
@@ -146,24 +159,27 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each a text or token ids."""
+        """One or several, each a text or token ids. Raises InvalidRequest if there are none or too many."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and all(isinstance(p, int) for p in self.prompt):
-            return [self.prompt]  # type: ignore[list-item]
         if not self.prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        return list(self.prompt)  # type: ignore[arg-type]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        if len(self.prompt) * self.n > MAX_GENERATIONS:
+            asked = f"{len(self.prompt)} prompts with n={self.n}"
+            raise InvalidRequest(f"{asked}: at most {MAX_GENERATIONS} generations in one request", param="prompt")
+        return list(self.prompt)
 
 
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: List[ChatMessage] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: List[int]

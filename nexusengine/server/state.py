@@ -65,6 +65,8 @@ class ServerState:
             {
                 "id": w.info.worker_id,
                 "device": w.info.device,
+                "pid": w.info.pid,
+                "restarts": w.restarts,
                 "state": w.state.value,
                 "phase": w.phase,
                 "fraction": round(w.fraction, 3),

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from nexusengine.errors import Cancelled, InternalError, NexusError
 from nexusengine.obs.logs import get_logger
-from nexusengine.server.errors import error_body
+from nexusengine.server.errors import SERVER_FAILED, error_body
 from nexusengine.types import RequestOutput
 
 _QUEUED_PIECES = 16
@@ -79,11 +79,16 @@ async def fan_in(
 
 class EventStream(Response):
     """Server-sent events. The first event is awaited before the status is sent, so that an early error is a plain JSON
-    reply (raised by `begin`); a later one is an event, and the stream ends without [DONE]."""
+    reply (raised by `begin`); a later one is an event, and the stream ends without [DONE].
 
-    def __init__(self, request: Request, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str]) -> None:
+    stall_s: a client that takes nothing for so long has its connection closed.
+    """
+
+    def __init__(
+        self, request: Request, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str], stall_s: float
+    ) -> None:
         self.status_code, self.background = 200, None
-        self._request, self._events = request, events
+        self._request, self._events, self._stall_s = request, events, stall_s
         self._first: dict[str, Any] | None = None
         self.body = b""
         self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
@@ -101,8 +106,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await until_disconnect(self._request, self._write(send))
-        except (Cancelled, OSError):
-            log.debug("a client left its stream")
+        except (Cancelled, OSError) as error:  # TimeoutError is an OSError
+            log.debug("a stream was cut off: %s", error)
         finally:
             await self._events.aclose()
 
@@ -120,10 +125,10 @@ class EventStream(Response):
             raise
         except Exception:
             log.exception("a stream failed")
-            await self._event(send, error_body(InternalError("the server failed; see its log")))
+            await self._event(send, error_body(InternalError(SERVER_FAILED)))
             await send({"type": "http.response.body", "body": b""})
 
-    @staticmethod
-    async def _event(send: Send, event: dict[str, Any] | None) -> None:
+    async def _event(self, send: Send, event: dict[str, Any] | None) -> None:
         body = b"data: " + msgspec.json.encode(event) + b"\n\n"
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        async with asyncio.timeout(self._stall_s):
+            await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -49,8 +49,11 @@ class FakeTokenizer:
     def stream(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.decode)
 
+    def render_chat(self, messages: Sequence[Any], **extra: Any) -> str:
+        return self._template.render(messages)
+
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
-        return self.encode(self._template.render(messages))
+        return self.encode(self.render_chat(messages))
 
 
 class SlowExecutor(FakeExecutor):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from nexusengine import Engine, SamplingParams
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.plan import StepPlan
+from nexusengine.lens.view import EngineView
 
 from .conftest import OUTPUT_TOKENS, Reference
 
@@ -49,11 +53,29 @@ def test_greedy_text_does_not_depend_on_the_prefix_cache(reference: Reference) -
     assert all(o.cached_tokens == (len(o.prompt_token_ids) - 1) // 16 * 16 for o in second)
 
 
+class Preempting:
+    """FCFS that takes the newest sequence's KV back at every third step."""
+
+    name = "preempting"
+
+    def __init__(self) -> None:
+        self._inner, self._steps = FCFS(), 0
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        plan = self._inner.plan(view, now)
+        self._steps += 1
+        if self._steps % 3 or len(view.running) < 2 or plan.preempt:
+            return plan
+        victim = int(view.running[-1])
+        keep = plan.slots != victim
+        return replace(plan, slots=plan.slots[keep], counts=plan.counts[keep], preempt=(victim,))
+
+
 def test_greedy_text_survives_preemption(reference: Reference) -> None:
-    """KV for 1,568 tokens: the shorter prompts run together and run out of it."""
-    with Engine("smollm2-135m", **SETTINGS | {"kv_cache_memory": 98 * 16 * 46_080, "max_model_len": 1520}) as engine:
+    with Engine("smollm2-135m", **SETTINGS | {"prefix_caching": True}) as engine:
+        engine._runner.core.policy = Preempting()  # type: ignore[union-attr]
         outputs = engine.generate(reference.prompts, GREEDY, progress=False)
-        assert engine.stats()["preemptions"] > 0
+        assert engine.stats()["preemptions"] >= 5
     assert mismatches(reference, [list(o.token_ids) for o in outputs]) == []
 
 

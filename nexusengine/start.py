@@ -1,0 +1,100 @@
+"""What Engine and AsyncEngine are started from: their settings, a core in this process, or processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from nexusengine.backend import AsyncBackend
+from nexusengine.clock import MonotonicClock
+from nexusengine.config import EngineConfig, ServeConfig, load, parse_devices
+from nexusengine.core.core import EngineCore
+from nexusengine.errors import ConfigError, NexusError
+from nexusengine.execute.base import make_executor
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.local import LocalBackend
+from nexusengine.serve.build import executor_options, make_core
+from nexusengine.serve.client import RouterClient
+from nexusengine.serve.supervisor import Supervisor
+from nexusengine.tokenize import Tokenizer, load_tokenizer
+
+
+def engine_config(model: str, devices: str | Sequence[str] | None, settings: dict[str, Any]) -> EngineConfig:
+    """Settings given in Python. Raises ConfigError for a name or value that does not exist."""
+    unknown = sorted(set(settings) - set(EngineConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}", param=unknown[0])
+    if devices is not None:
+        settings["devices"] = devices if isinstance(devices, str) else ",".join(devices)
+    return load(EngineConfig, {**settings, "model": model})
+
+
+def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
+    """The core of a one-device engine, its tokenizer and the size of its vocabulary."""
+    device = parse_devices(config.devices)[0]
+    files = resolve_model(config.model, revision=config.revision, weights=device.kind != "emulated")
+    tokenizer = load_tokenizer(files)
+    executor = make_executor(files, device, executor_options(config))
+    return make_core(executor, config, MonotonicClock()), tokenizer, files.config.vocab_size
+
+
+async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, int, SupervisorThread | None]:
+    """One device: a core in a thread of this process. Several: router and workers in processes of their own."""
+    if len(parse_devices(config.devices)) == 1:
+        core, tokenizer, vocab_size = await asyncio.to_thread(make_local, config)
+        local = LocalBackend(core, config.model)
+        await local.start()
+        return local, tokenizer, vocab_size, None
+    supervisor = SupervisorThread(config)
+    try:
+        files = await asyncio.to_thread(resolve_model, config.model, revision=config.revision, weights=False)
+        tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        await asyncio.to_thread(supervisor.wait_until_ready)
+        client = RouterClient(supervisor.front)
+        await client.start()
+        await client.wait_for_ready(10.0)
+    except BaseException:
+        await asyncio.to_thread(supervisor.close)
+        raise
+    return client, tokenizer, files.config.vocab_size, supervisor
+
+
+class SupervisorThread:
+    """A supervisor without HTTP, in a thread of the caller's process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        serve = ServeConfig(**dataclasses.asdict(config))
+        self._supervisor = Supervisor(serve, with_server=False, on_event=self._on_event)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def front(self) -> str:
+        return self._supervisor.front
+
+    def wait_until_ready(self) -> None:
+        """Raises what kept the workers from starting."""
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._supervisor.stop()
+        self._thread.join()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event["type"] == "ready":
+            self._ready.set()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except NexusError as error:
+            self._failure = error
+        finally:
+            self._ready.set()

@@ -1,0 +1,234 @@
+"""Processes that are killed, stopped, told to end or cannot start: nothing hangs, nothing stays behind.
+
+The workers are emulated devices: real processes, sockets and schedulers; the tokens are made up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import Served, free_port
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
+TEXT = "/v1/completions"
+Serve = Callable[..., Served]
+
+
+class Stream:
+    """A streaming request in a thread: its text chunks, and how it ended."""
+
+    def __init__(self, url: str, max_tokens: int, prompt: str = "x") -> None:
+        self.chunks, self.end = 0, ""
+        self.tokens = 0
+        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        body["stream_options"] = {"include_usage": True}
+        self._thread = threading.Thread(target=self._run, args=(url, body), daemon=True)
+        self._thread.start()
+
+    def _run(self, url: str, body: dict[str, Any]) -> None:
+        try:
+            self._read(url, body)
+        except httpx.RemoteProtocolError:
+            self.end = "broken off"
+
+    def _read(self, url: str, body: dict[str, Any]) -> None:
+        with httpx.stream("POST", url + TEXT, json=body, timeout=120) as reply:
+            if reply.status_code != 200:
+                reply.read()
+                self.end = reply.json()["error"]["code"]
+                return
+            for line in reply.iter_lines():
+                if line == "data: [DONE]":
+                    self.end = "done"
+                elif line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    self.chunks += "choices" in event
+                    self.tokens = (event.get("usage") or {}).get("completion_tokens", 0)
+                    if "error" in event:
+                        self.end = event["error"]["code"]
+
+    def wait_for_tokens(self) -> None:
+        wait_until(lambda: self.chunks > 0)
+
+    def join(self) -> str:
+        self._thread.join(120)
+        assert not self._thread.is_alive(), "a stream hangs"
+        return self.end
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < until_s, "waited in vain"
+        time.sleep(0.02)
+
+
+def at_rest(served: Served) -> bool:
+    """Whether ledger, queues and KV are all back at zero."""
+    names = ("router_ledger", "router_held", "worker_running", "worker_waiting", "worker_kv_used_blocks")
+    return not any(value for n in names for value in served.metric(f"nexusengine_{n}").values())
+
+
+def outstanding(served: Served) -> dict[str, float]:
+    return served.metric("nexusengine_worker_outstanding")
+
+
+def test_a_killed_worker_costs_only_what_it_was_streaming_and_comes_back(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:t4", "--max-running", "1")
+    streams = [Stream(served.url, 1500), Stream(served.url, 1500)]
+    for stream in streams:
+        stream.wait_for_tokens()
+    waiting = Stream(served.url, 20)
+    wait_until(lambda: max(outstanding(served).values()) == 2)
+    victim = max(outstanding(served), key=lambda w: outstanding(served)[w])
+    (pid,) = [w["pid"] for w in served.workers() if w["id"] == victim]
+    assert waiting.chunks == 0
+    os.kill(pid, signal.SIGKILL)
+    assert waiting.join() == "done"
+    assert waiting.tokens == 20
+    assert sorted(s.join() for s in streams) == ["done", "worker_lost"]
+    wait_until(lambda: all(w["state"] == "ready" for w in served.workers()))
+    restarted = {w["id"]: w["restarts"] for w in served.workers()}
+    assert restarted[victim] == 1
+    assert sum(restarted.values()) == 1
+    assert Stream(served.url, 5).join() == Stream(served.url, 5).join() == "done"
+    wait_until(lambda: at_rest(served))
+
+
+def test_a_killed_router_is_replaced_and_its_requests_are_told(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:t4")
+    stream = Stream(served.url, 3000)
+    stream.wait_for_tokens()
+    (router,) = [p for p in psutil.Process(served.process.pid).children() if "nexusengine.router.broker" in p.cmdline()]
+    router.kill()
+    assert stream.join() == "worker_lost"
+    wait_until(lambda: httpx.get(served.url + "/readyz").status_code == 200)
+    assert Stream(served.url, 5).join() == "done"
+    wait_until(lambda: at_rest(served))
+
+
+def test_a_stopped_worker_gets_no_new_requests_and_goes_on_when_it_is_continued(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:t4")
+    stopped = served.workers()[0]
+    os.kill(stopped["pid"], signal.SIGSTOP)
+    try:
+        wait_until(lambda: {w["id"]: w["state"] for w in served.workers()}[stopped["id"]] == "stalled")
+        assert [Stream(served.url, 3).join() for _ in range(4)] == ["done"] * 4
+    finally:
+        os.kill(stopped["pid"], signal.SIGCONT)
+    wait_until(lambda: all(w["state"] == "ready" for w in served.workers()))
+    wait_until(lambda: at_rest(served))
+
+
+def test_nothing_outlives_a_killed_supervisor(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:l4")
+    Stream(served.url, 2000).wait_for_tokens()
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    assert len(children) == 4
+    served.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=2)
+    assert alive == []
+
+
+def test_on_sigterm_running_requests_finish_and_new_ones_are_refused(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4")
+    stream = Stream(served.url, 500)
+    stream.wait_for_tokens()
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    served.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: httpx.get(served.url + "/readyz").status_code == 503)
+    assert Stream(served.url, 5).join() == "unavailable"
+    assert stream.join() == "done"
+    assert stream.tokens == 500
+    assert served.process.wait(15) == 0
+    assert not any(p.is_running() for p in children)
+
+
+def test_64_requests_half_of_them_aborted_leave_ledger_queues_and_cache_empty(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:l4", "--max-running", "8")
+    streams = [Stream(served.url, 150, prompt="x " * i) for i in range(1, 33)]
+
+    def leave(i: int) -> None:
+        body = {"prompt": "y " * i, "max_tokens": 150, "stream": True}
+        with httpx.stream("POST", served.url + TEXT, json=body, timeout=60) as reply:
+            for n, _ in enumerate(reply.iter_lines()):
+                if n >= i:
+                    return
+
+    leavers = [threading.Thread(target=leave, args=(i,)) for i in range(1, 33)]
+    for t in leavers:
+        t.start()
+    for t in leavers:
+        t.join()
+    assert [s.join() for s in streams] == ["done"] * 32
+    wait_until(lambda: at_rest(served))
+
+
+def start_and_fail(*options: str) -> str:
+    """stderr of a serve that must not come up; nothing of it may stay."""
+    marker = f"nexusengine-test-{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", "0", *options],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "MARKER": marker},
+    )
+    assert done.returncode == 1, done.stderr
+    alive = [p for p in psutil.process_iter() if marker in _environment(p)]
+    assert alive == []
+    (cause,) = [line for line in done.stderr.splitlines() if line.startswith("nexusengine: ")]
+    assert "Traceback" not in done.stderr, done.stderr
+    return cause
+
+
+def _environment(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("MARKER", "")
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--devices", "cuda:0"), "cuda:0"),
+        (("--devices", "emulated:abacus"), "abacus"),
+        (("--devices", "tpu"), "tpu"),
+        (("--model", "no-such-model"), "no-such-model"),
+        (("--scheduler", "guess"), "guess"),
+        (("--devices", "emulated:t4", "--max-model-len", "9000"), "9000"),
+        (("--devices", "emulated:t4", "--kv-cache-memory", "1k"), "1000 bytes"),
+    ],
+)
+def test_a_start_that_cannot_succeed_ends_at_once_with_its_cause(options: tuple[str, ...], words: str) -> None:
+    assert words in start_and_fail(*options)
+
+
+def test_a_port_in_use_is_named(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4")
+    port = served.url.rsplit(":", 1)[1]
+    assert f"port {port}" in start_and_fail("--devices", "emulated:t4", "--port", port)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupt"])
+def test_a_damaged_weight_file_is_named(tmp_path: Path, damage: str) -> None:
+    from nexusengine.loading.resolve import resolve_model
+
+    content = resolve_model("smollm2-135m").path.read_bytes()
+    file = tmp_path / "damaged.gguf"
+    file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"GGUX" + content[4:1_000_000])
+    assert "damaged.gguf" in start_and_fail("--model", str(file), "--devices", "cpu")
