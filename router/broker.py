@@ -10,12 +10,11 @@ from typing import Any
 
 import zmq
 
-from nexusengine import wire
+from nexusengine import child, wire
 from nexusengine.config import ServeConfig
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.router.core import Outgoing, RouterCore
 from nexusengine.router.policies import make_policy
-from nexusengine.serve import child
 
 _HIGH_WATER = 10_000
 _MOST_FRAMES_A_TURN = 256

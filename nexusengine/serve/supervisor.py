@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import NexusError, Unavailable
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
-from nexusengine.serve.child import Child, Message
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
 _RESTARTS_COUNTED_S = 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nexusengine import wire
+from nexusengine import child, wire
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.core import EngineCore
@@ -13,7 +13,6 @@ from nexusengine.errors import InternalError, NexusError
 from nexusengine.execute.base import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
-from nexusengine.serve import child
 from nexusengine.serve.build import executor_options, make_core
 from nexusengine.serve.link import RouterLink, with_spec
 from nexusengine.types import TokenDelta

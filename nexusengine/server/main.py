@@ -6,10 +6,10 @@ from __future__ import annotations
 import socket
 import sys
 
+from nexusengine import child
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ConfigError
 from nexusengine.obs.logs import setup
-from nexusengine.serve import child
 
 _BACKLOG = 2048
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import uvicorn
 
+from nexusengine import child
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
-from nexusengine.serve import child
 from nexusengine.serve.client import RouterClient
 from nexusengine.server.app import create_app
 from nexusengine.server.state import ServerState
