@@ -136,10 +136,10 @@ class Engine:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and all(isinstance(p, int) for p in prompts)):
-        return [prompts]  # type: ignore[list-item]
     if not isinstance(prompts, Sequence) or not prompts:
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {prompts!r}", param="prompts")
+    if isinstance(prompts, str) or all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from nexusengine.clock import VirtualClock
 from nexusengine.core.core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
-from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.execute.batch import SampledLogprobs, StepBatch, StepResult
 from nexusengine.lens.fcfs import FCFS
 from nexusengine.perf.linear import LinearModel
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
@@ -29,6 +29,12 @@ def continuation(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def made_up_logprobs(tokens: np.ndarray, wanted: int) -> SampledLogprobs:
+    """Token i has log-probability -i / 100; the most likely are i, i + 1, ..."""
+    top_ids = tokens[:, None] + np.arange(wanted, dtype=np.int32)
+    return SampledLogprobs((tokens / -100).astype(np.float32), top_ids, (top_ids / -100).astype(np.float32))
 
 
 class FakeExecutor:
@@ -67,11 +73,15 @@ class FakeExecutor:
         assert self._result is None
         assert len(batch.token_ids) == batch.counts.sum() <= self.spec.max_batch_tokens
         assert (np.diff((batch.counts > 1).astype(int)) >= 0).all(), "rows of one token come first"
+        assert len(np.unique(batch.slots)) == len(batch.slots), "a slot is computed twice"
+        assert (batch.starts + batch.counts <= self.spec.max_model_len).all(), "longer than the context"
+        users = np.bincount(batch.block_tables.ravel(), minlength=self.spec.num_blocks)
         size, at, tokens = self.spec.block_size, 0, []
         for slot, start, count, sampled in zip(batch.slots, batch.starts, batch.counts, batch.sampled, strict=True):
             table = batch.block_tables[slot]
             for position in range(start, start + count):
                 assert table[position // size] > 0, "computes into the null block"
+                assert users[table[position // size]] == 1, "computes into a block that others read"
                 self.cache[table[position // size], position % size] = batch.token_ids[at]
                 at += 1
             if sampled:
@@ -79,7 +89,9 @@ class FakeExecutor:
                 assert min(known) >= 0, "reads a slot that was never written"
                 tokens.append(-1 if self._poison & set(known) else next_token(known))
         self.batches.append((len(batch.slots), int(batch.counts.sum())))
-        self._result = StepResult(np.array(tokens, np.int32), self._step_s)
+        wanted = int(batch.sampling.logprobs[batch.slots[batch.sampled]].max(initial=-1))
+        logprobs = made_up_logprobs(np.array(tokens, np.int32), wanted) if wanted >= 0 else None
+        self._result = StepResult(np.array(tokens, np.int32), self._step_s, logprobs)
 
     def collect(self) -> StepResult:
         result, self._result = self._result, None

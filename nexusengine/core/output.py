@@ -36,10 +36,10 @@ class OutputProcessor:
         """The news in `delta`; None if there are none. now: the instant at which a stop string would end it."""
         if self.stopped:
             return None
-        self.output_tokens += len(delta.token_ids)
         self.timings = delta.timings or self.timings
         self.cached_tokens = delta.cached_tokens or self.cached_tokens
-        text, matched = self.stops.push(self.detokenizer.push(delta.token_ids))
+        text, token_ids, matched = self._push_tokens(delta.token_ids)
+        self.output_tokens += len(token_ids)
         reason: FinishReason | None = delta.finish_reason
         stop_reason: int | str | None = delta.stop_reason
         if matched is None and reason is not None:
@@ -49,17 +49,30 @@ class OutputProcessor:
             self.stopped, reason, stop_reason = True, "stop", matched
             if self.timings is not None:
                 self.timings = replace(self.timings, finished_s=now, output_tokens=self.output_tokens)
-        if not (text or delta.token_ids or reason):
+        if not (text or token_ids or reason):
             return None
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=self.prompt_token_ids,
             text=text,
-            token_ids=delta.token_ids,
+            token_ids=token_ids,
             finish_reason=reason,
             stop_reason=stop_reason,
-            logprobs=delta.logprobs,
+            logprobs=None if delta.logprobs is None else delta.logprobs[: len(token_ids)],
             timings=self.timings if reason else None,
             cached_tokens=self.cached_tokens,
             prompt=self.prompt,
         )
+
+    def _push_tokens(self, token_ids: tuple[int, ...]) -> tuple[str, tuple[int, ...], str | None]:
+        """Their text, those of them up to the one that completed a stop string, and that string. One at a time where
+        there is something to look for: several tokens come at once when their reader was slow."""
+        if not self.stops:
+            return self.detokenizer.push(token_ids), token_ids, None
+        text = ""
+        for n, token_id in enumerate(token_ids, start=1):
+            news, matched = self.stops.push(self.detokenizer.push((token_id,)))
+            text += news
+            if matched is not None:
+                return text, token_ids[:n], matched
+        return text, token_ids, None

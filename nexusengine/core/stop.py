@@ -38,6 +38,10 @@ class StopStrings:
         self._matchers = [_Matcher(s) for s in sorted(stops, key=len, reverse=True)]
         self._held = ""
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._matchers)
+
     def push(self, text: str) -> tuple[str, str | None]:
         """(text that is certain to be output, the stop string that matched or None). Not to be used after a match."""
         if not self._matchers:

@@ -81,7 +81,7 @@ def _named(error: ValidationError) -> InvalidRequest:
     fault = max(faults, key=lambda f: len(f["loc"]))
     path = ".".join(str(part) for part in fault["loc"] if not _is_type_name(part))
     shown = "" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})"
-    return InvalidRequest(f"{path}: {fault['msg']}{shown}", param=path)
+    return InvalidRequest(f"{path or 'the body'}: {fault['msg']}{shown}", param=path or None)
 
 
 def _is_type_name(part: str | int) -> bool:

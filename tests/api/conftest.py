@@ -57,12 +57,14 @@ class FakeTokenizer:
 
 
 class SlowExecutor(FakeExecutor):
-    """Takes `real_s` seconds a step, so that clients can leave in the middle."""
+    """Takes `real_s` seconds a step, so that clients can leave in the middle; fails once it is `broken`."""
 
-    real_s = 0.0
+    real_s, broken = 0.0, False
 
     def collect(self) -> Any:
         time.sleep(self.real_s)
+        if self.broken:
+            raise RuntimeError("the device fell off the bus")
         return super().collect()
 
 
@@ -99,15 +101,19 @@ def start_server() -> Iterator[Callable[..., Running]]:
         server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off"))
         backend = LocalBackend(core, MODEL)
 
+        started = threading.Event()
+
         async def serve() -> None:
             await backend.start()
             if with_engine:
                 state.engine = AsyncEngine.over(backend, FakeTokenizer(), VOCABULARY)  # type: ignore[arg-type]
+            started.set()
             await server.serve([listening])
             await backend.close()
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
+        assert started.wait(5)
 
         def stop() -> None:
             server.should_exit = True

@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from nexusengine.server.schemas import CompletionRequest
 from tests.api.conftest import MODEL, Running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -69,6 +71,22 @@ CASES: dict[str, tuple[str, Any, int, str, str | None]] = {  # path, body, statu
         "response_format",
     ),
     "top_logprobs alone": (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, 400, "logprobs", "top_logprobs"),
+    "a number without end": (TEXT, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400, "digits", None),
+    "a number that overflows": (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "inf", "temperature"),
+    "half a character as a value": (TEXT, b'{"prompt": "x", "slo": "\\ud800"}', 400, "not supported", "slo"),
+    "half a character as a model": (TEXT, b'{"prompt": "x", "model": "\\ud800"}', 404, "ud800", "model"),
+    "half a character as a name": (TEXT, b'{"prompt": "x", "\\ud800": 1}', 400, "the body: ", None),
+    "fractions as tokens": (TEXT, {"prompt": [1.5] * 100_000}, 400, "1.5", None),
+    "true as a token": (TEXT, {"prompt": [True]}, 400, "True", None),
+    "too many prompts": (TEXT, {"prompt": ["x"] * 300, "n": 4}, 400, "1024", "prompt"),
+    "no tokens asked for": (
+        CHAT,
+        {"messages": MESSAGES, "max_completion_tokens": 0},
+        400,
+        "0",
+        "max_completion_tokens",
+    ),
+    "a user who says nothing": (CHAT, {"messages": [{"role": "user"}]}, 400, "content", "messages"),
     "both prompt and messages": ("/tokenize", {"prompt": "x", "messages": MESSAGES}, 400, "either", "prompt"),
     "an unknown token": ("/detokenize", {"tokens": [1, 5000]}, 400, "5000", "tokens"),
 }
@@ -124,6 +142,32 @@ def test_fields_without_effect_are_named_in_a_header(server: Running) -> None:
     assert reply.headers["x-nexus-ignored"] == "flavour, user"
 
 
+def test_a_field_whose_name_no_header_can_hold_is_still_only_ignored(server: Running) -> None:
+    body = b'{"prompt": "x", "max_tokens": 1, "a\\r\\nb": 1, "\xc3\xa9": 3, "sound": 4}'
+    reply = httpx.post(server.url + TEXT, content=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["x-nexus-ignored"] == "?, sound"
+
+
+def test_a_list_is_checked_up_to_its_first_fault_only() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": [0.5] * 10_000})
+    assert caught.value.error_count() < 10
+
+
+def test_our_own_faults_are_errors_of_the_same_form(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(server.state.engine, "encode", broken)
+    for stream in (False, True):
+        reply = httpx.post(server.url + CHAT, json={"messages": MESSAGES, "stream": stream})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+        assert "secret" not in reply.text
+        assert reply.headers["x-request-id"]
+    assert server.idle()
+
+
 def test_with_a_key_configured_only_its_bearer_is_served(start_server: Callable[..., Running]) -> None:
     server = start_server(api_key="secret")
     body = {"prompt": "x", "max_tokens": 1}
@@ -131,7 +175,10 @@ def test_with_a_key_configured_only_its_bearer_is_served(start_server: Callable[
         reply = httpx.post(server.url + TEXT, json=body, headers=header)
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
     assert httpx.post(server.url + TEXT, json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
-    assert httpx.get(server.url + "/livez").status_code == 200
+    assert httpx.post(server.url + "/tokenize", json={"prompt": "x"}).status_code == 401
+    assert httpx.get(server.url + "/v1/models").status_code == 401
+    for open_to_all in ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics"):
+        assert httpx.get(server.url + open_to_all).status_code == 200
 
 
 def test_a_request_id_comes_back_and_is_made_up_if_there_is_none(server: Running) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -17,6 +18,23 @@ from tests.api.conftest import MODEL, Running
 from tests.conftest import ROOT
 
 TEXT = "/v1/completions"
+
+
+@contextlib.contextmanager
+def half_a_request(server: Running) -> Iterator[socket.socket]:
+    """A connection on which a request has begun, 20 bytes of its 1000."""
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 80), timeout=5) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b'{"prompt": "begin...')
+        yield connection
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    return condition()
 
 
 def test_before_there_is_an_engine_the_server_says_what_it_is_doing(start_server: Callable[..., Running]) -> None:
@@ -77,6 +95,40 @@ def test_a_request_past_its_time_ends_with_504_or_an_error_event(start_server: C
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert len(events) > 2
     assert server.idle()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for_for_ever(start_server: Callable[..., Running]) -> None:
+    server = start_server(request_timeout=0.2)
+    with half_a_request(server) as connection:
+        status_line = connection.makefile("rb").readline()
+    assert b"504" in status_line
+    assert server.idle()
+
+
+def test_a_client_that_leaves_before_its_body_is_complete_is_forgotten(server: Running) -> None:
+    with half_a_request(server):
+        assert until(lambda: server.state.in_progress == 1)
+    assert server.idle()
+    assert server.core.stats().requests == 0
+
+
+def test_a_device_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error_event(
+    start_server: Callable[..., Running],
+) -> None:
+    server = start_server(real_s=0.02)
+    events: list[str] = []
+    body = {"prompt": "x", "max_tokens": 300, "stream": True}
+    with httpx.stream("POST", server.url + TEXT, json=body, timeout=10) as reply:
+        for line in filter(None, reply.iter_lines()):
+            events.append(line)
+            server.executor.broken = True
+    assert len(events) >= 2
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert "data: [DONE]" not in events
+    later = httpx.post(server.url + TEXT, json=body)
+    assert (later.status_code, later.json()["error"]["code"]) == (500, "internal_error")
+    assert httpx.get(server.url + "/readyz").status_code == 503
+    assert httpx.get(server.url + "/livez").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -11,6 +11,7 @@ from nexusengine.kv.manager import KVManager
 
 SIZE, SLOTS, BLOCKS = 2, 4, 12
 slots = st.integers(0, SLOTS - 1)
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=2 * SIZE * BLOCKS)
 
 
 class Pool(RuleBasedStateMachine):
@@ -26,7 +27,7 @@ class Pool(RuleBasedStateMachine):
     def hashes(self, slot: int) -> list[bytes]:
         return block_hashes(self.tokens[slot], SIZE, b"k")
 
-    @rule(slot=slots, prompt=st.lists(st.integers(0, 1), min_size=1, max_size=2 * SIZE * BLOCKS))
+    @rule(slot=slots, prompt=prompts)
     def admit(self, slot: int, prompt: list[int]) -> None:
         if slot in self.tokens:
             return
@@ -59,6 +60,26 @@ class Pool(RuleBasedStateMachine):
     def release(self, slot: int) -> None:
         if self.tokens.pop(slot, None) is not None:
             self.kv.release(slot)
+
+    @precondition(lambda self: self.tokens)
+    @rule(slot=slots)
+    def discard(self, slot: int) -> None:
+        if slot in self.tokens:
+            names = self.hashes(slot)[: self.computed[slot] // SIZE]
+            held = set(self.kv.block_tables[slot].tolist()) - {0}
+            del self.tokens[slot]
+            self.kv.release(slot, discard=True)
+            assert not held & set(self.kv.lookup(names, SIZE * BLOCKS).blocks), "discarded, and yet given to others"
+
+    @rule(prompt=prompts)
+    def lookup(self, prompt: list[int]) -> None:
+        names = block_hashes(prompt, SIZE, b"k")
+        hit, free = self.kv.lookup(names, len(prompt)), self.kv.free_blocks
+        claimed = [self.content[block, i] for block in hit.blocks for i in range(SIZE)]
+        assert claimed == prompt[: hit.tokens]
+        held = {b for slot in self.tokens for b in self.kv.block_tables[slot].tolist()}
+        assert hit.free_blocks == len(set(hit.blocks) - held)
+        assert self.kv.free_blocks == free
 
     @rule()
     def forget(self) -> None:

@@ -1,14 +1,17 @@
 """The engine core: what a request goes through, and how it ends."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import StepPlan
+from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.view import EngineView
-from nexusengine.types import SamplingParams
+from nexusengine.types import SLO, SamplingParams
+from nexusengine.wire import WorkerLoad
 from tests.fakes import FakeExecutor, continuation, make_core, request, run
 
 PROMPT = list(range(1, 20))
@@ -149,6 +152,52 @@ def test_logits_that_are_not_finite_fail_their_request_and_no_other() -> None:
     assert ended["good"][0] == continuation([1, 2, 3], 3)
 
 
+def test_what_was_computed_from_broken_numbers_is_not_reused() -> None:
+    core = make_core(FakeExecutor(poison=frozenset({50})))
+    core.add(request("good", [1] * 12, 1))
+    run(core)
+    core.add(request("bad", [*[1] * 12, 50, *[2] * 11], 3))
+    assert run(core)["bad"][1].error_code == "internal_error"
+    assert core.kv.cached_blocks == 0
+    core.add(request("good", [1] * 12, 3))
+    tokens, last = run(core)["good"]
+    assert (tokens, last.cached_tokens) == (continuation([1] * 12, 3), 0)
+
+
+def test_logprobs_stay_with_their_tokens_when_rows_end_beside_them() -> None:
+    core = make_core()
+    lengths = {"none": None, "zero": 0, "two": 2}
+    for name, wanted in lengths.items():
+        sampling = SamplingParams(temperature=0.0, max_tokens=2 if name == "zero" else 5, seed=0, logprobs=wanted)
+        core.add(request(name, [len(name), *PROMPT], sampling=sampling))
+    seen: dict[str, list[tuple[int, float, int]]] = {name: [] for name in lengths}
+    while core.has_work:
+        for delta in core.step():
+            assert (delta.logprobs is None) == (delta.request_id == "none")
+            for token, item in zip(delta.token_ids, delta.logprobs or (), strict=delta.logprobs is not None):
+                assert (item.token_id, item.logprob) == (token, pytest.approx(token / -100))
+                assert [i for i, _ in item.top] == [token + k for k in range(lengths[delta.request_id] or 0)]
+                seen[delta.request_id].append((token, item.logprob, len(item.top)))
+    assert [len(items) for items in seen.values()] == [0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sampling": SamplingParams(max_tokens=3)}, "seed"),
+        ({"priority": 2**40}, str(2**40)),
+    ],
+)
+def test_a_request_that_cannot_be_written_down_is_refused_and_takes_no_place(
+    fields: dict[str, object], words: str
+) -> None:
+    core = make_core()
+    with pytest.raises(InvalidRequest, match=words):
+        core.add(request("a", PROMPT, **fields))
+    core.check()
+    assert not core.has_work
+
+
 def test_timings_tell_queueing_first_token_and_end() -> None:
     clock = VirtualClock(100.0)
     core = make_core(FakeExecutor(clock=clock, step_s=0.5), clock=clock)
@@ -164,6 +213,8 @@ def test_every_step_is_recorded_with_prediction_and_outcome() -> None:
     run(core)
     records = list(core.records)
     assert [r.features.tokens for r in records] == [19, 1, 1]
+    assert [r.reasons[Reason.ADMITTED] for r in records] == [1, 0, 0]
+    assert [r.reasons[Reason.DECODE] for r in records] == [0, 1, 1]
     assert all(r.predicted_s > 0 and r.upper_s >= r.predicted_s and r.device_s == 0.01 for r in records)
 
 
@@ -179,29 +230,169 @@ def test_the_published_load_says_what_the_worker_is_doing() -> None:
     assert (load.pending[0].left_tokens, load.pending[0].done_tokens) == (11, 8)
 
 
+def test_the_load_of_a_running_step_can_be_read_from_another_thread() -> None:
+    clock = VirtualClock(5.0)
+    loads: list[WorkerLoad] = []
+
+    class Slow(FakeExecutor):
+        def submit(self, batch: object) -> None:
+            super().submit(batch)  # type: ignore[arg-type]
+            clock.advance(0.25)
+            thread = threading.Thread(target=lambda: loads.append(core.load()))
+            thread.start()
+            thread.join()
+
+    core = make_core(Slow(clock=clock), clock=clock)
+    core.covers = 3
+    core.add(request("a", PROMPT, 2, slo=SLO(ttft_s=1.0, tpot_s=0.1), arrival_s=5.0))
+    core.covers = 4
+    core.step()
+    assert [(x.covers, x.step, x.step_running_s) for x in loads] == [(3, 1, 0.25)]
+    assert loads[0].step_upper_s == core.records[0].upper_s
+    assert (loads[0].pending[0].deadline_s, loads[0].pending[0].tpot_s) == (6.0, 0.1)
+    after = core.load()
+    assert (after.covers, after.step_running_s, after.decodes, after.decode_kv_tokens) == (4, 0.0, 1, 19)
+    assert after.tightest_tpot_s == 0.1
+
+
+def test_the_mean_length_of_answers_counts_finished_ones_only() -> None:
+    core = make_core()
+    core.add(request("short", PROMPT, 2))
+    core.add(request("long", PROMPT[1:], 20))
+    for _ in range(10):
+        core.step()
+    core._publish(force=True)
+    assert core.load().mean_output_tokens == 2.0
+
+
+def test_statistics_are_a_picture_that_does_not_change_afterwards() -> None:
+    core = make_core()
+    core.add(request("a", PROMPT, 2))
+    before = core.stats()
+    run(core)
+    assert (before.waiting, before.steps, core.stats().steps) == (1, 0, 2)
+
+
+def test_an_executor_that_fails_leaves_a_core_that_can_end_its_requests() -> None:
+    class Failing(FakeExecutor):
+        def collect(self) -> object:  # type: ignore[override]
+            raise RuntimeError("the device is gone")
+
+    core = make_core(Failing())
+    core.add(request("a", PROMPT, 2))
+    core.add(request("b", PROMPT, 2))
+    with pytest.raises(RuntimeError, match="gone"):
+        core.step()
+    assert core.load().step_running_s == 0.0
+    deltas = core.fail_all("internal_error", "a step failed")
+    assert [(d.request_id, d.error_code, d.error_message) for d in deltas] == [
+        ("a", "internal_error", "a step failed"),
+        ("b", "internal_error", "a step failed"),
+    ]
+    core.check()
+    assert (core.has_work, core.kv.used_blocks) == (False, 0)
+
+
+class Scripted(FCFS):
+    """FCFS that refuses and relegates what it is told to, and fails on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuse: tuple[int, ...] = ()
+        self.relegate: tuple[int, ...] = ()
+        self.broken = False
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        if self.broken:
+            raise ZeroDivisionError("oops")
+        if not (self.refuse or self.relegate):
+            return super().plan(view, now)
+        none, refuse, relegate = np.zeros(0, np.int32), self.refuse, self.relegate
+        self.refuse = self.relegate = ()
+        reasons = np.zeros(len(view.columns.known_tokens), np.int8)
+        return StepPlan(none, none, 0.1, 0.1, reasons, refuse=refuse, relegate=relegate)
+
+
+def test_a_refused_request_ends_with_a_time_to_come_back_and_the_others_go_on() -> None:
+    policy = Scripted()
+    core = make_core(policy=policy)
+    for name in ("refused", "relegated", "running"):
+        core.add(request(name, [len(name), *PROMPT], 2))
+    slots = {s.request.request_id: s.slot for s in core._by_id.values()}
+    policy.refuse, policy.relegate = (slots["refused"],), (slots["relegated"],)
+    first = core.step()
+    assert [(d.error_code, (d.retry_after_s or 0) >= 1.0) for d in first if d.finish_reason] == [("overloaded", True)]
+    assert core._columns.relegated.nonzero()[0].tolist() == [slots["relegated"]]
+    assert set(run(core)) == {"relegated", "running"}
+
+
+def test_refusing_everybody_is_a_step_too() -> None:
+    policy = Scripted()
+    core = make_core(policy=policy)
+    core.add(request("a", PROMPT))
+    policy.refuse = (core._by_id["a"].slot,)
+    assert [d.error_code for d in core.step()] == ["overloaded"]
+    assert not core.has_work
+
+
+def test_a_policy_that_fails_is_named_and_no_end_is_lost() -> None:
+    clock, policy = VirtualClock(), Scripted()
+    core = make_core(policy=policy, clock=clock)
+    core.add(request("late", PROMPT, deadline_s=1.0))
+    core.add(request("other", PROMPT))
+    policy.broken = True
+    clock.advance(2.0)
+    with pytest.raises(InternalError, match=r"'fcfs' failed: ZeroDivisionError\('oops'\)"):
+        core.step()
+    ends = core.fail_all("internal_error", "a step failed")
+    assert [(d.request_id, d.error_code) for d in ends] == [("late", "deadline_exceeded"), ("other", "internal_error")]
+
+
+def test_deadlines_of_finished_requests_do_not_pile_up() -> None:
+    core = make_core()
+    for i in range(200):
+        core.add(request(str(i), PROMPT, 1, deadline_s=1e6 + i))
+        run(core)
+    assert len(core._deadlines) <= 2 * 40 + 1
+
+
 class Wrong:
     """A policy that breaks its contract in a chosen way."""
 
     name = "wrong"
 
-    def __init__(self, slots: list[int], counts: list[int], preempt: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        slots: list[int],
+        counts: list[int],
+        preempt: tuple[int, ...] = (),
+        refuse: tuple[int, ...] = (),
+        predicted_s: float = 0.1,
+    ) -> None:
         self.slots, self.counts, self.preempt = slots, counts, preempt
+        self.refuse, self.predicted_s = refuse, predicted_s
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         return StepPlan(
             np.array(self.slots, np.int32),
             np.array(self.counts, np.int32),
-            0.1,
-            0.1,
+            self.predicted_s,
+            self.predicted_s,
             np.zeros(40, np.int8),
             preempt=self.preempt,
+            refuse=self.refuse,
         )
 
 
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (Wrong([0, 0], [1, 1]), "one count for each slot"),
+        (Wrong([0, 0], [1, 1]), "twice"),
+        (Wrong([0], [1, 1]), "1 slots have 2 counts"),
+        (Wrong([-1], [1]), "without a request"),
+        (Wrong([100], [1]), "without a request"),
+        (Wrong([0], [1], refuse=(0,)), "twice"),
+        (Wrong([0], [1], predicted_s=float("nan")), "nan"),
         (Wrong([5], [1]), "without a request"),
         (Wrong([0], [0]), "no token"),
         (Wrong([0], [99]), "more tokens than are known"),

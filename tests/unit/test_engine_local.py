@@ -12,7 +12,7 @@ import nexusengine.runners
 from nexusengine import Engine, SamplingParams
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.core import EngineCore
-from nexusengine.errors import ConfigError, ContextTooLong, InvalidRequest, Unavailable
+from nexusengine.errors import ConfigError, ContextTooLong, InternalError, InvalidRequest, Unavailable
 from nexusengine.types import RequestOutput
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_does_not_wait(engine: Engine, core: EngineCore) -> None
 
 def test_a_request_that_fails_raises_and_the_others_are_aborted(core: EngineCore, engine: Engine) -> None:
     core.executor._poison = frozenset({TOKENIZER.encode("z")[0]})  # type: ignore[attr-defined]
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(InternalError, match="not finite"):
         engine.generate(["ab", "z"], GREEDY)
     assert not core.has_work
     assert core.stats().finished_abort == 1

@@ -98,3 +98,16 @@ def test_a_slot_that_holds_blocks_is_not_admitted_again() -> None:
     fill(kv, 0, list(range(8)))
     with pytest.raises(KVError, match="slot 0"):
         kv.admit(0, [], 0)
+
+
+def test_discarded_blocks_are_found_by_nobody_even_while_others_still_hold_them() -> None:
+    kv, tokens = pool(), list(range(10))
+    fill(kv, 0, tokens)
+    fill(kv, 1, tokens)
+    kv.release(0, discard=True)
+    kv.check()
+    assert kv.lookup(hashes(tokens), 8).tokens == 0
+    assert kv.used_blocks == 3
+    kv.release(1)
+    kv.check()
+    assert (kv.used_blocks, kv.cached_blocks) == (0, 0)

@@ -16,7 +16,7 @@ from nexusengine.sampling.sampler import sample  # noqa: E402
 from .test_sampling import allowed, rows  # noqa: E402
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6, 1e-5, 1e-3])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow(temperature: float, top_p: float) -> None:
     torch.manual_seed(0)
@@ -110,3 +110,15 @@ def test_half_of_all_bits_differ_between_neighbouring_counters() -> None:
     for other in (bits(2, 1), bits(1, 2), bits(2, 2), bits(1, 1, 1), bits(-1, 1), bits(1 + 2**62, 1)):
         assert np.abs((start != other).mean(axis=0) - 0.5).max() < 0.02
     assert np.abs(start.mean(axis=0) - 0.5).max() < 0.02
+
+
+@pytest.mark.parametrize("key", [0, 1])
+def test_either_half_of_a_rows_key_changes_every_number(key: int) -> None:
+    """Rows whose keys agree in one half are as unrelated as any: neither equal nor shifted."""
+    keys = torch.full((2, 2), 12345, dtype=torch.int32)
+    keys[1, key] += 1
+    noise = exponential(keys, torch.arange(20_000, dtype=torch.int32))
+    uniform = -torch.expm1(-noise.double())
+    apart = ((uniform[0] - uniform[1]) % 1.0).numpy()
+    counts = np.histogram(apart, bins=50, range=(0, 1))[0]
+    assert ((counts - 400) ** 2 / 400).sum() < 49 + 5 * 98**0.5

@@ -1,0 +1,82 @@
+"""The server's process: its port first, then the application, then the end of its parent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from nexusengine.config import ServeConfig
+
+
+@contextmanager
+def server_process(tmp_path: Path, **settings: Any) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+    """The process, and its first event."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nexusengine.server.main"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    given = {
+        "config": dataclasses.asdict(ServeConfig(**settings)),
+        "front": f"ipc://{tmp_path}/front",
+        "parent_death_signal": True,
+        "parent_pid": os.getpid(),
+    }
+    try:
+        process.stdin.write(json.dumps(given).encode() + b"\n")
+        process.stdin.flush()
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()  # type: ignore[union-attr]
+
+
+def tell(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.flush()
+
+
+def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: Path) -> None:
+    with server_process(tmp_path, port=0, model="some/model") as (process, event):
+        assert (event["type"], event["host"]) == ("listening", "127.0.0.1")
+        url = f"http://127.0.0.1:{event['port']}"
+        assert httpx.get(f"{url}/livez", timeout=20).status_code == 200
+        startup = httpx.get(f"{url}/startupz")
+        assert startup.status_code == 503
+        assert set(startup.json()) == {"phase", "fraction", "workers"}
+        tell(process, {"type": "phase", "phase": "downloading", "fraction": 0.25})
+        tell(process, {"type": "drain"})
+        while (progress := httpx.get(f"{url}/startupz").json())["phase"] != "draining":
+            pass
+        assert progress["fraction"] == 0.25
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "some/model"
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with server_process(tmp_path, port=port) as (process, event):
+            assert event == {
+                "type": "failed",
+                "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
+            }
+            assert process.wait(10) == 1
