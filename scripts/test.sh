@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs every check: format, lint, types, import rules, tests.
 # Arguments go to pytest:  scripts/test.sh -k router
+# Tests run in two processes with one thread each; NEXUSENGINE_GOLDEN=full compares longer texts with transformers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh test
@@ -13,4 +14,4 @@ run $bin/ruff format --check .
 run $bin/ruff check .
 run $bin/mypy
 run $bin/lint-imports
-run $bin/python -m pytest "$@"
+OMP_NUM_THREADS=1 run $bin/python -m pytest -n 2 --dist loadfile "$@"

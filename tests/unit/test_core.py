@@ -48,6 +48,16 @@ def test_sequences_that_outgrow_the_cache_are_preempted_and_continue_the_same_te
     assert sum(delta.preemptions for _, delta in ended.values()) == core.stats().preemptions
 
 
+def test_a_preempted_request_waits_before_those_that_never_ran() -> None:
+    core = make_core(FakeExecutor(num_blocks=12), max_running=4)
+    for i in range(8):
+        core.add(request(str(i), PROMPT[i : i + 6], 20))
+    while not core.stats().preemptions:
+        core.step()
+    first = next(iter(core._waiting))
+    assert core._by_slot[first].preemptions == 1
+
+
 def test_an_equal_beginning_is_computed_once() -> None:
     core = make_core()
     core.add(request("a", PROMPT, 2))
