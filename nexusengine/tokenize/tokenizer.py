@@ -43,7 +43,9 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest if the text is not Unicode (lone surrogates)."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The batch call lets other threads run meanwhile, `encode` does not; "fast" leaves out character offsets.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest("the text holds characters that are not valid Unicode", param="prompt") from None
         if add_special_tokens and self._add_bos and ids[:1] != [self.bos_token_id]:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 import nexusengine.async_engine
 from nexusengine import wire
@@ -18,6 +20,7 @@ from nexusengine.core.core import EngineCore
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Unavailable
 from nexusengine.local import LocalBackend
 from nexusengine.requests import merge
+from nexusengine.tokenize import Tokenizer
 from nexusengine.types import EngineRequest, RequestOutput, SamplingParams, Timings, TokenDelta, TokenLogprob
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
@@ -244,3 +247,25 @@ def test_merged_deltas_lose_nothing() -> None:
     assert merge([first, plain, last]) == TokenDelta(
         "r", (1, 2), (item,) * 2, "stop", 7, timings=Timings(0.0, 1.0), cached_tokens=8
     )
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(backend, bos_token_id=None, eos_token_ids=())
+    ran, done = 0, threading.Event()
+
+    def other() -> None:
+        nonlocal ran
+        while not done.wait(0.0005):
+            ran += 1
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    before = ran
+    assert len(tokenizer.encode("word " * 100_000)) == 500_000
+    during = ran - before
+    done.set()
+    thread.join()
+    assert during > 5
