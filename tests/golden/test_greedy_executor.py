@@ -37,7 +37,7 @@ def test_greedy_tokens_equal_transformers_in_chunks_and_one_mixed_batch() -> Non
         ]
     del reference
 
-    options = ExecutorOptions(kv_cache_bytes=64 * 2**20, max_model_len=512, max_running=len(prompts))
+    options = ExecutorOptions(kv_cache_bytes=128 * 2**20, max_model_len=512, max_running=len(prompts))
     executor = make_executor(files, parse_device("cpu"), options)
     count, per_slot = len(prompts), 512 // executor.spec.block_size
     blocks = np.random.default_rng(0).permutation(np.arange(1, executor.spec.num_blocks))[: count * per_slot]

@@ -54,7 +54,7 @@ def test_greedy_text_does_not_depend_on_the_prefix_cache(reference: Reference) -
 
 
 class Preempting:
-    """FCFS that takes the newest sequence's KV back at every third step."""
+    """FCFS that takes the newest sequence's KV back at every second step."""
 
     name = "preempting"
 
@@ -64,7 +64,7 @@ class Preempting:
     def plan(self, view: EngineView, now: float) -> StepPlan:
         plan = self._inner.plan(view, now)
         self._steps += 1
-        if self._steps % 3 or len(view.running) < 2 or plan.preempt:
+        if self._steps % 2 or len(view.running) < 2 or plan.preempt:
             return plan
         victim = int(view.running[-1])
         keep = plan.slots != victim
@@ -81,9 +81,7 @@ def test_greedy_text_survives_preemption(reference: Reference) -> None:
 
 def test_greedy_text_is_the_same_over_http(reference: Reference, serve: Any) -> None:
     """The whole stack, two workers; prompts as token ids so that the comparison is exact."""
-    url = serve(
-        "--model", "smollm2-135m", "--devices", "cpu:1,cpu:1", "--dtype", "float32", "--kv-cache-memory", "1GiB"
-    )
+    url = serve("--devices", "cpu:1,cpu:1", "--dtype", "float32", "--kv-cache-memory", "1GiB").url
     body = {"model": "smollm2-135m", "prompt": reference.prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
