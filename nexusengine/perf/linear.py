@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.perf.model import F8, PerfSnapshot, StepTime
 
 KIND = "linear-1"
 _FORGET = 0.998
@@ -50,6 +50,11 @@ class LinearModel:
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = max(float(_row(features) @ self._weights), 1e-6)
         return StepTime(mean_s, mean_s * math.exp(self._log_quantile))
+
+    def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
+        w = self._weights
+        total: F8 = w[0] + w[1] * tokens / 100 + w[2] * prefill_attention / 1e6 + w[3] * decode_kv_tokens / 1e4
+        return np.maximum(total, 1e-6)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         if not (math.isfinite(seconds) and seconds > 0.0):

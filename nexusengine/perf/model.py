@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from nexusengine.perf.features import StepFeatures
+
+F8 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +36,28 @@ class PerfSnapshot:
     epoch: int = 0
 
 
-class PerformanceModel(Protocol):
-    """Predicts the duration of a step from its composition, and learns from each one measured."""
+class Predictor(Protocol):
+    """Predicts the duration of a step from its composition."""
 
     def predict(self, features: StepFeatures) -> StepTime:
         """Seconds; never negative, never NaN."""
         ...
 
-    def observe(self, features: StepFeatures, seconds: float) -> None:
-        """Learn from one measured step. Non-finite or non-positive durations are ignored."""
+    def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
+        """`predict(...).mean_s` of many steps at once. The arguments are the fields of StepFeatures; they broadcast."""
         ...
 
     def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
         """The inverse: the largest chunk q <= limit of a prompt with `context` tokens in its cache that can join the
         step `base` with the upper bound still within `budget_s`; 0 if none."""
+        ...
+
+
+class PerformanceModel(Predictor, Protocol):
+    """A predictor that learns from each step measured."""
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """Learn from one measured step. Non-finite or non-positive durations are ignored."""
         ...
 
     def snapshot(self) -> PerfSnapshot: ...

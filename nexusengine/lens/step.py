@@ -1,0 +1,194 @@
+"""One step as a policy fills it: tokens, seats and KV blocks that are left, and what the rows so far will cost.
+
+Policies differ in what they take and in which order; that blocks are found, that prompts which have begun can be
+finished, and that the contract of StepPlan is kept, is seen to here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from nexusengine.lens.plan import Reason, StepPlan
+from nexusengine.lens.view import I4, EngineView
+from nexusengine.perf.features import StepFeatures
+
+CHUNK_MAX = 2**31 - 1
+
+
+class Step:
+    """max_tokens: budget of the step, within the view's own.
+
+    decodes `[D]`: running slots with one token to compute. prompts: running slots with more, in order of admission.
+    free_blocks, tokens, seats: what is left. preempted: slots whose KV is taken back.
+    """
+
+    def __init__(self, view: EngineView, max_tokens: int | None = None) -> None:
+        c, running = view.columns, view.running
+        self.view, self.columns = view, c
+        self.tokens = min(max_tokens or view.max_batch_tokens, view.max_batch_tokens)
+        self.free_blocks = view.free_blocks
+        self.seats = view.max_running - len(running)
+        left = c.known_tokens[running] - c.computed_tokens[running]
+        self.decodes: I4 = running[left == 1]
+        prompts = running[left > 1]
+        self.prompts: list[int] = prompts.tolist()
+        self.preempted: list[int] = []
+        self.reasons = np.zeros(len(c.known_tokens), np.int8)
+        self._reserved = 0  # blocks that prompts which have begun will still take
+        if self.prompts:
+            whole = -(-c.known_tokens[prompts] // view.block_size)
+            self._reserved = int(np.maximum(whole - c.blocks[prompts], 0).sum())
+        self._decode_rows: I4 = self.decodes[:0]
+        self._slots: list[int] = []
+        self._counts: list[int] = []
+        self._contexts: list[int] = []
+        self._decode_kv_tokens = 0
+        self._attention = 0.0
+        self._chunks = 0
+        self._taken = 0
+
+    @property
+    def empty(self) -> bool:
+        return self._taken == 0
+
+    @property
+    def features(self) -> StepFeatures:
+        """Of the rows taken so far."""
+        return StepFeatures(
+            self._taken,
+            len(self._decode_rows) + len(self._slots),
+            self._chunks,
+            self._attention,
+            self._decode_kv_tokens,
+        )
+
+    # ---- decodes -------------------------------------------------------------------------------------------------
+
+    def take_decodes(self, victims: Iterable[int]) -> None:
+        """Every decode; while blocks are missing, `victims` give way one after the other, but never the last."""
+        c, size = self.columns, self.view.block_size
+        short = c.computed_tokens[self.decodes] + 1 > c.blocks[self.decodes] * size
+        missing = int(short.sum())
+        if missing > self.free_blocks:
+            for victim in victims:
+                if missing <= self.free_blocks or len(self.decodes) + len(self.prompts) <= 1:
+                    break
+                self.preempt(victim)
+                short = c.computed_tokens[self.decodes] + 1 > c.blocks[self.decodes] * size
+                missing = int(short.sum())
+        rows = self.decodes
+        if missing > self.free_blocks:
+            out = rows[short][self.free_blocks :]
+            self.reasons[out] = Reason.WAIT_BLOCKS
+            rows = rows[~np.isin(rows, out)]
+            missing = self.free_blocks
+        if len(rows) > self.tokens:
+            self.reasons[rows[self.tokens :]] = Reason.WAIT_TOKENS
+            rows = rows[: self.tokens]
+            missing = int((c.computed_tokens[rows] + 1 > c.blocks[rows] * size).sum())
+        self.free_blocks -= missing
+        self.tokens -= len(rows)
+        self.reasons[rows] = Reason.DECODE
+        self._decode_rows = rows
+        self._taken += len(rows)
+        self._decode_kv_tokens += int(c.computed_tokens[rows].sum()) + len(rows)
+
+    def preempt(self, slot: int) -> None:
+        """Take the KV of a running slot that is not in the step yet."""
+        c = self.columns
+        if slot in self.prompts:
+            self.prompts.remove(slot)
+            whole = -(-int(c.known_tokens[slot]) // self.view.block_size)
+            self._reserved -= max(whole - int(c.blocks[slot]), 0)
+        else:
+            self.decodes = self.decodes[self.decodes != slot]
+        self.preempted.append(slot)
+        self.free_blocks += int(c.blocks[slot])
+        self.seats += 1
+        self.reasons[slot] = Reason.PREEMPTED
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    def extend(self, slot: int, at_most: int = CHUNK_MAX) -> int:
+        """The next chunk of a prompt that has begun; the number of its tokens, 0 if nothing of it fits."""
+        c, size = self.columns, self.view.block_size
+        computed, blocks = int(c.computed_tokens[slot]), int(c.blocks[slot])
+        left = int(c.known_tokens[slot]) - computed
+        count = min(left, self.tokens, at_most, (blocks + self.free_blocks) * size - computed)
+        if count < 1:
+            self.reasons[slot] = Reason.WAIT_TOKENS if min(self.tokens, at_most) < 1 else Reason.WAIT_BLOCKS
+            return 0
+        more = max(-(-(computed + count) // size) - blocks, 0)
+        self._reserved -= more
+        self._take(slot, count, computed, more, Reason.PREFILL)
+        return count
+
+    def admissible(self, slot: int) -> Reason:
+        """Why a waiting slot cannot start now; NONE if it can. Its whole prompt must fit beside what the prompts that
+        have begun still need and one block for each running sequence, so that none of them blocks another."""
+        if self.seats < 1:
+            return Reason.WAIT_SEATS
+        if self.tokens < 1:
+            return Reason.WAIT_TOKENS
+        running = self.view.max_running - self.seats
+        headroom = running + 1 if running else 0
+        needed = self._whole_blocks(slot)
+        if needed + self._reserved + headroom > self.free_blocks and (running or needed > self.free_blocks):
+            return Reason.WAIT_BLOCKS
+        return Reason.NONE
+
+    def admit(self, slot: int, at_most: int = CHUNK_MAX) -> int:
+        """The first chunk of a slot that is `admissible`; the number of its tokens."""
+        c, size = self.columns, self.view.block_size
+        cached = int(c.cached_tokens[slot])
+        count = min(int(c.known_tokens[slot]) - cached, self.tokens, at_most)
+        blocks = -(-(cached + count) // size) - cached // size + int(c.cached_free_blocks[slot])
+        self._reserved += self._whole_blocks(slot) - blocks
+        self.seats -= 1
+        self._take(slot, count, cached, blocks, Reason.ADMITTED)
+        return count
+
+    def _whole_blocks(self, slot: int) -> int:
+        c, size = self.columns, self.view.block_size
+        cached = int(c.cached_tokens[slot])
+        return -(-int(c.known_tokens[slot]) // size) - cached // size + int(c.cached_free_blocks[slot])
+
+    def _take(self, slot: int, count: int, context: int, blocks: int, reason: Reason) -> None:
+        self._slots.append(slot)
+        self._counts.append(count)
+        self._contexts.append(context)
+        self.tokens -= count
+        self.free_blocks -= blocks
+        self.reasons[slot] = reason
+        self._taken += count
+        if count > 1:
+            self._chunks += 1
+            self._attention += count * (context + 0.5 * count)
+        else:
+            self._decode_kv_tokens += context + 1
+
+    # ---- the plan ------------------------------------------------------------------------------------------------
+
+    def plan(
+        self, *, relegate: tuple[int, ...] = (), refuse: tuple[int, ...] = (), notes: dict[str, float] | None = None
+    ) -> StepPlan:
+        slots = np.array(self._slots, np.int32)
+        counts = np.array(self._counts, np.int32)
+        if 1 in self._counts:
+            order = np.argsort(counts > 1, kind="stable")
+            slots, counts = slots[order], counts[order]
+        rows = self._decode_rows
+        time = self.view.model.predict(self.features)
+        return StepPlan(
+            slots=np.concatenate([rows, slots]),
+            counts=np.concatenate([np.ones(len(rows), np.int32), counts]),
+            predicted_s=time.mean_s,
+            upper_s=time.upper_s,
+            reasons=self.reasons,
+            preempt=tuple(self.preempted),
+            relegate=relegate,
+            refuse=refuse,
+            notes=notes or {},
+        )

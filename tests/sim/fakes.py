@@ -1,0 +1,31 @@
+"""A device profile by formula, for tests that are about the simulator and not about devices."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nexusengine.lens.view import F8, I4
+
+
+class FormulaProfile:
+    """5 ms + 20 us a token + 40 ns a KV token read + 1 ns a token pair; no scatter."""
+
+    name, model, source, confidence = "formula", "any", "made up", "none"
+    weights_bytes = 0
+
+    def __init__(self, kv_capacity_tokens: int = 100_000, speed: float = 1.0) -> None:
+        self.kv_capacity_tokens, self.speed = kv_capacity_tokens, speed
+
+    def step_s(self, counts: I4, contexts: I4) -> float:
+        q, ctx = counts.astype(np.float64), contexts.astype(np.float64)
+        one = q == 1
+        pairs = (q * (ctx + 0.5 * q))[~one].sum()
+        return float(0.005 + 20e-6 * q.sum() + 40e-9 * ctx[one].sum() + 1e-9 * pairs) / self.speed
+
+    def decode_run_s(self, contexts: I4, steps: int) -> F8:
+        n = len(contexts)
+        read = contexts.astype(np.float64).sum() + n * np.arange(steps)
+        return (0.005 + 20e-6 * n + 40e-9 * read) / self.speed
+
+    def noise(self, u: F8, mixed: bool) -> F8:
+        return 1.0 + 0.1 * (u - 0.5)
