@@ -26,13 +26,16 @@ class _Tokens:
     """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i]."""
 
     def __init__(self, weights: Sequence[float], mixed: bool, seen: float) -> None:
+        places: set[float] = {seen} if mixed else set()
         constant = weights[basis.ONE] + (weights[basis.MIXED] if mixed else 0.0)
-        bends = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
-        jumps = {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)} if mixed else {}
+        bends: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
+        jumps: dict[float, float] = (
+            {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)} if mixed else {}
+        )
         self.breaks: list[float] = []
         self.starts, self.values, self.slopes = [0.0], [constant], [weights[basis.SLOPE] / TOKENS]
         slope, floor = self.slopes[0], 0.0
-        for at in sorted({*bends, *jumps, *([seen] if mixed else [])}):
+        for at in sorted(places.union(bends, jumps)):
             value = self(at)
             if at == seen and mixed:
                 floor = self._slope_beyond(seen, constant)
@@ -65,12 +68,22 @@ class Curve:
     """Predictor. weights `[TERMS]` in the order of `basis`, not negative. seen: the most tokens seen in a step.
 
     factor_decode, factor_mixed: from the mean to the upper bound of decode-only and of mixed steps, >= 1.
+    offset_s: what decode-only steps take more, of late, than the weights say; a mixed step takes no less than the same
+    step without prompts.
     """
 
-    def __init__(self, weights: Sequence[float], seen: float, factor_decode: float, factor_mixed: float) -> None:
+    def __init__(
+        self,
+        weights: Sequence[float],
+        seen: float,
+        factor_decode: float = 1.0,
+        factor_mixed: float = 1.0,
+        offset_s: float = 0.0,
+    ) -> None:
         self.weights, self.seen = tuple(weights), seen
-        self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
+        self.factor_decode, self.factor_mixed, self.offset_s = factor_decode, factor_mixed, offset_s
         self._decode, self._mixed = _Tokens(weights, False, seen), _Tokens(weights, True, seen)
+        self._mixed_s = weights[basis.MIXED]
         self._sequence_s, self._prefill_s = weights[basis.SEQUENCES], weights[basis.PREFILLS]
         self._pair_s, self._kv_s = weights[basis.ATTENTION] / PAIRS, weights[basis.KV] / KV_TOKENS
         self._mixed_kv_s = (weights[basis.KV] + weights[basis.MIXED_KV]) / KV_TOKENS
@@ -80,6 +93,7 @@ class Curve:
         return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))
 
     def _mean_s(self, f: StepFeatures) -> float:
+        offset_s = self.offset_s
         if f.prefills:
             mean_s = (
                 self._mixed(f.tokens)
@@ -88,8 +102,12 @@ class Curve:
                 + self._pair_s * f.prefill_attention
                 + self._mixed_kv_s * f.decode_kv_tokens
             )
+            if offset_s > self._mixed_s:
+                mean_s += offset_s - self._mixed_s
         else:
-            mean_s = self._decode(f.tokens) + self._sequence_s * f.sequences + self._kv_s * f.decode_kv_tokens
+            mean_s = (
+                self._decode(f.tokens) + self._sequence_s * f.sequences + self._kv_s * f.decode_kv_tokens + offset_s
+            )
         return mean_s if mean_s > SHORTEST_S else SHORTEST_S
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
@@ -99,6 +117,7 @@ class Curve:
             + self._sequence_s * sequences
             + np.where(mixed, self._prefill_s * prefills + self._pair_s * prefill_attention, 0.0)
             + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
+            + np.where(mixed, max(self.offset_s - self._mixed_s, 0.0), self.offset_s)
         )
         result: F8 = np.maximum(mean_s, SHORTEST_S)
         return result

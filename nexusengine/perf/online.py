@@ -19,6 +19,7 @@ from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
+from nexusengine.perf.residual import Bound, Trend
 
 KIND = "online-1"
 
@@ -26,8 +27,7 @@ _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
 _PRIOR_WEIGHT, _PRIOR_FORGET = 0.05, 0.99
 _BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pull towards zero, in observations, where nothing has been seen
-_EVERY_STEP_UNTIL, _EVERY = 64, 8
-_QUANTILE, _FIRST_FACTOR = 0.95, 1.2
+_EVERY_STEP_UNTIL, _EVERY = 32, 8  # solved after each of the first steps of a kind, then after every eighth step
 _SPIKE, _SPIKES_ARE_DRIFT, _TRUSTED_AFTER = 1.6, 8, 32
 _KEEP_AT_DRIFT = 0.1
 _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
@@ -42,27 +42,6 @@ def stratum(f: StepFeatures) -> int:
     if not f.prefills:
         return sum(f.tokens > edge for edge in _DECODE_EDGES)
     return len(_DECODE_EDGES) + 1 + sum(f.tokens > edge for edge in _MIXED_EDGES)
-
-
-@dataclass(slots=True)
-class _Bound:
-    """A running upper quantile of measured / predicted, by stochastic approximation (Robbins and Monro, 1951).
-
-    Steps are in units of the scatter itself, so that a quiet device gets a tight bound and a noisy one a wide one.
-    """
-
-    log_factor: float = math.log(_FIRST_FACTOR)
-    scatter: float = 0.05
-
-    def learn(self, log_ratio: float) -> None:
-        self.scatter += 0.02 * (min(abs(log_ratio), 1.0) - self.scatter)
-        step = 0.25 * self.scatter
-        self.log_factor += step * (_QUANTILE if log_ratio > self.log_factor else _QUANTILE - 1.0)
-        self.log_factor = max(self.log_factor, 0.0)
-
-    @property
-    def factor(self) -> float:
-        return math.exp(self.log_factor)
 
 
 @dataclass(slots=True)
@@ -90,7 +69,8 @@ class OnlineModel:
         self._gram, self._moment = np.zeros((_STRATA, n, n)), np.zeros((_STRATA, n))
         self._seen = np.zeros(_STRATA, np.int64)
         self._in_a_row, self._log_ratio_in_a_row = 0, 0.0
-        self._bounds = (_Bound(), _Bound())
+        self._bounds = (Bound(), Bound())
+        self._trend = Trend()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
         self._tokens_seen = float(prior.tokens)
@@ -113,9 +93,9 @@ class OnlineModel:
         return self._curve.max_tokens(budget_s, base, context, limit)
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of `basis`, then the most tokens seen and the factors of decode-only and mixed steps."""
+        """weights: those of `basis`, then the arguments of Curve after them."""
         c = self._curve
-        weights = (*c.weights, c.seen, c.factor_decode, c.factor_mixed)
+        weights = (*c.weights, c.seen, c.factor_decode, c.factor_mixed, c.offset_s)
         return PerfSnapshot(KIND, weights, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
 
     # ---- learning ------------------------------------------------------------------------------------------------
@@ -138,6 +118,10 @@ class OnlineModel:
         mixed = features.prefills > 0
         self._bounds[mixed].learn(log_ratio)
         self._curve.factor_decode, self._curve.factor_mixed = (bound.factor for bound in self._bounds)
+        if not mixed:
+            plain_s = predicted_s - self._curve.offset_s
+            self._trend.learn(seconds - plain_s, plain_s)
+            self._curve.offset_s = self._trend.offset_s
         kind = stratum(features)
         if seconds > _SPIKE * predicted_s and self._seen[kind] >= _TRUSTED_AFTER:
             self.spikes += 1
@@ -156,7 +140,7 @@ class OnlineModel:
         self._moment[kind] += row
         self._seen[kind] += 1
         self._prior_weight *= _PRIOR_FORGET
-        if self.steps <= _EVERY_STEP_UNTIL or self.steps % _EVERY == 0:
+        if self._seen[kind] <= _EVERY_STEP_UNTIL or self.steps % _EVERY == 0:
             self._gram *= _FORGET_ALL**_EVERY
             self._moment *= _FORGET_ALL**_EVERY
             self._tokens_seen = max(self._tokens_seen, float(features.tokens))
@@ -173,13 +157,14 @@ class OnlineModel:
         self._moment *= _KEEP_AT_DRIFT / ratio
         for scale in self._scales:
             scale.log_ratio += math.log(ratio)
+        self._trend.rescale(ratio)
         self._weights = self._weights * ratio
         self.epoch += 1
 
     def _solve(self) -> None:
         gram, moment = self._gram.sum(axis=0), self._moment.sum(axis=0)
         for rows, own, other in zip(self._prior_rows, self._scales, reversed(self._scales), strict=True):
-            slower = math.exp((own if own.steps else other).log_ratio)
+            slower = math.exp(own.log_ratio if own.steps else 0.5 * other.log_ratio)
             gram += self._prior_weight / slower**2 * (rows.T @ rows)
             moment += self._prior_weight / slower * rows.sum(axis=0)
         gram.flat[:: basis.TERMS + 1] += self._pull
@@ -188,7 +173,9 @@ class OnlineModel:
 
     def _renew(self) -> None:
         decode, mixed = self._bounds
-        self._curve = Curve(self._weights.tolist(), self._tokens_seen, decode.factor, mixed.factor)
+        self._curve = Curve(
+            self._weights.tolist(), self._tokens_seen, decode.factor, mixed.factor, self._trend.offset_s
+        )
 
 
 def _pull(curve: Curve) -> F8:
@@ -205,6 +192,9 @@ def _pull(curve: Curve) -> F8:
 
 def rebuild_curve(weights: Sequence[float]) -> Curve:
     """From `OnlineModel.snapshot().weights`. Raises ValueError."""
-    if len(weights) != basis.TERMS + 3 or not all(math.isfinite(w) and w >= 0.0 for w in weights):
-        raise ValueError(f"{len(weights)} weights, of which {basis.TERMS + 3} finite ones >= 0 are needed")
-    return Curve(weights[: basis.TERMS], *weights[basis.TERMS :])
+    n = basis.TERMS
+    if len(weights) != n + 4:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 4} are needed")
+    if not all(map(math.isfinite, weights)) or min(weights[: n + 1]) < 0.0 or min(weights[n + 1 : n + 3]) < 1.0:
+        raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
+    return Curve(weights[:n], *weights[n:])
