@@ -1,7 +1,7 @@
 """A simulation from one specification: what the command line, benchmarks and `nexusengine plan` call.
 
-    result = simulate(SimSpec(trace="azure2023_conv.csv.gz", devices="2xa100", engine="lens", rate_rps=6.0))
-    result.metrics["attainment"]
+result = simulate(SimSpec(trace="azure2023_conv.csv.gz", devices="2xa100", engine="lens", rate_rps=6.0))
+result.metrics["attainment"]
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class _Maker:
 def _packaged_profile(device: str, model: str) -> DeviceProfile:
     from nexusengine.profiles.registry import load_profile
 
-    return load_profile(device, model)
+    profile: DeviceProfile = load_profile(device, model)
+    return profile
 
 
 def _longest(spec: SimSpec, profile: DeviceProfile) -> int:
@@ -206,4 +207,6 @@ def _check(spec: SimSpec) -> None:
         if not (math.isfinite(value) and low <= value <= high):
             raise ConfigError(f"{name} must be between {low} and {high}, got {value}", param=name)
     if spec.scheduler_cost_s is not None and not 0.0 <= spec.scheduler_cost_s <= 1.0:
-        raise ConfigError(f"scheduler cost must be 0 to 1 s a step, got {spec.scheduler_cost_s}", param="scheduler_cost")
+        raise ConfigError(
+            f"scheduler cost must be 0 to 1 s a step, got {spec.scheduler_cost_s}", param="scheduler_cost"
+        )

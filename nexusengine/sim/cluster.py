@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from nexusengine.errors import InternalError
@@ -118,8 +117,8 @@ class Cluster:
     """Runs jobs to their end, or until `until_s`.
 
     engines: one maker a worker; it is called again when the worker's process is started anew. last_arrival_s: after
-    this instant no session of a closed loop goes on. timeout_s: after which a request is given up. progress is called now and then with (virtual seconds, jobs
-    ended). enough: asked after each end; the run stops when it says True.
+    this instant no session of a closed loop goes on. timeout_s: after which a request is given up. progress is called
+    now and then with (virtual seconds, jobs ended). enough: asked after each end; the run stops when it says True.
     """
 
     def __init__(

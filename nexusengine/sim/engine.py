@@ -37,8 +37,9 @@ _OBSERVED_OF_A_RUN = 8
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """As config.EngineConfig. kv_tokens: capacity; None: the profile's. scheduler_cost_s: added to every step; None: as
-    long as planning took on this machine. noise: whether steps scatter as they were measured to. runs: begin like decode
-    steps at once. answer_delay_s: how much later than the engine a client has a token, for the strict contract."""
+    long as planning took on this machine. noise: whether steps scatter as they were measured to. runs: begin like
+    decode steps at once. answer_delay_s: how much later than the engine a client has a token, for the strict contract.
+    """
 
     max_running: int = 256
     max_waiting: int = 1024

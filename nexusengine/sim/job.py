@@ -76,7 +76,7 @@ def make_job(
     slo: SLO | None = None,
     slo_class: str | None = None,
     blocks: TraceBlocks | None = None,
-    max_tokens: int | None | Literal["exact"] = "exact",
+    max_tokens: int | Literal["exact"] | None = "exact",
 ) -> Job:
     """max_tokens: the limit that the client states, None for none; "exact": what comes, which a policy can then see."""
     request = EngineRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class WorkloadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """jobs in order of arrival. duration_s: of the window in which requests arrive. notes: what was done to the trace."""
+    """jobs in order of arrival. duration_s: of the window in which they arrive. notes: what was done to the trace."""
 
     jobs: tuple[Job, ...]
     duration_s: float
@@ -57,7 +58,7 @@ def open_source(trace: str) -> Source | Trace:
     if trace.startswith(PREFIX):
         return Synthetic(trace)
     if ".jsonl" in trace:
-        for _, row in json_rows(trace):
+        for _, row in json_rows(Path(trace)):
             if is_servegen(row):
                 return ServeGen(trace)
             break
@@ -72,9 +73,7 @@ def read_classes(text: str) -> tuple[dict[str, SLOClass], dict[str, float]]:
     if text == "mixed":
         return dict(CLASSES), dict(MIXED)
     if not text.endswith(".toml"):
-        raise ConfigError(
-            f"classes are {', '.join(CLASSES)}, mixed or a .toml file, got {text!r}", param="classes"
-        )
+        raise ConfigError(f"classes are {', '.join(CLASSES)}, mixed or a .toml file, got {text!r}", param="classes")
     classes, shares = load_classes(text)
     total = sum(shares.values())
     if total <= 0:

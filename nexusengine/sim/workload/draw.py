@@ -30,8 +30,8 @@ def rng_for(seed: int, stream: Stream, *keys: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Requests in order of arrival: instants from 0, lengths in tokens, all `[N]`. blocks: ids of the prompts' blocks of
-    `block_tokens` tokens, or None."""
+    """Requests in order of arrival: instants from 0, lengths in tokens, all `[N]`. blocks: ids of the prompts' blocks
+    of `block_tokens` tokens, or None."""
 
     arrival_s: F8
     input_tokens: I8
@@ -43,9 +43,13 @@ class Drawn:
 class Source(Protocol):
     """Where lengths come from, and arrivals with them where the source has some."""
 
-    name: str
-    rate_rps: float | None
-    """The source's own mean rate of arrivals; None if it has none."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rate_rps(self) -> float | None:
+        """The source's own mean rate of arrivals; None if it has none."""
+        ...
 
     def lengths(self, count: int, seed: int) -> Drawn:
         """The first `count` requests, with arrivals of 0: the same ones for every count and rate."""

@@ -1,6 +1,6 @@
 """The entries of a trace file, before anything is drawn: CSV or JSON lines, gzipped or not.
 
-CSV and JSONL need `input_tokens` and `output_tokens`, and may have `arrival_s` (seconds; empty: a trace of lengths only).
+CSV and JSONL need `input_tokens` and `output_tokens`, and may have `arrival_s` (seconds; empty: a trace of lengths).
 JSONL may also have `hash_ids` (ids of the prompt's blocks of 512 tokens). The names of the originals of the Azure and
 Mooncake traces are understood too. Sessions (`session`, `think_s`, `hash_runs` of 64-token blocks) are closed loops.
 """
@@ -94,9 +94,7 @@ def open_text(path: str | Path) -> IO[str]:
 
 def _moved(entry: Entry, by_s: float) -> Entry:
     assert entry.arrival_s is not None
-    return Entry(
-        entry.input_tokens, entry.output_tokens, entry.arrival_s + by_s, entry.block_ids, entry.block_tokens
-    )
+    return Entry(entry.input_tokens, entry.output_tokens, entry.arrival_s + by_s, entry.block_ids, entry.block_tokens)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -45,7 +45,8 @@ class Synthetic:
 
 
 def _whole(values: np.ndarray) -> I8:
-    return np.clip(np.rint(values), 1, 10**9).astype(np.int64)
+    whole: I8 = np.clip(np.rint(values), 1, 10**9).astype(np.int64)
+    return whole
 
 
 def _sampler(text: str, spec: str) -> Sampler:
