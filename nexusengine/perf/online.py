@@ -20,23 +20,23 @@ from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
-from nexusengine.perf.residual import Bound, Drift, Trend
+from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
 
 KIND = "online-1"
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
 _PRIOR_WEIGHT, _PRIOR_FORGET = 0.05, 0.99
-_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pull towards zero, in observations, where nothing has been seen
+_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
 _EVERY_STEP_UNTIL, _EVERY = 32, 8  # solved after each of the first steps of a kind, then after every eighth step
-_TRUSTED_AFTER = 32  # steps of a kind, from which on one that is far off is a spike, not news
+_TRUSTED_AFTER = 32
 _KEEP_AT_DRIFT = 0.1
 _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
+_HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
 _COLD_UNTIL = 16  # steps of a kind after which cold ones teach nothing more
 
 _DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
 _STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
-
 
 _LONG_CHUNK = StepFeatures(1024, 1, 1, 1024 * (4096 + 512.0), 0)
 _LONG_DECODES = StepFeatures(32, 32, 0, 0.0, 32 * 2048)
@@ -124,12 +124,14 @@ class OnlineModel:
             self._gram *= _FORGET_ALL**_EVERY
             self._moment *= _FORGET_ALL**_EVERY
         self._judge(curve, mixed, seconds, predicted_s, plain_s)
-        if self._seen[kind] >= _TRUSTED_AFTER:
-            log_ratio = math.log(seconds / plain_s)
-            ratio = self._drift.learn(log_ratio)
-            if ratio != 1.0:
-                self._accept(ratio)
-            elif self._drift.is_spike(log_ratio):
+        log_ratio = math.log(seconds / plain_s)
+        if not is_off(log_ratio):
+            self._drift.calm()
+        elif self._is_known(features, plain_s):
+            change = self._drift.learn(kind, log_ratio)
+            if change is not None:
+                self._accept(change)
+            elif is_spike(log_ratio):
                 self.spikes += 1
                 return
         if self._scales[mixed].steps < _SCALED_BY:
@@ -157,26 +159,42 @@ class OnlineModel:
             self._trend.learn(seconds - plain_s, plain_s)
             curve.offset_s = self._trend.offset_s
 
-    def _accept(self, ratio: float) -> None:
-        """The device has changed: take all that is known to have become longer by the same factor, and believe it
-        less."""
-        self._gram *= _KEEP_AT_DRIFT / ratio**2
-        self._moment *= _KEEP_AT_DRIFT / ratio
-        for scale in self._scales:
-            scale.log_ratio += math.log(ratio)
+    def _is_known(self, features: StepFeatures, predicted_s: float) -> bool:
+        """Whether what has been seen fixes this prediction: its leverage, the share that one more such observation
+        would have in it, is that of a kind of step seen 32 times. A step that is off is news elsewhere."""
+        row = np.array(basis.terms(features)) / predicted_s
+        return float(row @ np.linalg.solve(self._information, row)) < 1.0 / _TRUSTED_AFTER
+
+    def _accept(self, change: Change) -> None:
+        """Take what is known of the kinds of step that showed the change to have become longer by its factor, and
+        believe less of everything."""
+        slower = np.ones(_STRATA)
+        if change.kinds is None:
+            slower[:] = change.ratio
+            for scale in self._scales:
+                scale.log_ratio += math.log(change.ratio)
+        else:
+            slower[list(change.kinds)] = change.ratio
+        self._gram *= (_KEEP_AT_DRIFT / slower**2)[:, None, None]
+        self._moment *= (_KEEP_AT_DRIFT / slower)[:, None]
         self._trend.reset()
-        self._weights = self._weights * ratio
         self.epoch += 1
+        self._solve()
 
     def _solve(self) -> None:
         gram, moment = self._gram.sum(axis=0), self._moment.sum(axis=0)
-        for prior, own, other in zip(self._priors, self._scales, reversed(self._scales), strict=True):
-            slower = math.exp(own.log_ratio if own.steps else 0.5 * other.log_ratio)
-            gram += self._prior_weight / slower**2 * prior[0]
-            moment += self._prior_weight / slower * prior[1]
+        decode, mixed = self._scales
+        slower = [
+            math.exp(own.log_ratio if own.steps else _HALF * other.log_ratio)
+            for own, other in ((decode, mixed), (mixed, decode))
+        ]
+        for (prior_gram, prior_moment), ratio in zip(self._priors, slower, strict=True):
+            gram += self._prior_weight / ratio**2 * prior_gram
+            moment += self._prior_weight / ratio * prior_moment
         pull, centre = self._pull
-        gram.flat[:: basis.TERMS + 1] += pull / slower**2
-        moment += pull / slower * centre
+        gram.flat[:: basis.TERMS + 1] += pull / slower[1] ** 2
+        moment += pull / slower[1] * centre
+        self._information = gram
         self._weights = solve(gram, moment, self._weights)
         self._renew()
 

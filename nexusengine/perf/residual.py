@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from dataclasses import dataclass
 
 _QUANTILE, _FIRST_FACTOR = 0.95, 1.2
 _WINDOW, _LEVEL_STEP = 100, 0.01
@@ -76,6 +77,23 @@ class Trend:
         self._mean_s = self._product = self._square = 0.0
 
 
+def is_off(log_ratio: float) -> bool:
+    return abs(log_ratio) > _LARGEST
+
+
+def is_spike(log_ratio: float) -> bool:
+    return log_ratio > _SPIKE
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of a device. ratio: by which factor steps have become longer. kinds: of those that did; None for all of them:
+    no misjudged kind of step is off as far as that."""
+
+    ratio: float
+    kinds: frozenset[int] | None
+
+
 class Drift:
     """Tells a device that has changed from a step that was disturbed.
 
@@ -86,24 +104,25 @@ class Drift:
     def __init__(self) -> None:
         self._spikes = self._run = 0
         self._log_ratio = 0.0
+        self._kinds: set[int] = set()
 
-    def learn(self, log_ratio: float) -> float:
-        """log_ratio: of measured to predicted, of a kind of step that is well known. By which factor steps have become
-        longer; 1 as long as there is no sign of it."""
-        self._spikes = self._spikes + 1 if log_ratio > _SPIKE else 0
-        if abs(log_ratio) <= _LARGEST:
-            self._run, self._log_ratio = 0, 0.0
-            return 1.0
+    def learn(self, kind: int, log_ratio: float) -> Change | None:
+        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None as long as there is no sign of
+        a change."""
         if log_ratio * self._log_ratio < 0.0:
-            self._run, self._log_ratio = 0, 0.0
+            self.calm()
+        self._spikes = self._spikes + 1 if is_spike(log_ratio) else 0
         self._run += 1
         self._log_ratio += log_ratio
+        self._kinds.add(kind)
         if self._spikes < _SPIKES and self._run < _OFF_STEPS:
-            return 1.0
-        ratio = math.exp(self._log_ratio / self._run)
-        self._spikes, self._run, self._log_ratio = 0, 0, 0.0
-        return ratio
+            return None
+        everywhere = self._spikes >= _SPIKES
+        change = Change(math.exp(self._log_ratio / self._run), None if everywhere else frozenset(self._kinds))
+        self.calm()
+        return change
 
-    @staticmethod
-    def is_spike(log_ratio: float) -> bool:
-        return log_ratio > _SPIKE
+    def calm(self) -> None:
+        """A step took about as long as predicted: whatever went before was no change."""
+        self._spikes, self._run, self._log_ratio = 0, 0, 0.0
+        self._kinds.clear()
