@@ -148,7 +148,7 @@ def _identity(entry: Mapping[str, Any]) -> ProfileIdentity:
         entry["device"],
         entry["model"],
         entry["source"],
-        nearest["confidence"],
+        entry["confidence"],
         entry["kv_capacity_tokens"],
         entry["weights_bytes"],
     )
