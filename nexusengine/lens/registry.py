@@ -7,7 +7,10 @@ import importlib
 from nexusengine.errors import ConfigError
 from nexusengine.lens.plan import SchedulerPolicy
 
-POLICIES: dict[str, str] = {"fcfs": "nexusengine.lens.fcfs:FCFS"}
+POLICIES: dict[str, str] = {
+    "fcfs": "nexusengine.lens.fcfs:FCFS",
+    "vllm": "nexusengine.lens.vllm:Vllm",
+}
 
 
 def make_policy(spec: str) -> SchedulerPolicy:
