@@ -88,12 +88,14 @@ class SimSpec:
 
 @dataclass(frozen=True, slots=True)
 class SimResult:
-    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered."""
+    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered; builder: for
+    more simulations of the same trace."""
 
     spec: SimSpec
     metrics: dict[str, Any]
     outcomes: list[Outcome]
     workload: Workload
+    builder: Builder
     timeline: list[Sample] = field(default_factory=list)
 
 
@@ -115,10 +117,11 @@ def simulate(
     load_profile: LoadProfile | None = None,
     builder: Builder | None = None,
     progress: Callable[[float, int], None] = lambda now_s, ended: None,
-    enough: Callable[[Outcome], bool] = lambda outcome: False,
+    enough_of: Callable[[Workload], Callable[[Outcome], bool]] | None = None,
 ) -> SimResult:
-    """Run `spec` to its end. builder: reads the trace only once for many simulations. enough: asked after the end of
-    each request; True ends the simulation there. Raises ConfigError for what is wrong with the specification."""
+    """Run `spec` to its end. builder: one that has read the trace. enough_of: makes, for the workload, a function that
+    is asked after the end of each request; True ends the simulation there. Raises ConfigError for what is wrong with
+    the specification."""
     _check(spec)
     load = load_profile or _packaged_profile
     names = parse_devices(spec.devices)
@@ -136,7 +139,8 @@ def simulate(
     )
     longest = max(_longest(spec, p) for p in profiles.values())
     workload_spec = spec.workload(longest)
-    workload = (Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)).build()
+    builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
+    workload = builder.build()
     makers = [_Maker(spec, settings, profiles[name], i) for i, name in enumerate(names)]
     sampler = Sampler(workload.duration_s) if spec.timeline else None
     cluster = Cluster(
@@ -149,14 +153,14 @@ def simulate(
         last_arrival_s=workload.duration_s,
         timeout_s=spec.request_timeout_s,
         progress=progress,
-        enough=enough,
+        enough=enough_of(workload) if enough_of else lambda outcome: False,
         sample=sampler,
         sample_period_s=sampler.period_s if sampler else 1.0,
     )
     outcomes = cluster.run(workload.jobs)
     metrics = report(cluster, outcomes, workload.duration_s)
     metrics["workload"] = rounded_numbers(workload.notes)
-    return SimResult(spec, metrics, outcomes, workload, sampler.samples if sampler else [])
+    return SimResult(spec, metrics, outcomes, workload, builder, sampler.samples if sampler else [])
 
 
 class _Maker:
