@@ -101,7 +101,12 @@ def _add_options(parser: argparse.ArgumentParser, *, rate: bool) -> None:
         metavar="KIND:WORKER:AT[:X]",
         help="slow:W:AT:FACTOR, crash:W:AT[:RESTART_S] or join:W:AT; may be repeated",
     )
-    add("--scale-lengths", type=float, metavar="F", help="divide all lengths by F; default: 1, sessions: so that they fit")
+    add(
+        "--scale-lengths",
+        type=float,
+        metavar="F",
+        help="divide all lengths by F; default: 1, sessions: so that they fit",
+    )
     add("--stated-limit", default="none", metavar="none|exact|N", help="max_tokens that clients state (default none)")
 
 
@@ -242,13 +247,11 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def virtual_time(self, now_s: float, ended: int, of: int | None = None) -> None:
-        self._bar.update(self._task, completed=ended, total=of, description=f"{self._text}, {now_s:.0f} s")
+    def virtual_time(self, now_s: float, ended: int, offered: int) -> None:
+        self._bar.update(self._task, completed=ended, total=offered, description=f"{self._text}, {now_s:.0f} s")
 
     def step(self) -> None:
         self._bar.advance(self._task)
 
     def say(self, text: str) -> None:
         self._bar.update(self._task, description=f"{self._text}: {text}")
-
-

@@ -15,6 +15,7 @@ from typing import Any
 from nexusengine.errors import ConfigError
 from nexusengine.lens.registry import make_policy as make_engine_policy
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.profiles.registry import load_profile as packaged_profile
 from nexusengine.router.policies import make_policy as make_router_policy
 from nexusengine.sim.cluster import HOPS, Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
@@ -116,14 +117,15 @@ def simulate(
     *,
     load_profile: LoadProfile | None = None,
     builder: Builder | None = None,
-    progress: Callable[[float, int], None] = lambda now_s, ended: None,
+    progress: Callable[[float, int, int], None] = lambda now_s, ended, offered: None,
     enough_of: Callable[[Workload], Callable[[Outcome], bool]] | None = None,
 ) -> SimResult:
     """Run `spec` to its end. builder: one that has read the trace. enough_of: makes, for the workload, a function that
-    is asked after the end of each request; True ends the simulation there. Raises ConfigError for what is wrong with
+    is asked after the end of each request; True ends the simulation there. progress is called now and then with
+    (virtual seconds, requests ended, requests offered). Raises ConfigError for what is wrong with
     the specification."""
     _check(spec)
-    load = load_profile or _packaged_profile
+    load = load_profile or packaged_profile
     names = parse_devices(spec.devices)
     profiles = {name: load(name, spec.model) for name in names}
     settings = EngineSettings(
@@ -152,7 +154,7 @@ def simulate(
         until_s=workload.duration_s + spec.request_timeout_s + _GRACE_S,
         last_arrival_s=workload.duration_s,
         timeout_s=spec.request_timeout_s,
-        progress=progress,
+        progress=lambda now_s, ended: progress(now_s, ended, len(workload.jobs)),
         enough=enough_of(workload) if enough_of else lambda outcome: False,
         sample=sampler,
         sample_period_s=sampler.period_s if sampler else 1.0,
@@ -180,13 +182,6 @@ class _Maker:
             max_model_len=self._spec.max_model_len,
             rng=rng_for(self._spec.seed, Stream.NOISE, self._index, self._made),
         )
-
-
-def _packaged_profile(device: str, model: str) -> DeviceProfile:
-    from nexusengine.profiles.registry import load_profile
-
-    profile: DeviceProfile = load_profile(device, model)
-    return profile
 
 
 def _longest(spec: SimSpec, profile: DeviceProfile) -> int:
