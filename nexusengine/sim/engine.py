@@ -241,6 +241,7 @@ class SimEngine:
         for slot in plan.preempt:
             self._preempt(slot)
         self._c.relegated[list(plan.relegate)] = True
+        self._c.relegated[list(plan.restore)] = False
         for slot in plan.refuse:
             self._end(slot, now, refused=True)
         return plan
