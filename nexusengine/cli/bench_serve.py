@@ -27,8 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--api-key", metavar="KEY", help="bearer token of that server")
     load = parser.add_argument_group("load")
     load.add_argument("--trace", metavar="FILE", help="CSV or JSONL with input_tokens, output_tokens and arrival_s")
-    load.add_argument("--lengths", metavar="IN,OUT", help="instead of a trace: tokens of every prompt and answer")
-    load.add_argument("--arrivals", default="poisson", metavar="A", help="trace, poisson or gamma:CV")
+    load.add_argument(
+        "--lengths",
+        metavar="L",
+        help="instead of a trace: input=DIST,output=DIST; DIST is N, LOW..HIGH, exp:MEAN or logn:MEDIAN:P90",
+    )
+    load.add_argument("--arrivals", default="trace", metavar="A", help="trace, poisson or gamma:CV")
+    load.add_argument("--scale", type=float, metavar="F", help="divide all lengths by this, for small models")
     load.add_argument("--rate", type=float, metavar="R", help="requests a second; default: the trace's own")
     load.add_argument("--duration", type=float, default=60.0, metavar="S", help="seconds in which requests are sent")
     load.add_argument("--classes", default="interactive", metavar="C", help="a class, mixed, or a TOML file")
@@ -81,27 +86,22 @@ def _target_url(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _items(args: argparse.Namespace, max_tokens: int) -> list[Any]:
-    from nexusengine.loadgen.plain import make_items, read_lengths
+    from nexusengine.loadgen.items import items_of
+    from nexusengine.sim.workload.build import Builder, WorkloadSpec
 
     if (args.trace is None) == (args.lengths is None):
-        raise ConfigError("give either --trace FILE or --lengths IN,OUT", param="trace")
-    if args.lengths is not None:
-        try:
-            prompt, answer = (int(word) for word in args.lengths.split(","))
-        except ValueError:
-            raise ConfigError(f"--lengths must be of the form 256,64, got {args.lengths!r}", param="lengths") from None
-        lengths: list[Any] = [(None, prompt, answer)]
-    else:
-        lengths = read_lengths(args.trace)
-    return make_items(
-        lengths,
+        raise ConfigError("give either --trace FILE or --lengths input=DIST,output=DIST", param="trace")
+    spec = WorkloadSpec(
+        trace=args.trace or f"lengths:{args.lengths}",
         arrivals=args.arrivals,
-        rate=args.rate,
+        rate_rps=args.rate,
         duration_s=args.duration,
         classes=args.classes,
         seed=args.seed,
         max_tokens=max_tokens,
+        scale=args.scale,
     )
+    return items_of(Builder(spec).build())
 
 
 def measure(
@@ -154,7 +154,7 @@ def _row(record: Any) -> dict[str, Any]:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("trace", "lengths", "arrivals", "rate", "duration", "classes", "seed")
+    names = ("trace", "lengths", "arrivals", "rate", "duration", "scale", "classes", "seed")
     return {name: getattr(args, name) for name in names}
 
 

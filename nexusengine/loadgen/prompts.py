@@ -26,17 +26,18 @@ class Prompts:
         """Of the item that is the index-th of its run: `[prompt_tokens]`."""
         pieces = []
         left = item.prompt_tokens
-        for block in item.block_ids:
-            if left <= 0:
-                break
-            pieces.append(self._draw(_BLOCKS, block, item.block_tokens)[:left])
-            left -= len(pieces[-1])
+        if item.blocks is not None:
+            named = min(item.blocks.named_tokens, left)
+            for block in item.blocks.ids[: -(-named // item.blocks.tokens)]:
+                pieces.append(self._draw(_BLOCKS, item.blocks.scope, block, count=item.blocks.tokens)[:named])
+                named -= len(pieces[-1])
+                left -= len(pieces[-1])
         if left:
-            pieces.append(self._draw(_PROMPTS, index, left))
+            pieces.append(self._draw(_PROMPTS, index, count=left))
         return np.concatenate(pieces)
 
-    def _draw(self, kind: int, key: int, count: int) -> npt.NDArray[np.int64]:
-        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(kind, key)))
+    def _draw(self, *key: int, count: int) -> npt.NDArray[np.int64]:
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
         return rng.integers(self._low, self._high, count)
 
 

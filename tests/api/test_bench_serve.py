@@ -34,7 +34,21 @@ def test_every_request_of_the_load_is_answered_by_a_server_that_runs(
     server: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "run.json"
-    load = ["--lengths", "20,6", "--rate", "40", "--duration", "1", "--classes", "mixed", "--seed", "3", "--json"]
+    load = [
+        "--lengths",
+        "input=20,output=6",
+        "--arrivals",
+        "poisson",
+        "--rate",
+        "40",
+        "--duration",
+        "1",
+        "--classes",
+        "mixed",
+        "--seed",
+        "3",
+        "--json",
+    ]
     assert main(["bench", "serve", "--url", server.url, *load, "--output", str(output)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert set(figures) >= KEYS
@@ -69,12 +83,12 @@ def test_a_trace_is_sent_as_it_was_recorded(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lengths", "5,5", "--trace", "x.csv"], "either --trace"),
+        (["--lengths", "input=5,output=5", "--trace", "x.csv"], "either --trace"),
         ([], "either --trace"),
-        (["--lengths", "5"], "256,64"),
-        (["--lengths", "5,5", "--devices", "cpu"], "--devices is for a server of our own"),
-        (["--lengths", "5,5", "--rate", "1", "--classes", "fast"], "'fast'"),
-        (["--lengths", "5,5"], "--rate"),
+        (["--lengths", "5"], "input=DIST"),
+        (["--lengths", "input=5,output=5", "--devices", "cpu"], "--devices is for a server of our own"),
+        (["--lengths", "input=5,output=5", "--arrivals", "poisson", "--rate", "1", "--classes", "fast"], "'fast'"),
+        (["--lengths", "input=5,output=5"], "--arrivals poisson"),
     ],
 )
 def test_what_does_not_go_together_is_named(
@@ -89,7 +103,7 @@ def test_without_a_url_it_starts_a_server_with_the_classes_of_the_file_and_ends_
 ) -> None:
     classes = tmp_path / "slo.toml"
     classes.write_text("[gold]\nttft_s = 20\ntpot_s = 5\nshare = 1\n")
-    load = f"--lengths 30,5 --rate 10 --duration 2 --classes {classes} --json".split()
+    load = f"--lengths input=30,output=5 --arrivals gamma:2 --rate 10 --duration 2 --classes {classes} --json".split()
     assert main(["bench", "serve", "--devices", "emulated:instant", "--no-prefix-caching", *load]) == 0
     figures = json.loads(capfd.readouterr().out)
     assert figures["offered"] == figures["completed"] > 5

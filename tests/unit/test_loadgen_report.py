@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nexusengine.loadgen.items import WorkItem
+from nexusengine.errors import ConfigError
+from nexusengine.loadgen.items import WorkItem, items_of
 from nexusengine.loadgen.prompts import Prompts, bodies
 from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.report import summary, verdict
+from nexusengine.sim.job import TraceBlocks, make_job
+from nexusengine.sim.workload.build import Workload
 from nexusengine.slo import Verdict
 from nexusengine.types import SLO
 
@@ -64,12 +67,14 @@ def test_a_prompt_has_the_wanted_length_and_depends_on_seed_and_place_alone() ->
 
 def test_prompts_with_equal_first_blocks_begin_alike_and_then_differ() -> None:
     prompts = Prompts(50_000, seed=1)
-    one = prompts.token_ids(0, WorkItem(0.0, 100, 5, block_ids=(7, 8), block_tokens=32))
-    other = prompts.token_ids(1, WorkItem(0.0, 90, 5, block_ids=(7, 9), block_tokens=32))
+    one = prompts.token_ids(0, WorkItem(0.0, 100, 5, blocks=TraceBlocks((7, 8), 32, 64)))
+    other = prompts.token_ids(1, WorkItem(0.0, 90, 5, blocks=TraceBlocks((7, 9), 32, 64)))
     assert (len(one), len(other)) == (100, 90)
     np.testing.assert_array_equal(one[:32], other[:32])
     assert (one[32:90] != other[32:90]).mean() > 0.9
-    assert len(prompts.token_ids(0, WorkItem(0.0, 40, 5, block_ids=(7, 8), block_tokens=32))) == 40
+    elsewhere = prompts.token_ids(1, WorkItem(0.0, 90, 5, blocks=TraceBlocks((7, 9), 32, 64, scope=1)))
+    assert (one[:32] != elsewhere[:32]).any(), "ids of another session"
+    assert len(prompts.token_ids(0, WorkItem(0.0, 40, 5, blocks=TraceBlocks((7, 8), 32, 64)))) == 40
 
 
 def test_a_body_asks_for_exact_lengths_and_for_its_class_or_its_bounds() -> None:
@@ -91,7 +96,7 @@ def test_a_promise_is_judged_from_when_the_request_was_to_be_sent() -> None:
     assert verdict(record(tpot_s=0.11)) == Verdict(False, False, "tpot")
     assert verdict(record(in_time=False)) == Verdict(True, False)
     assert verdict(record(in_time=False, nexus={"met_strict": True})) == Verdict(True, True)
-    assert verdict(record(slo=None)) is None
+    assert verdict(record(5.0, slo=None)) == Verdict(True, True)
     assert verdict(failed("http_429_overloaded", 429)) == Verdict(False, False, "refused")
     assert verdict(failed("timeout")) == Verdict(False, False, "unfinished")
     assert verdict(failed("broken_off", 200)) == Verdict(False, False, "failed")
@@ -117,6 +122,7 @@ def test_the_figures_are_of_all_that_was_offered() -> None:
     assert figures["ttft_ms"]["p50"] == 400.0
     assert figures["ttft_ms"]["mean"] == pytest.approx(866.6667)
     assert figures["tpot_ms"] == {"mean": 55.0, "p50": 55.0, "p90": 59.0, "p99": 59.9}, "none with one token"
+    assert figures["goodput_tokens_per_s"] == pytest.approx(10 / 3.0, abs=1e-3)
     assert figures["worst_wait_s"] == 3.0, "the refused one waited for its answer"
     assert figures["output_tokens_per_s"] == pytest.approx(11 / 3.0, abs=1e-3)
     assert figures["server"] is None
@@ -143,4 +149,12 @@ def test_a_run_without_an_answer_has_figures_too() -> None:
     figures = summary([failed("connection"), failed("connection")])
     assert (figures["attainment"], figures["completed"], figures["output_tokens_per_s"]) == (0.0, 0, 0.0)
     assert figures["ttft_ms"] == dict.fromkeys(("mean", "p50", "p90", "p99"))
-    assert not math.isnan(figures["worst_wait_s"])
+    assert figures["worst_wait_s"] == 3.0
+
+
+def test_a_workload_is_sent_as_the_simulator_would_offer_it() -> None:
+    blocks = TraceBlocks((1, 2), 512, 700)
+    first = make_job("a", 0.5, 700, 9, slo=LOOSE, slo_class="gold", blocks=blocks)
+    assert items_of(Workload((first,), 1.0, ("gold",))) == [WorkItem(0.5, 700, 9, LOOSE, "gold", blocks)]
+    with pytest.raises(ConfigError, match="closed loop"):
+        items_of(Workload((replace(first, then=first),), 1.0, ("gold",)))
