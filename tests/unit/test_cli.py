@@ -53,7 +53,7 @@ def test_start_up_is_told_line_by_line_and_a_terminal_sees_percentages_change(
     out, err = capsys.readouterr()
     assert "serves smollm2-135m at http://127.0.0.1:77 " in out
     assert "\ncurl http://127.0.0.1:77/v1/chat/completions " in out
-    lines = [line.rsplit("\r", 1)[-1].strip() for line in err.splitlines()]
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in err.strip("\n").split("\n")]
     assert lines == [
         "==> listening at http://127.0.0.1:77, not ready yet",
         f"==> loading weights (w0) {30 if on_terminal else 10} %",
