@@ -61,9 +61,15 @@ class TorchExecutor:
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> TorchExecutor:
-        """Load the model. Raises ModelLoadError, or ConfigError naming the setting that cannot be met."""
-        with open_weights(files) as source:
-            return cls.build(files.config, source, device, options, progress)
+        """Load the model. Raises ModelLoadError naming its file or folder, or ConfigError naming the setting that
+        cannot be met."""
+        try:
+            with open_weights(files) as source:
+                return cls.build(files.config, source, device, options, progress)
+        except ModelLoadError as error:
+            if str(files.path) in error.message:
+                raise
+            raise ModelLoadError(f"{files.path}: {error.message}") from None
 
     @classmethod
     @torch.inference_mode()

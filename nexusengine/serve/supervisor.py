@@ -56,7 +56,8 @@ class _Role:
 
 class Supervisor:
     """on_event is called, in the supervisor's thread, with {"type": "phase", "phase", "fraction"}, {"type":
-    "listening", "host", "port"}, {"type": "ready"} once every worker is, and {"type": "exit", "name", "cause"}.
+    "listening", "host", "port"}, {"type": "ready"} once all processes are, {"type": "draining", "limit_s"}, and
+    {"type": "exit", "name", "cause"}.
 
     Raises ConfigError for devices or policies that do not exist, before anything is started.
     """
@@ -79,6 +80,7 @@ class Supervisor:
         self.front = f"ipc://{self._runtime}/front"
         self._back = f"ipc://{self._runtime}/back"
         self._files: ModelFiles | None = None
+        self._port = config.port
         self._draining_until_s: float | None = None
         self._stop_now = False
         self._ready_said = False
@@ -86,7 +88,12 @@ class Supervisor:
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
         self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**common, "workers": names})}
         if with_server:
-            self._roles["server"] = _Role("server", "nexusengine.server.main", lambda: common)
+            # started again, it takes the port it had, also where 0 was asked for
+            self._roles["server"] = _Role(
+                "server",
+                "nexusengine.server.main",
+                lambda: {**common, "config": {**common["config"], "port": self._port}},
+            )
         for name, device in zip(names, self.devices, strict=True):
             role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
@@ -154,13 +161,16 @@ class Supervisor:
             self._on_exit(role, event)
         elif kind == "ready":
             role.was_ready = True
-            if not self._ready_said and all(r.was_ready for r in self._roles.values() if self._is_worker(r)):
+            if not self._ready_said and all(r.was_ready for r in self._roles.values()):
                 self._ready_said = True
                 self._on_event({"type": "ready"})
-        elif kind == "listening":
+        elif kind == "listening" and role.key == "router":
             role.was_ready = True
-            if role.key == "server":
-                self._on_event(event)
+        elif kind == "listening":
+            self._port = event["port"]
+            self._on_event(event)
+        elif kind == "phase" and event["fraction"] < 1.0 and role is self._first_to_load():
+            self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
         elif kind == "drained":
             self._stop_now = True
 
@@ -169,6 +179,7 @@ class Supervisor:
             self._stop_now = True
         elif kind == "drain":
             self._draining_until_s = time.monotonic() + self.config.drain_timeout
+            self._on_event({"type": "draining", "limit_s": self.config.drain_timeout})
             for key in ("server", "router"):
                 if (role := self._roles.get(key)) and role.child:
                     role.child.send({"type": "drain"})
@@ -242,6 +253,10 @@ class Supervisor:
             raise Unavailable("the model is not known yet")
         name = self.config.served_model_name or self.config.model
         return {"type": "model_ready", "path": str(self._files.path), "name": name}
+
+    def _first_to_load(self) -> _Role | None:
+        """The worker whose progress is shown; the others load beside it."""
+        return next((r for r in self._roles.values() if self._is_worker(r) and not r.was_ready), None)
 
     @staticmethod
     def _is_worker(role: _Role) -> bool:

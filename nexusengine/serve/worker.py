@@ -57,9 +57,14 @@ def main() -> None:
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
     link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def progress(phase: str, fraction: float) -> None:
+        link.phase(phase, fraction)
+        child.emit({"type": "phase", "phase": phase, "fraction": fraction})
+
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), link.phase)
+        executor = make_executor(files, device, executor_options(config), progress)
         core = make_core(executor, config, MonotonicClock(), info.worker_id)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
