@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.registry import make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
@@ -37,7 +36,7 @@ def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
 
 
 def make_online() -> PerformanceModel:
-    return LinearModel()
+    return make_model("online")
 
 
 class Oracle:
@@ -85,6 +84,8 @@ class Oracle:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         del features, seconds
 
+    observe_cold = observe
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -123,10 +124,11 @@ class Scaled:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe(features, seconds)
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        self._model.observe_cold(features, seconds)
+
     def snapshot(self) -> PerfSnapshot:
-        """Weights are seconds in every model there is, so that scaled weights are a scaled model."""
-        snapshot = self._model.snapshot()
-        return replace(snapshot, weights=tuple(w * self._factor for w in snapshot.weights))
+        return scaled(self._model.snapshot(), self._factor)
 
 
 def _taught_by(oracle: Oracle) -> PerformanceModel:
