@@ -211,6 +211,22 @@ class EngineConfig:
         group="scheduling",
         metavar="FILE",
     )
+    performance_model: str = setting(
+        "online",
+        "how step times are predicted: online, or paper-surface, line, line2 for comparison",
+        parse=one_of("online", "paper-surface", "line", "line2"),
+        group="scheduling",
+        metavar="NAME",
+    )
+    calibrate: bool = setting(
+        True, "measure a few made-up steps at the start, for up to two seconds", parse=parse_bool, group="scheduling"
+    )
+    step_log: str | None = setting(
+        None,
+        "append the composition and duration of every step to FILE.jsonl.gz, with several workers one file each",
+        group="scheduling",
+        metavar="FILE",
+    )
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
     seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
 

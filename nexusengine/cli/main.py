@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP, on every device there is",
     "bench": "measure throughput and latency",
     "sim": "simulate a server on measured device profiles",
+    "perf": "record step times, and replay them through the performance model",
     "models": "list the short names of models",
     "config": "print every setting with its default",
 }

@@ -123,6 +123,7 @@ class TorchExecutor:
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
                 kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
             )
             return cls(model, backend(attention_spec), attention_spec, spec)
 

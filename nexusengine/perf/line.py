@@ -83,6 +83,9 @@ class LineModel:
             self._solve()
         self._line.factor_decode, self._line.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        """Teaches nothing."""
+
     def snapshot(self) -> PerfSnapshot:
         """weights: the three of the formula, then the factors of decode-only and mixed steps."""
         decode, mixed = self._line.factor_decode, self._line.factor_mixed

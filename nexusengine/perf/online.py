@@ -23,6 +23,7 @@ from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
 
 KIND = "online-1"
+OFFSET_AT = basis.TERMS + 3  # place of the offset in a snapshot's weights
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000

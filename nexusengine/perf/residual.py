@@ -107,8 +107,7 @@ class Drift:
         self._kinds: set[int] = set()
 
     def learn(self, kind: int, log_ratio: float) -> Change | None:
-        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None as long as there is no sign of
-        a change."""
+        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None: no sign of a change yet."""
         if log_ratio * self._log_ratio < 0.0:
             self.calm()
         self._spikes = self._spikes + 1 if is_spike(log_ratio) else 0

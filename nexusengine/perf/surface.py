@@ -86,6 +86,9 @@ class SurfaceModel:
             self._fit(self._window)
         self._surface.factor_decode, self._surface.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        """Teaches nothing."""
+
     def snapshot(self) -> PerfSnapshot:
         """weights: those of Surface, then the factors of decode-only and mixed steps."""
         decode, mixed = self._surface.factor_decode, self._surface.factor_mixed
