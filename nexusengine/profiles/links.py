@@ -17,7 +17,7 @@ class Link:
 
 
 LINKS: dict[str, Link] = {
-    # PCIe 5 without NVLink, as the authors of the runs describe it (config.json: 16 GB/s, 20 us). For comparison, the
-    # L40S's all-reduce of two over PCIe 4 was measured at 9.4 GB/s and 5 us (in a CUDA graph) to 43 us (outside).
-    "rtxpro6000": Link(20e-6, 16e9),
+    # PCIe 5 without NVLink: what aiconfigurator measured of an all-reduce between two L40S over PCIe 4 in a CUDA graph
+    # (5.2 us, 9.4 GB/s), at twice the bandwidth. Not measured on this device.
+    "rtxpro6000": Link(5.2e-6, 2 * 9.4e9),
 }
