@@ -31,6 +31,7 @@ from nexusengine.sim.vllm_run import BLOCK_TOKENS, Measured, Sent, VllmSettings
 
 _NEVER = float("inf")
 _STATS_EVERY_S = 0.1
+_OWN_NAMES, _OWN_NAMES_EACH = 2**40, 2**20
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Counts and contexts of a step, row by row."""
@@ -195,16 +196,15 @@ def _lanes(
 
 
 def _jobs(sent: Sequence[Sent]) -> list[Job]:
-    return [
-        make_job(
-            str(i),
-            s.arrival_s,
-            s.input_tokens,
-            s.output_tokens,
-            blocks=TraceBlocks(s.blocks, BLOCK_TOKENS, len(s.blocks) * BLOCK_TOKENS),
-        )
-        for i, s in enumerate(sent)
-    ]
+    """Blocks behind those of the prompt have names of their own: a request that was preempted can find them again."""
+    jobs = []
+    for i, s in enumerate(sent):
+        shared = s.blocks[: s.input_tokens // BLOCK_TOKENS]
+        total = (s.input_tokens + s.output_tokens) // BLOCK_TOKENS
+        own = tuple(_OWN_NAMES + i * _OWN_NAMES_EACH + k for k in range(total - len(shared)))
+        blocks = TraceBlocks((*shared, *own), BLOCK_TOKENS, total * BLOCK_TOKENS)
+        jobs.append(make_job(str(i), s.arrival_s, s.input_tokens, s.output_tokens, blocks=blocks))
+    return jobs
 
 
 def _result(lanes: Sequence[Lane], engines: Sequence[PipelinedEngine], sent: Sequence[Sent]) -> Replayed:
