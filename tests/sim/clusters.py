@@ -59,7 +59,9 @@ def make_jobs(count: int, gap_s: float, seed: int = 0, *, prompt: int = 200, out
     rng = np.random.default_rng(seed)
     at_s = np.cumsum(rng.exponential(gap_s, count))
     return [
-        make_job(f"r{i}", float(t), int(rng.integers(1, 2 * prompt)), int(rng.integers(1, 2 * output)), slo=SLO(1, 0.05))
+        make_job(
+            f"r{i}", float(t), int(rng.integers(1, 2 * prompt)), int(rng.integers(1, 2 * output)), slo=SLO(1, 0.05)
+        )
         for i, t in enumerate(at_s)
     ]
 

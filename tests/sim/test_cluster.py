@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def session(turns: int, think_s: float, *, blocks: bool = False) -> Job:
 def test_the_next_turn_of_a_session_comes_after_the_answer_and_a_pause() -> None:
     outcomes = make_cluster(2).run([session(5, 0.7)])
     assert [o.job.request.request_id for o in outcomes] == [f"t{i}" for i in range(5)]
-    for before, after in zip(outcomes, outcomes[1:], strict=False):
+    for before, after in pairwise(outcomes):
         assert after.job.request.arrival_s == pytest.approx(before.last_s + 0.7)
 
 
