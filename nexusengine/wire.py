@@ -69,7 +69,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     covers: the last dispatch (by `Dispatch.seq`) whose effect is included here.
     step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
     bound predicted for it.
-    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first.
+    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
+    relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
     totals: counters since the worker started, by metric name (see obs.metrics).
     """
 
@@ -89,10 +90,13 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     mean_output_tokens: float = 0.0
     perf: PerfWeights | None = None
     totals: dict[str, float] = {}
+    relegated: int = 0
+    relegated_tokens: int = 0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process."""
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler: name of its
+    engine policy. max_waiting: requests that may wait in it; more are refused. 0 and "" where not known yet."""
 
     worker_id: str
     epoch: str
@@ -107,6 +111,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_total_blocks: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    scheduler: str = ""
+    max_waiting: int = 0
 
 
 # ---- worker -> router -------------------------------------------------------------------------------------------

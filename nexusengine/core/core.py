@@ -273,6 +273,7 @@ class EngineCore:
             for slot in plan.preempt:
                 self._preempt(slot)
             self._columns.relegated[list(plan.relegate)] = True
+            self._columns.relegated[list(plan.restore)] = False
             for slot in plan.refuse:
                 message = "refused: the engine cannot serve it in time"
                 self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s())

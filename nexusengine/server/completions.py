@@ -18,10 +18,10 @@ from nexusengine.server.body import read_body
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.state import ServerState
 from nexusengine.server.streams import EventStream, fan_in, until_disconnect
-from nexusengine.server.verdict import all_headers, nexus, of_all, wants_verdict
+from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
 from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import MAX_SEED, RequestOutput, SamplingParams, TokenLogprob
+from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 router = APIRouter()
 
@@ -155,20 +155,34 @@ class Generation:
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
         lengths = [0] * len(self._generations)
-        async with fan_in(self._generations) as news:
-            async for index, output in news:
-                lengths[index] += len(output.token_ids)
-                if output.finished:
-                    ended_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
-                    tokens = lengths[index] + ended_by_token
-                    prompt = len(output.prompt_token_ids) if index % self.n == 0 else 0
-                    self._usage["prompt"] += prompt
-                    self._usage["cached"] += output.cached_tokens if index % self.n == 0 else 0
-                    self._usage["output"] += tokens
-                    self.state.metrics.finished(
-                        len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings
-                    )
-                yield index, output
+        left = len(lengths)
+        missed: Missed | None = "unfinished"  # if the client leaves
+        try:
+            async with fan_in(self._generations) as news:
+                async for index, output in news:
+                    lengths[index] += len(output.token_ids)
+                    if output.finished:
+                        left -= 1
+                        self._count(index, output, lengths[index])
+                    yield index, output
+        except Exception as error:
+            missed = missed_by(error)
+            raise
+        finally:
+            if missed is not None:
+                for _ in range(left):
+                    self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
+
+    def _count(self, index: int, output: RequestOutput, tokens: int) -> None:
+        """A choice has ended. tokens: those that were output."""
+        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+            tokens += 1  # the one that ended it
+        first = index % self.n == 0
+        self._usage["prompt"] += len(output.prompt_token_ids) if first else 0
+        self._usage["cached"] += output.cached_tokens if first else 0
+        self._usage["output"] += tokens
+        self.state.metrics.finished(len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings)
+        self.state.metrics.judged(output, tokens)
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._usage["prompt"], self._usage["output"]

@@ -8,9 +8,9 @@ from typing import Any
 from starlette.requests import Request
 
 from nexusengine.config import parse_bool
-from nexusengine.errors import InvalidRequest
+from nexusengine.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from nexusengine.slo_classes import NONE
-from nexusengine.types import RequestOutput
+from nexusengine.types import Missed, RequestOutput
 
 VERDICT_HEADER = "x-nexus-verdict"
 
@@ -58,6 +58,15 @@ def nexus(output: RequestOutput) -> dict[str, Any]:
         "met_strict": verdict.strict_met if verdict else None,
         "missed": verdict.missed if verdict else None,
     }
+
+
+def missed_by(error: Exception) -> Missed | None:
+    """What a generation that ended with this error has missed; None if it should not have been asked for."""
+    if isinstance(error, InvalidRequest):
+        return None
+    if isinstance(error, Overloaded):
+        return "refused"
+    return "unfinished" if isinstance(error, DeadlineExceeded | Cancelled) else "failed"
 
 
 def of_all(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
