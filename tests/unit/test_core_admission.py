@@ -7,7 +7,7 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.core.admission import first_token_in_s, unattainable
-from nexusengine.lens.view import RequestColumns
+from nexusengine.lens.view import EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.linear import LinearModel
 from nexusengine.types import SLO, TokenDelta
@@ -15,6 +15,10 @@ from tests.fakes import FakeExecutor, make_core, request
 
 MODEL = LinearModel((0.01, 0.02, 0.005, 0.003))
 NOBODY = np.zeros(0, np.int32)
+
+
+def view(columns: RequestColumns, running: np.ndarray, waiting: np.ndarray) -> EngineView:
+    return EngineView(columns, running, waiting, 100, 100, 16, max_batch_tokens=512, max_running=64, model=MODEL)
 
 
 def by_steps(prompts: list[tuple[int, int]], decodes: list[int], limit: int) -> float:
@@ -54,14 +58,8 @@ def test_the_first_token_is_foreseen_as_if_everything_ahead_were_computed_first(
         c.computed_tokens[slot], c.known_tokens[slot] = computed, known
     first_decode = len(begun) + len(waiting)
     running = np.array([*range(len(begun)), *range(first_decode, len(rows))], np.int32)
-    foreseen_s = first_token_in_s(
-        MODEL,
-        c,
-        running,
-        np.arange(len(begun), first_decode, dtype=np.int32),
-        prompt_tokens=own,
-        max_batch_tokens=512,
-    )
+    waiting_slots = np.arange(len(begun), first_decode, dtype=np.int32)
+    foreseen_s = first_token_in_s(view(c, running, waiting_slots), own)
     truth_s = by_steps([*begun, *((0, known) for known in waiting), (0, own)], decodes, 512)
     assert foreseen_s == pytest.approx(truth_s, rel=0.02)
 
@@ -72,19 +70,19 @@ def test_who_was_relegated_is_not_ahead_and_a_cached_prefix_is_not_computed() ->
     one = np.array([0], np.int32)
 
     def foreseen_s() -> float:
-        return first_token_in_s(MODEL, c, NOBODY, one, prompt_tokens=10, max_batch_tokens=512)
+        return first_token_in_s(view(c, NOBODY, one), 10)
 
     behind_all = foreseen_s()
     c.cached_tokens[0] = 3900
     assert foreseen_s() < behind_all / 3
     c.relegated[0] = True
-    alone = first_token_in_s(MODEL, c, NOBODY, NOBODY, prompt_tokens=10, max_batch_tokens=512)
+    alone = first_token_in_s(view(c, NOBODY, NOBODY), 10)
     assert foreseen_s() == alone
 
 
 def test_a_promise_is_unattainable_where_the_prompt_alone_or_one_decode_is_too_slow() -> None:
     def of(slo: SLO) -> bool:
-        return unattainable(MODEL, slo, prompt_tokens=1000, max_batch_tokens=512)
+        return unattainable(view(RequestColumns.empty(1), NOBODY, NOBODY), 1000, slo)
 
     assert not of(SLO(1.0, 0.1))
     assert of(SLO(0.1, 0.1))
