@@ -24,9 +24,9 @@ class _Query:
     """A question to the core from the event loop."""
 
     ask: wire.Ask
-    answered: asyncio.Future[wire.Answer]
+    answered: asyncio.Future[wire.Findings]
 
-    def tell(self, answer: wire.Answer) -> None:
+    def tell(self, answer: wire.Findings) -> None:
         if not self.answered.done():
             self.answered.set_result(answer)
 
@@ -84,7 +84,7 @@ class LocalBackend:
         worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
         return wire.Cluster("local", (worker,), ledger=len(self._sinks))
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Answer]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
         if self._failure is not None or self._closing:
             raise Unavailable(self._failure or "the engine was closed")
         query = _Query(wire.Ask(0, last_steps, request_id), self._loop.create_future())
@@ -126,7 +126,7 @@ class LocalBackend:
                     deltas.append(delta)
                 continue
             if isinstance(command, _Query):
-                self._loop.call_soon_threadsafe(command.tell, self.core.answer(command.ask))
+                self._loop.call_soon_threadsafe(command.tell, self.core.findings(command.ask))
                 continue
             try:
                 self.core.add(command)

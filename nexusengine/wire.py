@@ -71,7 +71,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     covers: the last dispatch (by `Dispatch.seq`) whose effect is included here.
     step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
     bound predicted for it.
-    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first.
+    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
+    relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
     totals: counters since the worker started, by metric name (see obs.metrics).
     """
 
@@ -91,10 +92,13 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     mean_output_tokens: float = 0.0
     perf: PerfWeights | None = None
     totals: dict[str, float] = {}
+    relegated: int = 0
+    relegated_tokens: int = 0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process."""
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler: name of its
+    engine policy. max_waiting: requests that may wait in it; more are refused. 0 and "" where not known yet."""
 
     worker_id: str
     epoch: str
@@ -109,6 +113,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_total_blocks: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    scheduler: str = ""
+    max_waiting: int = 0
 
 
 class StepHistory(msgspec.Struct, frozen=True, array_like=True):
@@ -143,7 +149,8 @@ class RequestChange(msgspec.Struct, frozen=True, array_like=True):
 
 class RequestHistory(msgspec.Struct, frozen=True, array_like=True):
     """All that a worker remembers of a request. Instants are monotonic, now_s that of the answer; None where it did not
-    get there. finish_reason: None while it lives. changes_left_off: older ones than those here that are remembered."""
+    get there. finish_reason: None while it lives. changes_left_off: older ones than those here that are remembered.
+    steps: those of the changes that are remembered, at most MAX_STEPS_IN_ANSWER, the newest."""
 
     request_id: str
     worker_id: str
@@ -168,6 +175,7 @@ class RequestHistory(msgspec.Struct, frozen=True, array_like=True):
     error: str | None
     changes: tuple[RequestChange, ...]
     changes_left_off: int
+    steps: tuple[StepHistory, ...]
 
 
 # ---- worker -> router -------------------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ class Leaving(Message, frozen=True):
     cause: str | None = None
 
 
-class Answer(Message, frozen=True):
+class Findings(Message, frozen=True):
     """What a worker knows of what was asked; passed on to the client by the router. request: None if it knows no such
     request, or none was asked for."""
 
@@ -249,7 +257,7 @@ class Reregister(Message, frozen=True):
 
 class Ask(Message, frozen=True):
     """A client asks every worker for its newest steps, or for what it remembers of a request; each answers with
-    `Answer`. query: the client's number for it. client: filled in by the router."""
+    `Findings`. query: the client's number for it. client: filled in by the router."""
 
     query: int
     last_steps: int = 0
@@ -313,10 +321,10 @@ class Cluster(Message, frozen=True):
     totals: dict[str, float] = {}
 
 
-ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Answer
+ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
 ToWorker = Dispatch | Cancel | Reregister | Ask
 ToRouterFromClient = Hello | Submit | Abort | Ask
-ToClient = Deltas | Cluster | Answer
+ToClient = Deltas | Cluster | Findings
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {

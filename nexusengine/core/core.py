@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -29,11 +30,11 @@ from nexusengine.execute.batch import SampledLogprobs, SamplingTable, StepBatch,
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
 from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
-from nexusengine.lens.view import I4, EngineView, RequestColumns
+from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.types import EngineRequest, FinishReason, Service, TokenDelta, TokenLogprob
-from nexusengine.wire import Answer, Ask, WorkerLoad
+from nexusengine.wire import Ask, Findings, WorkerLoad
 
 _HITS_LOOKED_UP = 32
 _BLOCKS_LOOKED_UP = 2048
@@ -90,6 +91,7 @@ class EngineCore:
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
+        self._unforeseen: list[RequestState] = []  # by the policy, which is asked with the next plan
         self._arrivals = 0
         self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
         self._finished_output_tokens = 0
@@ -186,6 +188,7 @@ class EngineCore:
         waited_s = max(now - state.request.arrival_s, 0.0)
         state.predicted_ttft_s = waited_s + first_token_in_s(view, state.known - cached)
         state.unattainable = slo is not None and unattainable(view, state.known - cached, slo)
+        self._unforeseen.append(state)
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -270,6 +273,7 @@ class EngineCore:
             for slot in plan.preempt:
                 self._preempt(slot)
             self._columns.relegated[list(plan.relegate)] = True
+            self._columns.relegated[list(plan.restore)] = False
             for slot in plan.refuse:
                 message = "refused: the engine cannot serve it in time"
                 self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s())
@@ -296,7 +300,18 @@ class EngineCore:
             raise InternalError(f"policy {self.policy.name!r} failed: {error!r}") from error
         if problem is not None:
             raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
+        if self._unforeseen:
+            if plan.first_token_s is not None:
+                self._heed(plan.first_token_s)
+            self._unforeseen.clear()
         return plan
+
+    def _heed(self, first_token_s: F8) -> None:
+        """The policy knows better when the first tokens of newcomers come, where it expects to keep their promise."""
+        for state in self._unforeseen:
+            instant_s = float(first_token_s[state.slot])
+            if math.isfinite(instant_s) and self._by_slot.get(state.slot) is state:
+                state.predicted_ttft_s = max(instant_s - state.request.arrival_s, 0.0)
 
     def _place(self, plan: StepPlan, now: float) -> StepBatch:
         """Find KV blocks for the planned rows and build the batch; a row without blocks is left for a later step."""
@@ -542,7 +557,7 @@ class EngineCore:
             kv_evictions=self.kv.evictions,
         )
 
-    def answer(self, ask: Ask) -> Answer:
+    def findings(self, ask: Ask) -> Findings:
         """The newest steps, and what is remembered of a request that is here or was not long ago."""
         life = None
         if ask.request_id is not None:
@@ -550,8 +565,8 @@ class EngineCore:
             life = self._history.life(ask.request_id) if state is None else life_of(state, self._service(state))
         found = None
         if life is not None:
-            found = request_history(life, self._history.changes(life.serial), self.clock.now())
-        return Answer(ask.client, ask.query, self.name, step_histories(self.records, ask.last_steps), found)
+            found = request_history(life, self._history.changes(life.serial), self.records, self.clock.now())
+        return Findings(ask.client, ask.query, self.name, step_histories(self.records, ask.last_steps), found)
 
     def load(self) -> WorkerLoad:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""

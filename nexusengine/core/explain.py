@@ -40,10 +40,12 @@ def _step(r: StepRecord) -> StepHistory:
     )
 
 
-def request_history(life: Life, changes: Sequence[Change], now: float) -> RequestHistory:
-    """now: the instant of asking, on the clock of all others."""
+def request_history(life: Life, changes: Sequence[Change], records: Sequence[StepRecord], now: float) -> RequestHistory:
+    """records: of successive steps. now: the instant of asking, on the clock of all others."""
     t, s, slo = life.timings, life.service, life.slo
     shown = changes[-MAX_CHANGES_IN_ANSWER:]
+    first = records[0].step if records else 0
+    numbers = sorted({c.step for c in shown if 0 <= c.step - first < len(records)})[-MAX_STEPS_IN_ANSWER:]
     return RequestHistory(
         request_id=life.request_id,
         worker_id=s.worker,
@@ -68,4 +70,5 @@ def request_history(life: Life, changes: Sequence[Change], now: float) -> Reques
         error=life.error,
         changes=tuple(RequestChange(c.at_s, c.step, c.reason.name.lower(), c.tokens) for c in shown),
         changes_left_off=len(changes) - len(shown),
+        steps=tuple(_step(records[number - first]) for number in numbers),
     )

@@ -15,8 +15,13 @@ REASONS = {
     "wait_seats": "waits: as many sequences run as may",
     "wait_order": "waits: others go first",
     "preempted": "gives its KV blocks back; it is computed anew later",
-    "relegated": "is put behind all others: its promise cannot be kept any more, or keeping it would break more",
+    "relegated": "stands behind all others: its promise cannot be kept any more",
     "refused": "is refused",
+    "wait_time": "waits: more work would make the step longer than the promise of a running request allows",
+    "wait_tpot": "waits: with it every step would come too near to the tightest time promised for a token",
+    "put_off": "is put off: serving it in its turn would make more requests late",
+    "aged": "computes in the share kept for those relegated long ago",
+    "leftover": "computes in what the others left of the step",
 }
 """By the name of its lens.plan.Reason, in lower case."""
 _MISSED = {
@@ -56,10 +61,24 @@ def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
         if not told and change["at_ms"] >= first_ms:
             told = True
             yield _at(first_ms, "its first token is there")
-        tokens = f": {change['tokens']} tokens" if change["tokens"] > 1 else ""
-        yield _at(change["at_ms"], f"step {change['step']}: {_words(change['reason'])}{tokens}")
+        yield _at(change["at_ms"], f"step {change['step']}: {_words(change['reason'])}{_of_step(change)}")
     if not told:
         yield _at(first_ms, "its first token is there")
+
+
+def _of_step(change: Mapping[str, Any]) -> str:
+    """How much of it, and of what step; that is said where a chunk was computed, or time was what was short."""
+    step = change["in_step"]
+    if change["tokens"] <= 1 and change["reason"] != "wait_time":
+        return ""
+    tokens = f": {change['tokens']} tokens" if change["tokens"] else ""
+    if step is None:
+        return tokens
+    of = f" of {step['tokens']}" if tokens else f": {step['tokens']} tokens"
+    limit = step["notes"].get("limit_ms")
+    allowed = f", allowed {_ms(limit)}" if limit is not None else ""
+    took = f"predicted {_ms(step['predicted_ms'])}, took {_ms(step['device_ms'])}"
+    return f"{tokens}{of} in {step['sequences']} sequences ({took}{allowed})"
 
 
 def _end(h: Mapping[str, Any]) -> str:

@@ -79,7 +79,8 @@ class Skew:
         spreads, alpha = self._arrays
         gap = np.maximum(at_longest - at_mean, 0.0)
         row = alpha[bisect_right(self._n_edges, n), 0]
-        return gap * row[np.searchsorted(spreads, gap / np.maximum(at_mean, 1e-12), side="right")]
+        out: F8 = gap * row[np.searchsorted(spreads, gap / np.maximum(at_mean, 1e-12), side="right")]
+        return out
 
 
 class JointAttention:
@@ -119,10 +120,11 @@ class JointAttention:
 
 
 class SplitAttention:
-    """decodes, prefill: as above, measured apart; no joint measurement, and no cost of unequal contexts."""
+    """decodes, prefill: as above, measured apart. beside: how many times as long decodes take in one kernel call with a
+    chunk. No cost of unequal contexts."""
 
-    def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int) -> None:
-        self._decodes, self._prefill = decodes, prefill
+    def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int, beside: float) -> None:
+        self._decodes, self._prefill, self._beside = decodes, prefill, beside
         self._floor_s = prefill(shortest_chunk, 0)
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
@@ -135,7 +137,7 @@ class SplitAttention:
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
         cut = pieces(chunks)
-        total = self._prefill(*cut[0]) + (self.decodes_s(n, mean_kv, longest_kv) if n else 0.0)
+        total = self._prefill(*cut[0]) + (self._beside * self.decodes_s(n, mean_kv, longest_kv) if n else 0.0)
         for q, ctx in cut[1:]:
             total += max(self._prefill(q, ctx) - self._floor_s, 0.0)
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def expected_experts(tokens: F8, experts: int, per_token: int) -> F8:
     return out
 
 
-def expert_curve(tables: dict[str, npt.NDArray[Any]], tokens: F8, geometry: Geometry, shards: int = 1) -> F8:
+def expert_curve(tables: Mapping[str, npt.NDArray[Any]], tokens: F8, geometry: Geometry, shards: int = 1) -> F8:
     """Microseconds of one layer's experts for `tokens [N]`.
 
     shards: devices that each hold an equal part of the experts and get all tokens' work for them: the tokens' load on

@@ -41,7 +41,7 @@ class RouterClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Future[zmq.MessageTracker | None]] = set()
         self._changed = asyncio.Event()
-        self._queries: dict[int, asyncio.Queue[wire.Answer]] = {}
+        self._queries: dict[int, asyncio.Queue[wire.Findings]] = {}
         self._next_query = 0
 
     async def start(self) -> None:
@@ -68,13 +68,13 @@ class RouterClient:
         silent = time.monotonic() - self._heard_s > _SILENT_S
         return None if silent else self._cluster
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Answer]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
         cluster = self.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=1.0)
         serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
         expected = sum(w.state in serving for w in cluster.workers)
-        answers: list[wire.Answer] = []
+        answers: list[wire.Findings] = []
         query = self._next_query
         self._next_query += 1
         arriving = self._queries[query] = asyncio.Queue()
@@ -138,7 +138,7 @@ class RouterClient:
                 self._fail_all(Unavailable.code, "the router was restarted")
             self._changed.set()
             return
-        if isinstance(message, wire.Answer):
+        if isinstance(message, wire.Findings):
             if (arriving := self._queries.get(message.query)) is not None:
                 arriving.put_nowait(message)
             return

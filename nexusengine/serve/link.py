@@ -60,8 +60,8 @@ class RouterLink:
         if deltas:
             self._post(wire.encode(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas))))
 
-    def answer(self, answer: wire.Answer) -> None:
-        self._post(wire.encode(answer))
+    def tell(self, findings: wire.Findings) -> None:
+        self._post(wire.encode(findings))
 
     def wait(self, timeout_s: float) -> None:
         """Until something is in the inbox, or the time is over."""

@@ -31,7 +31,7 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
                 core.abort(message.request_id)  # the router has told the client already
                 continue
             if isinstance(message, wire.Ask):
-                link.answer(core.answer(message))
+                link.tell(core.findings(message))
                 continue
             core.covers = message.seq
             try:

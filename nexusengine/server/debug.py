@@ -71,7 +71,8 @@ def _history(h: RequestHistory) -> dict[str, Any]:
     def at(instant_s: float | None) -> float | None:
         return None if instant_s is None else ms(instant_s - h.arrival_s)
 
-    verdict = _verdict(h)
+    verdict, now_s = _verdict(h), time.monotonic()
+    steps = {s.step: _step(s, now_s) for s in h.steps}
     return {
         "request_id": h.request_id,
         "worker": h.worker_id,
@@ -93,7 +94,10 @@ def _history(h: RequestHistory) -> dict[str, Any]:
         "met": verdict.met if verdict else None,
         "met_strict": verdict.strict_met if verdict else None,
         "missed": verdict.missed if verdict else None,
-        "changes": [{"at_ms": at(c.at_s), "step": c.step, "reason": c.reason, "tokens": c.tokens} for c in h.changes],
+        "changes": [
+            {"at_ms": at(c.at_s), "step": c.step, "reason": c.reason, "tokens": c.tokens, "in_step": steps.get(c.step)}
+            for c in h.changes
+        ],
         "changes_left_off": h.changes_left_off,
     }
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from nexusengine.errors import ConfigError
+from nexusengine.perf import basis
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.prior import probes
+from nexusengine.perf.registry import make_model
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
@@ -23,7 +25,7 @@ def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
     Raises ConfigError.
     """
     if spec == "online":
-        return make_online()
+        return make_online(profile)
     if spec == "oracle":
         return Oracle(profile)
     kind, _, value = spec.partition(":")
@@ -33,11 +35,15 @@ def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
         factor = math.nan
     if not 0.01 <= factor <= 100:
         raise ConfigError(f"perf is online, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf")
-    return Scaled(make_online(), factor)
+    return Scaled(make_online(profile), factor)
 
 
-def make_online() -> PerformanceModel:
-    return LinearModel()
+def make_online(profile: DeviceProfile) -> PerformanceModel:
+    """As a worker has it when it is ready: taught by the steps of start-up calibration, here without scatter."""
+    model, oracle = make_model(), Oracle(profile)
+    for features in probes():
+        model.observe(features, oracle.predict(features).mean_s)
+    return model
 
 
 class Oracle:
@@ -124,14 +130,16 @@ class Scaled:
         self._model.observe(features, seconds)
 
     def snapshot(self) -> PerfSnapshot:
-        """Weights are seconds in every model there is, so that scaled weights are a scaled model."""
+        """That of an online model: seconds for each term, largest step seen, factors of the two bounds, an offset."""
         snapshot = self._model.snapshot()
-        return replace(snapshot, weights=tuple(w * self._factor for w in snapshot.weights))
+        terms, (seen, decode, mixed, offset_s) = snapshot.weights[: basis.TERMS], snapshot.weights[basis.TERMS :]
+        scaled = [w * self._factor for w in terms]
+        return replace(snapshot, weights=(*scaled, seen, decode, mixed, offset_s * self._factor))
 
 
 def _taught_by(oracle: Oracle) -> PerformanceModel:
     """An online model that has seen a grid of steps, each with the oracle's own time."""
-    model = make_online()
+    model = make_model()
     for _ in range(3):
         for decodes in (0, 1, 4, 16, 64, 256):
             for context in (64, 512, 2048, 8192):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nexusengine import wire
+from nexusengine.router.baselines import LeastRequests
 from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.least_outstanding import LeastOutstanding
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 WORKERS, CLIENTS = ("w0", "w1", "w2"), (b"c0", b"c1")
@@ -21,7 +21,7 @@ class Cluster(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.core = RouterCore(
-            LeastOutstanding(), [wire.WorkerInfo(w, "", 0, "cpu", "m") for w in WORKERS], epoch="r", max_held=3
+            LeastRequests(), [wire.WorkerInfo(w, "", 0, "cpu", "m") for w in WORKERS], epoch="r", max_held=3
         )
         self.now, self.names = 0.0, 0
         self.epochs = dict.fromkeys(WORKERS, 0)

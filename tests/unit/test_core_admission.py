@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.core.admission import first_token_in_s, unattainable
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.plan import StepPlan
 from nexusengine.lens.view import EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.linear import LinearModel
@@ -134,3 +138,26 @@ def test_a_slot_that_is_used_again_starts_with_a_clean_record() -> None:
         (last,) = (d for _ in range(2) for d in core.step() if d.finish_reason)
         assert last.service is not None
         assert last.service.strict == (name == "b")
+
+
+class Foreseeing(FCFS):
+    """Says of every slot that its first token comes 7 s from now, but of `silent_of`."""
+
+    silent_of = -1
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        first_token_s = np.full(len(view.columns.known_tokens), now + 7.0)
+        first_token_s[self.silent_of] = np.nan
+        return replace(super().plan(view, now), first_token_s=first_token_s)
+
+
+def test_a_policy_that_foresees_first_tokens_is_believed_once() -> None:
+    clock, policy = VirtualClock(), Foreseeing()
+    core = make_core(FakeExecutor(clock=clock, max_batch_tokens=8), clock=clock, policy=policy)
+    core.add(request("a", list(range(20)), 2))
+    found = [d for _ in range(5) for d in core.step() if d.service is not None]
+    assert [d.service.predicted_ttft_s for d in found if d.service] == [7.0, 7.0], "as it was said in the first step"
+    policy.silent_of = core._free_slots[-1]
+    core.add(request("b", list(range(20)), 2, arrival_s=clock.now()))
+    found = [d for _ in range(5) for d in core.step() if d.service is not None]
+    assert all(0 < d.service.predicted_ttft_s < 1 for d in found if d.service)

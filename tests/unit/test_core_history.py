@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -105,12 +107,12 @@ def test_the_story_of_a_request_can_be_asked_for_while_it_runs_and_afterwards() 
     core.add(request("a", list(range(20)), 3, slo=SLO(2.0, 0.1), slo_class="gold"))
     core.add(request("b", [1, 2], 2))
     core.step()
-    waiting = core.answer(Ask(1, request_id="b")).request
+    waiting = core.findings(Ask(1, request_id="b")).request
     assert waiting is not None
     assert (waiting.finish_reason, waiting.scheduled_s, waiting.slo_class) == (None, None, "none")
     assert [c.reason for c in waiting.changes] == ["wait_seats"]
     run(core)
-    answer = core.answer(Ask(7, request_id="a", client=b"c"))
+    answer = core.findings(Ask(7, request_id="a", client=b"c"))
     assert (answer.client, answer.query, answer.worker_id, answer.steps) == (b"c", 7, "w5", ())
     story = answer.request
     assert story is not None
@@ -122,14 +124,15 @@ def test_the_story_of_a_request_can_be_asked_for_while_it_runs_and_afterwards() 
     ]
     assert (story.finish_reason, story.output_tokens, story.slo_class, story.ttft_s) == ("length", 3, "gold", 2.0)
     assert story.first_token_s == pytest.approx(0.03)
-    assert core.answer(Ask(1, request_id="nobody")).request is None
+    assert [s.step for s in story.steps] == [c.step for c in story.changes] == [1, 2, 3, 4]
+    assert core.findings(Ask(1, request_id="nobody")).request is None
 
 
 def test_recent_steps_say_what_was_planned_and_what_came_of_it() -> None:
     core = served()
     core.add(request("a", list(range(20)), 40))
     run(core)
-    steps = core.answer(Ask(1, last_steps=3)).steps
+    steps = core.findings(Ask(1, last_steps=3)).steps
     assert [s.step for s in steps] == [core.stats().steps - 2, core.stats().steps - 1, core.stats().steps]
     assert steps[-1].reasons == {"decode": 1}
     assert steps[-1].tokens == steps[-1].sequences == 1
@@ -142,9 +145,10 @@ def test_an_answer_has_bounds_whatever_is_asked_for() -> None:
     core.add(request("a", list(range(60)), 60))
     run(core)
     for step in range(3 * MAX_CHANGES_IN_ANSWER):
-        core.records.append(core.records[-1])
+        core.records.append(replace(core.records[-1], step=core.records[-1].step + 1))
         core._history.planned(step, 0.0, np.full(34, 1 + step % 2, np.int8), NOBODY, NOBODY)
-    answer = core.answer(Ask(1, last_steps=10**9, request_id="a"))
+    answer = core.findings(Ask(1, last_steps=10**9, request_id="a"))
     assert len(answer.steps) == MAX_STEPS_IN_ANSWER
     assert answer.request is not None
     assert len(answer.request.changes) <= MAX_CHANGES_IN_ANSWER
+    assert len(answer.request.steps) <= MAX_STEPS_IN_ANSWER

@@ -7,6 +7,7 @@ from typing import Any
 from nexusengine.lens.plan import Reason
 from nexusengine.obs.explain import REASONS, request_lines
 
+STEP = {"tokens": 530, "sequences": 19, "predicted_ms": 48.25, "device_ms": 51.0, "notes": {"limit_ms": 50.0}}
 HISTORY: dict[str, Any] = {
     "request_id": "cmpl-1",
     "worker": "w2",
@@ -29,10 +30,11 @@ HISTORY: dict[str, Any] = {
     "met_strict": False,
     "missed": None,
     "changes": [
-        {"at_ms": 1.0, "step": 7, "reason": "wait_seats", "tokens": 0},
-        {"at_ms": 40.0, "step": 9, "reason": "admitted", "tokens": 512},
-        {"at_ms": 100.0, "step": 11, "reason": "decode", "tokens": 1},
-        {"at_ms": 150.0, "step": 12, "reason": "preempted", "tokens": 0},
+        {"at_ms": 1.0, "step": 7, "reason": "wait_seats", "tokens": 0, "in_step": None},
+        {"at_ms": 20.0, "step": 8, "reason": "wait_time", "tokens": 0, "in_step": STEP | {"notes": {}}},
+        {"at_ms": 40.0, "step": 9, "reason": "admitted", "tokens": 512, "in_step": STEP},
+        {"at_ms": 100.0, "step": 11, "reason": "decode", "tokens": 1, "in_step": STEP},
+        {"at_ms": 150.0, "step": 12, "reason": "preempted", "tokens": 0, "in_step": None},
     ],
     "changes_left_off": 0,
 }
@@ -44,7 +46,10 @@ def test_a_request_is_told_from_its_arrival_to_its_verdict() -> None:
         "50.0 ms a token, priority 3.",
         "      0.0 ms  arrives; its first token is expected after 120 ms",
         "      1.0 ms  step 7: waits: as many sequences run as may",
-        "     40.0 ms  step 9: gets KV blocks and begins its prompt: 512 tokens",
+        "     20.0 ms  step 8: waits: more work would make the step longer than the promise of a running request allows: "
+        "530 tokens in 19 sequences (predicted 48.2 ms, took 51.0 ms)",
+        "     40.0 ms  step 9: gets KV blocks and begins its prompt: 512 tokens of 530 in 19 sequences (predicted 48.2 ms, "
+        "took 51.0 ms, allowed 50.0 ms)",
         "     90.0 ms  its first token is there",
         "    100.0 ms  step 11: generates a token in each step",
         "    150.0 ms  step 12: gives its KV blocks back; it is computed anew later",

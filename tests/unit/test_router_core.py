@@ -6,8 +6,8 @@ import pytest
 
 from nexusengine import wire
 from nexusengine.errors import ConfigError
+from nexusengine.router.baselines import LeastRequests
 from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.least_outstanding import LeastOutstanding
 from nexusengine.router.policies import make_policy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
@@ -22,7 +22,7 @@ class Router:
     """A core with its outgoing messages sorted by receiver."""
 
     def __init__(self, *workers: str, **options: int) -> None:
-        self.core = RouterCore(LeastOutstanding(), [info(w, "") for w in workers], epoch="r", **options)
+        self.core = RouterCore(LeastRequests(), [info(w, "") for w in workers], epoch="r", **options)
         self.now = 0.0
 
     def ready(self, worker: str, epoch: str = "e1") -> None:
