@@ -249,6 +249,12 @@ class ServeConfig(EngineConfig):
         "class of requests that ask for no SLO, or none; default: standard if there is such a class, else none",
         group="scheduling",
     )
+    debug_endpoints: bool = setting(
+        False,
+        "serve /debug/steps and /debug/requests/ID, which show lengths and times of everybody's requests",
+        parse=parse_bool,
+        group="http",
+    )
     nexus_verdict: bool = setting(
         False,
         "put the nexus object (SLO, latencies, met or missed) into every reply, not only where asked for",

@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "measure throughput and latency",
     "sim": "simulate a server on measured device profiles",
     "perf": "record step times, and replay them through the performance model",
+    "explain": "say why a request was served as it was",
     "models": "list the short names of models",
     "config": "print every setting with its default",
 }

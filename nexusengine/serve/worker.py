@@ -30,6 +30,9 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
             if isinstance(message, wire.Cancel):
                 core.abort(message.request_id)  # the router has told the client already
                 continue
+            if isinstance(message, wire.Ask):
+                link.tell(core.findings(message))
+                continue
             core.covers = message.seq
             try:
                 core.add(message.request)
