@@ -20,10 +20,12 @@ from nexusengine.requests import (
     make_request,
     merge,
 )
+from nexusengine.slo import CLASSES
+from nexusengine.slo_classes import Promise, SLOClasses
 from nexusengine.start import engine_config, start_backend
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message
-from nexusengine.types import SLO, RequestOutput, SamplingParams, TokenDelta
+from nexusengine.types import RequestOutput, SamplingParams, TokenDelta
 from nexusengine.wire import WorkerState
 
 _LONG_TEXT = 16_384
@@ -39,7 +41,9 @@ class AsyncEngine:
     def __init__(
         self, model: str = "smollm2-135m", devices: str | Sequence[str] | None = None, **settings: Any
     ) -> None:
-        self._config: EngineConfig | None = engine_config(model, devices, settings)
+        config = engine_config(model, devices, settings)
+        self._config: EngineConfig | None = config
+        self._classes = SLOClasses.configured(config.slo_classes)
         self._backend: AsyncBackend | None = None
         self._tokenizer: Tokenizer | None = None
         self._supervisor: Any = None
@@ -53,7 +57,7 @@ class AsyncEngine:
         engine = cls.__new__(cls)
         engine._config, engine._supervisor = None, None
         engine._backend, engine._tokenizer, engine._vocab_size = backend, tokenizer, vocab_size
-        engine._longest, engine._active = None, set()
+        engine._longest, engine._active, engine._classes = None, set(), SLOClasses(CLASSES)
         return engine
 
     async def start(self) -> AsyncEngine:
@@ -124,13 +128,14 @@ class AsyncEngine:
         sampling: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        slo: SLO | None = None,
+        slo: Promise = None,
         priority: int = 0,
         timeout_s: float | None = None,
         arrival_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """The news of one request, the last one with a finish_reason. What comes in while the consumer is busy is
-        handed over as one piece. timeout_s: after arrival; None waits without limit. Raises NexusError."""
+        handed over as one piece. timeout_s: after arrival; None waits without limit. slo, priority: as in
+        Engine.generate. Raises NexusError."""
         request = make_request(
             await self.encode(prompt) if isinstance(prompt, str) else prompt,
             sampling or DEFAULT_SAMPLING,
@@ -138,7 +143,7 @@ class AsyncEngine:
             arrival_s=time.monotonic() if arrival_s is None else arrival_s,
             timeout_s=timeout_s,
             request_id=request_id,
-            slo=slo,
+            slo=self._classes.in_python(slo),
             priority=priority,
         )
         check_length(request, self.max_model_len, self._vocab_size)

@@ -205,6 +205,12 @@ class EngineConfig:
     )
     max_waiting: int = setting(1024, "most requests waiting in a worker", parse=whole(1, 100_000), group="scheduling")
     scheduler: str = setting("fcfs", "engine policy, name or name:key=value,...", group="scheduling", metavar="NAME")
+    slo_classes: str | None = setting(
+        None,
+        "TOML file with the latency classes that requests can name; default: interactive, standard and batch",
+        group="scheduling",
+        metavar="FILE",
+    )
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
     seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
 
@@ -221,6 +227,17 @@ class ServeConfig(EngineConfig):
     max_requests: int = setting(4096, "most requests in the server at a time", parse=whole(1, 1_000_000), group="http")
     request_timeout: float = setting(
         600.0, "seconds after which a request is given up", parse=seconds(0.1), group="http"
+    )
+    default_slo_class: str | None = setting(
+        None,
+        "class of requests that ask for no SLO, or none; default: standard if there is such a class, else none",
+        group="scheduling",
+    )
+    nexus_verdict: bool = setting(
+        False,
+        "put the nexus object (SLO, latencies, met or missed) into every reply, not only where asked for",
+        parse=parse_bool,
+        group="http",
     )
     router: str = setting("least-outstanding", "placement policy of the router", group="scheduling", metavar="NAME")
     max_held: int = setting(

@@ -13,10 +13,11 @@ from nexusengine.config import parse_devices
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import DEFAULT_SAMPLING, Prompt, check_length, make_request
 from nexusengine.runners import LocalRunner, RemoteRunner
+from nexusengine.slo_classes import Promise, SLOClasses
 from nexusengine.start import engine_config
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message
-from nexusengine.types import SLO, RequestOutput, SamplingParams, TokenLogprob
+from nexusengine.types import RequestOutput, SamplingParams, TokenLogprob
 
 _PROGRESS_FROM = 9
 
@@ -37,6 +38,7 @@ class Engine:
     ) -> None:
         """Loads the model. Raises ModelLoadError or ConfigError."""
         config = engine_config(model, devices, settings)
+        self._classes = SLOClasses.configured(config.slo_classes)
         self._runner: LocalRunner | RemoteRunner = (
             LocalRunner(config) if len(parse_devices(config.devices)) == 1 else RemoteRunner(config)
         )
@@ -66,7 +68,8 @@ class Engine:
         *,
         stream: Literal[False] = False,
         progress: bool | None = None,
-        slo: SLO | None = None,
+        slo: Promise = None,
+        priority: int = 0,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -77,7 +80,8 @@ class Engine:
         *,
         stream: Literal[True],
         progress: bool | None = None,
-        slo: SLO | None = None,
+        slo: Promise = None,
+        priority: int = 0,
     ) -> Iterator[RequestOutput]: ...
 
     def generate(
@@ -87,7 +91,8 @@ class Engine:
         *,
         stream: bool = False,
         progress: bool | None = None,
-        slo: SLO | None = None,
+        slo: Promise = None,
+        priority: int = 0,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt (text or token ids); a single prompt is a list of one.
 
@@ -95,13 +100,17 @@ class Engine:
         stream=False: the outputs, in the order of the prompts. stream=True: an iterator of news, each with its prompt's
         place in metadata["index"]; closing it aborts what is left.
         progress: show a bar; default: for more than 8 prompts on a terminal.
+        slo: what is promised to each of them: an SLO, the name of a class, or None for no promise; priority: see
+        EngineRequest. The last output of each prompt says in `verdict` whether the promise was kept.
         Raises NexusError; nothing is started if any prompt or parameter is wrong.
         """
         many = _as_list(prompts)
         each = _sampling_list(sampling, len(many))
+        promise = self._classes.in_python(slo)
         arrival_s = time.monotonic()
         requests = [
-            make_request(p, s, self.tokenizer, arrival_s=arrival_s, slo=slo) for p, s in zip(many, each, strict=True)
+            make_request(p, s, self.tokenizer, arrival_s=arrival_s, slo=promise, priority=priority)
+            for p, s in zip(many, each, strict=True)
         ]
         for request in requests:
             check_length(request, self.max_model_len, self.vocab_size)

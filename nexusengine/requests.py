@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from nexusengine.core.output import OutputProcessor
 from nexusengine.core.stop import StopStrings
 from nexusengine.errors import ContextTooLong, InvalidRequest, NexusError, error_from_code
+from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import MAX_SEED, SLO, EngineRequest, SamplingParams, TokenDelta
+from nexusengine.types import MAX_PRIORITY, MAX_SEED, EngineRequest, SamplingParams, TokenDelta
 
 Prompt = str | Sequence[int]
 
@@ -26,11 +27,10 @@ def make_request(
     arrival_s: float,
     timeout_s: float | None = None,
     request_id: str | None = None,
-    slo: SLO | None = None,
-    slo_class: str | None = None,
+    slo: SLOClass | None = None,
     priority: int = 0,
 ) -> EngineRequest:
-    """Tokenise, and draw a seed if there is none. Raises InvalidRequest."""
+    """Tokenise, draw a seed if there is none, and fix the promise for this prompt's length. Raises InvalidRequest."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
     if isinstance(prompt, str):
@@ -42,14 +42,17 @@ def make_request(
             raise InvalidRequest(f"a prompt is a string or a list of token ids, got {wrong!r}", param="prompt")
     if not token_ids:
         raise InvalidRequest("the prompt is empty", param="prompt")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        limits = f"between {-MAX_PRIORITY} and {MAX_PRIORITY}"
+        raise InvalidRequest(f"priority must be a whole number {limits}, got {priority!r}", param="priority")
     return EngineRequest(
         request_id=request_id or uuid.uuid4().hex,
         prompt_token_ids=token_ids,
         sampling=sampling.with_seed(secrets.randbelow(MAX_SEED)),
         arrival_s=arrival_s,
         eos_token_ids=tokenizer.eos_token_ids,
-        slo=slo,
-        slo_class=slo_class,
+        slo=None if slo is None else slo.slo(len(token_ids)),
+        slo_class=None if slo is None else slo.name,
         priority=priority,
         deadline_s=None if timeout_s is None else arrival_s + timeout_s,
     )
@@ -81,6 +84,9 @@ def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt)
         tokenizer.stream(),
         StopStrings(request.sampling.stop),
         prompt=prompt if isinstance(prompt, str) else None,
+        slo=request.slo,
+        slo_class=request.slo_class,
+        arrival_s=request.arrival_s,
     )
 
 
@@ -102,6 +108,7 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
         last.error_code,
         last.error_message,
         last.retry_after_s,
+        next((d.service for d in reversed(deltas) if d.service is not None), None),
     )
 
 

@@ -17,6 +17,7 @@ from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import EngineConfig
 from nexusengine.errors import NexusError, Unavailable
 from nexusengine.requests import Prompt, delta_error, make_processor
+from nexusengine.slo_classes import promise_of
 from nexusengine.start import make_local
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 
@@ -165,7 +166,8 @@ class RemoteRunner:
                     prompt,
                     request.sampling,
                     request_id=request.request_id,
-                    slo=request.slo,
+                    slo=promise_of(request),
+                    priority=request.priority,
                     arrival_s=request.arrival_s,
                 ):
                     output.metadata["index"] = index

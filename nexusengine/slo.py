@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from nexusengine.errors import ConfigError, InvalidRequest
-from nexusengine.types import SLO
+from nexusengine.types import SLO, Missed, Verdict
 
-Missed = Literal["refused", "failed", "unfinished", "ttft", "tpot", "e2e"]
+__all__ = ["CLASSES", "MIXED", "Missed", "SLOClass", "Verdict", "judge", "load_classes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,6 @@ CLASSES: Mapping[str, SLOClass] = MappingProxyType(
 )
 MIXED: Mapping[str, float] = MappingProxyType({"interactive": 0.6, "standard": 0.25, "batch": 0.15})
 """Shares of the classes in the workload `mixed`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """met, strict_met: see above. missed: the first thing that went wrong; None if met."""
-
-    met: bool
-    strict_met: bool
-    missed: Missed | None = None
 
 
 def judge(

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from nexusengine.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Missed = Literal["refused", "failed", "unfinished", "ttft", "tpot", "e2e"]
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_PRIORITY = 100
 
 
 def _finite(name: str, value: Any, low: float, high: float) -> None:
@@ -109,12 +111,24 @@ class SLO:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a promise was kept, by the mean contract and by the strict one (see `slo`). missed: the first thing that
+    went wrong; None if met."""
+
+    met: bool
+    strict_met: bool
+    missed: Missed | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One generation, validated and tokenised: what a scheduler, a router and a worker see of a user's request.
 
     arrival_s: monotonic instant at which the server got it; TTFT counts from here.
     deadline_s: monotonic instant after which it is given up with DeadlineExceeded, or None.
     eos_token_ids: ids that end it unless sampling.ignore_eos.
+    slo_class: name of the configured class the SLO is of, "custom" where it was given in numbers, None without one.
+    priority: -MAX_PRIORITY to MAX_PRIORITY; higher goes first within a class.
     """
 
     request_id: str
@@ -168,13 +182,25 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """What a worker knows of how it serves a request. predicted_ttft_s: from arrival to the first token, as predicted
+    when the worker took it in. unattainable: the device cannot keep the promise even when it serves nothing else.
+    strict: every token so far came in time by the strict contract."""
+
+    worker: str
+    predicted_ttft_s: float
+    unattainable: bool = False
+    strict: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """New tokens of one request, as they leave the engine core.
 
     finish_reason is set on the last delta only; `token_ids` then may be empty. A stop or EOS token ends the request
     and is not in `token_ids`, but counts in `timings.output_tokens`. `error_code` and `error_message` come with
-    finish_reason "error". `timings` and `cached_tokens` (prompt tokens served by the prefix cache) come with the first
-    token and with the last delta.
+    finish_reason "error". `timings`, `service` and `cached_tokens` (prompt tokens served by the prefix cache) come with
+    the first token and with the last delta.
     """
 
     request_id: str
@@ -188,6 +214,7 @@ class TokenDelta:
     error_code: str | None = None
     error_message: str | None = None
     retry_after_s: float | None = None
+    service: Service | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +223,7 @@ class RequestOutput:
 
     text, token_ids and logprobs are the whole output in a plain call and the news in a stream.
     stop_reason: the stop string or the token id that ended it, if one did.
+    timings, preemptions, service and verdict come with the end; verdict is None without an SLO.
     """
 
     request_id: str
@@ -209,6 +237,11 @@ class RequestOutput:
     cached_tokens: int = 0
     prompt: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    slo: SLO | None = None
+    slo_class: str | None = None
+    preemptions: int = 0
+    service: Service | None = None
+    verdict: Verdict | None = None
 
     @property
     def finished(self) -> bool:

@@ -286,7 +286,7 @@ def split_deltas(deltas: Iterable[TokenDelta]) -> Split:
     plain: list[tuple[str, tuple[int, ...]]] = []
     full: list[TokenDelta] = []
     for delta in deltas:
-        if delta.finish_reason is None and delta.logprobs is None and delta.timings is None:
+        if delta.finish_reason is None and delta.logprobs is None and delta.timings is None and delta.service is None:
             plain.append((delta.request_id, delta.token_ids))
         else:
             full.append(delta)

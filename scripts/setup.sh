@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs nexusengine into it with the tested versions. Sourced by serve.sh and test.sh:
-#   . scripts/setup.sh [EXTRA]      EXTRA: "test" adds what the checks need
+#   . scripts/setup.sh EXTRA      EXTRA: "test" adds what the checks need, "" nothing
 # Does nothing when .venv already holds what pyproject.toml and constraints.txt ask for.
 # PYTHON chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
 

@@ -13,6 +13,7 @@ from nexusengine.errors import NexusError
 COMMANDS = {
     "serve": "serve a model over HTTP, on every device there is",
     "bench": "measure throughput and latency",
+    "sim": "simulate a server on measured device profiles",
     "models": "list the short names of models",
     "config": "print every setting with its default",
 }

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from nexusengine.clock import Clock
+from nexusengine.core.admission import first_token_in_s, unattainable
 from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
 from nexusengine.core.request import RequestState
@@ -29,7 +30,7 @@ from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.lens.view import I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
-from nexusengine.types import EngineRequest, FinishReason, TokenDelta, TokenLogprob
+from nexusengine.types import EngineRequest, FinishReason, Service, TokenDelta, TokenLogprob
 from nexusengine.wire import WorkerLoad
 
 _HITS_LOOKED_UP = 32
@@ -42,6 +43,7 @@ class EngineCore:
     """Serves requests on one executor.
 
     clock: gives arrival, deadlines and timings their meaning. hash_key: secret of the prefix cache's names.
+    name: of this worker, for those who are told how they were served.
     check_every_step: verify every invariant after each step (tests).
     """
 
@@ -56,11 +58,12 @@ class EngineCore:
         max_waiting: int = 1024,
         prefix_caching: bool = True,
         hash_key: bytes = b"",
+        name: str = "w0",
         check_every_step: bool = False,
     ) -> None:
         spec = executor.spec
         self.executor, self.policy, self.model, self.clock = executor, policy, model, clock
-        self.max_running, self.max_waiting = max_running, max_waiting
+        self.max_running, self.max_waiting, self.name = max_running, max_waiting, name
         self.covers = 0
         self.records: deque[StepRecord] = deque(maxlen=_RECORDS)
         self._hash_key, self._check_every_step = hash_key, check_every_step
@@ -76,6 +79,7 @@ class EngineCore:
         self._columns = RequestColumns.empty(slots)
         self._sampling = SamplingTable.empty(slots)
         self._last_token = np.zeros(slots, np.int32)
+        self._strict = np.ones(slots, np.bool_)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._by_id: dict[str, RequestState] = {}
         self._by_slot: dict[int, RequestState] = {}
@@ -121,6 +125,7 @@ class EngineCore:
         if self.kv.prefix_caching:
             state.hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
         self._sampling.set(slot, request.sampling)
+        self._foresee(state)
         c = self._columns
         c.arrival_s[slot] = request.arrival_s
         c.prompt_tokens[slot] = c.known_tokens[slot] = state.known
@@ -132,6 +137,7 @@ class EngineCore:
         c.first_token_s[slot] = c.last_token_s[slot] = np.nan
         c.priority[slot] = request.priority
         c.relegated[slot] = False
+        self._strict[slot] = True
         self._last_token[slot] = state.tokens[-1]
         self._by_id[request.request_id] = self._by_slot[slot] = state
         self._waiting[slot] = None
@@ -167,6 +173,24 @@ class EngineCore:
                 param="max_tokens" if room > 0 else "prompt",
             )
         return wanted or room
+
+    def _foresee(self, state: RequestState) -> None:
+        """When its first token will come, and whether its promise can be kept; before it is one of those that wait."""
+        view, request = self._view(self.clock.now()), state.request
+        cached = self.kv.lookup(state.hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
+        coming_s = first_token_in_s(
+            self.model,
+            self._columns,
+            view.running,
+            view.waiting,
+            prompt_tokens=state.known - cached,
+            max_batch_tokens=view.max_batch_tokens,
+        )
+        state.predicted_ttft_s = max(self.clock.now() - request.arrival_s, 0.0) + coming_s
+        if request.slo is not None:
+            state.unattainable = unattainable(
+                self.model, request.slo, prompt_tokens=state.known - cached, max_batch_tokens=view.max_batch_tokens
+            )
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -249,6 +273,7 @@ class EngineCore:
             for slot in plan.preempt:
                 self._preempt(slot)
             self._columns.relegated[list(plan.relegate)] = True
+            self._columns.relegated[list(plan.restore)] = False
             for slot in plan.refuse:
                 message = "refused: the engine cannot serve it in time"
                 self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s())
@@ -336,6 +361,8 @@ class EngineCore:
             for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
                 if (state := self._by_slot.get(int(batch.slots[i]))) is not None:
                     self._commit(state, int(ends[i]))
+        due_s = c.arrival_s[sampled] + c.ttft_s[sampled] + c.generated_tokens[sampled] * c.tpot_s[sampled]
+        self._strict[sampled] &= ~(due_s < now)  # NaN, no promise, is never before now
         goes_on: list[int] = []
         by_slot, outbox = self._by_slot, self._outbox
         for row, (slot, token) in enumerate(zip(sampled.tolist(), result.token_ids.tolist(), strict=True)):
@@ -359,8 +386,16 @@ class EngineCore:
                 outbox.append(TokenDelta(state.request.request_id, (token,), logprobs))
                 continue
             timings, cached = state.timings(None), state.cached_tokens
-            first = TokenDelta(state.request.request_id, (token,), logprobs, timings=timings, cached_tokens=cached)
-            outbox.append(first)
+            outbox.append(
+                TokenDelta(
+                    state.request.request_id,
+                    (token,),
+                    logprobs,
+                    timings=timings,
+                    cached_tokens=cached,
+                    service=self._service(state),
+                )
+            )
         self._stats.generated_tokens += int((result.token_ids >= 0).sum())
         slots = sampled[goes_on]
         self._last_token[slots] = result.token_ids[goes_on]
@@ -432,8 +467,12 @@ class EngineCore:
                 error_code=error[0] or None,
                 error_message=error[1] or None,
                 retry_after_s=error[2],
+                service=self._service(state),
             )
         )
+
+    def _service(self, state: RequestState) -> Service:
+        return Service(self.name, state.predicted_ttft_s, state.unattainable, bool(self._strict[state.slot]))
 
     def _fail(
         self,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nexusengine.core.stop import StopStrings
-from nexusengine.types import FinishReason, RequestOutput, Timings, TokenDelta
+from nexusengine.slo import judge
+from nexusengine.types import SLO, FinishReason, RequestOutput, Service, Timings, TokenDelta, Verdict
 
 
 class Detokenizer(Protocol):
@@ -27,17 +28,28 @@ class OutputProcessor:
     detokenizer: Detokenizer
     stops: StopStrings
     prompt: str | None = None
+    slo: SLO | None = None
+    slo_class: str | None = None
+    arrival_s: float = 0.0
     stopped: bool = False
     timings: Timings | None = None
+    service: Service | None = None
     cached_tokens: int = 0
+    preemptions: int = 0
     output_tokens: int = 0
+    seen_late: bool = False
 
     def push(self, delta: TokenDelta, now: float) -> RequestOutput | None:
         """The news in `delta`; None if there are none. now: the instant at which a stop string would end it."""
         if self.stopped:
             return None
         self.timings = delta.timings or self.timings
+        self.service = delta.service or self.service
         self.cached_tokens = delta.cached_tokens or self.cached_tokens
+        self.preemptions = max(delta.preemptions, self.preemptions)
+        if self.slo is not None and delta.token_ids:
+            due_s = self.arrival_s + self.slo.ttft_s + self.output_tokens * self.slo.tpot_s
+            self.seen_late |= now > due_s
         text, token_ids, matched = self._push_tokens(delta.token_ids)
         self.output_tokens += len(token_ids)
         reason: FinishReason | None = delta.finish_reason
@@ -49,6 +61,8 @@ class OutputProcessor:
             self.stopped, reason, stop_reason = True, "stop", matched
             if self.timings is not None:
                 self.timings = replace(self.timings, finished_s=now, output_tokens=self.output_tokens)
+            if self.service is not None:  # the worker's last word on this does not come any more
+                self.service = replace(self.service, strict=self.service.strict and not self.seen_late)
         if not (text or token_ids or reason):
             return None
         return RequestOutput(
@@ -62,6 +76,27 @@ class OutputProcessor:
             timings=self.timings if reason else None,
             cached_tokens=self.cached_tokens,
             prompt=self.prompt,
+            slo=self.slo,
+            slo_class=self.slo_class,
+            preemptions=self.preemptions,
+            service=self.service if reason else None,
+            verdict=self._verdict(reason) if reason else None,
+        )
+
+    def _verdict(self, reason: FinishReason) -> Verdict | None:
+        """None without an SLO."""
+        if self.slo is None:
+            return None
+        t = self.timings
+        if reason in ("abort", "error") or t is None or t.first_token_s is None or t.finished_s is None:
+            return Verdict(False, False, "unfinished" if reason == "abort" else "failed")
+        return judge(
+            self.slo,
+            arrival_s=t.arrival_s,
+            first_token_s=t.first_token_s,
+            last_token_s=t.finished_s,
+            output_tokens=t.output_tokens,
+            strict=self.service is not None and self.service.strict,
         )
 
     def _push_tokens(self, token_ids: tuple[int, ...]) -> tuple[str, tuple[int, ...], str | None]:

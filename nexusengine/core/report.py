@@ -39,7 +39,7 @@ def worker_load(
         step=stats.steps,
         decodes=len(decodes),
         decode_kv_tokens=int(c.computed_tokens[decodes].sum()),
-        tightest_tpot_s=float(np.nanmin(tpot_s)) if np.isfinite(tpot_s).any() else float("nan"),
+        tightest_tpot_s=float(np.fmin.reduce(tpot_s, initial=np.nan)),
         pending=tuple(
             PendingPrefill(*row)
             for row in zip(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from nexusengine.perf.features import StepFeatures
 
@@ -39,7 +39,7 @@ class CoreStats:
     coverage: float = 0.0
 
     def totals(self) -> dict[str, float]:
-        return {name: float(value) for name, value in asdict(self).items()}
+        return {name: float(getattr(self, name)) for name in self.__slots__}
 
     def learn_prediction(self, predicted_s: float, upper_s: float, measured_s: float) -> None:
         """Running means over about the last 200 steps, plain means before."""

@@ -25,8 +25,8 @@ def executor_options(config: EngineConfig) -> ExecutorOptions:
     )
 
 
-def make_core(executor: Executor, config: EngineConfig, clock: Clock) -> EngineCore:
-    """Raises ConfigError for an unknown policy."""
+def make_core(executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0") -> EngineCore:
+    """name: the worker's. Raises ConfigError for an unknown policy."""
     return EngineCore(
         executor,
         make_policy(config.scheduler),
@@ -36,4 +36,5 @@ def make_core(executor: Executor, config: EngineConfig, clock: Clock) -> EngineC
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
         hash_key=os.urandom(16),
+        name=name,
     )

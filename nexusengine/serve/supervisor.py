@@ -23,6 +23,7 @@ from nexusengine.errors import NexusError, Unavailable
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
+from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
 _RESTARTS_COUNTED_S = 300.0
@@ -67,6 +68,7 @@ class Supervisor:
 
         make_policy(config.router)
         make_scheduler(config.scheduler)
+        SLOClasses.configured(config.slo_classes, config.default_slo_class)
         self.devices = parse_devices(config.devices)
         self.config = config
         self._on_event = on_event

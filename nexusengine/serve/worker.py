@@ -60,7 +60,7 @@ def main() -> None:
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
         executor = make_executor(files, device, executor_options(config), link.phase)
-        core = make_core(executor, config, MonotonicClock())
+        core = make_core(executor, config, MonotonicClock(), info.worker_id)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})

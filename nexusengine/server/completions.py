@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -17,8 +18,10 @@ from nexusengine.server.body import read_body
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.state import ServerState
 from nexusengine.server.streams import EventStream, fan_in, until_disconnect
+from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
+from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import MAX_SEED, RequestOutput, SamplingParams, TokenLogprob
+from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 router = APIRouter()
 
@@ -93,6 +96,29 @@ class TextShape:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object."""
+
+    sampling: SamplingParams
+    n: int
+    slo: SLOClass | None
+    priority: int
+    verdict: bool
+
+    @classmethod
+    def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
+        """Raises InvalidRequest naming the field or header."""
+        state: ServerState = request.app.state.server
+        return cls(
+            sampling=body.sampling(),
+            n=body.n,
+            slo=state.classes.wanted(body.slo, all_headers(request)),
+            priority=body.priority or 0,
+            verdict=wants_verdict(request, state.config.nexus_verdict),
+        )
+
+
 class Generation:
     """One HTTP request: prompts x n choices, numbered prompt by prompt."""
 
@@ -102,44 +128,61 @@ class Generation:
         shape: Shape,
         prompts: Sequence[Prompt],
         echoes: Sequence[str],
-        sampling: SamplingParams,
-        n: int,
+        asked: Asked,
         arrival_s: float,
     ) -> None:
-        self.state, self.shape, self.sampling = state, shape, sampling
+        sampling, n = asked.sampling, asked.n
+        self.state, self.shape = state, shape
         self.engine = state.serving_engine()
         self.n, self.echoes = n, [e for e in echoes for _ in range(n)]
+        self.asked = asked
         self.id, self.created = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time())
         each = [sampling if k == 0 or sampling.seed is None else _reseeded(sampling, k) for k in range(n)]
         self._generations = [
             self.engine.generate(
                 prompt,
                 params,
+                request_id=self.id if i == 0 else f"{self.id}.{i}",
+                slo=asked.slo,
+                priority=asked.priority,
                 timeout_s=state.config.request_timeout,
                 arrival_s=arrival_s,
             )
-            for prompt in prompts
-            for params in each
+            for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
         lengths = [0] * len(self._generations)
-        async with fan_in(self._generations) as news:
-            async for index, output in news:
-                lengths[index] += len(output.token_ids)
-                if output.finished:
-                    ended_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
-                    tokens = lengths[index] + ended_by_token
-                    prompt = len(output.prompt_token_ids) if index % self.n == 0 else 0
-                    self._usage["prompt"] += prompt
-                    self._usage["cached"] += output.cached_tokens if index % self.n == 0 else 0
-                    self._usage["output"] += tokens
-                    self.state.metrics.finished(
-                        len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings
-                    )
-                yield index, output
+        left = len(lengths)
+        missed: Missed | None = "unfinished"  # if the client leaves
+        try:
+            async with fan_in(self._generations) as news:
+                async for index, output in news:
+                    lengths[index] += len(output.token_ids)
+                    if output.finished:
+                        left -= 1
+                        self._count(index, output, lengths[index])
+                    yield index, output
+        except Exception as error:
+            missed = missed_by(error)
+            raise
+        finally:
+            if missed is not None:
+                for _ in range(left):
+                    self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
+
+    def _count(self, index: int, output: RequestOutput, tokens: int) -> None:
+        """A choice has ended. tokens: those that were output."""
+        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+            tokens += 1  # the one that ended it
+        first = index % self.n == 0
+        self._usage["prompt"] += len(output.prompt_token_ids) if first else 0
+        self._usage["cached"] += output.cached_tokens if first else 0
+        self._usage["output"] += tokens
+        self.state.metrics.finished(len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings)
+        self.state.metrics.judged(output, tokens)
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._usage["prompt"], self._usage["output"]
@@ -163,20 +206,29 @@ class Generation:
         texts = list(self.echoes)
         reasons: list[str | None] = [None] * len(texts)
         logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        verdicts: list[dict[str, Any]] = [{} for _ in texts]
         async with aclosing(self.outputs()) as outputs:
             async for index, output in outputs:
                 texts[index] += output.text
                 reasons[index] = output.finish_reason
                 logprobs[index].extend(output.logprobs or ())
+                if output.finished:
+                    verdicts[index] = nexus(output)
         choices = [
             self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0)) for i, text in enumerate(texts)
         ]
-        return self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
+        reply = self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
+        if self.asked.verdict:
+            reply["nexus"] = of_all(verdicts)
+            if len(choices) > 1:
+                reply["choices"] = [choice | {"nexus": v} for choice, v in zip(choices, verdicts, strict=True)]
+        return reply
 
     async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         no_usage = {"usage": None} if include_usage else {}
         lengths = [0] * len(self.echoes)
         opened: set[int] = set()
+        verdicts: list[dict[str, Any]] = []
         async with aclosing(self.outputs()) as outputs:
             async for index, output in outputs:
                 text = output.text
@@ -190,12 +242,17 @@ class Generation:
                 logprobs = self._logprobs(output.logprobs or (), lengths[index])
                 lengths[index] += len(text)
                 choice = self.shape.delta(index, text, output.finish_reason, logprobs)
-                yield self.envelope(self.shape.chunk_name, [choice]) | no_usage
+                chunk = self.envelope(self.shape.chunk_name, [choice]) | no_usage
+                if output.finished and self.asked.verdict:
+                    verdicts.append(nexus(output))
+                    chunk["nexus"] = verdicts[-1]
+                yield chunk
         if include_usage:
-            yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()}
+            last = {"nexus": of_all(verdicts)} if verdicts else {}
+            yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()} | last
 
     def _logprobs(self, items: Sequence[TokenLogprob], offset: int) -> Any:
-        if self.sampling.logprobs is None:
+        if self.asked.sampling.logprobs is None:
             return None
         return self.shape.logprobs(self.engine.tokenizer, items, offset)
 
@@ -210,10 +267,11 @@ async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)
     state.check_model(body.model)
+    asked = Asked.of(request, body)
     engine = state.serving_engine()
     text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
     prompt = await engine.encode(text, add_special_tokens=False)
-    generation = Generation(state, ChatShape(), [prompt], [""], body.sampling(), body.n, arrival_s)
+    generation = Generation(state, ChatShape(), [prompt], [""], asked, arrival_s)
     return await _reply(request, generation, body)
 
 
@@ -222,12 +280,13 @@ async def completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, CompletionRequest)
     state.check_model(body.model)
+    asked = Asked.of(request, body)
     engine, prompts = state.serving_engine(), body.prompts
     for prompt in prompts:
         if not isinstance(prompt, str):
             check_token_ids(prompt, engine.vocab_size, "prompt")
     echoes = ["" if not body.echo else p if isinstance(p, str) else engine.tokenizer.decode(p) for p in prompts]
-    generation = Generation(state, TextShape(), prompts, echoes, body.sampling(), body.n, arrival_s)
+    generation = Generation(state, TextShape(), prompts, echoes, asked, arrival_s)
     return await _reply(request, generation, body)
 
 

@@ -25,7 +25,9 @@ def _state(request: Request) -> ServerState:
 
 def _model(state: ServerState) -> dict[str, Any]:
     model = {"id": state.model_name, "object": "model", "created": state.started_unix_s, "owned_by": "nexusengine"}
-    return model | ({"max_model_len": state.engine.max_model_len} if state.engine and state.ready else {})
+    if not (state.engine and state.ready):
+        return model
+    return model | {"max_model_len": state.engine.max_model_len, "vocab_size": state.engine.vocab_size}
 
 
 @router.get("/v1/models")

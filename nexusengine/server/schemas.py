@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from nexusengine.errors import InvalidRequest
-from nexusengine.types import SamplingParams
+from nexusengine.types import MAX_PRIORITY, SamplingParams
 
 MAX_CHOICES = 16
 MAX_GENERATIONS = 1024
@@ -61,13 +61,14 @@ class Sampling(Body):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    slo: Any = None  # read by slo_classes.SLOClasses
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
 
     REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "repetition_penalty": (1,),
         "logit_bias": ({},),
-        "slo": (),
     }
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

@@ -10,6 +10,7 @@ from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ModelNotFound, Unavailable
 from nexusengine.obs.metrics import Metrics
+from nexusengine.slo_classes import SLOClasses
 from nexusengine.wire import Cluster, WorkerState
 
 _RETRY_WHILE_STARTING_S = 2.0
@@ -29,9 +30,11 @@ class ServerState:
     in_progress: int = 0
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
+    classes: SLOClasses = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.cluster)
+        self.classes = SLOClasses.configured(self.config.slo_classes, self.config.default_slo_class)
+        self.metrics = Metrics(self.cluster, self.classes.by_name)
 
     def cluster(self) -> Cluster | None:
         return None if self.engine is None else self.engine.backend.status()

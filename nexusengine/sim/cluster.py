@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from nexusengine.errors import InternalError
 from nexusengine.router.core import RouterCore, identity_of
 from nexusengine.router.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
+from nexusengine.sim.faults import Fault
 from nexusengine.sim.job import Job
 from nexusengine.types import TokenDelta
 from nexusengine.wire import (
@@ -26,6 +28,7 @@ from nexusengine.wire import (
     Deltas,
     Dispatch,
     Hello,
+    Message,
     Ready,
     Report,
     Starting,
@@ -36,6 +39,9 @@ from nexusengine.wire import (
 
 _CLIENT = b"client"
 _EPOCH = "sim"
+_PROGRESS_EVERY_EVENTS = 2000
+HOPS = 2
+"""Links on the way of a token: engine to router, router to client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,88 +56,136 @@ class LinkSettings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job. All instants are those of the client; NaN where there is none. worker: who ended it."""
+    """What became of a job, as its client saw it; instants are the client's, NaN where there is none.
+
+    ended: the engine's own account if the job came to its end there; else error says why not ("unfinished": the
+    simulation was over before). worker: who had it last.
+    """
 
     job: Job
-    ended: Ended | None
-    worker: str | None
-    dropped_s: float = float("nan")
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """At `at_s` a worker becomes `slowdown` times slower, crashes (0: its process restarts and is ready after
-    `restart_s`), or joins late (down from the beginning until `at_s`)."""
-
-    at_s: float
-    worker: int
-    kind: str  # "slow", "crash" or "join"
-    slowdown: float = 1.0
-    restart_s: float = 10.0
+    first_token_s: float = math.nan
+    last_s: float = math.nan
+    ended: Ended | None = None
+    error: str | None = "unfinished"
+    worker: str | None = None
 
 
 class Worker:
-    """An engine and its place in the event queue."""
+    """A worker's place in the event queue, and the engines it has had: a new one after each crash."""
 
-    def __init__(self, index: int, engine: SimEngine, info: WorkerInfo) -> None:
-        self.index, self.engine, self.info = index, engine, info
-        self.identity = identity_of(info.worker_id, info.epoch)
+    def __init__(self, index: int, make_engine: Callable[[], SimEngine]) -> None:
+        self.index, self._make_engine = index, make_engine
+        self.engines = [make_engine()]
+        self.slowdown = 1.0
         self.version = 0
         self.report_seq = 0
         self.up = True
-        self.restarts = 0
+        self._describe()
+
+    @property
+    def engine(self) -> SimEngine:
+        return self.engines[-1]
+
+    @property
+    def restarts(self) -> int:
+        return len(self.engines) - 1
+
+    def restart(self) -> None:
+        self.engines.append(self._make_engine())
+        self.engine.slowdown = self.slowdown
+        self.report_seq = 0
+        self._describe()
+
+    def _describe(self) -> None:
+        e = self.engine
+        self.info = WorkerInfo(
+            worker_id=f"w{self.index}",
+            epoch=f"{_EPOCH}{self.restarts}",
+            pid=0,
+            device=e.profile.device,
+            model=e.profile.model,
+            max_model_len=e.max_model_len,
+            max_batch_tokens=e.settings.max_batch_tokens,
+            block_size=e.settings.block_size,
+            kv_total_blocks=e.kv.total_blocks,
+            weights_bytes=e.profile.weights_bytes,
+        )
+        self.identity = identity_of(self.info.worker_id, self.info.epoch)
 
 
 class Cluster:
-    """Runs jobs to their end. progress is called now and then with (virtual seconds, jobs ended)."""
+    """Runs jobs to their end, or until `until_s`.
+
+    engines: one maker a worker; it is called again when the worker's process is started anew. last_arrival_s: after
+    this instant no session of a closed loop goes on. timeout_s: after which a request is given up. progress is called
+    now and then with (virtual seconds, jobs ended). enough: asked after each end; the run stops when it says True.
+    """
 
     def __init__(
         self,
-        engines: Sequence[SimEngine],
+        engines: Sequence[Callable[[], SimEngine]],
         policy: PlacementPolicy,
         link: LinkSettings,
         rng: np.random.Generator,
         *,
         faults: Sequence[Fault] = (),
+        until_s: float = math.inf,
+        last_arrival_s: float = math.inf,
+        timeout_s: float | None = None,
+        max_held: int = 4096,
         progress: Callable[[float, int], None] = lambda now_s, ended: None,
+        enough: Callable[[Outcome], bool] = lambda outcome: False,
+        sample: Callable[[float, Cluster], None] | None = None,
+        sample_period_s: float = 1.0,
     ) -> None:
-        self.link, self._rng, self._progress = link, rng, progress
-        infos = [
-            WorkerInfo(f"w{i}", _EPOCH, 0, e.profile.name, e.profile.model, max_model_len=e.max_model_len)
-            for i, e in enumerate(engines)
-        ]
-        self.core = RouterCore(policy, infos, epoch=_EPOCH, max_held=1_000_000)
-        self.workers = [Worker(i, e, info) for i, (e, info) in enumerate(zip(engines, infos, strict=True))]
+        self.link, self.until_s, self._last_arrival_s, self._timeout_s = link, until_s, last_arrival_s, timeout_s
+        self._rng, self._progress, self._enough = rng, progress, enough
+        self._sample, self._sample_period_s = sample, sample_period_s
+        self.workers = [Worker(i, make_engine) for i, make_engine in enumerate(engines)]
+        self.core = RouterCore(policy, [w.info for w in self.workers], epoch=_EPOCH, max_held=max_held)
         self.outcomes: dict[str, Outcome] = {}
-        self.on_sample: Callable[[float], None] | None = None
-        self._by_identity = {w.identity: w for w in self.workers}
+        self.placing_s: list[float] = []
+        self.now = 0.0
+        self.stopped_early = False
+        self._by_identity: dict[bytes, Worker] = {}  # those that are up
         self._jobs: dict[str, Job] = {}
+        self._sent: dict[str, tuple[Ended, str]] = {}  # last deltas on their way
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._open = 0
+        self._ended = 0
         for fault in faults:
             if fault.kind == "join":
                 self.workers[fault.worker].up = False
             self._at(fault.at_s, self._fault, fault)
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """The outcomes in the order of `jobs`, those of closed loops behind them. Jobs in order of arrival."""
+        """One outcome a job, closed loops' included, in order of arrival. `jobs` in order of arrival."""
         self._open = len(jobs)
         for worker in self.workers:
             if worker.up:
                 self._connect(0.0, worker)
-        arrivals = iter(jobs)
-        self._next_arrival(0.0, arrivals, first=True)
+        self._next_arrival(0.0, iter(jobs), None)
         self._at(0.0, self._timer)
+        self._at(0.0, self._hello)
+        if self._sample is not None:
+            self._at(0.0, self._take_sample)
         count = 0
-        while self._open and self._events:
-            now, _, call, args = heapq.heappop(self._events)
-            call(now, *args)
+        while self._open and not self.stopped_early:
+            at_s, _, call, args = heapq.heappop(self._events)
+            if at_s > self.until_s:
+                self.now = self.until_s
+                break
+            self.now = at_s
+            call(at_s, *args)
             count += 1
-            if count % 5000 == 0:
-                self._progress(now, len(self.outcomes))
-        if self._open:
-            raise InternalError(f"{self._open} jobs never ended")
+            if count % _PROGRESS_EVERY_EVENTS == 0:
+                self._progress(at_s, self._ended)
+        for job in jobs:
+            if job.request.request_id not in self.outcomes:
+                if not self.stopped_early:
+                    raise InternalError(f"{job.request.request_id} arrives after the end, {self.until_s} s")
+                self.outcomes[job.request.request_id] = Outcome(job)
         return list(self.outcomes.values())
 
     # ---- events --------------------------------------------------------------------------------------------------
@@ -139,45 +193,58 @@ class Cluster:
     def _at(self, at_s: float, call: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (at_s, next(self._order), call, args))
 
-    def _next_arrival(self, now: float, arrivals: Any, job: Job | None = None, *, first: bool = False) -> None:
-        if not first:
-            assert job is not None
+    def _next_arrival(self, now: float, arrivals: Iterator[Job], job: Job | None) -> None:
+        if job is not None:
             self._submit(now, job)
         following = next(arrivals, None)
         if following is not None:
             self._at(following.request.arrival_s, self._next_arrival, arrivals, following)
 
     def _submit(self, now: float, job: Job) -> None:
-        self._jobs[job.request.request_id] = job
-        self.outcomes[job.request.request_id] = Outcome(job, None, None)
-        self._at(now + self.link.link_delay_s, self._to_router, None, Submit(job.request))
+        request_id = job.request.request_id
+        if request_id in self.outcomes:
+            raise InternalError(f"two jobs are called {request_id!r}")
+        request = job.request
+        if self._timeout_s is not None:
+            request = replace(request, deadline_s=now + self._timeout_s)
+        self._jobs[request_id] = job
+        self.outcomes[request_id] = Outcome(job)
+        self._at(now + self.link.link_delay_s, self._submitted, Submit(request))
 
-    def _to_router(self, now: float, worker: Worker | None, message: Any) -> None:
-        if worker is None:
-            self.core.on_client(_CLIENT, message, now)
-        else:
-            self.core.on_worker(worker.identity, message, now)
+    def _submitted(self, now: float, message: Submit) -> None:
+        began_s = time.perf_counter()
+        self.core.on_client(_CLIENT, message, now)
+        self.placing_s.append(time.perf_counter() - began_s)
+        self._flush(now)
+
+    def _to_router(self, now: float, identity: bytes, message: Any) -> None:
+        self.core.on_worker(identity, message, now)
         self._flush(now)
 
     def _flush(self, now: float) -> None:
         for out in self.core.take():
             message = out.message
             if isinstance(message, Deltas):
+                for request_id, _ in message.plain:
+                    self._streams(now, request_id)
                 for delta in message.full:
                     self._answered(now, delta)
             elif isinstance(message, Dispatch | Cancel):
-                self._at(now + self.link.link_delay_s, self._to_worker, self._by_identity[out.identity], message)
+                self._at(now + self.link.link_delay_s, self._to_worker, out.identity, message)
 
-    def _to_worker(self, now: float, worker: Worker, message: Dispatch | Cancel) -> None:
-        if not worker.up:
+    def _to_worker(self, now: float, identity: bytes, message: Message) -> None:
+        worker = self._by_identity.get(identity)
+        if worker is None:  # that process has ended
             return
         engine = worker.engine
         engine.advance(now)
         if isinstance(message, Cancel):
             engine.abort(message.request_id)
-        else:
+        elif isinstance(message, Dispatch):
             engine.covers = message.seq
-            engine.add(self._jobs[message.request.request_id], now)
+            job = self._jobs.get(message.request.request_id)
+            if job is not None:
+                engine.add(job, now)
         self._after_change(now, worker)
 
     def _after_change(self, now: float, worker: Worker) -> None:
@@ -207,75 +274,109 @@ class Cluster:
             return
         first, engine.first_tokens = engine.first_tokens, []
         ended, engine.ended = engine.ended, []
-        deltas = [TokenDelta(job.request.request_id, (0,)) for job in first]
+        plain = tuple((job.request.request_id, (0,)) for job, _ in first)
+        full = []
         for end in ended:
             request_id = end.job.request.request_id
-            self.outcomes[request_id] = Outcome(end.job, end, worker.info.worker_id)
-            deltas.append(TokenDelta(request_id, finish_reason="error" if end.refused else "length"))
-        plain = tuple((d.request_id, d.token_ids) for d in deltas if d.finish_reason is None)
-        full = tuple(d for d in deltas if d.finish_reason is not None)
-        message = WorkerDeltas(_EPOCH, plain, full)
-        self._at(now + self.link.link_delay_s, self._to_router, worker, message)
+            self._sent[request_id] = end, worker.info.worker_id
+            if end.refused:
+                full.append(TokenDelta(request_id, finish_reason="error", error_code="overloaded"))
+            else:
+                full.append(TokenDelta(request_id, finish_reason="length"))
+        message = WorkerDeltas(worker.info.epoch, plain, tuple(full))
+        self._at(now + self.link.link_delay_s, self._to_router, worker.identity, message)
+
+    def _streams(self, now: float, request_id: str) -> None:
+        """The client gets its first token."""
+        outcome = self.outcomes[request_id]
+        self.outcomes[request_id] = replace(outcome, first_token_s=now + self.link.link_delay_s)
 
     def _answered(self, now: float, delta: TokenDelta) -> None:
         """The client gets a last delta: from an engine, or from the router itself."""
         job = self._jobs.pop(delta.request_id, None)
         if job is None:
-            return
+            raise InternalError(f"{delta.request_id} was ended twice")
+        outcome, answered_s = self.outcomes[delta.request_id], now + self.link.link_delay_s
+        ended, worker = self._sent.pop(delta.request_id, (None, None))
+        if delta.finish_reason == "length" and ended is not None:
+            outcome = replace(outcome, last_s=answered_s, ended=ended, error=None, worker=worker)
+        else:
+            ended = ended if ended is not None and ended.refused else None  # else: what a lost process had to say
+            outcome = replace(outcome, last_s=answered_s, ended=ended, error=delta.error_code, worker=worker)
+        self.outcomes[delta.request_id] = outcome
         self._open -= 1
-        if self.outcomes[delta.request_id].ended is None:
-            self.outcomes[delta.request_id] = replace(self.outcomes[delta.request_id], dropped_s=now)
-        if job.then is not None:
+        self._ended += 1
+        self.stopped_early = self.stopped_early or self._enough(outcome)
+        then, at_s = job.then, answered_s + job.think_s
+        if then is not None and at_s <= self._last_arrival_s:
             self._open += 1
-            at_s = now + job.think_s
-            request = replace(job.then.request, arrival_s=at_s)
-            self._at(at_s, self._submit, replace(job.then, request=request))
+            self._at(at_s, self._submit, replace(then, request=replace(then.request, arrival_s=at_s)))
 
     def _timer(self, now: float) -> None:
-        self.core.on_client(_CLIENT, Hello(), now)
         self.core.on_timer(now)
         self._flush(now)
-        if self.on_sample is not None:
-            for worker in self.workers:
-                worker.engine.advance(now)
-                self._report_tokens(now, worker)
-            self.on_sample(now)
         self._at(now + self.link.snapshot_period_s, self._timer)
 
-    def _report(self, now: float, worker: Worker, restarts: int) -> None:
-        if restarts != worker.restarts or not worker.up:
+    def _hello(self, now: float) -> None:
+        self.core.on_client(_CLIENT, Hello(), now)
+        self._flush(now)
+        self._at(now + 1.0, self._hello)
+
+    def _take_sample(self, now: float) -> None:
+        assert self._sample is not None
+        for worker in self.workers:
+            if worker.up:
+                worker.engine.advance(now)
+                self._report_tokens(now, worker)
+        self._sample(now, self)
+        self._at(now + self._sample_period_s, self._take_sample)
+
+    def _report(self, now: float, worker: Worker, identity: bytes) -> None:
+        if identity not in self._by_identity:
             return
         worker.engine.advance(now)
         self._report_tokens(now, worker)
         worker.report_seq += 1
         if self.link.loss == 0.0 or self._rng.random() >= self.link.loss:
-            report = Report(_EPOCH, worker.report_seq, worker.engine.load(now))
-            self._at(now + self.link.link_delay_s, self._to_router, worker, report)
-        self._at(now + self.link.snapshot_period_s, self._report, worker, restarts)
+            report = Report(worker.info.epoch, worker.report_seq, worker.engine.load(now))
+            self._at(now + self.link.link_delay_s, self._to_router, identity, report)
+        self._at(now + self.link.snapshot_period_s, self._report, worker, identity)
 
     # ---- life and death ------------------------------------------------------------------------------------------
 
     def _connect(self, now: float, worker: Worker) -> None:
+        self._by_identity[worker.identity] = worker
         self.core.on_worker(worker.identity, Starting(worker.info, "starting", 0.0), now)
         self.core.on_worker(worker.identity, Ready(worker.info), now)
         self._flush(now)
-        self._at(now, self._report, worker, worker.restarts)
+        self._at(now, self._report, worker, worker.identity)
 
     def _fault(self, now: float, fault: Fault) -> None:
         worker = self.workers[fault.worker]
         if fault.kind == "slow":
-            worker.engine.slowdown = fault.slowdown
+            worker.slowdown = fault.slowdown
+            if worker.up:
+                worker.engine.advance(now)
+                worker.engine.slowdown = fault.slowdown
+                self._after_change(now, worker)
         elif fault.kind == "crash":
-            worker.engine.advance(now)
-            self._report_tokens(now, worker)
-            worker.engine.drop_all()
-            worker.up, worker.version, worker.restarts = False, worker.version + 1, worker.restarts + 1
-            self.core.on_worker_exited(worker.info.worker_id, worker.info.epoch, "crashed", worker.restarts, now)
-            self._flush(now)
-            self._at(now + fault.restart_s, self._fault, replace(fault, at_s=now + fault.restart_s, kind="join"))
+            if worker.up:
+                self._crash(now, worker)
+                self._at(now + fault.restart_s, self._start, worker)
         else:
+            self._start(now, worker)
+
+    def _crash(self, now: float, worker: Worker) -> None:
+        worker.engine.advance(now)
+        self._report_tokens(now, worker)
+        worker.up, worker.version = False, worker.version + 1
+        del self._by_identity[worker.identity]
+        info = worker.info
+        worker.restart()
+        self.core.on_worker_exited(info.worker_id, info.epoch, "crashed", worker.restarts, now)
+        self._flush(now)
+
+    def _start(self, now: float, worker: Worker) -> None:
+        if not worker.up:
             worker.up = True
-            worker.info = msgspec.structs.replace(worker.info, epoch=f"{_EPOCH}{worker.restarts}")
-            worker.identity = identity_of(worker.info.worker_id, worker.info.epoch)
-            self._by_identity[worker.identity] = worker
             self._connect(now, worker)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from nexusengine.core.plan_check import plan_problem
@@ -28,6 +29,7 @@ from nexusengine.sim.job import Job
 from nexusengine.wire import WorkerLoad
 
 _HITS_LOOKED_UP = 32
+_BLOCKS_LOOKED_UP = 2048
 _LONGEST_RUN_STEPS = 1024
 _OBSERVED_OF_A_RUN = 8
 
@@ -35,37 +37,48 @@ _OBSERVED_OF_A_RUN = 8
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """As config.EngineConfig. kv_tokens: capacity; None: the profile's. scheduler_cost_s: added to every step; None: as
-    long as planning took on this machine. noise: whether steps scatter as they were measured to."""
+    long as planning took on this machine. noise: whether steps scatter as they were measured to. runs: begin like
+    decode steps at once. answer_delay_s: how much later than the engine a client has a token, for the strict contract.
+    """
 
     max_running: int = 256
-    max_waiting: int = 4096
+    max_waiting: int = 1024
     max_batch_tokens: int = 2048
     block_size: int = 16
     prefix_caching: bool = False
     kv_tokens: int | None = None
     scheduler_cost_s: float | None = 0.0
     noise: bool = True
+    runs: bool = True
+    answer_delay_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _Live:
-    """A job in the engine."""
+    """A job in the engine. names: of the KV blocks of its tokens, as far as they are known."""
 
     job: Job
+    names: list[bytes]
     preemptions: int = 0
-    scheduled_s: float | None = None
+    scheduled_s: float = np.nan
+    cached_tokens: int = 0
+    ever_relegated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A job that left the engine. first_token_s: NaN before one. strict: every token came in time (see obs.attainment).
-    refused: by the policy, or because the queue was full."""
+    """A job that left the engine. scheduled_s, first_token_s: NaN if it did not get there. strict: every token came in
+    time (see slo). refused: by the policy, because the queue was full, or because it can never fit."""
 
     job: Job
     ended_s: float
-    first_token_s: float
-    strict: bool
-    preemptions: int
+    first_token_s: float = np.nan
+    scheduled_s: float = np.nan
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    strict: bool = False
+    preemptions: int = 0
+    relegated: bool = False
     refused: bool = False
 
 
@@ -78,7 +91,15 @@ class _Run:
     starts: I4
     ends_s: F8
     took_s: F8
+    began_s: float
+    predicted_s: float
+    upper_s: float
     done: int = 0
+
+    @property
+    def step_began_s(self) -> float:
+        """When the step under way began."""
+        return float(self.ends_s[self.done - 1]) if self.done else self.began_s
 
 
 class SimEngine:
@@ -98,10 +119,11 @@ class SimEngine:
         self.profile, self.policy, self.model, self.settings = profile, policy, model, settings
         self.slowdown = 1.0
         self.covers = 0
-        self.first_tokens: list[Job] = []
+        self.first_tokens: list[tuple[Job, float]] = []
         self.ended: list[Ended] = []
         self.planning_s: list[float] = []
         self.stats = CoreStats()
+        self.kv_peak_blocks = 0
         self._rng, self._on_plan = rng, on_plan
         size = settings.block_size
         slots = settings.max_running + settings.max_waiting
@@ -123,6 +145,8 @@ class SimEngine:
         self._arrivals = 0
         self._output_tokens_ended = 0
         self._run: _Run | None = None
+        self._aborted: set[int] = set()
+        self._every_step = not settings.runs or bool(getattr(policy, "plans_every_step", False))
         self._idle_since_s = 0.0
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
@@ -136,15 +160,22 @@ class SimEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def add(self, job: Job, now: float) -> None:
         """A job arrives; call `advance(now)` before. One that finds the queue full, or can never fit, ends refused."""
         request = job.request
-        if len(self._waiting) >= self.settings.max_waiting or not self._free_slots:
-            self.ended.append(Ended(job, now, np.nan, False, 0, refused=True))
-            return
-        max_tokens = request.sampling.max_tokens or self.max_model_len - job.prompt_tokens
-        if job.prompt_tokens + max_tokens > self.max_model_len:
-            self.ended.append(Ended(job, now, np.nan, False, 0, refused=True))
+        room = self.max_model_len - job.prompt_tokens
+        max_tokens = request.sampling.max_tokens or room
+        full = len(self._waiting) >= self.settings.max_waiting or not self._free_slots
+        if full or room < max(max_tokens, 1):
+            self.ended.append(Ended(job, now, refused=True))
             return
         slot, c = self._free_slots.pop(), self._c
         c.arrival_s[slot] = request.arrival_s
@@ -159,41 +190,49 @@ class SimEngine:
         c.relegated[slot] = False
         self._ends_at[slot] = min(job.output_tokens, max_tokens)
         self._strict[slot] = True
-        self._live[slot] = _Live(job)
+        self._live[slot] = _Live(job, job.block_names(self.settings.block_size) if self.kv.prefix_caching else [])
         self._waiting[slot] = None
         self._waiting_slots = None
         self._arrivals += 1
         self.stats.requests += 1
         self.stats.prompt_tokens += job.prompt_tokens
 
-    def drop_all(self) -> list[Job]:
-        """The process dies: everything it had is gone."""
-        jobs = [live.job for live in self._live.values()]
-        self._run = None
-        for slot in list(self._live):
-            self._leave(slot)
-        self.kv.clear_prefix_cache()
-        return jobs
-
     def abort(self, request_id: str) -> None:
+        """End a job of which nobody wants to hear; one in the step under way leaves at that step's end."""
         for slot, live in self._live.items():
             if live.job.request.request_id == request_id:
-                self._cut_run()
-                self._leave(slot)
+                if self._run is not None and slot in self._run.slots:
+                    self._cut_run()
+                    self._aborted.add(slot)
+                else:
+                    self._leave(slot)
                 return
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def begin(self, now: float) -> float | None:
-        """Plan and begin the next step or run; the instant at which it ends, None if there is nothing to do."""
+        """Plan and begin the next step or run; the instant at which it ends, None if there is nothing to do. As in
+        EngineCore, a plan of which no row finds blocks is made anew: with fresh estimates, then with fewer running."""
         if self._run is not None:
             raise InternalError("a step is under way")
+        attempt = 0
         while self._live:
-            plan = self._plan(now)
+            plan = self._plan(now, fresh=attempt > 0)
             slots, counts = self._place(plan, now)
             if len(slots):
-                self._run = self._begin_run(slots, counts, now)
+                self.kv_peak_blocks = max(self.kv_peak_blocks, self.kv.used_blocks)
+                self._run = self._begin_run(slots, counts, plan, now)
                 return float(self._run.ends_s[-1])
+            if not self._live:
+                break
+            if attempt and len(self._running) <= 1:
+                raise InternalError(
+                    f"policy {self.policy.name!r} plans nothing that can run, with {len(self._running)} jobs running, "
+                    f"{len(self._waiting)} waiting and {self.kv.free_blocks} free blocks"
+                )
+            if attempt:
+                self._preempt(next(reversed(self._running)))
+            attempt += 1
         self._idle_since_s = now
         return None
 
@@ -207,7 +246,10 @@ class SimEngine:
             self._apply(run, ended)
         if ended == len(run.ends_s):
             self._run = None
-            self._idle_since_s = now
+            self._idle_since_s = float(run.ends_s[-1])
+            for slot in self._aborted & self._live.keys():
+                self._leave(slot)
+            self._aborted.clear()
 
     def interrupt(self) -> float | None:
         """Something came: nothing of the run is certain but the step under way. When that one ends; None if idle."""
@@ -219,28 +261,22 @@ class SimEngine:
         if run is not None and len(run.ends_s) > run.done + 1:
             run.ends_s, run.took_s = run.ends_s[: run.done + 1], run.took_s[: run.done + 1]
 
-    def _plan(self, now: float) -> StepPlan:
-        for attempt in range(2):
-            self._look_up_hits(everything=attempt > 0)
-            view = self.view(now)
-            began_s = time.perf_counter()
-            plan = self.policy.plan(view, now)
-            self.planning_s.append(time.perf_counter() - began_s)
-            if len(plan.slots) or plan.refuse:
-                break
+    def _plan(self, now: float, *, fresh: bool) -> StepPlan:
+        self._look_up_hits(everything=fresh)
+        view = self.view(now)
+        began_s = time.perf_counter()
+        plan = self.policy.plan(view, now)
+        self.planning_s.append(time.perf_counter() - began_s)
         problem = plan_problem(plan, view)
         if problem is not None:
             raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
-        if not len(plan.slots) and not plan.refuse:
-            raise InternalError(
-                f"policy {self.policy.name!r} plans nothing with {len(self._running)} running, {len(self._waiting)} "
-                f"waiting and {self.kv.free_blocks} free blocks"
-            )
         if self._on_plan is not None:
             self._on_plan(view, plan)
         for slot in plan.preempt:
             self._preempt(slot)
-        self._c.relegated[list(plan.relegate)] = True
+        for slot in plan.relegate:
+            self._c.relegated[slot] = self._live[slot].ever_relegated = True
+        self._c.relegated[list(plan.restore)] = False
         for slot in plan.refuse:
             self._end(slot, now, refused=True)
         return plan
@@ -257,7 +293,7 @@ class SimEngine:
             if newcomer:
                 live = self._live[slot]
                 known = int(c.known_tokens[slot])
-                cached = self.kv.admit(slot, live.job.names, known - 1)
+                cached = self.kv.admit(slot, live.names, known - 1)
                 c.computed_tokens[slot] = cached
                 counts[i] = count = min(count, known - cached)
             if not self.kv.grow(slot, int(c.computed_tokens[slot]) + count):
@@ -273,16 +309,17 @@ class SimEngine:
                 del self._waiting[slot]
                 self._running[slot] = None
                 self._running_slots = self._waiting_slots = None
-                if live.scheduled_s is None:
-                    live.scheduled_s = now
+                if np.isnan(live.scheduled_s):
+                    live.scheduled_s, live.cached_tokens = now, cached
                 self.stats.cached_tokens += cached
         return (slots, counts) if keep is None else (slots[keep], counts[keep])
 
-    def _begin_run(self, slots: I4, counts: I4, now: float) -> _Run:
-        c, s = self._c, self.settings
-        starts = c.computed_tokens[slots]
+    def _begin_run(self, slots: I4, counts: I4, plan: StepPlan, now: float) -> _Run:
+        s = self.settings
+        starts = self._c.computed_tokens[slots]
         steps = 1
-        if not self._waiting and len(slots) == len(self._running) and (counts == 1).all():
+        alone = not self._waiting and len(slots) == len(self._running)
+        if alone and not self._every_step and counts.max() == 1:
             steps = self._alike(slots, starts)
         if steps > 1:
             took_s = self.profile.decode_run_s(starts, steps)
@@ -292,12 +329,12 @@ class SimEngine:
             took_s = took_s * self.profile.noise(self._rng.random(steps), bool(counts.max() > 1))
         took_s *= self.slowdown
         cost_s = self.planning_s[-1] if s.scheduler_cost_s is None else s.scheduler_cost_s
-        return _Run(slots, counts, starts, now + np.cumsum(took_s + cost_s), took_s)
+        ends_s = now + np.cumsum(took_s + cost_s)
+        return _Run(slots, counts, starts, ends_s, took_s, now, plan.predicted_s, plan.upper_s)
 
     def _alike(self, slots: I4, starts: I4) -> int:
         """How many decode steps pass before a row ends, blocks run out, or a row has to be planned anew."""
-        left = self._c.known_tokens[slots] - starts
-        if (left != 1).any():
+        if (self._c.generated_tokens[slots] == 0).any() or (self._c.known_tokens[slots] - starts != 1).any():
             return 1
         steps = min(int((self._ends_at[slots] - self._c.generated_tokens[slots]).min()), _LONGEST_RUN_STEPS)
         size = self.kv.block_size
@@ -315,17 +352,20 @@ class SimEngine:
                 if not self.kv.grow(slot, int(all_ends[i])):
                     raise InternalError("a run of decode steps ran out of KV blocks")
                 c.blocks[slot] = self.kv.blocks_of(slot)
+            self.kv_peak_blocks = max(self.kv_peak_blocks, self.kv.used_blocks)
         now = float(run.ends_s[until - 1])
         starts = run.starts + run.done
+        self.stats.steps += steps
+        if run.done == 0:
+            self.stats.learn_prediction(run.predicted_s, run.upper_s, float(run.took_s[0]))
         self._observe(run, until)
         ends = starts + (run.counts if steps == 1 else steps)
         c.computed_tokens[slots] = ends
         if self.kv.prefix_caching:
             for i in np.nonzero(starts // size != ends // size)[0].tolist():
-                self.kv.commit(int(slots[i]), self._live[int(slots[i])].job.names, int(ends[i]))
+                self.kv.commit(int(slots[i]), self._live[int(slots[i])].names, int(ends[i]))
         sampled = slots if steps > 1 else slots[ends == c.known_tokens[slots]]
         self._sampled(sampled, run.ends_s[run.done : until], now)
-        self.stats.steps += steps
         self.stats.computed_tokens += int(run.counts.sum()) * steps
         self.stats.generated_tokens += len(sampled) * steps
         self.stats.device_s += float(run.took_s[run.done : until].sum())
@@ -337,8 +377,9 @@ class SimEngine:
         newcomers = slots[np.isnan(c.first_token_s[slots])]
         if len(newcomers):
             c.first_token_s[newcomers] = at_s[0]
-            self.first_tokens += [self._live[s].job for s in newcomers.tolist()]
+            self.first_tokens += [(self._live[s].job, float(at_s[0])) for s in newcomers.tolist()]
         due_s = c.arrival_s[slots] + c.ttft_s[slots] + c.generated_tokens[slots] * c.tpot_s[slots]
+        due_s -= self.settings.answer_delay_s
         late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
         self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
         c.known_tokens[slots] += steps
@@ -371,9 +412,22 @@ class SimEngine:
 
     def _end(self, slot: int, now: float, *, refused: bool = False) -> None:
         live, c = self._live[slot], self._c
-        first_s, strict = float(c.first_token_s[slot]), bool(self._strict[slot])
-        self.ended.append(Ended(live.job, now, first_s, strict and not refused, live.preemptions, refused))
         self._output_tokens_ended += int(c.generated_tokens[slot])
+        if slot not in self._aborted:
+            self.ended.append(
+                Ended(
+                    live.job,
+                    now,
+                    first_token_s=float(c.first_token_s[slot]),
+                    scheduled_s=live.scheduled_s,
+                    output_tokens=int(c.generated_tokens[slot]),
+                    cached_tokens=live.cached_tokens,
+                    strict=bool(self._strict[slot]) and not refused,
+                    preemptions=live.preemptions,
+                    relegated=live.ever_relegated,
+                    refused=refused,
+                )
+            )
         self._leave(slot)
 
     def _leave(self, slot: int) -> None:
@@ -411,7 +465,8 @@ class SimEngine:
         view = self.view(now)
         stats = self.stats
         stats.running, stats.waiting, stats.kv_used_blocks = len(self._running), len(self._waiting), self.kv.used_blocks
-        return worker_load(
+        stats.kv_evictions = self.kv.evictions
+        load = worker_load(
             self._c,
             view.running,
             view.waiting,
@@ -420,13 +475,20 @@ class SimEngine:
             perf=self.model.snapshot(),
             mean_output_tokens=self._output_tokens_ended / max(stats.requests - len(self._live), 1),
         )
+        run = self._run
+        if run is None:
+            return load
+        running_s = max(now - run.step_began_s, 0.0)
+        return msgspec.structs.replace(load, step=stats.steps + 1, step_running_s=running_s, step_upper_s=run.upper_s)
 
     def _look_up_hits(self, *, everything: bool) -> None:
         if not self.kv.prefix_caching or len(self._running) >= self.settings.max_running:
             return
+        blocks = 0
         for n, slot in enumerate(self._waiting):
-            if not everything and n == _HITS_LOOKED_UP:
+            if not everything and (n == _HITS_LOOKED_UP or blocks > _BLOCKS_LOOKED_UP):
                 return
-            hit = self.kv.lookup(self._live[slot].job.names, int(self._c.known_tokens[slot]) - 1)
+            hit = self.kv.lookup(self._live[slot].names, int(self._c.known_tokens[slot]) - 1)
+            blocks += len(hit.blocks)
             self._c.cached_tokens[slot] = hit.tokens
             self._c.cached_free_blocks[slot] = hit.free_blocks

@@ -5,21 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from nexusengine.types import SLO, EngineRequest, SamplingParams
+
+_NAME_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class TraceBlocks:
+    """What the prefix cache goes by: a trace's ids for the blocks of a sequence, `tokens` tokens each; they name its
+    first `named_tokens` tokens: the prompt, and the output where that is known. Ids of different `scope`s (sessions
+    whose ids are their own) never name the same content."""
+
+    ids: Sequence[int]
+    tokens: int
+    named_tokens: int
+    scope: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """request: what server, router and engine see; its prompt is a range that only has a length.
 
-    output_tokens: after how many it ends. names: of the prompt's full KV blocks, for the prefix cache; may be empty.
+    output_tokens: after how many it ends. blocks: names of the content of its prompt, and of its output where known.
     think_s, then: in a closed loop, the job that arrives `think_s` after this one has ended.
     """
 
     request: EngineRequest
     output_tokens: int
-    names: tuple[bytes, ...] = ()
+    blocks: TraceBlocks | None = None
     think_s: float = 0.0
     then: Job | None = None
 
@@ -27,9 +42,28 @@ class Job:
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
+    def block_names(self, block_size: int) -> list[bytes]:
+        """Names of its full KV blocks. A trace's blocks are larger: an id stands for everything up
+        to the end of its block, so the name of a KV block is that id and its place inside. Raises ValueError if KV
+        blocks do not fit into a trace's."""
+        blocks = self.blocks
+        if blocks is None:
+            return []
+        inside, rest = divmod(blocks.tokens, block_size)
+        if rest:
+            raise ValueError(f"trace blocks of {blocks.tokens} tokens are not made of KV blocks of {block_size} tokens")
+        full = min(blocks.named_tokens // block_size, len(blocks.ids) * inside)
+        scope = blocks.scope << 64
+        names = [
+            (scope + block * inside + i).to_bytes(_NAME_BYTES, "little")
+            for block in blocks.ids[: -(-full // inside)]
+            for i in range(inside)
+        ]
+        return names[:full]
+
 
 @cache
-def _sampling(max_tokens: int) -> SamplingParams:
+def _sampling(max_tokens: int | None) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0)
 
 
@@ -41,26 +75,16 @@ def make_job(
     *,
     slo: SLO | None = None,
     slo_class: str | None = None,
-    names: Sequence[bytes] = (),
-    max_tokens: int | None = None,
+    blocks: TraceBlocks | None = None,
+    max_tokens: int | Literal["exact"] | None = "exact",
 ) -> Job:
-    """max_tokens: the limit that the client states; by default exactly what comes."""
+    """max_tokens: the limit that the client states, None for none; "exact": what comes, which a policy can then see."""
     request = EngineRequest(
         request_id=request_id,
         prompt_token_ids=range(prompt_tokens),  # type: ignore[arg-type]  # only its length is ever used
-        sampling=_sampling(max_tokens or output_tokens),
+        sampling=_sampling(output_tokens if max_tokens == "exact" else max_tokens),
         arrival_s=arrival_s,
         slo=slo,
         slo_class=slo_class,
     )
-    return Job(request, output_tokens, tuple(names))
-
-
-def block_names(hash_ids: Sequence[int], trace_block_tokens: int, block_size: int, prompt_tokens: int) -> list[bytes]:
-    """Names of a prompt's full KV blocks from the block ids of a trace, whose blocks are larger: a trace's id stands
-    for everything up to the end of its block, so the name of a KV block is that id and its place inside."""
-    if trace_block_tokens % block_size:
-        raise ValueError(f"trace blocks of {trace_block_tokens} tokens are not made of KV blocks of {block_size}")
-    inside = trace_block_tokens // block_size
-    full = min(prompt_tokens // block_size, len(hash_ids) * inside)
-    return [(hash_ids[i // inside] * inside + i % inside).to_bytes(12, "little") for i in range(full)]
+    return Job(request, output_tokens, blocks)

@@ -21,7 +21,7 @@ from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, 
 from nexusengine.local import LocalBackend
 from nexusengine.requests import merge
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import EngineRequest, RequestOutput, SamplingParams, Timings, TokenDelta, TokenLogprob
+from nexusengine.types import EngineRequest, RequestOutput, SamplingParams, Service, Timings, TokenDelta, TokenLogprob
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
 
@@ -239,13 +239,14 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop() -> None:
 
 def test_merged_deltas_lose_nothing() -> None:
     timings, item = Timings(0.0), TokenLogprob(1, -0.5)
-    first = TokenDelta("r", (1,), (item,), timings=timings, cached_tokens=8)
+    service = Service("w0", 0.5)
+    first = TokenDelta("r", (1,), (item,), timings=timings, cached_tokens=8, service=service)
     plain = TokenDelta("r", (2,), (item,))
     merged = merge([first, plain, plain])
-    assert merged == TokenDelta("r", (1, 2, 2), (item,) * 3, timings=timings, cached_tokens=8)
+    assert merged == TokenDelta("r", (1, 2, 2), (item,) * 3, timings=timings, cached_tokens=8, service=service)
     last = TokenDelta("r", (), finish_reason="stop", stop_reason=7, timings=Timings(0.0, 1.0), cached_tokens=8)
     assert merge([first, plain, last]) == TokenDelta(
-        "r", (1, 2), (item,) * 2, "stop", 7, timings=Timings(0.0, 1.0), cached_tokens=8
+        "r", (1, 2), (item,) * 2, "stop", 7, timings=Timings(0.0, 1.0), cached_tokens=8, service=service
     )
 
 

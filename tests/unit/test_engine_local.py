@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nexusengine.runners
-from nexusengine import Engine, SamplingParams
+from nexusengine import SLO, Engine, SamplingParams
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import ConfigError, ContextTooLong, InternalError, InvalidRequest, Unavailable
-from nexusengine.types import RequestOutput
+from nexusengine.slo import CLASSES
+from nexusengine.types import RequestOutput, Verdict
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
 
@@ -190,3 +192,36 @@ def test_a_wrong_setting_is_named_before_anything_is_loaded(settings: dict[str, 
     with pytest.raises(ConfigError) as caught:
         Engine("no-such-model", **settings)
     assert caught.value.param == param
+
+
+def test_a_promise_by_class_or_in_numbers_is_judged_in_the_output(engine: Engine) -> None:
+    (output,) = engine.generate("ab", GREEDY, slo="batch", priority=4)
+    assert (output.slo_class, output.slo) == ("batch", CLASSES["batch"].slo(2))
+    assert output.verdict == Verdict(True, True)
+    assert output.service is not None
+    assert output.service.worker == "w0"
+    (output,) = engine.generate("ab", GREEDY, slo=SLO(0.001, 1e-4))
+    assert output.slo_class == "custom"
+    assert output.verdict is not None
+    assert not output.verdict.met
+    (output,) = engine.generate("ab", GREEDY)
+    assert (output.slo, output.slo_class, output.verdict) == (None, None, None)
+
+
+def test_an_unknown_class_or_an_absurd_priority_starts_nothing(engine: Engine, core: EngineCore) -> None:
+    for wrong, param in (({"slo": "fast"}, "slo"), ({"priority": 101}, "priority"), ({"priority": True}, "priority")):
+        with pytest.raises(InvalidRequest) as caught:
+            engine.generate("ab", GREEDY, **wrong)  # type: ignore[call-overload]
+        assert caught.value.param == param
+    assert core.stats().requests == 0
+
+
+def test_classes_of_a_file_are_known_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: EngineCore
+) -> None:
+    (tmp_path / "slo.toml").write_text("[gold]\nttft_s = 5\ntpot_s = 1\n")
+    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
+    with Engine("fake", devices="cpu", slo_classes=str(tmp_path / "slo.toml")) as engine:
+        assert engine.generate("ab", GREEDY, slo="gold")[0].slo == SLO(5.0, 1.0)
+    with pytest.raises(ConfigError, match="cannot read"):
+        Engine("fake", devices="cpu", slo_classes="nowhere.toml")

@@ -2,7 +2,16 @@
 
 from nexusengine.core.output import OutputProcessor
 from nexusengine.core.stop import StopStrings
-from nexusengine.types import Timings, TokenDelta, TokenLogprob
+from nexusengine.types import (
+    SLO,
+    FinishReason,
+    RequestOutput,
+    Service,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+    Verdict,
+)
 
 
 class Letters:
@@ -75,3 +84,42 @@ def test_tokens_without_text_yet_are_still_told() -> None:
     assert first is not None
     assert (first.text, first.token_ids) == ("", (0,))
     assert p.push(TokenDelta("r", ()), 1.0) is None
+
+
+def judged(*pushes: tuple[TokenDelta, float], slo: SLO | None, stops: tuple[str, ...] = ()) -> RequestOutput:
+    """The last output of a request that arrived at 10.0."""
+    p = OutputProcessor("r", (1,), Letters(), StopStrings(stops), slo=slo, slo_class="gold", arrival_s=10.0)
+    outputs = [output for delta, now in pushes if (output := p.push(delta, now)) is not None]
+    assert [o.verdict for o in outputs[:-1]] == [None] * (len(outputs) - 1)
+    return outputs[-1]
+
+
+def ended(strict: bool = True, reason: FinishReason = "length") -> tuple[TokenDelta, float]:
+    """First token after 1 s, the fifth and last after 2 s more."""
+    timings = Timings(10.0, 10.5, 11.0, 13.0, 5)
+    service = Service("w3", 0.7, strict=strict)
+    return TokenDelta("r", (0,), finish_reason=reason, timings=timings, preemptions=2, service=service), 13.0
+
+
+def test_the_last_output_says_whether_the_promise_was_kept_and_what_broke_it() -> None:
+    for slo, verdict in (
+        (SLO(1.0, 0.5), Verdict(True, True)),
+        (SLO(0.9, 0.5), Verdict(False, False, "ttft")),
+        (SLO(1.0, 0.4), Verdict(False, False, "tpot")),
+        (SLO(1.0, 0.5, 2.9), Verdict(False, False, "e2e")),
+        (None, None),
+    ):
+        last = judged(ended(), slo=slo)
+        assert last.verdict == verdict
+        assert (last.slo, last.slo_class, last.preemptions) == (slo, "gold", 2)
+        assert last.service == Service("w3", 0.7)
+    assert judged(ended(strict=False), slo=SLO(1.0, 0.5)).verdict == Verdict(True, False)
+    assert judged(ended(reason="abort"), slo=SLO(1.0, 0.5)).verdict == Verdict(False, False, "unfinished")
+
+
+def test_where_a_stop_string_ends_a_request_the_strict_contract_is_judged_by_what_was_seen() -> None:
+    first = TokenDelta("r", (0,), timings=Timings(10.0, 10.1, 10.9), service=Service("w0", 0.5))
+    for second_s, strict in ((11.5, True), (11.6, False)):
+        pushes = ((first, 10.9), (TokenDelta("r", (1,)), second_s), (TokenDelta("r", (2,)), 11.9))
+        last = judged(*pushes, slo=SLO(1.0, 0.5), stops=("c",))
+        assert (last.finish_reason, last.verdict) == ("stop", Verdict(True, strict))

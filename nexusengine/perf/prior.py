@@ -1,0 +1,58 @@
+"""What to believe of a device before its first step: a few made-up observations from datasheet and model geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nexusengine.model_config import ModelConfig
+from nexusengine.perf.devices import DATASHEETS, Datasheet
+from nexusengine.perf.features import StepFeatures
+
+_COMPUTE_EFFICIENCY, _BANDWIDTH_EFFICIENCY = 0.6, 0.8
+_OVERHEAD_S = 0.002
+_MIXED_OVERHEAD_S = 0.001  # no captured graph, more kernels
+_DECODES = ((1, 1024), (8, 1024), (32, 512), (128, 512), (256, 2048))  # sequences, context of each
+_CHUNKS = ((16, 0, 0), (64, 0, 8), (256, 0, 8), (512, 2048, 0), (1024, 0, 32), (2048, 0, 0), (4096, 4096, 0))
+_DECODE_CONTEXT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Steps and the seconds they are believed to take; tokens: up to how many in a step that is to be relied on."""
+
+    steps: tuple[StepFeatures, ...]
+    seconds: tuple[float, ...]
+    tokens: int = 256
+
+
+def probes() -> tuple[StepFeatures, ...]:
+    """Steps that tell the terms of the model apart."""
+    decodes = [StepFeatures(n, n, 0, 0.0, n * context) for n, context in _DECODES]
+    chunks = [  # tokens of the chunk, its context, decodes beside it
+        StepFeatures(q + n, n + 1, 1, q * (context + 0.5 * q), n * _DECODE_CONTEXT) for q, context, n in _CHUNKS
+    ]
+    return (*decodes, *chunks)
+
+
+def roofline(sheet: Datasheet, model: ModelConfig, bytes_per_weight: float = 2.0, kv_bytes: int = 2) -> Prior:
+    """The larger of moving weights and KV and of computing, with the efficiencies that are usual for each, plus a fixed
+    overhead: 2 operations a weight and token, 4 a layer, head dimension and pair of tokens."""
+    steps = probes()
+    moved_per_s = sheet.bandwidth_gb_s * 1e9 * _BANDWIDTH_EFFICIENCY
+    flops = sheet.tflops * 1e12 * _COMPUTE_EFFICIENCY
+    weights = model.num_parameters - (0 if model.tie_embeddings else model.vocab_size * model.hidden_size)
+    pair_flop = 4.0 * model.num_layers * model.num_heads * model.head_dim
+
+    def seconds(f: StepFeatures) -> float:
+        memory_s = weights * bytes_per_weight / moved_per_s
+        kv_s = f.decode_kv_tokens * model.kv_bytes_per_token(kv_bytes) / moved_per_s
+        compute_s = 2.0 * weights * f.tokens / flops
+        attention_s = pair_flop * f.prefill_attention / flops
+        return _OVERHEAD_S + _MIXED_OVERHEAD_S * (f.prefills > 0) + max(memory_s, compute_s) + kv_s + attention_s
+
+    return Prior(steps, tuple(map(seconds, steps)))
+
+
+_EIGHT_BILLION = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5)
+GENERIC = roofline(DATASHEETS["l40s"], _EIGHT_BILLION)
+"""Of a device of which nothing is known. Its shape matters, its scale does not: that is taken from the first steps."""

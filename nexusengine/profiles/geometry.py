@@ -1,0 +1,93 @@
+"""Shapes of the models that profiles were measured with or are scaled to, and the memory of the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GIB = 2**30
+_MEMORY_SHARE = 0.9
+_RESERVE_BYTES = int(1.5 * _GIB)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A decoder of the Llama family; sizes in elements. experts 0: dense. experts_per_token: of `experts`, each with
+    `intermediate`. bytes_per_weight, bytes_per_kv: as it is served."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    experts: int = 0
+    experts_per_token: int = 0
+    tied: bool = False
+    bytes_per_weight: int = 2
+    bytes_per_kv: int = 2
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer."""
+        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Of one layer, all experts."""
+        return 3 * self.hidden * self.intermediate * max(self.experts, 1) + self.hidden * self.experts
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * (self.attention_parameters + self.mlp_parameters) + embeddings
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.parameters * self.bytes_per_weight
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv
+
+
+MODELS: dict[str, Geometry] = {
+    "llama-3.1-8b": Geometry(4096, 14336, 32, 32, 8, 128, 128256),
+    "llama-3-8b": Geometry(4096, 14336, 32, 32, 8, 128, 128256),
+    "qwen3-32b": Geometry(5120, 25600, 64, 64, 8, 128, 151936),
+    "qwen3-30b-a3b": Geometry(2048, 768, 48, 32, 4, 128, 151936, experts=128, experts_per_token=8),
+    "qwq-32b-fp8": Geometry(5120, 27648, 64, 40, 8, 128, 152064, bytes_per_weight=1, bytes_per_kv=1),
+    "qwen3-8b": Geometry(4096, 12288, 36, 32, 8, 128, 151936),
+    "qwen2.5-7b": Geometry(3584, 18944, 28, 28, 4, 128, 152064),
+    "mistral-7b": Geometry(4096, 14336, 32, 32, 8, 128, 32768),
+    "llama-2-7b": Geometry(4096, 11008, 32, 32, 32, 128, 32000),
+    "llama-3.2-3b": Geometry(3072, 8192, 28, 24, 8, 128, 128256, tied=True),
+    "qwen3-4b": Geometry(2560, 9728, 36, 32, 8, 128, 151936, tied=True),
+    "qwen3-14b": Geometry(5120, 17408, 40, 40, 8, 128, 151936),
+    "qwen2.5-14b": Geometry(5120, 13824, 48, 40, 8, 128, 152064),
+    "qwen2.5-32b": Geometry(5120, 27648, 64, 40, 8, 128, 152064),
+    "smollm2-135m": Geometry(576, 1536, 30, 9, 3, 64, 49152, tied=True),
+}
+
+MEMORY_BYTES: dict[str, int] = {
+    # What CUDA reports as the device's total, which is less than what the datasheet says.
+    "t4": int(14.6 * _GIB),
+    "a10": int(22.1 * _GIB),
+    "l4": int(22.0 * _GIB),
+    "a6000": int(47.4 * _GIB),
+    "l40s": int(44.4 * _GIB),
+    "rtx4090": int(23.5 * _GIB),
+    "rtxpro6000": int(94.9 * _GIB),
+    "a100": int(79.2 * _GIB),
+    "h100": int(79.2 * _GIB),
+    "h200": int(139.8 * _GIB),
+    "b200": int(178.4 * _GIB),
+}
+
+
+def kv_capacity_tokens(device: str, geometry: Geometry, *, shards: int = 1) -> int:
+    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.5 GiB for activations, a multiple of
+    16; 0 if the weights alone do not fit. shards: devices that share the model by tensor parallelism."""
+    room = MEMORY_BYTES[device] * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
+    tokens = int(room / (geometry.kv_bytes_per_token / shards))
+    return max(tokens // 16 * 16, 0)

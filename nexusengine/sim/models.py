@@ -1,0 +1,154 @@
+"""Step-time models for simulated engines: the one that learns online, one that knows, and one that errs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from nexusengine.errors import ConfigError
+from nexusengine.perf import basis
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.prior import probes
+from nexusengine.perf.registry import make_model
+from nexusengine.profiles.base import DeviceProfile
+
+_QUANTILE = 0.95
+_PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
+    """`online`; `oracle`: answers the profile's own mean; `scaled:F`: the online one, wrong by the factor F.
+
+    Raises ConfigError.
+    """
+    if spec == "online":
+        return make_online(profile)
+    if spec == "oracle":
+        return Oracle(profile)
+    kind, _, value = spec.partition(":")
+    try:
+        factor = float(value) if kind == "scaled" else math.nan
+    except ValueError:
+        factor = math.nan
+    if not 0.01 <= factor <= 100:
+        raise ConfigError(f"perf is online, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf")
+    return Scaled(make_online(profile), factor)
+
+
+def make_online(profile: DeviceProfile) -> PerformanceModel:
+    """As a worker has it when it is ready: taught by the steps of start-up calibration, here without scatter."""
+    model, oracle = make_model(), Oracle(profile)
+    for features in probes():
+        model.observe(features, oracle.predict(features).mean_s)
+    return model
+
+
+class Oracle:
+    """Answers the mean that the profile gives for a step with these features, learning nothing.
+
+    Features do not say how tokens are spread over rows: equal chunks and equal contexts are assumed, which is exact for
+    a profile that is linear in the sums. The upper bound is the mean and the measured scatter's 95 % quantile. What it
+    shows to the router is an online model that was taught by it.
+    """
+
+    def __init__(self, profile: DeviceProfile) -> None:
+        self._profile = profile
+        self._factor = {mixed: float(profile.noise(np.array([_QUANTILE]), mixed)[0]) for mixed in (False, True)}
+        self._taught: PerfSnapshot | None = None
+
+    def predict(self, features: StepFeatures) -> StepTime:
+        mean_s = self._mean(
+            features.tokens,
+            features.sequences,
+            features.prefills,
+            features.prefill_attention,
+            features.decode_kv_tokens,
+        )
+        return StepTime(mean_s, mean_s * self._factor[features.prefills > 0])
+
+    def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
+        columns = np.broadcast_arrays(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
+        rows = zip(*(np.asarray(c, np.float64).ravel().tolist() for c in columns), strict=True)
+        return np.array([self._mean(*row) for row in rows]).reshape(columns[0].shape)
+
+    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
+        low, high = 0, limit
+        while low < high:
+            q = (low + high + 1) // 2
+            joined = StepFeatures(
+                base.tokens + q,
+                base.sequences + 1,
+                base.prefills + (q > 1),
+                base.prefill_attention + (q * (context + 0.5 * q) if q > 1 else 0.0),
+                base.decode_kv_tokens + (context + 1 if q == 1 else 0),
+            )
+            low, high = (q, high) if self.predict(joined).upper_s <= budget_s else (low, q - 1)
+        return low
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        del features, seconds
+
+    def snapshot(self) -> PerfSnapshot:
+        if self._taught is None:
+            self._taught = _taught_by(self).snapshot()
+        return self._taught
+
+    def _mean(self, tokens: float, sequences: float, prefills: float, attention: float, kv_tokens: float) -> float:
+        decodes = max(round(sequences - prefills), 0)
+        chunks = max(round(prefills), 0)
+        counts = np.ones(decodes + chunks, np.int32)
+        contexts = np.zeros(decodes + chunks, np.int32)
+        if decodes:
+            contexts[:decodes] = max(kv_tokens / decodes - 1.0, 0.0)
+        if chunks:
+            size = max((tokens - decodes) / chunks, 1.0)
+            counts[decodes:] = np.diff(np.rint(np.arange(chunks + 1) * size)).astype(np.int32)
+            contexts[decodes:] = max(attention / chunks / size - 0.5 * size, 0.0)
+        return self._profile.step_s(counts, contexts) if len(counts) else 0.0
+
+
+class Scaled:
+    """A model whose every answer is `factor` times what it should be."""
+
+    def __init__(self, model: PerformanceModel, factor: float) -> None:
+        self._model, self._factor = model, factor
+
+    def predict(self, features: StepFeatures) -> StepTime:
+        time = self._model.predict(features)
+        return StepTime(time.mean_s * self._factor, time.upper_s * self._factor)
+
+    def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
+        return self._factor * self._model.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
+
+    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
+        return self._model.max_tokens(budget_s / self._factor, base, context, limit)
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        self._model.observe(features, seconds)
+
+    def snapshot(self) -> PerfSnapshot:
+        """That of an online model: seconds for each term, largest step seen, factors of the two bounds, an offset."""
+        snapshot = self._model.snapshot()
+        terms, (seen, decode, mixed, offset_s) = snapshot.weights[: basis.TERMS], snapshot.weights[basis.TERMS :]
+        scaled = [w * self._factor for w in terms]
+        return replace(snapshot, weights=(*scaled, seen, decode, mixed, offset_s * self._factor))
+
+
+def _taught_by(oracle: Oracle) -> PerformanceModel:
+    """An online model that has seen a grid of steps, each with the oracle's own time."""
+    model = make_model()
+    for _ in range(3):
+        for decodes in (0, 1, 4, 16, 64, 256):
+            for context in (64, 512, 2048, 8192):
+                kv = decodes * (context + 1)
+                if decodes:
+                    features = StepFeatures(decodes, decodes, 0, 0.0, kv)
+                    model.observe(features, oracle.predict(features).mean_s)
+                for q in _PREFILL_TOKENS:
+                    attention = q * (context + 0.5 * q)
+                    features = StepFeatures(decodes + q, decodes + 1, 1, attention, kv)
+                    model.observe(features, oracle.predict(features).mean_s)
+    return model

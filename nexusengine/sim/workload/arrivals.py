@@ -1,0 +1,51 @@
+"""Arrival processes: unit-mean gaps by seed, divided by the rate, so that every rate sees the same pattern."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nexusengine.errors import ConfigError
+from nexusengine.sim.workload.draw import F8, Stream, rng_for
+
+_CHUNK = 4096
+_MOST = 5_000_000
+
+
+def parse_arrivals(text: str) -> float | None:
+    """`trace` is None; `poisson` is a coefficient of variation of 1; `gamma:CV` is CV. Raises ConfigError."""
+    if text == "trace":
+        return None
+    if text == "poisson":
+        return 1.0
+    kind, _, value = text.partition(":")
+    if kind == "gamma":
+        try:
+            cv = float(value)
+        except ValueError:
+            cv = math.nan
+        if 0.01 <= cv <= 100:
+            return cv
+        raise ConfigError(f"gamma:CV wants a number between 0.01 and 100, got {text!r}", param="arrivals")
+    raise ConfigError(f"arrivals are trace, poisson or gamma:CV, got {text!r}", param="arrivals")
+
+
+def renewal(cv: float, rate_rps: float, duration_s: float, rng: np.random.Generator) -> F8:
+    """Instants in [0, duration_s) with Gamma-distributed gaps of mean 1/rate_rps. Raises ConfigError if too many."""
+    shape = 1.0 / cv**2
+    chunks: list[F8] = []
+    end = 0.0
+    while end < duration_s * rate_rps:
+        instants = end + np.cumsum(rng.gamma(shape, 1.0 / shape, _CHUNK))
+        chunks.append(instants)
+        end = float(instants[-1])
+        if len(chunks) * _CHUNK > _MOST:
+            raise ConfigError(f"{rate_rps} requests/s for {duration_s} s are more than {_MOST} requests", param="rate")
+    arrivals = np.concatenate(chunks) if chunks else np.zeros(0)
+    kept: F8 = arrivals[arrivals < duration_s * rate_rps] / rate_rps
+    return kept
+
+
+def arrivals_of(cv: float, rate_rps: float, duration_s: float, seed: int) -> F8:
+    return renewal(cv, rate_rps, duration_s, rng_for(seed, Stream.ARRIVALS))

@@ -1,0 +1,62 @@
+"""A trace file as a source: its own arrivals scaled in time, or its lengths alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nexusengine.errors import ConfigError
+from nexusengine.sim.workload.draw import I8, Drawn, Stream, rng_for
+from nexusengine.sim.workload.entries import Trace
+
+
+class Recorded:
+    """Source of single requests.
+
+    Lengths alone come in an order shuffled by seed, each request once before any comes again; where requests share
+    prefixes, the order is kept from a start chosen by seed, because reuse depends on what came shortly before.
+    Arrivals: the window of `duration_s` begins at the trace's beginning for seed 0, elsewhere for other seeds; if the
+    trace is shorter it is repeated.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.name = trace.name
+        self._trace = trace
+        entries = trace.entries
+        self._inputs = np.array([e.input_tokens for e in entries], np.int64)
+        self._outputs = np.array([e.output_tokens for e in entries], np.int64)
+        self._shares_prefixes = any(e.block_ids for e in entries)
+        self.rate_rps = len(entries) / trace.length_s if trace.length_s > 0 else None
+
+    def lengths(self, count: int, seed: int) -> Drawn:
+        rng, n = rng_for(seed, Stream.LENGTHS), len(self._inputs)
+        if self._shares_prefixes:
+            picked = (int(rng.integers(n)) + np.arange(count)) % n
+        else:
+            picked = np.concatenate([rng.permutation(n) for _ in range(-(-count // n))] or [np.zeros(0, np.int64)])
+        return self._pick(picked[:count].astype(np.int64), np.zeros(count))
+
+    def with_arrivals(self, rate_rps: float | None, duration_s: float | None, seed: int) -> Drawn:
+        if self.rate_rps is None:
+            raise ConfigError(
+                f"{self.name} has no arrival times: give --arrivals poisson or gamma:CV", param="arrivals"
+            )
+        scale = 1.0 if rate_rps is None else self.rate_rps / rate_rps
+        instants = np.array([e.arrival_s for e in self._trace.entries], np.float64) * scale
+        length_s = self._trace.length_s * scale
+        if duration_s is None:
+            return self._pick(np.arange(len(instants)), instants)
+        start_s = 0.0
+        if seed and duration_s < length_s:
+            start_s = float(rng_for(seed, Stream.ARRIVALS).uniform(0.0, length_s - duration_s))
+        turns = int(np.ceil((start_s + duration_s) / length_s))
+        all_instants = (instants[None, :] + length_s * np.arange(turns)[:, None]).ravel() - start_s
+        inside = np.nonzero((all_instants >= 0.0) & (all_instants < duration_s))[0]
+        return self._pick(inside % len(instants), all_instants[inside])
+
+    def _pick(self, picked: I8, arrival_s: np.ndarray) -> Drawn:
+        blocks = None
+        if self._shares_prefixes:
+            entries = self._trace.entries
+            blocks = [entries[i].block_ids for i in picked.tolist()]
+        block_tokens = max((e.block_tokens for e in self._trace.entries), default=0)
+        return Drawn(arrival_s, self._inputs[picked], self._outputs[picked], blocks, block_tokens)
