@@ -16,8 +16,8 @@ import numpy.typing as npt
 from msgspec.structs import astuple
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import KIND, LinearModel
-from nexusengine.perf.model import F8, Predictor
+from nexusengine.perf.model import F8, PerfSnapshot, Predictor
+from nexusengine.perf.registry import make_model, rebuild
 from nexusengine.router.policy import WorkerView
 from nexusengine.wire import PerfWeights, WorkerLoad
 
@@ -321,6 +321,6 @@ def in_time(service_s: F8, room_s: F8) -> npt.NDArray[np.bool_]:
 
 def predictor_of(perf: PerfWeights | None) -> Predictor:
     """The model a worker reported; an untaught one where it has reported none."""
-    if perf is None or perf.kind != KIND:
-        return LinearModel()
-    return LinearModel(prior=tuple(perf.weights))  # type: ignore[arg-type]
+    if perf is None:
+        return make_model()
+    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch))
