@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nexusengine.core.stats import CoreStats
 from nexusengine.obs.metrics import PREFIX, ROUTER_METRICS, SERVER_METRICS, WORKER_METRICS, Metrics, markdown
 from nexusengine.types import Timings
-from nexusengine.wire import Cluster, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
 LOADED = WorkerStatus(
     WorkerInfo("w0", "e", 1, "cuda:0", "m"),
@@ -17,7 +17,11 @@ LOADED = WorkerStatus(
     "ready",
     1.0,
     outstanding=3,
-    load=WorkerLoad(0, totals=CoreStats(steps=7, device_s=1.5).totals()),
+    load=WorkerLoad(
+        0,
+        perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals(),
+    ),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
@@ -73,3 +77,10 @@ def test_names_are_unique_and_on_the_page() -> None:
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
     assert set(asdict(CoreStats())) == set(CoreStats().totals())
+
+
+def test_a_bias_of_more_than_ten_percent_to_either_side_raises_the_drift_alarm() -> None:
+    seen = values(Metrics(lambda: CLUSTER))
+    assert seen["worker_step_prediction_bias", "w0"] == -0.2
+    assert seen["worker_step_prediction_drift", "w0"] == 1.0
+    assert seen["worker_performance_epoch", "w0"] == 1.0
