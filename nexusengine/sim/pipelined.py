@@ -12,7 +12,7 @@ import numpy as np
 
 from nexusengine.lens.plan import SchedulerPolicy
 from nexusengine.lens.view import I4
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job
@@ -32,7 +32,7 @@ class PipelinedEngine(SimEngine):
         ahead: bool,
     ) -> None:
         super().__init__(
-            profile, policy, LinearModel(), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
+            profile, policy, make_model("line"), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
         )
         self._every_step, self._ahead = True, ahead
         self._leaving: list[int] = []
