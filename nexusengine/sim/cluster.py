@@ -109,6 +109,8 @@ class Worker:
             block_size=e.settings.block_size,
             kv_total_blocks=e.kv.total_blocks,
             weights_bytes=e.profile.weights_bytes,
+            scheduler=e.policy.name,
+            max_waiting=e.settings.max_waiting,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
 
@@ -142,7 +144,13 @@ class Cluster:
         self._rng, self._progress, self._enough = rng, progress, enough
         self._sample, self._sample_period_s = sample, sample_period_s
         self.workers = [Worker(i, make_engine) for i, make_engine in enumerate(engines)]
-        self.core = RouterCore(policy, [w.info for w in self.workers], epoch=_EPOCH, max_held=max_held)
+        self.core = RouterCore(
+            policy,
+            [w.info for w in self.workers],
+            epoch=_EPOCH,
+            max_held=max_held,
+            report_period_s=link.snapshot_period_s,
+        )
         self.outcomes: dict[str, Outcome] = {}
         self.placing_s: list[float] = []
         self.now = 0.0
