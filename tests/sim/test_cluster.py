@@ -33,7 +33,15 @@ def test_every_job_has_exactly_one_outcome_and_nothing_is_left(
     settings = replace(QUIET, noise=True, max_waiting=30)
     link = LinkSettings(0.004, 0.05, loss=0.3)
     cluster = make_cluster(
-        3, router=router, settings=settings, link=link, faults=faults, seed=seed, kv_tokens=kv_tokens, timeout_s=1.5, max_held=60
+        3,
+        router=router,
+        settings=settings,
+        link=link,
+        faults=faults,
+        seed=seed,
+        kv_tokens=kv_tokens,
+        timeout_s=1.5,
+        max_held=60,
     )
     outcomes = cluster.run(jobs)
     assert_nothing_left(cluster, jobs, outcomes)
