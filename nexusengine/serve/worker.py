@@ -67,7 +67,7 @@ def main() -> None:
 
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), progress)
+        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
         core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
@@ -85,6 +85,8 @@ def main() -> None:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
     )
     link.ready(info, core.load, core.request_ids)
     child.emit({"type": "ready"})
