@@ -61,6 +61,7 @@ class StepRecord:
     """One step as it was planned and as it went. Seconds; started_s on the core's clock.
 
     reasons: how many slots had each lens.plan.Reason, by its number; those without a request count as NONE.
+    notes: the plan's own.
     """
 
     step: int
@@ -74,3 +75,4 @@ class StepRecord:
     waiting: int
     preempted: int
     reasons: tuple[int, ...]
+    notes: dict[str, float]

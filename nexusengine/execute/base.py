@@ -41,7 +41,8 @@ class ExecutorSpec:
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step.
+    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
+    name, so that emulated devices do not all scatter alike.
     """
 
     dtype: str | None = None
@@ -52,6 +53,7 @@ class ExecutorOptions:
     max_running: int = 256
     attention_backend: str | None = None
     seed: int = 0
+    worker: str = ""
 
 
 class Executor(Protocol):

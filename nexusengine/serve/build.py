@@ -16,12 +16,13 @@ from nexusengine.obs.step_recorder import StepRecorder
 from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
 from nexusengine.perf.prior import GENERIC, Prior, roofline
 from nexusengine.perf.registry import make_model
+from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.serve.calibrate import calibrate
 
 log = get_logger("worker")
 
 
-def executor_options(config: EngineConfig) -> ExecutorOptions:
+def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
         max_model_len=config.max_model_len,
@@ -31,6 +32,7 @@ def executor_options(config: EngineConfig) -> ExecutorOptions:
         max_running=config.max_running,
         attention_backend=config.attention_backend,
         seed=config.seed,
+        worker=worker,
     )
 
 
@@ -62,7 +64,8 @@ def make_core(
 
 
 def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
-    """From the datasheet of the device, if it is known, and the geometry of the model."""
+    """From the datasheet of the device, if it is known, and the geometry of the model: of the one whose step times an
+    emulated device has, not of the one whose tokenizer is served."""
     if geometry is None:
         return GENERIC
     kind, _, rest = spec.device.partition(":")
@@ -70,7 +73,9 @@ def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
     if kind == "cpu":
         sheet = cpu_datasheet(parse_device(spec.device).threads or os.cpu_count() or 1)
     else:
-        sheet = DATASHEETS.get(rest) if kind == "emulated" else datasheet_of(spec.device_name)
+        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
+    if kind == "emulated":
+        geometry = emulated_geometry(rest) or geometry
     if sheet is None:
         return GENERIC
     element_bytes = 4 if spec.dtype == "float32" else 2

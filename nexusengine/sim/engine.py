@@ -276,6 +276,7 @@ class SimEngine:
             self._preempt(slot)
         for slot in plan.relegate:
             self._c.relegated[slot] = self._live[slot].ever_relegated = True
+        self._c.relegated[list(plan.restore)] = False
         for slot in plan.refuse:
             self._end(slot, now, refused=True)
         return plan
