@@ -12,8 +12,10 @@ from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.model_config import ModelConfig
+from nexusengine.perf.devices import DATASHEETS
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.online import OnlineModel
+from nexusengine.perf.prior import EIGHT_BILLION, roofline
 from nexusengine.serve.build import make_core, prior_of, step_log_path
 from nexusengine.serve.calibrate import calibrate
 from tests.devices import Roofline
@@ -115,17 +117,16 @@ def test_the_prior_comes_from_the_device_and_the_model() -> None:
         return ExecutorSpec(device, dtype, 16, 10, 64, 64, 100, "x", 0, 0, name)
 
     step = StepFeatures(1, 1, 0, 0.0, 100)
-    h100, l4, cpu, emulated = (
+    h100, l4, cpu = (
         OnlineModel(prior_of(s, GEOMETRY)).predict(step).mean_s
         for s in (
             spec("cuda:0", "NVIDIA H100 80GB HBM3"),
             spec("cuda:0", "NVIDIA L4"),
             spec("cpu:2", dtype="float32"),
-            spec("emulated:l4"),
         )
     )
     assert h100 < l4 < cpu
-    assert emulated == l4
+    assert prior_of(spec("emulated:l4"), GEOMETRY) == roofline(DATASHEETS["l4"], EIGHT_BILLION)
     assert prior_of(spec("cuda:0", "something new"), GEOMETRY) == prior_of(spec("cpu"), None)
 
 
