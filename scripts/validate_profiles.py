@@ -91,7 +91,13 @@ def points() -> list[dict[str, Any]]:
     out = []
     for r in table(PROFILES / "aiconfigurator" / "silicon_sample.csv.gz"):
         model, device = MODEL_OF.get(r["model_path"]), DEVICE_OF.get(r["system"])
-        if model is None or device is None or r["mode"] != "agg" or r["tp_size"] != "1" or r["pp_size"] not in ("", "1"):
+        if (
+            model is None
+            or device is None
+            or r["mode"] != "agg"
+            or r["tp_size"] != "1"
+            or r["pp_size"] not in ("", "1")
+        ):
             continue
         if r["gemm_quant_mode"] not in ("", "fp8", "fp8_block", "bfloat16"):
             continue
