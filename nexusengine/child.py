@@ -51,7 +51,8 @@ def read_config() -> Message:
     if line is None:
         os._exit(1)
     config: Message = json.loads(line)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor handles it
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and service managers reach the whole group;
+        signal.signal(number, signal.SIG_IGN)  # the supervisor handles it
     if config["parent_death_signal"]:
         die_with(config["parent_pid"])
     return config

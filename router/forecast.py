@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -16,8 +17,8 @@ import numpy.typing as npt
 from msgspec.structs import astuple
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import KIND, LinearModel
-from nexusengine.perf.model import F8, Predictor
+from nexusengine.perf.model import F8, PerfSnapshot, Predictor
+from nexusengine.perf.registry import make_model, rebuild
 from nexusengine.router.policy import WorkerView
 from nexusengine.wire import PerfWeights, WorkerLoad
 
@@ -320,7 +321,13 @@ def in_time(service_s: F8, room_s: F8) -> npt.NDArray[np.bool_]:
 
 
 def predictor_of(perf: PerfWeights | None) -> Predictor:
-    """The model a worker reported; an untaught one where it has reported none."""
-    if perf is None or perf.kind != KIND:
-        return LinearModel()
-    return LinearModel(prior=tuple(perf.weights))  # type: ignore[arg-type]
+    """The model a worker reported; an untaught one where it has reported none. Raises ValueError for one it should not
+    have sent."""
+    if perf is None:
+        return _untaught()
+    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
+
+
+@cache
+def _untaught() -> Predictor:
+    return make_model()

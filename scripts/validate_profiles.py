@@ -16,6 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from profile_sources.common import PROFILES, table
+from profile_sources.kernels import kernel_tables
 
 from nexusengine.lens.registry import make_policy
 from nexusengine.perf.registry import make_model
@@ -26,8 +28,6 @@ from nexusengine.profiles.geometry import MODELS, Geometry, kv_capacity_tokens
 from nexusengine.profiles.noise import Noise
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import make_job
-from profile_sources.common import PROFILES, table
-from profile_sources.kernels import kernel_tables
 
 MODEL_OF = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
@@ -133,7 +133,7 @@ def main() -> None:
         if p["requests"] * (p["prompt"] + p["output"]) > profile.kv_capacity_tokens:
             continue  # they waited for one another; that is not what is compared
         ttft, tpot = closed_loop(profile, p["requests"], p["prompt"], p["output"])
-        calibrated = CALIBRATED == (p["device"], p["model"], p["fp8"]) and not p["number"] % 2
+        calibrated = (p["device"], p["model"], p["fp8"]) == CALIBRATED and not p["number"] % 2
         errors[(*key, p["backend"], calibrated)].append((ttft / p["ttft_ms"] - 1, tpot / p["tpot_ms"] - 1))
         if args.points:
             print(p, f"simulated {ttft:.1f} {tpot:.2f}")

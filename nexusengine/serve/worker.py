@@ -85,6 +85,8 @@ def main() -> None:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
     )
     link.ready(info, core.load, core.request_ids)
     child.emit({"type": "ready"})

@@ -176,12 +176,15 @@ def test_nothing_outlives_a_killed_supervisor(serve: Serve) -> None:
     wait_until(lambda: not any(map(runs, children)), timeout_s=2.0)
 
 
-def test_on_sigterm_running_requests_finish_and_new_ones_are_refused(serve: Serve) -> None:
+@pytest.mark.parametrize("everyone", [False, True], ids=["the supervisor", "every process"])
+def test_on_sigterm_running_requests_finish_and_new_ones_are_refused(serve: Serve, everyone: bool) -> None:
+    """Service managers and Ctrl-C signal the whole group; `timeout` signals its own child twice."""
     served = serve("--devices", "emulated:t4")
     stream = Stream(served.url, 500)
     stream.wait_for_tokens()
     children = psutil.Process(served.process.pid).children(recursive=True)
-    served.process.send_signal(signal.SIGTERM)
+    for process in [*children, served.process, served.process] if everyone else [served.process]:
+        process.send_signal(signal.SIGTERM)
     wait_until(lambda: httpx.get(served.url + "/readyz").status_code == 503)
     assert Stream(served.url, 5).join() == "unavailable"
     assert stream.join() == "done"
@@ -249,6 +252,15 @@ def _environment(process: psutil.Process) -> str:
 )
 def test_a_start_that_cannot_succeed_ends_at_once_with_its_cause(options: tuple[str, ...], words: str) -> None:
     assert words in start_and_fail(*options)
+
+
+def test_a_runtime_folder_that_cannot_be_used_is_named(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "runtime"
+    long = tmp_path / ("x" * 100)
+    assert f"{long} is too long" in start_and_fail("--devices", "emulated:t4", "--runtime-dir", str(long))
+    served = serve("--devices", "emulated:t4", "--runtime-dir", str(folder))
+    assert "used by another engine" in start_and_fail("--devices", "emulated:t4", "--runtime-dir", str(folder))
+    assert Stream(served.url, 3).join() == "done"
 
 
 def test_a_port_in_use_is_named(serve: Serve) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nexusengine.lens.registry import make_policy
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 from nexusengine.router.policies import make_policy as make_router
 from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
@@ -38,7 +38,7 @@ def make_cluster(
         return SimEngine(
             FormulaProfile(kv_tokens),
             make_policy(engine),
-            LinearModel(),
+            make_model(),
             settings,
             max_model_len=MAX_LEN,
             rng=np.random.default_rng([seed, index]),

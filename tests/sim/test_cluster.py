@@ -24,7 +24,7 @@ def run(cluster: Cluster, jobs: list[Job]) -> dict[str, Outcome]:
 
 @pytest.mark.parametrize("router", ["least-outstanding", "round-robin"])
 @pytest.mark.parametrize("faults", [(), ("crash:0:1:0.5", "slow:1:0.5:4", "join:2:1.5")])
-@pytest.mark.parametrize(("count", "gap_s", "kv_tokens"), [(150, 0.02, 20_000), (300, 0.003, 3_000)])
+@pytest.mark.parametrize(("count", "gap_s", "kv_tokens"), [(150, 0.02, 20_000), (400, 0.003, 3_000)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_job_has_exactly_one_outcome_and_nothing_is_left(
     router: str, faults: tuple[str, ...], count: int, gap_s: float, kv_tokens: int, seed: int
@@ -33,7 +33,15 @@ def test_every_job_has_exactly_one_outcome_and_nothing_is_left(
     settings = replace(QUIET, noise=True, max_waiting=30)
     link = LinkSettings(0.004, 0.05, loss=0.3)
     cluster = make_cluster(
-        3, router=router, settings=settings, link=link, faults=faults, seed=seed, kv_tokens=kv_tokens, timeout_s=3.0
+        3,
+        router=router,
+        settings=settings,
+        link=link,
+        faults=faults,
+        seed=seed,
+        kv_tokens=kv_tokens,
+        timeout_s=1.5,
+        max_held=60,
     )
     outcomes = cluster.run(jobs)
     assert_nothing_left(cluster, jobs, outcomes)
@@ -190,7 +198,7 @@ def test_what_has_not_ended_by_the_end_is_unfinished() -> None:
 
 def test_a_full_queue_and_an_impossible_request_are_refused() -> None:
     jobs = [make_job(f"r{i}", 0.0, 1500, 100) for i in range(30)]
-    outcomes = run(make_cluster(1, settings=replace(QUIET, max_waiting=4, max_running=2)), jobs)
+    outcomes = run(make_cluster(1, settings=replace(QUIET, max_waiting=4, max_running=2), max_held=4), jobs)
     assert sum(o.error == "overloaded" for o in outcomes.values()) > 10
     long = [make_job("r", 0.0, MAX_LEN, 1)]
     assert run(make_cluster(1), long)["r"].error == "context_length_exceeded"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nexusengine.errors import ModelLoadError
+from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading.config_json import parse_config, read_config
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.loading.safetensors_file import check_header, find_shards
@@ -87,6 +87,12 @@ def test_end_of_text_ids_come_from_both_files(tmp_path: Path) -> None:
 def test_a_model_that_does_not_exist_is_one_clear_sentence(ref: str) -> None:
     with pytest.raises(ModelLoadError, match="there is no model"):
         resolve_model(ref)
+
+
+def test_a_revision_without_a_repository_is_refused(tmp_path: Path) -> None:
+    for ref in ("smollm2-135m", str(tmp_path)):
+        with pytest.raises(ConfigError, match="revision 'main' was given"):
+            resolve_model(ref, revision="main")
 
 
 def test_a_directory_without_weights_or_with_too_many_is_named(tmp_path: Path) -> None:

@@ -479,3 +479,18 @@ def test_a_new_process_of_a_worker_that_failed_starts_with_a_clean_slate() -> No
     assert router.dispatched() == {}
     router.ready("w0", "e2")
     assert router.dispatched() == {"b": "w0"}
+
+
+def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_who_asked() -> None:
+    router = Router("w0", "w1", "w2")
+    for w in ("w0", "w1"):  # w2 is not there yet
+        router.ready(w)
+    router.core.on_client(CLIENT, wire.Hello(), 0.0)
+    router.sent()
+    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    asked = router.sent()
+    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
+        findings = wire.Findings(client, 5, "w0")
+        router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
+        assert router.sent() == ({client: [findings]} if passed_on else {})
