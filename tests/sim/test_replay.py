@@ -1,4 +1,4 @@
-"""Replays of measured vLLM runs: the pipeline of steps, engines that step together, reading a run, and how near it is."""
+"""Replays of measured vLLM runs: the pipeline of steps, engines that step together, reading a run, how near it is."""
 
 import gzip
 import json
