@@ -19,10 +19,12 @@ from nexusengine.router.trace import PlacementTrace
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     Abort,
+    Ask,
     Cancel,
     Cluster,
     Deltas,
     Dispatch,
+    Findings,
     Hello,
     Leaving,
     Message,
@@ -103,6 +105,9 @@ class RouterCore:
             self._send("client", identity, self.cluster())
         elif isinstance(message, Submit):
             self._submit(identity, message.request, now)
+        elif isinstance(message, Ask):
+            for worker in self.registry.identities():
+                self._send("worker", worker, Ask(message.query, message.last_steps, message.request_id, identity))
         elif isinstance(message, Abort):
             entry = self.ledger.get(message.request_id)
             if entry is not None and entry.client == identity:
@@ -146,6 +151,9 @@ class RouterCore:
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
                 worker.last_seen_s = now
                 self._forward(identity, message, now)
+        elif isinstance(message, Findings):
+            if message.client in self._clients:
+                self._send("client", message.client, message)
         elif isinstance(message, Leaving):
             self.on_worker_gone(identity, message.cause, now)
 
@@ -246,6 +254,10 @@ class RouterCore:
         self._totals["first_tokens_predicted"] += 1
         self._totals["first_token_s"] += now - entry.placed_s
         self._totals["first_token_error_s"] += abs(now - entry.placed_s - entry.first_token_in_s)
+
+    def prepare(self, now: float) -> None:
+        """Let the policy digest new reports; called when they have been taken in and before requests are."""
+        self.policy.prepare(self.registry.views(self.ledger), now)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 

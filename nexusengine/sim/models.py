@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.perf import basis
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
 from nexusengine.perf.prior import probes
-from nexusengine.perf.registry import make_model
+from nexusengine.perf.registry import make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
@@ -91,6 +89,8 @@ class Oracle:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         del features, seconds
 
+    observe_cold = observe
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -129,12 +129,11 @@ class Scaled:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe(features, seconds)
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        self._model.observe_cold(features, seconds)
+
     def snapshot(self) -> PerfSnapshot:
-        """That of an online model: seconds for each term, largest step seen, factors of the two bounds, an offset."""
-        snapshot = self._model.snapshot()
-        terms, (seen, decode, mixed, offset_s) = snapshot.weights[: basis.TERMS], snapshot.weights[basis.TERMS :]
-        scaled = [w * self._factor for w in terms]
-        return replace(snapshot, weights=(*scaled, seen, decode, mixed, offset_s * self._factor))
+        return scaled(self._model.snapshot(), self._factor)
 
 
 def _taught_by(oracle: Oracle) -> PerformanceModel:
