@@ -1,7 +1,7 @@
 """Compares composed profiles with measured deployments: python scripts/validate_profiles.py [--json].
 
-The yardstick is silicon_sample.csv of ../shared/gpu_profiles/aiconfigurator: end-to-end points of TensorRT-LLM, vLLM and
-SGLang under a constant number of requests. Taken are those on one GPU with a dense model. Each is simulated: that many
+The yardstick is silicon_sample.csv of ../shared/gpu_profiles/aiconfigurator: end-to-end points of TensorRT-LLM, vLLM
+and SGLang under a constant number of requests. Taken are those on one GPU with a dense model. Each is simulated: that many
 requests of that length, each replaced when it ends, first come first served with 8,192 tokens a step, no noise, nothing
 of any server around it. The engines are not the one whose kernels were measured, so this bounds the error from above.
 Points that two terms of the profiles were calibrated on (see profile_sources.kernels) are counted apart.

@@ -99,10 +99,15 @@ def test_what_is_not_a_device_is_refused(text: str) -> None:
 
 
 def test_auto_takes_the_gpus_it_is_shown_or_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = types.SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 8)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [str(d) for d in parse_devices("auto")] == ["cuda:0", "cuda:1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [str(d) for d in parse_devices("auto")] == ["cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    driver.nvmlDeviceGetCount = lambda: 0
+    assert [str(d) for d in parse_devices("auto")] == ["cpu"], "shown a GPU that is not there"
 
 
 def test_every_setting_is_an_option_of_the_command_line() -> None:
