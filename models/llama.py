@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.errors import ModelLoadError
-from nexusengine.layers.basic import Linear, rms_norm, silu_mul
-from nexusengine.layers.rotary import RotaryEmbedding, rotate
+from nexusengine.layers.ops import Map, Ops, TorchOps
+from nexusengine.layers.rotary import RotaryEmbedding
 from nexusengine.loading.weights import WeightSource
 from nexusengine.model_config import ModelConfig
 
@@ -26,11 +26,11 @@ class Layer:
     """qkv: q, k and v projections one below the other; gate_up likewise."""
 
     input_norm: torch.Tensor
-    qkv: Linear
-    output: Linear
+    qkv: Map
+    output: Map
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Map
+    down: Map
 
 
 class LlamaForCausalLM:
@@ -45,17 +45,19 @@ class LlamaForCausalLM:
         max_positions: int,
         source: WeightSource | None,
         seed: int = 0,
+        ops: Ops[Any] | None = None,
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
-        """source None: random weights from `seed`, for checks without a checkpoint. Raises ModelLoadError naming the
-        tensor that is missing, surplus or of another shape."""
+        """source None: random weights from `seed`, for checks without a checkpoint. ops: what it computes with; by
+        default torch. Raises ModelLoadError naming the tensor that is missing, surplus or of another shape."""
         self.config, self.dtype, self.device = config, dtype, device
         self._source = source
         self._generator = torch.Generator().manual_seed(seed)
         self._taken: set[str] = set()
         c = config
+        self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.embedding = self._take("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        self.embedding = self._linear([("model.embed_tokens", c.vocab_size)], c.hidden_size, False)
         self.layers = []
         for i in range(c.num_layers):
             name = f"model.layers.{i}"
@@ -68,14 +70,14 @@ class LlamaForCausalLM:
                     qkv=self._linear(qkv, c.hidden_size, c.attention_bias),
                     output=self._linear([(f"{attention}.o_proj", c.hidden_size)], q, c.attention_output_bias),
                     post_norm=self._take(f"{name}.post_attention_layernorm.weight", (c.hidden_size,)),
-                    gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
+                    gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias, gated=True),
                     down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
                 )
             )
             progress((i + 1) / c.num_layers)
         self.norm = self._take("model.norm.weight", (c.hidden_size,))
         if c.tie_embeddings:
-            self.head = Linear(self.embedding)
+            self.head = self.embedding
             self._taken.add("lm_head.weight")
         else:
             self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False)
@@ -92,45 +94,44 @@ class LlamaForCausalLM:
         meta: AttentionMeta,
     ) -> torch.Tensor:
         """token_ids, positions i8 `[T]`; kv `[2, L, num_blocks, block_size, H_kv, D]` -> normed hidden `[T, C]`."""
-        c = self.config
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        c, ops = self.config, self.ops
+        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
         cos_sin = self.rotary.at(positions)
-        x = F.embedding(token_ids, self.embedding)
+        x = ops.embed(token_ids, self.embedding)
         mixed = torch.empty(len(x), c.num_heads, c.head_dim, dtype=x.dtype, device=x.device)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps))
-            q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
-            q = rotate(q.view(-1, c.num_heads, c.head_dim), cos_sin)
-            k = rotate(k.view(-1, c.num_kv_heads, c.head_dim), cos_sin)
-            attention.store(k, v.view(-1, c.num_kv_heads, c.head_dim), kv[0, i], kv[1, i], meta)
-            attention.run(q, kv[0, i], kv[1, i], meta, mixed)
-            x = x + layer.output(mixed.view(-1, q_size))
-            x = x + layer.down(silu_mul(layer.gate_up(rms_norm(x, layer.post_norm, c.rms_norm_eps))))
-        return rms_norm(x, self.norm, c.rms_norm_eps)
+            k_cache, v_cache = kv[0, i], kv[1, i]
+            qkv = ops.linear(layer.qkv, x, norm=layer.input_norm)
+            q = ops.rotate_and_store(qkv, cos_sin, attention, k_cache, v_cache, meta, heads)
+            attention.run(q, k_cache, v_cache, meta, mixed)
+            x = ops.add_linear(layer.output, mixed.view(len(x), -1), into=x)
+            x = ops.add_linear(layer.down, ops.gated(layer.gate_up, x, norm=layer.post_norm), into=x)
+        return ops.norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden `[N, C]` of the rows to sample -> float32 `[N, V]`."""
-        return self.head(hidden).float()
+        return self.ops.logits(self.head, hidden)
 
     @property
     def weights_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from (self.embedding, self.norm)
-        if self.head.weight is not self.embedding:
-            yield self.head.weight
+        yield self.norm
+        yield from self.embedding.tensors()
+        if self.head is not self.embedding:
+            yield from self.head.tensors()
         for layer in self.layers:
             yield from (layer.input_norm, layer.post_norm)
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                yield linear.weight
-                if linear.bias is not None:
-                    yield linear.bias
+                yield from linear.tensors()
 
-    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool, gated: bool = False) -> Map:
         """One linear map of several checkpoint tensors, one below the other."""
         weight = self._stack([(f"{name}.weight", (rows, inputs)) for name, rows in parts])
-        return Linear(weight, self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None)
+        biases = self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None
+        packed: Map = self.ops.pack(weight, biases, gated=gated)
+        return packed
 
     def _stack(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)

@@ -61,6 +61,7 @@ class Broker:
                     self._on_control(self._control.get())
             if self._back in ready:
                 self._receive(self._back)
+                self.core.prepare(time.monotonic())
             if self._front in ready:
                 self._receive(self._front)
             now = time.monotonic()
@@ -96,6 +97,8 @@ class Broker:
             )
         elif message["type"] == "drain":
             self.core.draining = True
+        elif message["type"] == "drain_worker" and not self.core.drain_worker(message["worker_id"]):
+            log.warning("told to drain %r, which is no worker", message["worker_id"])
 
     def _flush(self) -> None:
         """Send what is to be sent. A peer that cannot be reached, or whose queue is full, is given up: a worker counts
@@ -113,7 +116,7 @@ class Broker:
                 raise
             log.warning("gave up %s %r: %s", outgoing.side, outgoing.identity, error)
             if outgoing.side == "client":
-                self.core.on_client_gone(outgoing.identity)
+                self.core.on_client_gone(outgoing.identity, time.monotonic())
             else:
                 self.core.on_worker_gone(outgoing.identity, "cannot be reached", time.monotonic())
 
@@ -127,6 +130,7 @@ def main() -> None:
         [wire.WorkerInfo(w["worker_id"], "", 0, w["device"], config.model) for w in given["workers"]],
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
+        report_period_s=config.snapshot_period,
     )
     broker = Broker(core, given["front"], given["back"], config.snapshot_period)
     child.listen(broker.control)

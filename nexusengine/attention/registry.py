@@ -8,7 +8,10 @@ from dataclasses import replace
 from nexusengine.attention.base import AttentionBackend, AttentionSpec
 from nexusengine.errors import ConfigError
 
-BACKENDS: dict[str, str] = {"sdpa": "nexusengine.attention.sdpa:SdpaBackend"}
+BACKENDS: dict[str, str] = {
+    "cpu": "nexusengine.attention.native_cpu:NativeCpuBackend",
+    "sdpa": "nexusengine.attention.sdpa:SdpaBackend",
+}
 """By name, best first; a module is imported only when its backend is considered."""
 
 
@@ -33,9 +36,9 @@ def choose(
     for name in [wanted] if wanted else BACKENDS:
         cls = backend_class(name)
         chosen = replace(spec, block_size=block_size or cls.caps().block_sizes[0])
-        available, reason = cls.probe()
-        if available:
-            available, reason = cls.supports(chosen)
+        available, reason = cls.supports(chosen)
+        if available:  # asked second: it may have to build something
+            available, reason = cls.probe()
         if available and chosen.block_size not in cls.caps().block_sizes:
             available, reason = False, f"cannot use blocks of {chosen.block_size} tokens"
         if available:

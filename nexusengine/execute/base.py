@@ -21,6 +21,7 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
+    device_name: what its maker calls the device, where that is known.
     """
 
     device: str
@@ -33,6 +34,7 @@ class ExecutorSpec:
     attention_backend: str
     weights_bytes: int
     kv_bytes: int
+    device_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

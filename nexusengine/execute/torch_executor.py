@@ -16,15 +16,18 @@ from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
+from nexusengine.layers.choice import choose_ops
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.weights import WeightSource, open_weights
 from nexusengine.model_config import ModelConfig
 from nexusengine.models.llama import LlamaForCausalLM
 from nexusengine.models.registry import model_class
+from nexusengine.obs.logs import get_logger
 from nexusengine.sampling.sampler import DeviceLogprobs, SamplingRows, sample
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _GPU_SHARE = 0.9
+log = get_logger("executor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,15 @@ class TorchExecutor:
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> TorchExecutor:
-        """Load the model. Raises ModelLoadError, or ConfigError naming the setting that cannot be met."""
-        with open_weights(files) as source:
-            return cls.build(files.config, source, device, options, progress)
+        """Load the model. Raises ModelLoadError naming its file or folder, or ConfigError naming the setting that
+        cannot be met."""
+        try:
+            with open_weights(files) as source:
+                return cls.build(files.config, source, device, options, progress)
+        except ModelLoadError as error:
+            if str(files.path) in error.message:
+                raise
+            raise ModelLoadError(f"{files.path}: {error.message}") from None
 
     @classmethod
     @torch.inference_mode()
@@ -79,7 +88,12 @@ class TorchExecutor:
         attention_spec = AttentionSpec(
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
         )
-        backend, attention_spec, _ = choose(attention_spec, options.attention_backend, options.block_size)
+        if where.type == "cpu":
+            progress("building the CPU kernels, the first time only", 0.0)
+        backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
+        for name, reason in passed_over:
+            log.info("attention backend %s is passed over: %s", name, reason)
+        ops = choose_ops(where, dtype, config.rms_norm_eps)
         try:
             model = model_class(config.architecture)(
                 config,
@@ -88,6 +102,7 @@ class TorchExecutor:
                 max_positions=longest,
                 source=source,
                 seed=options.seed,
+                ops=ops,
                 progress=lambda fraction: progress("loading weights", fraction),
             )
         except torch.OutOfMemoryError:
@@ -108,6 +123,7 @@ class TorchExecutor:
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
                 kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
             )
             return cls(model, backend(attention_spec), attention_spec, spec)
 

@@ -9,6 +9,7 @@ from nexusengine.lens.plan import SchedulerPolicy
 
 POLICIES: dict[str, str] = {
     "fcfs": "nexusengine.lens.fcfs:FCFS",
+    "vllm": "nexusengine.lens.vllm:Vllm",
     "sarathi": "nexusengine.lens.static:Sarathi",
     "prefill-first": "nexusengine.lens.prefill_first:PrefillFirst",
     "edf": "nexusengine.lens.static:EDF",

@@ -156,19 +156,24 @@ class Step:
 
     def admit(self, slot: int, at_most: int = CHUNK_MAX) -> int:
         """The first chunk of a slot that is `admissible`; the number of its tokens."""
-        c, size = self.columns, self.view.block_size
+        c = self.columns
         cached = int(c.cached_tokens[slot])
         count = min(int(c.known_tokens[slot]) - cached, self.tokens, at_most)
-        blocks = -(-(cached + count) // size) - cached // size + int(c.cached_free_blocks[slot])
+        blocks = self.blocks_to_start(slot, count)
         self._reserved += self._whole_blocks(slot) - blocks
         self.seats -= 1
         self._take(slot, count, cached, blocks, Reason.ADMITTED)
         return count
 
-    def _whole_blocks(self, slot: int) -> int:
+    def blocks_to_start(self, slot: int, count: int) -> int:
+        """Free blocks that a waiting slot takes for its first `count` tokens behind the cached ones, at most all."""
         c, size = self.columns, self.view.block_size
         cached = int(c.cached_tokens[slot])
-        return -(-int(c.known_tokens[slot]) // size) - cached // size + int(c.cached_free_blocks[slot])
+        ends = min(cached + count, int(c.known_tokens[slot]))
+        return -(-ends // size) - cached // size + int(c.cached_free_blocks[slot])
+
+    def _whole_blocks(self, slot: int) -> int:
+        return self.blocks_to_start(slot, CHUNK_MAX)
 
     def _take(self, slot: int, count: int, context: int, blocks: int, reason: Reason) -> None:
         self._slots.append(slot)

@@ -34,30 +34,37 @@ class _Tokens:
         )
         self.breaks: list[float] = []
         self.starts, self.values, self.slopes = [0.0], [constant], [weights[basis.SLOPE] / TOKENS]
-        slope, floor = self.slopes[0], 0.0
+        slope = self.slopes[0]
         for at in sorted(places.union(bends, jumps)):
             value = self(at)
-            if at == seen and mixed:
-                floor = self._slope_beyond(seen, constant)
+            if mixed and at == seen:
+                slope = self._slope_beyond(seen, constant)
             slope += bends.get(at, 0.0)
             self.breaks.append(at)
             self.starts.append(at)
             self.values.append(value + jumps.get(at, 0.0))
-            self.slopes.append(max(slope, floor))
-        self._arrays = tuple(np.array(part) for part in (self.breaks, self.starts, self.values, self.slopes))
+            self.slopes.append(slope)
+        self._arrays: tuple[F8, ...] = ()
 
     def _slope_beyond(self, seen: float, constant: float) -> float:
-        """Beyond the most tokens seen, at least as steep as on the way there. A device's time for one more token rises
-        towards that at its peak throughput, so the secants are lower bounds of it; the mean time per token is an upper
-        bound."""
+        """Seconds for each token beyond the most seen. Weights that were fitted up to there say little of it.
+
+        On a roofline, time = overhead + max(moving weights, tokens * c), it is c; the secant from no tokens is below c
+        by as much as moving weights takes, the mean time per token above it by the overhead. The geometric mean of the
+        two is one estimate, the secant of the last octave, kept between them, another; their geometric mean is taken.
+        """
         end, half = self(seen), self(seen / 2)
-        return min(max((end - constant) / seen, (end - half) / (seen / 2)), end / seen)
+        low, high = (end - constant) / seen, end / seen
+        octave = min(max((end - half) / (seen / 2), low), high)
+        return math.sqrt(math.sqrt(low * high) * octave)
 
     def __call__(self, tokens: float) -> float:
         i = bisect_left(self.breaks, tokens)
         return self.values[i] + self.slopes[i] * (tokens - self.starts[i])
 
     def many(self, tokens: F8) -> F8:
+        if not self._arrays:
+            self._arrays = tuple(map(np.array, (self.breaks, self.starts, self.values, self.slopes)))
         breaks, starts, values, slopes = self._arrays
         i = np.searchsorted(breaks, tokens)
         result: F8 = values[i] + slopes[i] * (tokens - starts[i])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 _GIB = 2**30
 _MEMORY_SHARE = 0.9
-_RESERVE_BYTES = int(1.5 * _GIB)
+_RESERVE_BYTES = int(1.2 * _GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,18 @@ MEMORY_BYTES: dict[str, int] = {
 }
 
 
-def kv_capacity_tokens(device: str, geometry: Geometry, *, shards: int = 1) -> int:
-    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.5 GiB for activations, a multiple of
-    16; 0 if the weights alone do not fit. shards: devices that share the model by tensor parallelism."""
-    room = MEMORY_BYTES[device] * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
+def shards_of(device: str) -> int:
+    """Devices behind a name: 2 of "rtxpro6000-tp2"."""
+    _, _, count = device.partition("-tp")
+    return int(count) if count.isdigit() else 1
+
+
+def kv_capacity_tokens(device: str, geometry: Geometry) -> int:
+    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.2 GiB for activations, CUDA context
+    and graphs; a multiple of 16, 0 if the weights alone do not fit. Devices that share a model by tensor parallelism
+    each hold a part of weights and KV."""
+    shards = shards_of(device)
+    memory = MEMORY_BYTES[device.partition("-tp")[0]]
+    room = memory * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
     tokens = int(room / (geometry.kv_bytes_per_token / shards))
     return max(tokens // 16 * 16, 0)

@@ -15,6 +15,7 @@ from typing import Any
 from nexusengine.errors import ConfigError
 from nexusengine.lens.registry import make_policy as make_engine_policy
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.profiles.registry import load_profile as packaged_profile
 from nexusengine.router.policies import make_policy as make_router_policy
 from nexusengine.sim.cluster import HOPS, Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
@@ -88,12 +89,14 @@ class SimSpec:
 
 @dataclass(frozen=True, slots=True)
 class SimResult:
-    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered."""
+    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered; builder: for
+    more simulations of the same trace."""
 
     spec: SimSpec
     metrics: dict[str, Any]
     outcomes: list[Outcome]
     workload: Workload
+    builder: Builder
     timeline: list[Sample] = field(default_factory=list)
 
 
@@ -114,13 +117,15 @@ def simulate(
     *,
     load_profile: LoadProfile | None = None,
     builder: Builder | None = None,
-    progress: Callable[[float, int], None] = lambda now_s, ended: None,
-    enough: Callable[[Outcome], bool] = lambda outcome: False,
+    progress: Callable[[float, int, int], None] = lambda now_s, ended, offered: None,
+    enough_of: Callable[[Workload], Callable[[Outcome], bool]] | None = None,
 ) -> SimResult:
-    """Run `spec` to its end. builder: reads the trace only once for many simulations. enough: asked after the end of
-    each request; True ends the simulation there. Raises ConfigError for what is wrong with the specification."""
+    """Run `spec` to its end. builder: one that has read the trace. enough_of: makes, for the workload, a function that
+    is asked after the end of each request; True ends the simulation there. progress is called now and then with
+    (virtual seconds, requests ended, requests offered). Raises ConfigError for what is wrong with
+    the specification."""
     _check(spec)
-    load = load_profile or _packaged_profile
+    load = load_profile or packaged_profile
     names = parse_devices(spec.devices)
     profiles = {name: load(name, spec.model) for name in names}
     settings = EngineSettings(
@@ -136,7 +141,8 @@ def simulate(
     )
     longest = max(_longest(spec, p) for p in profiles.values())
     workload_spec = spec.workload(longest)
-    workload = (Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)).build()
+    builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
+    workload = builder.build()
     makers = [_Maker(spec, settings, profiles[name], i) for i, name in enumerate(names)]
     sampler = Sampler(workload.duration_s) if spec.timeline else None
     cluster = Cluster(
@@ -148,15 +154,15 @@ def simulate(
         until_s=workload.duration_s + spec.request_timeout_s + _GRACE_S,
         last_arrival_s=workload.duration_s,
         timeout_s=spec.request_timeout_s,
-        progress=progress,
-        enough=enough,
+        progress=lambda now_s, ended: progress(now_s, ended, len(workload.jobs)),
+        enough=enough_of(workload) if enough_of else lambda outcome: False,
         sample=sampler,
         sample_period_s=sampler.period_s if sampler else 1.0,
     )
     outcomes = cluster.run(workload.jobs)
     metrics = report(cluster, outcomes, workload.duration_s)
     metrics["workload"] = rounded_numbers(workload.notes)
-    return SimResult(spec, metrics, outcomes, workload, sampler.samples if sampler else [])
+    return SimResult(spec, metrics, outcomes, workload, builder, sampler.samples if sampler else [])
 
 
 class _Maker:
@@ -176,13 +182,6 @@ class _Maker:
             max_model_len=self._spec.max_model_len,
             rng=rng_for(self._spec.seed, Stream.NOISE, self._index, self._made),
         )
-
-
-def _packaged_profile(device: str, model: str) -> DeviceProfile:
-    from nexusengine.profiles.registry import load_profile
-
-    profile: DeviceProfile = load_profile(device, model)
-    return profile
 
 
 def _longest(spec: SimSpec, profile: DeviceProfile) -> int:

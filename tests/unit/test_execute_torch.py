@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from nexusengine import native  # noqa: E402
 from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ConfigError, ModelLoadError  # noqa: E402
 from nexusengine.execute import torch_executor  # noqa: E402
@@ -159,10 +160,13 @@ def test_steps_are_submitted_and_collected_in_turn() -> None:
 
 def test_the_spec_says_what_was_made() -> None:
     spec = made(options=dataclasses.replace(OPTIONS, max_model_len=100)).spec
-    assert (spec.device, spec.dtype, spec.block_size, spec.attention_backend) == ("cpu", "float32", 16, "sdpa")
+    assert (spec.device, spec.dtype, spec.block_size) == ("cpu", "float32", 16)
+    assert spec.attention_backend == ("cpu" if native.probe()[0] else "sdpa")
     assert (spec.max_model_len, spec.num_blocks, spec.vocab_size) == (100, 8 * 7 + 1, 89)
     assert spec.kv_bytes == spec.num_blocks * 16 * 2 * 2 * 2 * 8 * 4
-    assert spec.weights_bytes == 4 * (CONFIG.num_parameters + CONFIG.hidden_size * (2 * CONFIG.num_layers + 1))
+    exact = 4 * (CONFIG.num_parameters + CONFIG.hidden_size * (2 * CONFIG.num_layers + 1))
+    padding = 2 * 4 * CONFIG.hidden_size * 15 if native.probe()[0] else 0  # embedding and head in panels of 16 rows
+    assert exact <= spec.weights_bytes <= exact + padding
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

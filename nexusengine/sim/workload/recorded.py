@@ -57,6 +57,6 @@ class Recorded:
         blocks = None
         if self._shares_prefixes:
             entries = self._trace.entries
-            blocks = tuple(entries[i].block_ids for i in picked.tolist())
+            blocks = [entries[i].block_ids for i in picked.tolist()]
         block_tokens = max((e.block_tokens for e in self._trace.entries), default=0)
         return Drawn(arrival_s, self._inputs[picked], self._outputs[picked], blocks, block_tokens)

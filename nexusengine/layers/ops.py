@@ -1,0 +1,122 @@
+"""What a model family computes besides attention: one table of operations, made once for a device.
+
+`TorchOps` here works everywhere and is the reference; `native_ops.NativeOps` is the CPU kernels'. A model file names
+operations and never asks which table it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from nexusengine.attention.base import AttentionBackend, AttentionMeta
+from nexusengine.layers.basic import Linear, rms_norm, silu_mul
+from nexusengine.layers.rotary import rotate
+
+
+class Map(Protocol):
+    """A linear map as a table keeps it: y = x W^T + b, W `[out, in]`."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor it holds, for counting memory."""
+        ...
+
+
+M = TypeVar("M", bound=Map)
+
+
+class Ops(Protocol[M]):
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results are the table's own
+    memory and hold until the operation is called again with another x, unless said otherwise."""
+
+    name: str
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False) -> M:
+        """The map of weight `[out, in]` and bias `[out]`. gated: gate above up, for `gated`."""
+        ...
+
+    def embed(self, ids: torch.Tensor, table: M) -> torch.Tensor:
+        """Rows of `table` by token ids i8 `[T]`, in new memory."""
+        ...
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm, in new memory."""
+        ...
+
+    def linear(self, to: M, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def add_linear(self, to: M, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        """`into` + the map of x; may overwrite `into`."""
+        ...
+
+    def gated(self, to: M, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        """silu(gate) * up, where gate and up are the halves of the map of x."""
+        ...
+
+    def logits(self, to: M, x: torch.Tensor) -> torch.Tensor:
+        """float32 `[N, V]` in new memory."""
+        ...
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionBackend,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        meta: AttentionMeta,
+        heads: tuple[int, int, int],
+    ) -> torch.Tensor:
+        """Rotate q and k of qkv `[T, (H + 2 H_kv) * D]`, write k and v into the cache; returns q `[T, H, D]`.
+        heads: H, H_kv, D."""
+        ...
+
+
+class TorchOps:
+    """Plain torch, on any device in any type."""
+
+    name = "torch"
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False) -> Linear:
+        return Linear(weight, bias)
+
+    def embed(self, ids: torch.Tensor, table: Linear) -> torch.Tensor:
+        return F.embedding(ids, table.weight)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, self._eps)
+
+    def linear(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        return to(x if norm is None else self.norm(x, norm))
+
+    def add_linear(self, to: Linear, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        return into + to(x)
+
+    def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        return silu_mul(self.linear(to, x, norm))
+
+    def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
+        return to(x).float()
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionBackend,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        meta: AttentionMeta,
+        heads: tuple[int, int, int],
+    ) -> torch.Tensor:
+        count, kv_count, dim = heads
+        q, k, v = torch.split(qkv, [count * dim, kv_count * dim, kv_count * dim], dim=-1)
+        q = rotate(q.view(-1, count, dim), cos_sin)
+        k = rotate(k.view(-1, kv_count, dim), cos_sin)
+        attention.store(k, v.view(-1, kv_count, dim), k_cache, v_cache, meta)
+        return q

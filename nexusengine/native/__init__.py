@@ -1,0 +1,12 @@
+"""The CPU kernels: plain C++ in `src`, built on first use into the cache folder and called through ctypes.
+
+`probe` says whether they can be used here and why not; `library` loads them. Imports torch only to find the OpenMP
+runtime it has loaded, so that both share one pool of threads.
+"""
+
+from __future__ import annotations
+
+from nexusengine.native.build import NativeError
+from nexusengine.native.library import Library, library, probe
+
+__all__ = ["Library", "NativeError", "library", "probe"]

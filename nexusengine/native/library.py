@@ -1,0 +1,89 @@
+"""Loading the built kernels and choosing the instruction set.
+
+NEXUSENGINE_NATIVE=0 switches them off, NEXUSENGINE_NATIVE_ISA=avx2 (say) takes another instruction set than the best.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+
+from nexusengine.native import structs
+from nexusengine.native.build import NativeError, build
+
+ABI = 1
+_loaded: Library | NativeError | None = None
+_loading = threading.Lock()
+
+
+class Library:
+    """The kernels as functions; see src/kernels.h and src/api.cpp. Pointers are those of contiguous CPU tensors that
+    the caller keeps alive.
+
+    isa: the instruction set in use. isas: all that run here, best first.
+    """
+
+    def __init__(self, path: str, isa: str | None = None) -> None:
+        """Raises NativeError if it cannot be loaded, or `isa` cannot run here."""
+        try:
+            self._dll = dll = ctypes.CDLL(path)
+        except OSError as error:
+            raise NativeError(f"{path} cannot be loaded: {error}") from None
+        if dll.nex_abi() != ABI:
+            raise NativeError(f"{path} has interface {dll.nex_abi()}, not {ABI}")
+        dll.nex_available.argtypes, dll.nex_available.restype = [c_int], c_char_p
+        self.isas: list[str] = []
+        while (name := dll.nex_available(len(self.isas))) is not None:
+            self.isas.append(name.decode())
+        if not self.isas:
+            raise NativeError("this processor has none of the instruction sets that there are kernels for")
+        dll.nex_choose.argtypes = [c_char_p]
+        dll.nex_set_threads.argtypes, dll.nex_set_threads.restype = [c_int], None
+        self.linear = self._function("nex_linear", POINTER(structs.Linear))
+        self.embed = self._function("nex_embed", POINTER(structs.Weight), c_void_p, c_int64, c_void_p)
+        self.rms_norm = self._function("nex_rms_norm", c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)
+        self.rotate_store = self._function("nex_rotate_store", POINTER(structs.RotateStore))
+        self.attention = self._function("nex_attention", POINTER(structs.Attention))
+        self.use(isa or self.isas[0])
+
+    def use(self, isa: str) -> None:
+        """Take this instruction set from now on, in the whole process. Raises NativeError if it cannot run here."""
+        if not self._dll.nex_choose(isa.encode()):
+            raise NativeError(f"instruction set {isa!r} cannot run here; those that can: {', '.join(self.isas)}")
+        self.isa = isa
+
+    def set_threads(self, count: int) -> None:
+        """Threads of every later call in the process."""
+        self._dll.nex_set_threads(count)
+
+    def _function(self, name: str, *arguments: type) -> ctypes._NamedFuncPointer:
+        function = self._dll[name]
+        function.argtypes, function.restype = list(arguments), None
+        return function
+
+
+def library() -> Library:
+    """The library of this process, built and loaded at the first call. Raises NativeError, the same one every time."""
+    global _loaded
+    with _loading:
+        if _loaded is None:
+            try:
+                if os.environ.get("NEXUSENGINE_NATIVE") == "0":
+                    raise NativeError("switched off by NEXUSENGINE_NATIVE=0")
+                _loaded = Library(str(build()), os.environ.get("NEXUSENGINE_NATIVE_ISA"))
+            except NativeError as error:
+                _loaded = error
+    if isinstance(_loaded, NativeError):
+        raise _loaded
+    return _loaded
+
+
+def probe() -> tuple[bool, str]:
+    """(usable here, with which instruction set or why not). Never raises."""
+    try:
+        found = library()
+    except NativeError as error:
+        return False, str(error)
+    return True, f"instruction set {found.isa}"

@@ -1,0 +1,80 @@
+// The C interface, and the choice of an instruction set. The table of functions is chosen once, by name or as the best
+// that this processor has; every call goes through it.
+#include <cstring>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+#include "kernels.h"
+
+#if defined(NEX_SETS)  // tests build fewer
+#elif defined(__x86_64__)
+#define NEX_SETS(X) X(avx512vnni) X(avx512) X(avx2)
+#elif defined(__aarch64__)
+#define NEX_SETS(X) X(neondot) X(neon)
+#else
+#define NEX_SETS(X)
+#endif
+
+#define NEX_DECLARE(set) extern "C" const NexKernels nex_kernels_##set;
+NEX_SETS(NEX_DECLARE)
+
+namespace {
+
+#if defined(__x86_64__)
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool runs_avx512() {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#elif defined(__aarch64__)
+bool runs_neon() { return true; }
+bool runs_neondot() { return (getauxval(AT_HWCAP) & (1UL << 20)) != 0; }  // HWCAP_ASIMDDP
+#endif
+
+const NexKernels* chosen = nullptr;
+int threads = 1;
+
+}  // namespace
+
+#define NEX_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Version of the structs and functions here; library.py refuses another.
+NEX_EXPORT int nex_abi() { return 1; }
+
+// The n-th best instruction set that was compiled in and runs here, or null behind the last.
+NEX_EXPORT const char* nex_available(int n) {
+#define NEX_COUNT(set) \
+    if (runs_##set() && n-- == 0) return #set;
+    NEX_SETS(NEX_COUNT)
+    return nullptr;
+}
+
+// Use the instruction set of this name; 0 if it cannot run here.
+NEX_EXPORT int nex_choose(const char* name) {
+#define NEX_CHOOSE(set) \
+    if (runs_##set() && std::strcmp(name, #set) == 0) { \
+        chosen = &nex_kernels_##set; \
+        return 1; \
+    }
+    NEX_SETS(NEX_CHOOSE)
+    return 0;
+}
+
+// Threads of every later call; they are those of the OpenMP runtime that torch uses too.
+NEX_EXPORT void nex_set_threads(int count) { threads = count > 0 ? count : 1; }
+
+NEX_EXPORT void nex_linear(const NexLinear* op) { chosen->linear(op, threads); }
+
+NEX_EXPORT void nex_embed(const NexWeight* weight, const int64_t* ids, int64_t rows, float* out) {
+    chosen->embed(weight, ids, rows, out, threads);
+}
+
+NEX_EXPORT void nex_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out) {
+    chosen->rms_norm(x, weight, eps, rows, dim, out, threads);
+}
+
+NEX_EXPORT void nex_rotate_store(const NexRotateStore* op) { chosen->rotate_store(op, threads); }
+
+NEX_EXPORT void nex_attention(const NexAttention* op) { chosen->attention(op, threads); }

@@ -1,0 +1,398 @@
+// Causal attention straight from the block table, with the softmax kept online (Milakov and Gimelshein, arXiv 1805.02867):
+// running maximum m, sum l and weighted values, rescaled when the maximum rises.
+//
+// Rows of one query are tasks of their own, with all heads together, so that memory is read in the order it lies; a long
+// row is split over tasks and merged at the end. Longer queries are tasks of (row, KV head, some queries): the query
+// heads of a group and their queries are packed into the rows of two small matrix products, and K and V are copied tile
+// by tile, K transposed. Slots behind a row's length are never read.
+#pragma once
+#include "kernels.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace {
+
+static constexpr float LOWEST = -__builtin_inff();
+static constexpr int TOKENS = 64;       // of a tile of keys
+static constexpr int QUERY_ROWS = 96;   // about so many rows of (query, head) a task
+static constexpr int SPLIT_TOKENS = 512;  // least keys a task of a row that is split
+
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Where token `position` of a row lies, in bytes from the base.
+INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
+    return blocks[position / c.block_size] * c.block_bytes + position % c.block_size * c.token_bytes;
+}
+
+INLINE float row_scale(const float*, int64_t) { return 1.0f; }
+INLINE float row_scale(const bf16*, int64_t) { return 1.0f; }
+INLINE float row_scale(const int8_t* row, int64_t dim) {
+    float scale;
+    std::memcpy(&scale, row + dim, 4);
+    return scale;
+}
+
+// ---- one query a row ---------------------------------------------------------------------------------------------
+
+// scores [G] of one key against G queries of its group; q rows are padded with zeros to `padded`.
+template <int G, class T>
+INLINE void score(const float* q, int64_t padded, const T* key, int64_t dim, float* scores) {
+    vf acc[G] = {};
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) {
+        vf k = load(key + d);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) acc[g] += load(q + g * padded + d) * k;
+    }
+    if (d < dim) {
+        vf k = load_first(key + d, int(dim - d));
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) acc[g] += load(q + g * padded + d) * k;
+    }
+    const float scale = row_scale(key, dim);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) scores[g * TOKENS] = sum(acc[g]) * scale;
+}
+
+// out [G][padded] += weights [G][TOKENS] times `count` values.
+template <int G, class T>
+INLINE void mix(const float* weights, const T* const* values, int count, int64_t dim, int64_t padded, float* out) {
+    constexpr int D = W == 16 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + D * W <= dim; d += D * W) {
+        vf acc[G][D];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+            for (int i = 0; i < D; ++i) acc[g][i] = load(out + g * padded + d + i * W);
+        for (int t = 0; t < count; ++t) {
+            vf v[D];
+#pragma GCC unroll 4
+            for (int i = 0; i < D; ++i) v[i] = load(values[t] + d + i * W);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+                for (int i = 0; i < D; ++i) acc[g][i] += splat(weights[g * TOKENS + t]) * v[i];
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+            for (int i = 0; i < D; ++i) store(out + g * padded + d + i * W, acc[g][i]);
+    }
+    for (; d < dim; d += W) {
+        const int n = dim - d < W ? int(dim - d) : W;
+        vf acc[G];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) acc[g] = load(out + g * padded + d);
+        for (int t = 0; t < count; ++t) {
+            vf v = n < W ? load_first(values[t] + d, n) : load(values[t] + d);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) acc[g] += splat(weights[g * TOKENS + t]) * v;
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) store(out + g * padded + d, acc[g]);
+    }
+}
+
+// Scores [TOKENS] of a head, `count` of them, into e^(score - maximum); returns what earlier sums are multiplied by.
+INLINE float soften(float* scores, int count, float& maximum, float& total) {
+    const int used = int(round_up(count, W));
+    for (int t = count; t < used; ++t) scores[t] = LOWEST;
+    vf peak = splat(maximum);  // a NaN is never larger: it shows in the sum
+    for (int t = 0; t < used; t += W) peak = larger(load(scores + t), peak);
+    const float highest = largest(peak);
+    vf sums{};
+    const vf shift = splat(highest);
+    for (int t = 0; t < used; t += W) {
+        vf e = exponential(load(scores + t) - shift);
+        store(scores + t, e);
+        sums += e;
+    }
+    const float factor = maximum == LOWEST ? 0.0f : exponential(splat(maximum - highest))[0];
+    total = total * factor + sum(sums);
+    maximum = highest;
+    return factor;
+}
+
+// One tile of one KV head for G of its query heads.
+template <int G, class T>
+INLINE void decode_tile(const float* q, int64_t padded, const T* const* keys, const T* const* values, int count, int64_t dim,
+                        float* out, float* maxima, float* totals) {
+    alignas(64) float scores[G * TOKENS];
+    for (int t = 0; t < count; ++t) score<G>(q, padded, keys[t], dim, scores + t);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+        const float factor = soften(scores + g * TOKENS, count, maxima[g], totals[g]);
+        if (factor != 1.0f)
+            for (int64_t d = 0; d < padded; d += W) store(out + g * padded + d, load(out + g * padded + d) * factor);
+        if (sizeof(T) == 1)
+            for (int t = 0; t < count; ++t) scores[g * TOKENS + t] *= row_scale(values[t], dim);
+    }
+    mix<G>(scores, values, count, dim, padded, out);
+}
+
+// A share of a row's keys against all heads. state: [heads] maxima, [heads] totals, [heads][padded] values.
+template <class T>
+static void decode_share(const NexAttention& a, const float* q, int64_t row, int64_t begin, int64_t end, float* state) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int32_t* blocks = a.table + row * a.table_stride;
+    float *maxima = state, *totals = state + a.heads, *out = state + 2 * a.heads;
+    for (int64_t h = 0; h < a.heads; ++h) maxima[h] = LOWEST, totals[h] = 0.0f;
+    std::memset(out, 0, size_t(a.heads * padded) * 4);
+    for (int64_t at = begin; at < end; at += TOKENS) {
+        const int count = end - at < TOKENS ? int(end - at) : TOKENS;
+        int64_t offsets[TOKENS];
+        for (int t = 0; t < count; ++t) offsets[t] = place(a.cache, blocks, at + t);
+        for (int64_t kv = 0; kv < a.kv_heads; ++kv) {
+            const T *keys[TOKENS], *values[TOKENS];
+            for (int t = 0; t < count; ++t) {
+                const int64_t offset = offsets[t] + kv * a.cache.head_bytes;
+                keys[t] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.k) + offset);
+                values[t] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.v) + offset);
+            }
+            for (int64_t h = kv * group, last = h + group; h < last;) {
+                const float* query = q + h * padded;
+                float* mixed = out + h * padded;
+                switch (last - h) {
+                    case 1: decode_tile<1>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 1; break;
+                    case 2: decode_tile<2>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 2; break;
+                    case 3: decode_tile<3>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 3; break;
+                    default: decode_tile<4>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 4;
+                }
+            }
+        }
+    }
+}
+
+// The shares of a row merged into its output.
+static void merge(const NexAttention& a, int64_t token, const float* states, int64_t shares, int64_t size) {
+    const int64_t padded = round_up(a.dim, W);
+    for (int64_t h = 0; h < a.heads; ++h) {
+        float highest = LOWEST, total = 0.0f;
+        for (int64_t s = 0; s < shares; ++s) highest = states[s * size + h] > highest ? states[s * size + h] : highest;
+        float* out = a.out + token * a.out_stride + h * a.dim;
+        for (int64_t d = 0; d < a.dim; ++d) out[d] = 0.0f;
+        for (int64_t s = 0; s < shares; ++s) {
+            const float* state = states + s * size;
+            // of one share as it is, so that an infinite score gives NaN and not 0
+            const float factor = shares == 1 ? 1.0f : exponential(splat(state[h] - highest))[0];
+            total += state[a.heads + h] * factor;
+            const float* values = state + 2 * a.heads + h * padded;
+            for (int64_t d = 0; d < a.dim; ++d) out[d] += values[d] * factor;
+        }
+        for (int64_t d = 0; d < a.dim; ++d) out[d] /= total;
+    }
+}
+
+// ---- many queries a row ------------------------------------------------------------------------------------------
+
+// sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides in floats, columns a multiple of W.
+template <int ROWS, int VECTORS>
+INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, float* sums,
+                         int64_t stride, bool add) {
+    vf acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] = add ? load(sums + r * stride + v * W) : vf{};
+    for (int64_t i = 0; i < k; ++i) {
+        vf line[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) line[v] = load(b + i * b_stride + v * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            vf x = splat(a[r * a_stride + i]);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] += x * line[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) store(sums + r * stride + v * W, acc[r][v]);
+}
+
+template <int VECTORS>
+static void product_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t k,
+                            float* sums, int64_t stride, bool add) {
+    constexpr int ROWS = W == 8 ? 12 / VECTORS : 24 / VECTORS > 6 ? 6 : 24 / VECTORS;
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        product_tile<ROWS, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+    for (; r < rows; ++r)
+        product_tile<1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+}
+
+static void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t columns, int64_t k, float* sums,
+                    bool add) {
+    constexpr int MOST = W == 8 ? 2 : 4;
+    int64_t c = 0;
+    for (; c + MOST * W <= columns; c += MOST * W)
+        product_columns<MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+    for (; c < columns; c += W) product_columns<1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+}
+
+// A tile of keys, transposed [padded][TOKENS], and values [TOKENS][padded], as floats; zeros behind the last token.
+template <class T>
+static void copy_keys(const NexAttention& a, const int32_t* blocks, int64_t kv, int64_t at, int count, float* keys,
+                      float* values) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), stop = round_up(count, W);
+    for (int64_t t = 0; t < stop; t += W) {
+        const T *key[W] = {}, *value[W] = {};
+        float key_scale[W], value_scale[W];
+        for (int i = 0; i < W && t + i < count; ++i) {
+            const int64_t offset = place(a.cache, blocks, at + t + i) + kv * a.cache.head_bytes;
+            key[i] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.k) + offset);
+            value[i] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.v) + offset);
+            key_scale[i] = row_scale(key[i], dim), value_scale[i] = row_scale(value[i], dim);
+        }
+        for (int64_t d = 0; d < dim; d += W) {
+            const int n = dim - d < W ? int(dim - d) : W;
+            vf square[W];
+            for (int i = 0; i < W; ++i) {
+                vf v{};
+                square[i] = v;
+                if (key[i] != nullptr) {
+                    square[i] = n < W ? load_first(key[i] + d, n) : load(key[i] + d);
+                    v = n < W ? load_first(value[i] + d, n) : load(value[i] + d);
+                    if (sizeof(T) == 1) square[i] *= key_scale[i], v *= value_scale[i];
+                }
+                store(values + (t + i) * padded + d, v);
+            }
+            transpose(square);
+            for (int i = 0; i < W; ++i) store(keys + (d + i) * TOKENS + t, square[i]);
+        }
+    }
+}
+
+struct QueryScratch {
+    float *queries, *scores, *mixed, *keys, *values, *maxima, *totals;
+};
+
+// Queries first .. last of a row (counted in the row) for one KV head.
+template <class T>
+static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t first, int64_t last, const QueryScratch& s) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t start = a.starts[row], total_queries = a.starts[row + 1] - start, length = a.lengths[row];
+    const int64_t count = last - first, rows = count * group;  // row r: query r / group, head r % group
+    const int32_t* blocks = a.table + row * a.table_stride;
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* from = a.q + (start + first + r / group) * a.q_stride + (kv * group + r % group) * dim;
+        for (int64_t d = 0; d < dim; ++d) s.queries[r * dim + d] = from[d] * a.scale;
+        s.maxima[r] = LOWEST, s.totals[r] = 0.0f;
+    }
+    std::memset(s.mixed, 0, size_t(rows * padded) * 4);
+    const int64_t before = length - total_queries + first;  // keys that the first query sees besides its own
+    const int64_t keys = before + count;
+    for (int64_t at = 0; at < keys; at += TOKENS) {
+        const int tokens = keys - at < TOKENS ? int(keys - at) : TOKENS;
+        copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
+        // rows before `blind` see nothing of this tile
+        const int64_t blind = at > before ? (at - before) * group : 0;
+        product(s.queries + blind * dim, dim, rows - blind, s.keys, TOKENS, dim, s.scores + blind * TOKENS, false);
+        for (int64_t r = blind; r < rows; ++r) {
+            const int64_t seen = before + r / group + 1 - at;
+            float* scores = s.scores + r * TOKENS;
+            const int n = seen < tokens ? int(seen) : tokens;
+            const float factor = soften(scores, n, s.maxima[r], s.totals[r]);
+            for (int t = int(round_up(n, W)); t < tokens; t += W) store(scores + t, vf{});
+            if (factor != 1.0f)
+                for (int64_t d = 0; d < padded; d += W)
+                    store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
+        }
+        product(s.scores + blind * TOKENS, TOKENS, rows - blind, s.values, padded, tokens, s.mixed + blind * padded, true);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* to = a.out + (start + first + r / group) * a.out_stride + (kv * group + r % group) * dim;
+        const float inverse = 1.0f / s.totals[r];
+        for (int64_t d = 0; d < dim; ++d) to[d] = s.mixed[r * padded + d] * inverse;
+    }
+}
+
+// ---- the batch -----------------------------------------------------------------------------------------------------
+
+struct Task {
+    int32_t row, kv;         // kv < 0: a share of a row of one query
+    int32_t first, last;     // keys of a share, queries of a chunk
+    int64_t state;           // of a share: where its state lies
+};
+
+template <class T>
+static void attention_of(const NexAttention& a, int threads) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t state_size = round_up(2 * a.heads + a.heads * padded, 16);
+    const int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
+    int64_t decode_keys = 0, tasks = 0, shares = 0, chunks = 0;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const int64_t count = a.starts[r + 1] - a.starts[r];
+        if (count == 1) decode_keys += a.lengths[r];
+        else if (count > 1) chunks += (count + queries - 1) / queries * a.kv_heads;
+    }
+    int64_t share = decode_keys / (4 * threads);
+    share = round_up(share > SPLIT_TOKENS ? share : SPLIT_TOKENS, TOKENS);
+    for (int64_t r = 0; r < a.rows; ++r)
+        if (a.starts[r + 1] - a.starts[r] == 1) shares += (a.lengths[r] + share - 1) / share;
+    static thread_local Scratch task_memory, state_memory, local_memory;
+    Task* list = task_memory.get<Task>(size_t(chunks + shares));
+    float* states = state_memory.get<float>(size_t(shares * state_size));
+    // chunks first, those with the most keys before the others: what is long must not begin last
+    for (int64_t r = a.rows - 1; r >= 0; --r) {
+        const int64_t count = a.starts[r + 1] - a.starts[r];
+        if (count <= 1) continue;
+        for (int64_t first = (count - 1) / queries * queries; first >= 0; first -= queries)
+            for (int64_t kv = 0; kv < a.kv_heads; ++kv)
+                list[tasks++] = {int32_t(r), int32_t(kv), int32_t(first), int32_t(first + queries < count ? first + queries : count), 0};
+    }
+    int64_t states_used = 0;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        if (a.starts[r + 1] - a.starts[r] != 1) continue;
+        for (int64_t at = 0; at < a.lengths[r]; at += share, states_used += state_size)
+            list[tasks++] = {int32_t(r), -1, int32_t(at), int32_t(at + share < a.lengths[r] ? at + share : a.lengths[r]), states_used};
+    }
+    const int64_t most_rows = queries * group;
+    const size_t local = size_t(most_rows * (dim + TOKENS + padded + 2) + 2 * TOKENS * padded + a.heads * padded + 8 * 16);
+#pragma omp parallel num_threads(tasks > 1 ? threads : 1)
+    {
+        float* memory = local_memory.get<float>(local);
+        QueryScratch s;
+        auto take = [&](int64_t size) {
+            float* taken = memory;
+            memory += round_up(size, 16);
+            return taken;
+        };
+        s.scores = take(most_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * dim);
+        s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
+        s.maxima = take(most_rows), s.totals = take(most_rows);
+        float* query = take(a.heads * padded);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; ++i) {
+            const Task& task = list[i];
+            if (task.kv >= 0) {
+                chunk_task<T>(a, task.row, task.kv, task.first, task.last, s);
+                continue;
+            }
+            const float* from = a.q + a.starts[task.row] * a.q_stride;
+            for (int64_t h = 0; h < a.heads; ++h)
+                for (int64_t d = 0; d < padded; ++d) query[h * padded + d] = d < dim ? from[h * dim + d] * a.scale : 0.0f;
+            decode_share<T>(a, query, task.row, task.first, task.last, states + task.state);
+            if (task.first == 0 && task.last == a.lengths[task.row])
+                merge(a, a.starts[task.row], states + task.state, 1, state_size);
+        }
+        // rows that were split: their states lie one behind the other
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = chunks; i < tasks; ++i) {
+            const Task& task = list[i];
+            const int64_t length = a.lengths[task.row];
+            if (task.first == 0 && task.last < length)
+                merge(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
+        }
+    }
+}
+
+static void attention(const NexAttention* a, int threads) {
+    if (a->cache.kind == NEX_F32) attention_of<float>(*a, threads);
+    else if (a->cache.kind == NEX_BF16) attention_of<bf16>(*a, threads);
+    else attention_of<int8_t>(*a, threads);
+}
+
+}  // namespace

@@ -1,0 +1,17 @@
+// Every kernel for one instruction set: compiled once for each, with NEX_ISA naming it.
+#include "attention.h"
+#include "gemm.h"
+#include "rows.h"
+
+#define NEX_JOIN2(a, b) a##b
+#define NEX_JOIN(a, b) NEX_JOIN2(a, b)
+#define NEX_TEXT2(a) #a
+#define NEX_TEXT(a) NEX_TEXT2(a)
+
+static void linear(const NexLinear* op, int threads) {
+    if (op->rows > 0) linear_float(*op, threads);
+}
+
+extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {
+    NEX_TEXT(NEX_ISA), linear, embed, rms_norm, rotate_store, attention,
+};

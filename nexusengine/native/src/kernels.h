@@ -1,0 +1,90 @@
+// What the library computes, as plain structs and one table of functions for each instruction set. C layout: the same
+// structs are declared in library.py. Sizes in elements unless a name says bytes; pointers never alias unless said so.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// How a weight or a cache row is stored.
+enum NexKind : int32_t {
+    NEX_F32 = 0,
+    NEX_BF16 = 1,
+    NEX_INT8 = 2,  // weights: a scale an output row; cache rows: a scale a row, behind its D numbers
+    NEX_Q4 = 3,    // weights only: blocks of 32 numbers of 4 bits with a scale and a minimum
+};
+
+// What a linear map does with its result.
+enum NexFinish : int32_t {
+    NEX_STORE = 0,  // out = x W^T + b
+    NEX_ADD = 1,    // out += x W^T + b
+    NEX_GATED = 2,  // out = silu(g) * u, where g and u are the first and second half of x W^T + b
+};
+
+// A packed weight `[n, k]`; see gemm.h for the layouts. scale, minimum: by kind. bias `[n]` or null.
+struct NexWeight {
+    const void* data;
+    const float* scale;
+    const float* minimum;
+    const float* bias;
+    int64_t n, k;
+    int32_t kind;
+    int32_t int8_activations;  // rows are quantised on the fly and multiplied as integers
+};
+
+// y = finish(norm(x) W^T + b). norm null: x as it is; else RMS norm with these weights `[k]`.
+struct NexLinear {
+    const NexWeight* weight;
+    const float* x;  // [rows, k]
+    int64_t x_stride;
+    int64_t rows;
+    const float* norm;
+    float* out;  // [rows, n], gated: [rows, n / 2]
+    int64_t out_stride;
+    float eps;
+    int32_t finish;
+};
+
+// The paged cache of one layer: a row of D numbers at base + block * block_bytes + offset * token_bytes + head *
+// head_bytes.
+struct NexCache {
+    void* k;
+    void* v;
+    int64_t block_bytes, token_bytes, head_bytes;
+    int32_t kind;
+    int32_t block_size;
+};
+
+// Rotate q in place, rotate k, and write k and v into the cache.
+struct NexRotateStore {
+    float* qkv;  // [tokens, (heads + 2 kv_heads) * dim]
+    const float* cos;
+    const float* sin;      // [tokens, dim / 2]
+    const int64_t* slots;  // [tokens], -1 is skipped
+    NexCache cache;
+    int64_t tokens, heads, kv_heads, dim;
+};
+
+// Causal attention, aligned at the bottom right. Rows as in attention/base.py.
+struct NexAttention {
+    const float* q;  // [tokens, heads, dim], stride in numbers between tokens
+    int64_t q_stride;
+    float* out;
+    int64_t out_stride;
+    NexCache cache;
+    const int32_t* table;  // [rows, table_stride]
+    int64_t table_stride;
+    const int32_t* lengths;  // [rows]
+    const int32_t* starts;   // [rows + 1]
+    int64_t rows, heads, kv_heads, dim;
+    float scale;
+};
+
+struct NexKernels {
+    const char* name;
+    void (*linear)(const NexLinear*, int threads);
+    void (*embed)(const NexWeight*, const int64_t* ids, int64_t rows, float* out, int threads);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out, int threads);
+    void (*rotate_store)(const NexRotateStore*, int threads);
+    void (*attention)(const NexAttention*, int threads);
+};
+}

@@ -1,0 +1,91 @@
+// What is done row by row: RMS norm; rotary embedding with the KV store.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace {
+
+// 1 / sqrt(mean of squares + eps) (Zhang and Sennrich, arXiv 1910.07467).
+INLINE float inverse_rms(const float* x, int64_t n, float eps) {
+    vf total[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            vf v = load(x + i + j * W);
+            total[j] += v * v;
+        }
+    float squares = sum((total[0] + total[1]) + (total[2] + total[3]));
+    for (; i < n; ++i) squares += x[i] * x[i];
+    return 1.0f / __builtin_sqrtf(squares / float(n) + eps);
+}
+
+static void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out, int threads) {
+#pragma omp parallel for num_threads(rows > 16 ? threads : 1) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* from = x + r * dim;
+        float* to = out + r * dim;
+        const float factor = inverse_rms(from, dim, eps);
+        for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * factor * weight[i];
+    }
+}
+
+// Pairs are (i, i + dim / 2): x may be out.
+INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
+    const int64_t half = dim / 2;
+    int64_t i = 0;
+    for (; i + W <= half; i += W) {
+        vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(out + i, a * c - b * s);
+        store(out + half + i, b * c + a * s);
+    }
+    for (; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        out[i] = a * cos[i] - b * sin[i];
+        out[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+// Write one cache row. int8: round(x / scale), scale = largest / 127, behind the numbers; a row with a NaN or an infinity
+// gets a NaN for a scale, so that it is not lost.
+INLINE void put_row(const float* x, int64_t dim, int32_t kind, char* to) {
+    if (kind == NEX_F32) {
+        std::memcpy(to, x, size_t(dim) * 4);
+    } else if (kind == NEX_BF16) {
+        bf16* out = reinterpret_cast<bf16*>(to);
+        for (int64_t i = 0; i < dim; ++i) out[i] = to_bf16(x[i]);
+    } else {
+        float largest = 0.0f, strange = 0.0f;
+        for (int64_t i = 0; i < dim; ++i) {
+            const float size = __builtin_fabsf(x[i]);
+            largest = size > largest ? size : largest;
+            strange += x[i] * 0.0f;
+        }
+        const float scale = largest / 127.0f + strange, inverse = largest > 0.0f && strange == 0.0f ? 127.0f / largest : 0.0f;
+        int8_t* out = reinterpret_cast<int8_t*>(to);
+        for (int64_t i = 0; i < dim; ++i) out[i] = strange == 0.0f ? int8_t(__builtin_lrintf(x[i] * inverse)) : int8_t(0);
+        std::memcpy(to + dim, &scale, 4);
+    }
+}
+
+static void rotate_store(const NexRotateStore* p, int threads) {
+    const NexRotateStore& op = *p;
+    const int64_t width = (op.heads + 2 * op.kv_heads) * op.dim, half = op.dim / 2;
+#pragma omp parallel for num_threads(op.tokens > 8 ? threads : 1) schedule(static)
+    for (int64_t t = 0; t < op.tokens; ++t) {
+        float* row = op.qkv + t * width;
+        const float *cos = op.cos + t * half, *sin = op.sin + t * half;
+        for (int64_t h = 0; h < op.heads + op.kv_heads; ++h) rotate(row + h * op.dim, cos, sin, op.dim, row + h * op.dim);
+        const int64_t slot = op.slots[t];
+        if (slot < 0) continue;
+        const int64_t offset = slot / op.cache.block_size * op.cache.block_bytes + slot % op.cache.block_size * op.cache.token_bytes;
+        for (int64_t h = 0; h < op.kv_heads; ++h) {
+            const int64_t at = offset + h * op.cache.head_bytes;
+            const float* k = row + (op.heads + h) * op.dim;
+            put_row(k, op.dim, op.cache.kind, static_cast<char*>(op.cache.k) + at);
+            put_row(k + op.kv_heads * op.dim, op.dim, op.cache.kind, static_cast<char*>(op.cache.v) + at);
+        }
+    }
+}
+
+}  // namespace
