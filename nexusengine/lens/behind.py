@@ -15,6 +15,8 @@ _INF = float("inf")
 _WRONGED = 1.2
 _GIVE_UP_TTFTS = 3.0
 _FULL_QUEUE = 0.9
+_SPARE = 0.1
+_LOOKAHEAD = 64
 
 
 class Behind:
@@ -44,8 +46,8 @@ class Behind:
         newcomers: bool,
         now: float,
     ) -> bool:
-        """The oldest computes from what its kind is owed. Whether newcomers may start: not if the oldest is to start and
-        cannot although much is owed, because they would take the place that it waits for."""
+        """The oldest computes from what its kind is owed. True if newcomers may start: not if the oldest cannot
+        although much is owed, because they would take the place that it waits for."""
         aged = behind[deadlines.first_due_s[behind] + self._patience_s < now]
         passed_s, self._last_s = max(now - self._last_s, 0.0), now
         if not len(aged) or not self._share:
@@ -76,10 +78,15 @@ class Behind:
         return newcomers
 
     def leftover(self, fill: Fill, view: EngineView, behind: I4, newcomers: bool) -> None:
-        """What the others left of the step, the oldest first."""
+        """What the others left of the step, the oldest first. Newcomers only while seats and KV stay free for those who
+        arrive next."""
         c, step = view.columns, fill.step
+        spare_seats, spare_blocks = int(_SPARE * view.max_running), int(_SPARE * view.total_blocks)
         begun = set(step.prompts)
-        for slot in behind[c.arrival_s[behind].argsort(kind="stable")].tolist():
+        newcomers = newcomers and step.seats > spare_seats and step.free_blocks > spare_blocks
+        if not newcomers:
+            behind = behind[c.blocks[behind] > 0]
+        for slot in behind[c.arrival_s[behind].argsort(kind="stable")[:_LOOKAHEAD]].tolist():
             if not fill.open:
                 return
             if step.reasons[slot] != Reason.RELEGATED:
@@ -88,7 +95,7 @@ class Behind:
                 context = int(c.computed_tokens[slot])
                 if fill.go_on(slot, context, int(c.known_tokens[slot]) - context):
                     step.reasons[slot] = Reason.LEFTOVER
-            elif newcomers and step.seats:
+            elif step.seats > spare_seats and step.free_blocks > spare_blocks:
                 context = int(c.cached_tokens[slot])
                 reason = fill.start(slot, context, int(c.known_tokens[slot]) - context, _INF)
                 step.reasons[slot] = Reason.LEFTOVER if reason is Reason.NONE else reason

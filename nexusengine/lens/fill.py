@@ -93,7 +93,7 @@ class Fill:
 
 
 def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context: int, most: int) -> int:
-    """The largest chunk, of at most `most` tokens, of a prompt with `context` tokens in its KV cache that keeps the mean
+    """The largest chunk, up to `most` tokens, of a prompt with `context` tokens in its KV cache that keeps the mean
     duration of the step `base` within limit_s, or a little less than that; 0 if none.
 
     The duration rises with the chunk, and nearly in a straight line: a few secants find it, else halving does.

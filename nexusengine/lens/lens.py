@@ -99,7 +99,7 @@ class Prompts:
 
 
 class Lens:
-    """Keeps private state between steps: deadlines, the order of the queue, who was lost, what the relegated are owed."""
+    """Keeps private state between steps: deadlines, the order of the queue, who was lost, what is owed to whom."""
 
     name = "lens"
 
@@ -311,17 +311,26 @@ class Lens:
     # ---- who gets it ---------------------------------------------------------------------------------------------
 
     def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
-        tpot_s, reasons = self._deadlines.tpot_s, fill.step.reasons
+        step = fill.step
+        if not step.seats or not newcomers:
+            waiting = ~prompts.begun
+            if not step.seats:
+                step.reasons[prompts.slots[waiting]] = Reason.WAIT_SEATS
+            prompts = prompts[prompts.begun]
+        tpot_s = self._deadlines.tpot_s
         rows = zip(*(a.tolist() for a in (prompts.slots, prompts.context, prompts.left, prompts.begun)), strict=True)
-        for slot, context, left, begun in rows:
+        for n, (slot, context, left, begun) in enumerate(rows):
             if not fill.open:
                 return
             if begun:
                 fill.go_on(slot, context, left)
-            elif newcomers:
-                reason = fill.start(slot, context, left, float(tpot_s[slot]))
-                if reason is not Reason.NONE:
-                    reasons[slot] = reason
+                continue
+            reason = fill.start(slot, context, left, float(tpot_s[slot]))
+            if reason is Reason.WAIT_SEATS:
+                self._serve(fill, prompts[n:], newcomers)
+                return
+            if reason is not Reason.NONE:
+                step.reasons[slot] = reason
 
     def _take_back(self, fill: Fill, view: EngineView, kept: Prompts, now: float) -> None:
         """If the first of those to serve cannot start for lack of KV or seats, a relegated prompt that has begun gives
