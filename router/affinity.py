@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nexusengine.errors import ConfigError
-from nexusengine.router.candidates import Rotation, candidates
+from nexusengine.router.candidates import Rotation, Unprepared, candidates
 from nexusengine.router.policy import Decision, Place, PlacementRequest, WorkerView
 
 
-class CacheAware:
+class CacheAware(Unprepared):
     """The longest cached prefix unless load is uneven: the rule of SGLang's router, with its default thresholds.
 
     Load is uneven when the most requests in flight exceed the fewest by more than `abs` and by more than `rel` times;
@@ -43,7 +43,7 @@ class CacheAware:
         return Place(best.worker_id, f"{cached} tokens cached", second)
 
 
-class LMetric:
+class LMetric(Unprepared):
     """Least product of new prefill tokens and batch size, both with the request (arXiv 2603.15202).
 
     New tokens: prompt tokens the worker has still to compute for all it has, and for this one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nexusengine.errors import ConfigError
-from nexusengine.router.candidates import Rotation, candidates
+from nexusengine.router.candidates import Rotation, Unprepared, candidates
 from nexusengine.router.forecast import REFERENCE_STEP, predictor_of
 from nexusengine.router.policy import Decision, Place, PlacementRequest, WorkerView
 
@@ -14,7 +14,7 @@ _64_BITS = 2**64 - 1
 SETTLED_STEPS = 500
 
 
-class _LeastCost:
+class _LeastCost(Unprepared):
     """Base: least of some cost among those that may take it, ties in rotation."""
 
     uses_prefixes = False

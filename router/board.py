@@ -38,13 +38,25 @@ class Board:
             if view is not views[i]:
                 self._renew(i, view, now)
 
+    def may(self, request: PlacementRequest) -> Bools | None:
+        """The workers that may take the request now `[W]`; None if there is none. One that warms up may if all do."""
+        may: Bools = self.takes & (self.longest >= request.prompt_tokens + max(request.max_tokens, 1))
+        cool = may & ~self.warming
+        if cool.any():
+            return cool
+        return may if may.any() else None
+
     def position(self, due_s: float) -> npt.NDArray[np.intp]:
         """How many prompts of each worker are due no later `[W]`. due_s may be infinite."""
-        position: npt.NDArray[np.intp] = np.minimum((self.due_s <= due_s).sum(axis=1), self.count)
+        if due_s == np.inf:
+            return self.count
+        position: npt.NDArray[np.intp] = (self.due_s <= due_s).sum(axis=1)
         return position
 
-    def cached_tokens(self, request: PlacementRequest) -> F8:
-        """Of the request's prompt, by worker `[W]`; one token is always left to compute."""
+    def cached_tokens(self, request: PlacementRequest) -> F8 | float:
+        """Of the request's prompt, by worker `[W]`, or 0 of them all; one token is always left to compute."""
+        if not request.cached_tokens:
+            return 0.0
         cached = np.zeros(len(self.views))
         for worker_id, tokens in request.cached_tokens.items():
             if worker_id in self.index:
@@ -54,14 +66,14 @@ class Board:
     def _renew(self, i: int, view: WorkerView, now: float) -> None:
         known, before = self._snapshots[i], self.views[i]
         if known is None or known[0] is not view.load or known[1] is not view.info:
-            known = self._snapshots[i] = (view.load, view.info, snapshot(view))
-        one = forecast(known[2], view, now)
+            known = self._snapshots[i] = (view.load, view.info, snapshot(view, now))
+        one = forecast(known[2], view)
         self._write(i, one)
         self.takes[i], self.warming[i] = view.takes, view.warming
         self.longest[i] = view.info.max_model_len or np.inf
         if before is None or before.worker_id != view.worker_id:
-            if before is not None:
-                self.index.pop(before.worker_id, None)
+            if before is not None and self.index.get(before.worker_id) == i:
+                del self.index[before.worker_id]
             self.index[view.worker_id] = i
         self.views[i] = view
 
@@ -80,7 +92,7 @@ class Board:
         self.ahead_s[i, : n + 1], self.ahead_s[i, n + 1 :] = one.ahead_s, one.ahead_s[-1]
         self.slack_s[i, : n + 1], self.slack_s[i, n + 1 :] = one.slack_s, np.inf
         self.count[i] = n
-        self.numbers[:, i] = one.numbers()
+        self.numbers[:, i] = one.numbers
 
     def _resize(self, count: int) -> None:
         self.views = [None] * count
@@ -92,6 +104,7 @@ class Board:
         self.longest = np.full(count, np.inf)
         self.numbers = np.zeros((len(FIELDS), count))
         (
+            self.at_s,
             self.per_token_s,
             self.per_pair_s,
             self.first_step_s,
@@ -100,7 +113,6 @@ class Board:
             self.rest_s,
             self.late_s,
             self.decode_s,
-            self.per_row_s,
             self.per_kv_s,
             self.tightest_tpot_s,
             self.kv_tokens,

@@ -61,6 +61,7 @@ class Broker:
                     self._on_control(self._control.get())
             if self._back in ready:
                 self._receive(self._back)
+                self.core.prepare(time.monotonic())
             if self._front in ready:
                 self._receive(self._front)
             now = time.monotonic()

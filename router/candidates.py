@@ -33,6 +33,13 @@ def why_none(request: PlacementRequest, workers: Sequence[WorkerView]) -> Hold |
     return Hold(request.deadline_s, why, everyone=len(fitting) == len(workers))
 
 
+class Unprepared:
+    """Base of policies that keep nothing of the views."""
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        """Nothing to do."""
+
+
 class Rotation:
     """Ties go round: of several equal choices the one that has waited longest for its turn is taken."""
 

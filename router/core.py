@@ -255,6 +255,10 @@ class RouterCore:
         self._totals["first_token_s"] += now - entry.placed_s
         self._totals["first_token_error_s"] += abs(now - entry.placed_s - entry.first_token_in_s)
 
+    def prepare(self, now: float) -> None:
+        """Let the policy digest new reports; called when they have been taken in and before requests are."""
+        self.policy.prepare(self.registry.views(self.ledger), now)
+
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def on_timer(self, now: float) -> None:

@@ -33,14 +33,15 @@ class PaperPrism:
         self._board = Board()
         self._rotation = Rotation()
 
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        self._board.update(workers, now)
+
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
         board = self._board
         board.update(workers, now)
-        may = board.takes & (board.longest >= request.prompt_tokens + max(request.max_tokens, 1))
-        if not may.any():
+        may = board.may(request)
+        if may is None:
             return why_none(request, workers)
-        if (may & ~board.warming).any():
-            may &= ~board.warming
         costs = assess(board, request, now)
         ttft_s = request.slo.ttft_s if request.slo else self._ttft_s
         share = (board.ahead_s[:, -1] + board.late_s) / ttft_s

@@ -122,3 +122,8 @@ class PlacementPolicy(Protocol):
     uses_prefixes: bool
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision: ...
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        """Digest what is new in the views, so that the next placement finds it done. Called between requests; never
+        needed for the result."""
+        ...

@@ -11,7 +11,7 @@ import heapq
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ _HITS_LOOKED_UP = 32
 _BLOCKS_LOOKED_UP = 2048
 _PUBLISH_EVERY_S = 0.02
 _RECORDS = 4096
+_COLD_AFTER_S = 1.0  # without a step: clocks and caches of the device may have gone down
 
 
 class EngineCore:
@@ -69,6 +70,7 @@ class EngineCore:
         self.max_running, self.max_waiting, self.name = max_running, max_waiting, name
         self.covers = 0
         self.records: deque[StepRecord] = deque(maxlen=_RECORDS)
+        self.on_step: Callable[[StepRecord, StepBatch], None] | None = None  # e.g. obs.step_recorder; must not block
         self._hash_key, self._check_every_step = hash_key, check_every_step
         slots = max_running + max_waiting
         self.kv = KVManager(
@@ -95,7 +97,7 @@ class EngineCore:
         self._arrivals = 0
         self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
         self._finished_output_tokens = 0
-        self._idle_since_s = clock.now()
+        self._idle_since_s = self._stepped_s = clock.now()
         self._step_started_s: float | None = None
         self._published_s = float("-inf")
         self._published = WorkerLoad(covers=0, kv_total_blocks=self.kv.total_blocks)
@@ -238,8 +240,9 @@ class EngineCore:
         self._stats.computed_tokens += features.tokens
         self._stats.device_s += result.device_s
         self._stats.learn_prediction(plan.predicted_s, plan.upper_s, result.device_s)
-        self.model.observe(features, result.device_s)
-        self._idle_since_s = self.clock.now()
+        cold = now - self._stepped_s > _COLD_AFTER_S
+        (self.model.observe_cold if cold else self.model.observe)(features, result.device_s)
+        self._idle_since_s = self._stepped_s = self.clock.now()
         self._publish(force=not self._by_id)
         if self._check_every_step:
             self.check()
@@ -261,6 +264,8 @@ class EngineCore:
                 notes=plan.notes,
             )
         )
+        if self.on_step is not None:
+            self.on_step(self.records[-1], batch)
         return self._take_outbox()
 
     def _plan(self, now: float) -> tuple[StepPlan, StepBatch] | None:

@@ -60,10 +60,15 @@ def main() -> None:
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
     link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def progress(phase: str, fraction: float) -> None:
+        link.phase(phase, fraction)
+        child.emit({"type": "phase", "phase": phase, "fraction": fraction})
+
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), link.phase)
-        core = make_core(executor, config, MonotonicClock(), info.worker_id)
+        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
+        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
@@ -80,6 +85,8 @@ def main() -> None:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
     )
     link.ready(info, core.load, core.request_ids)
     child.emit({"type": "ready"})

@@ -8,6 +8,7 @@ import uuid
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +28,7 @@ from nexusengine.server import completions, debug, info
 from nexusengine.server.errors import SERVER_FAILED, error_response
 from nexusengine.server.state import ServerState
 
-_GENERATION = ("/v1/chat/completions", "/v1/completions")
+_GENERATION = (completions.CHAT, "/v1/completions")
 _OPEN_TO_ALL = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 _MAX_REQUEST_ID = 128
 log = get_logger("server")
@@ -47,7 +48,9 @@ def create_app(state: ServerState) -> ASGIApp:
     return Edge(app, state)
 
 
-async def _nexus_error(request: object, error: NexusError) -> Response:
+async def _nexus_error(request: Request, error: NexusError) -> Response:
+    if error.param == "prompt" and request.url.path == completions.CHAT:  # what the engine calls a prompt
+        error.param = "messages"
     return error_response(error)
 
 

@@ -109,6 +109,8 @@ class Worker:
             block_size=e.settings.block_size,
             kv_total_blocks=e.kv.total_blocks,
             weights_bytes=e.profile.weights_bytes,
+            scheduler=e.policy.name,
+            max_waiting=e.settings.max_waiting,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
 
@@ -142,7 +144,9 @@ class Cluster:
         self._rng, self._progress, self._enough = rng, progress, enough
         self._sample, self._sample_period_s = sample, sample_period_s
         self.workers = [Worker(i, make_engine) for i, make_engine in enumerate(engines)]
-        self.core = RouterCore(policy, [w.info for w in self.workers], epoch=_EPOCH, max_held=max_held)
+        infos = [w.info for w in self.workers]
+        period_s = link.snapshot_period_s
+        self.core = RouterCore(policy, infos, epoch=_EPOCH, max_held=max_held, report_period_s=period_s)
         self.outcomes: dict[str, Outcome] = {}
         self.placing_s: list[float] = []
         self.now = 0.0
@@ -181,6 +185,9 @@ class Cluster:
             count += 1
             if count % _PROGRESS_EVERY_EVENTS == 0:
                 self._progress(at_s, self._ended)
+        for at_s, _, call, args in sorted(self._events, key=lambda event: event[:2]):
+            if call == self._to_worker:  # what is on its way still arrives, so that nothing is left behind
+                call(at_s, *args)
         for job in jobs:
             if job.request.request_id not in self.outcomes:
                 if not self.stopped_early:

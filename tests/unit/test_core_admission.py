@@ -12,12 +12,14 @@ from nexusengine.core.admission import first_token_in_s, unattainable
 from nexusengine.lens.fcfs import FCFS
 from nexusengine.lens.plan import StepPlan
 from nexusengine.lens.view import EngineView, RequestColumns
+from nexusengine.perf import basis
+from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
 from nexusengine.types import SLO, TokenDelta
 from tests.fakes import FakeExecutor, make_core, request
 
-MODEL = LinearModel((0.01, 0.02, 0.005, 0.003))
+WEIGHTS = {basis.ONE: 0.01, basis.SLOPE: 0.02, basis.ATTENTION: 0.005, basis.KV: 0.003}
+MODEL = Curve([WEIGHTS.get(i, 0.0) for i in range(basis.TERMS)], seen=1e6)
 NOBODY = np.zeros(0, np.int32)
 
 
