@@ -15,6 +15,7 @@ from nexusengine.perf.linear import LinearModel
 def executor_options(config: EngineConfig) -> ExecutorOptions:
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
+        quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
         max_model_len=config.max_model_len,
         kv_cache_bytes=config.kv_cache_memory,
         block_size=config.block_size,
