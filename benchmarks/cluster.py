@@ -4,8 +4,8 @@
         [--routers prism,least-requests,...] [--loads 0.7,0.9,1.0,1.15] [--seeds 1-3] [--duration 120]
         [--json out.json]
 
-A load of 1 is the scenario's `capacity_rps`: about the rate at which LENS + PRISM keep 90 % of all promises. Development
-is done on seeds 1-5; figures that are reported as unseen come from seeds from 101 on. Each line is written to the JSON
+A load of 1 is the scenario's `capacity_rps`: about the rate at which LENS + PRISM keep 90 % of all promises.
+Development is done on seeds 1-5; figures that are reported as unseen come from seeds from 101 on. Each line is written to the JSON
 file as soon as it is known, and a run that is started again goes on where it was ended.
 """
 

@@ -1,10 +1,10 @@
-"""Compares composed profiles with measured deployments: python scripts/validate_profiles.py [--json].
+"""Compares composed profiles with measurements they were not made of: python scripts/validate_profiles.py [--json].
 
-The yardstick is silicon_sample.csv of ../shared/gpu_profiles/aiconfigurator: end-to-end points of TensorRT-LLM, vLLM and
-SGLang under a constant number of requests. Taken are those on one GPU with a dense model. Each is simulated: that many
-requests of that length, each replaced when it ends, first come first served with 8,192 tokens a step, no noise, nothing
-of any server around it. The engines are not the one whose kernels were measured, so this bounds the error from above.
-Points that two terms of the profiles were calibrated on (see profile_sources.kernels) are counted apart.
+1. The deployments of silicon_sample.csv in ../shared/gpu_profiles/aiconfigurator on one GPU with a dense model, by
+   TensorRT-LLM, vLLM and SGLang under a constant number of requests. Each is simulated: that many requests of that
+   length, each replaced when it ends, first come first served with 8,192 tokens a step, no noise, nothing of any server
+   around it. Points that two terms of the profiles were calibrated on (profile_sources.kernels) are counted apart.
+2. The steps of vLLM in the logs of QwQ-32B on an H100 in ../shared/step_logs, each against fp8 kernels composed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from profile_sources.common import PROFILES, table
 from profile_sources.kernels import kernel_tables
+from profile_sources.logs import logs_of
 
 from nexusengine.lens.registry import make_policy
 from nexusengine.perf.registry import make_model
+from nexusengine.perf.step_log import read_steps
 from nexusengine.profiles.assemble import SAME, assemble
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ProfileIdentity
@@ -39,6 +41,7 @@ GEOMETRIES = {**MODELS, "llama-3.1-70b": Geometry(8192, 28672, 80, 64, 8, 128, 1
 DEVICE_OF = {"h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200"}
 ROUNDS = 4
 STEP_TOKENS = 8192
+WARM_UP, EVERY = 5, 7
 CALIBRATED = ("h100", "llama-3.1-8b", False)
 
 
@@ -118,6 +121,26 @@ def points() -> list[dict[str, Any]]:
     return out
 
 
+def steps_of_logs() -> list[dict[str, Any]]:
+    profile = profile_of("h100", "qwq-32b-fp8", True)
+    rows = []
+    for path in logs_of("h100", "qwq-32b-fp8"):
+        errors: dict[bool, list[float]] = {False: [], True: []}
+        for number, step in enumerate(read_steps(path)):
+            if number >= WARM_UP and number % EVERY == 0:
+                counts, contexts = np.array(step.q, np.int32), np.array(step.ctx, np.int32)
+                errors[bool(counts.max() > 1)].append(1e3 * profile.step_s(counts, contexts) / step.ms - 1)
+        rows.append(
+            {
+                "log": path.name,
+                "steps": sum(map(len, errors.values())),
+                "decode_median_pct": round(100 * float(np.median(errors[False])), 1),
+                "mixed_median_pct": round(100 * float(np.median(errors[True])), 1),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
@@ -137,7 +160,7 @@ def main() -> None:
         errors[(*key, p["backend"], calibrated)].append((ttft / p["ttft_ms"] - 1, tpot / p["tpot_ms"] - 1))
         if args.points:
             print(p, f"simulated {ttft:.1f} {tpot:.2f}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (device, model, fp8, backend, calibrated), pairs in sorted(errors.items()):
         ttft_errors, tpot_errors = np.array(pairs).T
         rows.append(
@@ -154,6 +177,7 @@ def main() -> None:
                 "ttft_median_pct": round(100 * float(np.median(ttft_errors)), 1),
             }
         )
+    rows += steps_of_logs()
     if args.json:
         print(json.dumps(rows, indent=1))
         return
