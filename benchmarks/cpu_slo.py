@@ -7,6 +7,9 @@ classes are the built-in `interactive` and `batch` in units of this device, so t
 as a fast one: a probe measures one decode step alone, one prompt token, and the capacity, all under the last of the
 schedulers. Then the schedulers take turns, each run on a fresh server that has been warmed up, with the same requests
 in both; a run's seed gives its requests. Lengths, arrivals and prompts of the probe are of another seed.
+
+A run must be long: past capacity the queue grows by (overload - 1) seconds of work a second, and until it is longer
+than the TTFT of the interactive class any order will do.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--overload", type=float, default=1.2, help="rate of arrivals over capacity")
     parser.add_argument("--interactive", type=float, default=0.6, help="share of the class; the rest is batch")
-    parser.add_argument("--duration", type=float, default=60.0, help="seconds of arrivals in a run")
+    parser.add_argument("--duration", type=float, default=150.0, help="seconds of arrivals in a run")
     parser.add_argument("--runs", type=int, default=3, help="of each scheduler, in turns")
     parser.add_argument("--probe-requests", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each run has the next")

@@ -51,8 +51,8 @@ def read_config() -> Message:
     if line is None:
         os._exit(1)
     config: Message = json.loads(line)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and service managers reach the whole group;
-        signal.signal(number, signal.SIG_IGN)  # the supervisor handles it
+    for number in (signal.SIGINT, signal.SIGTERM):  # service managers reach every process; the supervisor handles it
+        signal.signal(number, signal.SIG_IGN)
     if config["parent_death_signal"]:
         die_with(config["parent_pid"])
     return config
@@ -108,6 +108,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environ or {})},
+            process_group=0,  # Ctrl-C is for the supervisor alone, also while this one is still being imported
         )
         main_thread = threading.current_thread() is threading.main_thread()
         self.send({**config, "parent_death_signal": main_thread, "parent_pid": os.getpid()})

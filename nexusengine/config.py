@@ -185,6 +185,12 @@ class EngineConfig:
         parse=one_of("auto", "float32", "float16", "bfloat16"),
         group="model",
     )
+    quantization: str = setting(
+        "none",
+        "how weights are stored on a CPU: none, bf16, int8 or int4 (see docs/cpu.md for what each costs in quality)",
+        parse=one_of("none", "bf16", "int8", "int4"),
+        group="model",
+    )
     max_model_len: int | None = setting(
         None,
         "longest prompt + output in tokens; default: the model's, or what the KV cache holds",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nexusengine.config import DeviceSpec
 from nexusengine.execute.batch import StepBatch, StepResult
@@ -12,6 +12,9 @@ from nexusengine.execute.batch import StepBatch, StepResult
 if TYPE_CHECKING:
     from nexusengine.loading.resolve import ModelFiles
 
+Quantization = Literal["none", "bf16", "int8", "int4"]
+"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
+the multiplication."""
 Progress = Callable[[str, float], None]
 """Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
 
@@ -46,6 +49,7 @@ class ExecutorOptions:
     """
 
     dtype: str | None = None
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     block_size: int | None = None

@@ -9,20 +9,19 @@ import numpy as np
 from nexusengine.lens.view import F8, I4, Bools
 
 
-def put_off(work_s: F8, allowed_s: F8, priority: I4 | None = None) -> Bools:
+def put_off(work_s: F8, allowed_s: F8, rank: list[int] | None = None) -> Bools:
     """Whom to leave out, so that as many as possible of the others end in time (Moore and Hodgson, Management Science
-    15(1), 1968): take them in order; when one would be late, put off the largest taken so far, of the lowest priority.
+    15(1), 1968): take them in order; when one would be late, put off the largest taken so far, of the lowest rank.
 
     work_s `[N]`: service time of each, in the order they are served. allowed_s `[N]`: until when each must be done.
     """
     out = np.zeros(len(work_s), np.bool_)
-    if not (np.cumsum(work_s) > allowed_s).any():
+    if not (work_s.cumsum() > allowed_s).any():
         return out
     taken: list[tuple[int, float, int]] = []
-    rank = [0] * len(work_s) if priority is None else priority.tolist()
     done_s = 0.0
-    for i, (work, allowed, level) in enumerate(zip(work_s.tolist(), allowed_s.tolist(), rank, strict=True)):
-        heapq.heappush(taken, (level, -work, i))
+    for i, (work, allowed) in enumerate(zip(work_s.tolist(), allowed_s.tolist(), strict=True)):
+        heapq.heappush(taken, (rank[i] if rank else 0, -work, i))
         done_s += work
         if done_s > allowed:
             _, largest, index = heapq.heappop(taken)

@@ -31,6 +31,7 @@ class Reason(enum.IntEnum):
     PUT_OFF = 13  # serving it in its turn would make more requests late than leaving it for now
     AGED = 14  # relegated long ago: computes in the share kept for such requests
     LEFTOVER = 15  # relegated or put off: computes in what the others left of the step
+    WAIT_SAVING = 16  # decodes run alone, so that a later step has the time for more prompts at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,11 @@ class Step:
         return self._taken == 0
 
     @property
+    def taken(self) -> int:
+        """Tokens of the rows so far."""
+        return self._taken
+
+    @property
     def features(self) -> StepFeatures:
         """Of the rows taken so far."""
         return StepFeatures(
@@ -183,6 +188,12 @@ class Step:
             self._attention += count * (context + 0.5 * count)
         else:
             self._decode_kv_tokens += context + 1
+
+    def finished_prompts(self) -> list[int]:
+        """Slots whose last known token is computed in this step, decodes apart."""
+        c = self.columns
+        rows = zip(self._slots, self._counts, self._contexts, strict=True)
+        return [slot for slot, count, context in rows if context + count == c.known_tokens[slot]]
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 

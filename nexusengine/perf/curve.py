@@ -101,6 +101,12 @@ class Curve:
         self._pair_s, self._kv_s = weights[basis.ATTENTION] / PAIRS, weights[basis.KV] / KV_TOKENS
         self._mixed_kv_s = (weights[basis.KV] + weights[basis.MIXED_KV]) / KV_TOKENS
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What it was made from, in that order."""
+        factors = self.factor_decode, self.factor_mixed
+        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s)
+
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = self._mean_s(features)
         return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))

@@ -98,10 +98,9 @@ class OnlineModel:
         return self._curve.max_tokens(budget_s, base, context, limit)
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of `basis`, then the arguments of Curve after them."""
+        """weights: `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
-        weights = (*c.weights, c.seen, c.factor_decode, c.factor_mixed, c.offset_s, c.offset_at_s)
-        return PerfSnapshot(KIND, weights, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
+        return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
 
     # ---- learning ------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ log = get_logger("worker")
 def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
+        quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
         max_model_len=config.max_model_len,
         kv_cache_bytes=config.kv_cache_memory,
         block_size=config.block_size,

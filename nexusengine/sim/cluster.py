@@ -299,7 +299,10 @@ class Cluster:
         self.outcomes[request_id] = replace(outcome, first_token_s=now + self.link.link_delay_s)
 
     def _answered(self, now: float, delta: TokenDelta) -> None:
-        """The client gets a last delta: from an engine, or from the router itself."""
+        """The client gets a last delta, from an engine or from the router itself; or a first one that says more."""
+        if delta.finish_reason is None:
+            self._streams(now, delta.request_id)
+            return
         job = self._jobs.pop(delta.request_id, None)
         if job is None:
             raise InternalError(f"{delta.request_id} was ended twice")

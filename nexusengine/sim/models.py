@@ -99,15 +99,15 @@ class Oracle:
     def _mean(self, tokens: float, sequences: float, prefills: float, attention: float, kv_tokens: float) -> float:
         decodes = max(round(sequences - prefills), 0)
         chunks = max(round(prefills), 0)
-        counts = np.ones(decodes + chunks, np.int32)
-        contexts = np.zeros(decodes + chunks, np.int32)
+        rows = max(decodes + chunks, 1)  # a step of nothing costs what one token costs: the weights are read
+        counts, contexts = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         if decodes:
             contexts[:decodes] = max(kv_tokens / decodes - 1.0, 0.0)
         if chunks:
             size = max((tokens - decodes) / chunks, 1.0)
             counts[decodes:] = np.diff(np.rint(np.arange(chunks + 1) * size)).astype(np.int32)
             contexts[decodes:] = max(attention / chunks / size - 0.5 * size, 0.0)
-        return self._profile.step_s(counts, contexts) if len(counts) else 0.0
+        return self._profile.step_s(counts, contexts)
 
 
 class Scaled:

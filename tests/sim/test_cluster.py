@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError, InternalError
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.registry import POLICIES
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings
 from nexusengine.sim.faults import parse_fault
@@ -65,15 +67,37 @@ def test_a_request_that_comes_during_a_run_of_decodes_starts_at_the_next_step() 
     assert outcomes["late"].first_token_s - 1.0 < 4 * LINK.link_delay_s + 2 * step_s
 
 
-def test_runs_of_like_steps_change_nothing() -> None:
-    jobs = make_jobs(150, 0.03, 3)
-    for kv_tokens in (20_000, 1_500):
-        one = run(make_cluster(2, kv_tokens=kv_tokens), jobs)
-        other = run(make_cluster(2, kv_tokens=kv_tokens, settings=replace(QUIET, runs=False)), jobs)
-        for name, outcome in one.items():
-            assert outcome.last_s == pytest.approx(other[name].last_s, abs=1e-9)
-            assert outcome.first_token_s == pytest.approx(other[name].first_token_s, abs=1e-9)
-            assert outcome.worker == other[name].worker
+@pytest.mark.parametrize("engine", sorted(POLICIES))
+@pytest.mark.parametrize("kv_tokens", [20_000, 2_500])
+def test_runs_of_like_steps_change_nothing_for_any_policy(engine: str, kv_tokens: int) -> None:
+    rng = np.random.default_rng(1)
+    jobs = [
+        replace(job, request=replace(job.request, slo=SLO(rng.choice([0.1, 0.5, 2.0]), rng.choice([0.006, 0.02, 0.1]))))
+        for job in make_jobs(40, 0.08, 1, prompt=400, output=50)
+    ]
+    settings = replace(QUIET, max_batch_tokens=1024)
+
+    def ends(runs: bool) -> list[tuple[float, float]]:
+        cluster = make_cluster(
+            1, engine=engine, settings=replace(settings, runs=runs), kv_tokens=kv_tokens, perf="oracle"
+        )
+        return [(o.first_token_s, o.last_s) for o in cluster.run(jobs)]
+
+    assert np.allclose(ends(True), ends(False), rtol=0, atol=1e-9)
+
+
+def test_a_policy_can_ask_to_plan_every_step() -> None:
+    class Thorough(FCFS):
+        plans_every_step = True
+
+    job = [make_job("r", 0.0, 10, 50)]
+    plans = []
+    for policy in (FCFS(), Thorough()):
+        cluster = make_cluster(1, engine=policy)
+        cluster.run(job)
+        plans.append(len(cluster.workers[0].engine.planning_s))
+    assert plans[0] < 5
+    assert plans[1] == 50
 
 
 def test_scheduler_time_is_charged_to_every_step() -> None:

@@ -17,8 +17,6 @@ static constexpr int TOKENS = 64;       // of a tile of keys
 static constexpr int QUERY_ROWS = 96;   // about so many rows of (query, head) a task
 static constexpr int SPLIT_TOKENS = 512;  // least keys a task of a row that is split
 
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Where token `position` of a row lies, in bytes from the base.
 INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
     return blocks[position / c.block_size] * c.block_bytes + position % c.block_size * c.token_bytes;
