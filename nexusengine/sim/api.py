@@ -38,10 +38,10 @@ class SimSpec:
     """As the options of `nexusengine sim run`.
 
     trace, arrivals, rate_rps, duration_s, classes, scale, stated_limit: see WorkloadSpec. devices: "h100,a100,2xl4".
-    perf: online, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step; None: as measured while
-    simulating. request_timeout_s: after which a request is given up, as by the server: so every overload ends.
-    max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see faults.parse_fault.
-    timeline: keep samples of the load.
+    perf: a performance model by name, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step;
+    None: as measured while simulating. request_timeout_s: after which a request is given up, as by the server: so
+    every overload ends. max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see
+    faults.parse_fault. timeline: keep samples of the load.
     """
 
     trace: str

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from nexusengine.core.core import COLD_AFTER_S
 from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
 from nexusengine.core.stats import CoreStats
@@ -147,7 +148,7 @@ class SimEngine:
         self._run: _Run | None = None
         self._aborted: set[int] = set()
         self._every_step = not settings.runs or bool(getattr(policy, "plans_every_step", False))
-        self._idle_since_s = 0.0
+        self._idle_since_s = self._stepped_s = 0.0
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
@@ -366,6 +367,7 @@ class SimEngine:
                 self.kv.commit(int(slots[i]), self._live[int(slots[i])].names, int(ends[i]))
         sampled = slots if steps > 1 else slots[ends == c.known_tokens[slots]]
         self._sampled(sampled, run.ends_s[run.done : until], now)
+        self._stepped_s = now
         self.stats.computed_tokens += int(run.counts.sum()) * steps
         self.stats.generated_tokens += len(sampled) * steps
         self.stats.device_s += float(run.took_s[run.done : until].sum())
@@ -391,7 +393,8 @@ class SimEngine:
     def _observe(self, run: _Run, until: int) -> None:
         features = StepFeatures.of(run.counts, run.starts + run.done)
         for i in range(run.done, until, _OBSERVED_OF_A_RUN):
-            self.model.observe(features, float(run.took_s[i]))
+            cold = i == 0 and run.began_s - self._stepped_s > COLD_AFTER_S
+            (self.model.observe_cold if cold else self.model.observe)(features, float(run.took_s[i]))
             grown = features.decode_kv_tokens + features.sequences * _OBSERVED_OF_A_RUN
             features = StepFeatures(
                 features.tokens, features.sequences, features.prefills, features.prefill_attention, grown
