@@ -86,6 +86,7 @@ def test_record_writes_a_log_that_replay_reads(tmp_path: Path, capsys: pytest.Ca
     assert main([*command, "--max-prompt", "64", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["requests"] == 12
+    assert result["live_mape"] > 0.0
     assert main(["perf", "replay", log, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == result["steps"]
     assert main(command) == 1
