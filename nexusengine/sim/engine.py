@@ -382,8 +382,11 @@ class SimEngine:
             self.first_tokens += [(self._live[s].job, float(at_s[0])) for s in newcomers.tolist()]
         due_s = c.arrival_s[slots] + c.ttft_s[slots] + c.generated_tokens[slots] * c.tpot_s[slots]
         due_s -= self.settings.answer_delay_s
-        late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
-        self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
+        if steps == 1:
+            self._strict[slots] &= ~(at_s[0] > due_s)  # NaN, no promise, is never late
+        else:
+            late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
+            self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
         c.known_tokens[slots] += steps
         c.generated_tokens[slots] += steps
         c.last_token_s[slots] = now
