@@ -17,6 +17,7 @@ from nexusengine.types import EngineRequest, TokenDelta
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
+MAX_DIGEST_BYTES = 32 * 2**10
 
 
 class ProtocolError(NexusError):
@@ -135,13 +136,23 @@ class Ready(Message, frozen=True):
     protocol: int = PROTOCOL_VERSION
 
 
+class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
+    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last has
+    the number seq. A batch is names that came and names that went, 8 bytes each; together at most MAX_DIGEST_BYTES."""
+
+    round: int
+    seq: int
+    batches: tuple[tuple[bytes, bytes], ...]
+
+
 class Report(Message, frozen=True):
     """A worker's load, pushed every snapshot period by a thread that runs while a long step computes: the heartbeat.
-    seq rises with every report of an epoch."""
+    seq rises with every report of an epoch. prefixes: None where there is no prefix cache."""
 
     epoch: str
     seq: int
     load: WorkerLoad
+    prefixes: PrefixDigest | None = None
 
 
 class WorkerDeltas(Message, frozen=True):
@@ -173,6 +184,10 @@ class Cancel(Message, frozen=True):
     """Stop working on a request; no answer is expected."""
 
     request_id: str
+
+
+class RepeatPrefixes(Message, frozen=True):
+    """Batches of the digest of its prefix cache are missing: begin a new round."""
 
 
 class Reregister(Message, frozen=True):
@@ -238,7 +253,7 @@ class Cluster(Message, frozen=True):
 
 
 ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving
-ToWorker = Dispatch | Cancel | Reregister
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes
 ToRouterFromClient = Hello | Submit | Abort
 ToClient = Deltas | Cluster
 

@@ -202,6 +202,10 @@ class Registry:
                 worker.may_have = may_have
                 worker.version += 1
 
+    def block_sizes(self) -> set[int]:
+        """Of the KV caches of all workers that have a process and have said."""
+        return {w.info.block_size for w in self._by_identity.values()} - {0}
+
     # ---- what others see -----------------------------------------------------------------------------------------
 
     def views(self, ledger: Ledger) -> list[WorkerView]:

@@ -25,8 +25,11 @@ def executor_options(config: EngineConfig) -> ExecutorOptions:
     )
 
 
-def make_core(executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0") -> EngineCore:
-    """name: the worker's. Raises ConfigError for an unknown policy."""
+def make_core(
+    executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0", hash_key: bytes = b""
+) -> EngineCore:
+    """name: the worker's. hash_key: of the names of KV blocks, the same in a whole server so that its router can look
+    prompts up; drawn here if there is none. Raises ConfigError for an unknown policy."""
     return EngineCore(
         executor,
         make_policy(config.scheduler),
@@ -35,6 +38,6 @@ def make_core(executor: Executor, config: EngineConfig, clock: Clock, name: str 
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
-        hash_key=os.urandom(16),
+        hash_key=hash_key or os.urandom(16),
         name=name,
     )

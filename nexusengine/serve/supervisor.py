@@ -84,13 +84,16 @@ class Supervisor:
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
-        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**common, "workers": names})}
+        hash_key = {"hash_key": secrets.token_hex(16)}  # names of KV blocks are compared between workers and router
+        self._roles = {
+            "router": _Role("router", "nexusengine.router.broker", lambda: {**common, **hash_key, "workers": names})
+        }
         if with_server:
             self._roles["server"] = _Role("server", "nexusengine.server.main", lambda: common)
         for name, device in zip(names, self.devices, strict=True):
             role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
-                **common,
+                **inside,
                 **name,
                 "epoch": role.epoch,
                 "model_path": str(self._files.path) if self._files else "",
