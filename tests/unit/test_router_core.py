@@ -512,7 +512,8 @@ def test_requests_go_where_their_beginning_is_cached_and_hits_are_compared_with_
         router.submit(f"a{n}", prompt=1610)
     assert set(router.dispatched().values()) == {"w1"}
     first = TokenDelta("a0", (5,), cached_tokens=1584, timings=Timings(0.0))
-    router.deltas("w1", first, TokenDelta("a0", (6,), cached_tokens=1584))
+    router.deltas("w1", first)
+    router.deltas("w1", TokenDelta("a0", (6,)))
     totals = router.core.cluster().totals
     assert (totals["prefix_prompt_tokens"], totals["prefix_predicted_tokens"]) == (1610, 1600)
     assert (totals["prefix_hit_tokens"], totals["prefix_error_tokens"]) == (1584, 16)
