@@ -225,7 +225,8 @@ class Deltas(Message, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
-    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger."""
+    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
+    barred: why it gets no requests although it is ready; None if it does."""
 
     info: WorkerInfo
     state: WorkerState
@@ -235,6 +236,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     load: WorkerLoad | None
     restarts: int = 0
     cause: str | None = None
+    barred: str | None = None
 
 
 class Cluster(Message, frozen=True):

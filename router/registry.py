@@ -232,12 +232,13 @@ class Registry:
                 state=w.state,
                 phase=w.phase,
                 fraction=w.fraction,
-                outstanding=len(ledger.share(w.identity).entries),
+                outstanding=view.outstanding,
                 load=w.load,
                 restarts=w.restarts,
                 cause=w.cause,
+                barred=view.barred if view.state is WorkerState.READY else None,
             )
-            for w in self.workers.values()
+            for w, view in zip(self.workers.values(), self.views(ledger), strict=True)
         )
 
 
