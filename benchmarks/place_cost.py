@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nexusengine.perf.linear import KIND
 
 from nexusengine import wire
-from nexusengine.perf.linear import KIND
 from nexusengine.router.core import RouterCore, identity_of
 from nexusengine.router.policies import make_policy
 from nexusengine.types import SLO, EngineRequest, SamplingParams

@@ -48,14 +48,14 @@ class LlamaForCausalLM:
         ops: Ops[Any] | None = None,
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
-        """source None: random weights from `seed`, for checks without a checkpoint. ops: what it computes with; default:
-        torch. Raises ModelLoadError naming the tensor that is missing, surplus or of another shape."""
+        """source None: random weights from `seed`, for checks without a checkpoint. ops: what it computes with; by
+        default torch. Raises ModelLoadError naming the tensor that is missing, surplus or of another shape."""
         self.config, self.dtype, self.device = config, dtype, device
         self._source = source
         self._generator = torch.Generator().manual_seed(seed)
         self._taken: set[str] = set()
         c = config
-        self.ops = ops or TorchOps(c.rms_norm_eps)
+        self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.embedding = self._linear([("model.embed_tokens", c.vocab_size)], c.hidden_size, False)
         self.layers = []
@@ -130,7 +130,8 @@ class LlamaForCausalLM:
         """One linear map of several checkpoint tensors, one below the other."""
         weight = self._stack([(f"{name}.weight", (rows, inputs)) for name, rows in parts])
         biases = self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None
-        return self.ops.pack(weight, biases, gated=gated)
+        packed: Map = self.ops.pack(weight, biases, gated=gated)
+        return packed
 
     def _stack(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)

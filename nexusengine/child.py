@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,17 +38,23 @@ def _lines() -> Iterator[bytes]:
 _stdin = _lines()
 
 
+def die_with(parent_pid: int) -> None:
+    """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the signal was armed
+        os._exit(1)
+
+
 def read_config() -> Message:
     """The configuration line; ties this process to its parent's life. Call first, from the main thread."""
     line = next(_stdin, None)
     if line is None:
         os._exit(1)
     config: Message = json.loads(line)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor handles it
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and service managers reach the whole group;
+        signal.signal(number, signal.SIG_IGN)  # the supervisor handles it
     if config["parent_death_signal"]:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != config["parent_pid"]:  # it died before the signal was armed
-            os._exit(1)
+        die_with(config["parent_pid"])
     return config
 
 
@@ -70,6 +77,11 @@ def emit(event: Message) -> None:
 
 
 # ---- in the parent --------------------------------------------------------------------------------------------------
+
+
+def tied(*module_and_arguments: str) -> list[str]:
+    """The command of a Python module that ends with the thread which runs it, for modules that are not ours."""
+    return [sys.executable, "-m", "nexusengine.child", str(os.getpid()), *module_and_arguments]
 
 
 class Child:
@@ -151,3 +163,9 @@ class Child:
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last = f"; its last line: {self._stderr[-1]}" if self._stderr else ""
         self._on_event(self, {"type": "exit", "code": code, "cause": self._cause or ended + last})
+
+
+if __name__ == "__main__":
+    die_with(int(sys.argv[1]))
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

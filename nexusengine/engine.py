@@ -114,7 +114,7 @@ class Engine:
         ]
         for request in requests:
             check_length(request, self.max_model_len, self.vocab_size)
-        news = self._runner.run(requests, many)
+        news = self._runner.run(requests, many, stream=stream)
         if stream:
             return news
         shown = len(many) >= _PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress

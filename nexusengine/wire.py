@@ -18,6 +18,8 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
 MAX_DIGEST_BYTES = 32 * 2**10
+MAX_STEPS_IN_ANSWER = 512
+MAX_CHANGES_IN_ANSWER = 1024
 
 
 class ProtocolError(NexusError):
@@ -116,6 +118,67 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     max_waiting: int = 0
 
 
+class StepHistory(msgspec.Struct, frozen=True, array_like=True):
+    """A step as it was planned and as it went; see core.stats.StepRecord. reasons: requests by lens.plan.Reason."""
+
+    step: int
+    started_s: float
+    tokens: int
+    sequences: int
+    prefills: int
+    prefill_attention: float
+    decode_kv_tokens: int
+    predicted_s: float
+    upper_s: float
+    device_s: float
+    scheduler_s: float
+    running: int
+    waiting: int
+    preempted: int
+    reasons: dict[str, int]
+    notes: dict[str, float]
+
+
+class RequestChange(msgspec.Struct, frozen=True, array_like=True):
+    """From this step on: why a request did what it did (a lens.plan.Reason), and the tokens it computed in it."""
+
+    at_s: float
+    step: int
+    reason: str
+    tokens: int
+
+
+class RequestHistory(msgspec.Struct, frozen=True, array_like=True):
+    """All that a worker remembers of a request. Instants are monotonic, now_s that of the answer; None where it did not
+    get there. finish_reason: None while it lives. changes_left_off: older ones than those here that are remembered.
+    steps: those of the changes that are remembered, at most MAX_STEPS_IN_ANSWER, the newest."""
+
+    request_id: str
+    worker_id: str
+    slo_class: str
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+    priority: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    predicted_ttft_s: float
+    unattainable: bool
+    strict: bool
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    now_s: float
+    finish_reason: str | None
+    error: str | None
+    changes: tuple[RequestChange, ...]
+    changes_left_off: int
+    steps: tuple[StepHistory, ...]
+
+
 # ---- worker -> router -------------------------------------------------------------------------------------------
 
 
@@ -137,8 +200,9 @@ class Ready(Message, frozen=True):
 
 
 class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
-    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last has
-    the number seq. A batch is names that came and names that went, 8 bytes each; together at most MAX_DIGEST_BYTES."""
+    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last
+    has the number seq. A batch is names that came and names that went, 8 bytes each; all together at most
+    MAX_DIGEST_BYTES."""
 
     round: int
     seq: int
@@ -170,6 +234,17 @@ class Leaving(Message, frozen=True):
     cause: str | None = None
 
 
+class Findings(Message, frozen=True):
+    """What a worker knows of what was asked; passed on to the client by the router. request: None if it knows no such
+    request, or none was asked for."""
+
+    client: bytes
+    query: int
+    worker_id: str
+    steps: tuple[StepHistory, ...] = ()
+    request: RequestHistory | None = None
+
+
 # ---- router -> worker -------------------------------------------------------------------------------------------
 
 
@@ -194,6 +269,16 @@ class Reregister(Message, frozen=True):
     """The router does not know this worker (it was restarted): say Starting or Ready again."""
 
     router_epoch: str
+
+
+class Ask(Message, frozen=True):
+    """A client asks every worker for its newest steps, or for what it remembers of a request; each answers with
+    `Findings`. query: the client's number for it. client: filled in by the router."""
+
+    query: int
+    last_steps: int = 0
+    request_id: str | None = None
+    client: bytes = b""
 
 
 # ---- client -> router -------------------------------------------------------------------------------------------
@@ -254,10 +339,10 @@ class Cluster(Message, frozen=True):
     totals: dict[str, float] = {}
 
 
-ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving
-ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes
-ToRouterFromClient = Hello | Submit | Abort
-ToClient = Deltas | Cluster
+ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask
+ToRouterFromClient = Hello | Submit | Abort | Ask
+ToClient = Deltas | Cluster | Findings
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {

@@ -23,10 +23,12 @@ from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,
     Abort,
+    Ask,
     Cancel,
     Cluster,
     Deltas,
     Dispatch,
+    Findings,
     Hello,
     Leaving,
     Message,
@@ -118,6 +120,9 @@ class RouterCore:
             self._send("client", identity, self.cluster())
         elif isinstance(message, Submit):
             self._submit(identity, message.request, now)
+        elif isinstance(message, Ask):
+            for worker in self.registry.identities():
+                self._send("worker", worker, Ask(message.query, message.last_steps, message.request_id, identity))
         elif isinstance(message, Abort):
             entry = self.ledger.get(message.request_id)
             if entry is not None and entry.client == identity:
@@ -163,6 +168,9 @@ class RouterCore:
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
                 worker.last_seen_s = now
                 self._forward(identity, message, now)
+        elif isinstance(message, Findings):
+            if message.client in self._clients:
+                self._send("client", message.client, message)
         elif isinstance(message, Leaving):
             self.on_worker_gone(identity, message.cause, now)
 

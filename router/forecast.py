@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import astuple
 
-from nexusengine.perf import linear
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerfSnapshot, Predictor
 from nexusengine.perf.registry import make_model, rebuild
@@ -326,8 +325,6 @@ def predictor_of(perf: PerfWeights | None) -> Predictor:
     have sent."""
     if perf is None:
         return _untaught()
-    if perf.kind == linear.KIND:
-        return linear.LinearModel(prior=tuple(perf.weights))  # type: ignore[arg-type]
     return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
 
 

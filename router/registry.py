@@ -70,6 +70,11 @@ class Registry:
     def of(self, identity: bytes) -> Worker | None:
         return self._by_identity.get(identity)
 
+    def identities(self) -> list[bytes]:
+        """Of the processes that serve now."""
+        serving = (WorkerState.READY, WorkerState.STALLED, WorkerState.DRAINING)
+        return [w.identity for w in self.workers.values() if w.identity is not None and w.state in serving]
+
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def connect(self, identity: bytes, info: WorkerInfo, now: float) -> tuple[Worker, bytes | None]:

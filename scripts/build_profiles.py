@@ -17,7 +17,7 @@ from profile_sources import joint, kernels, logs, roofline
 from profile_sources.common import PROFILES, ROOT, SHARED, Tables
 
 from nexusengine.perf.devices import DATASHEETS
-from nexusengine.profiles.geometry import MODELS, kv_capacity_tokens
+from nexusengine.profiles.geometry import MODELS, kv_capacity_tokens, shards_of
 
 KERNELS = [(device, model) for model in ("llama-3.1-8b", "qwen3-32b") for device in kernels.FOLDERS]
 BESIDE = {"h100": 1.0, "h200": 1.0, "b200": 1.0}
@@ -50,6 +50,9 @@ def tabulated() -> list[tuple[dict[str, Any], Tables]]:
     out = []
     for device, model in joint.FOLDERS:
         e = entry(device, model, "joint", "measured", joint.SOURCE, joint.LICENCE)
+        if shards_of(device) > 1:
+            e |= {"shards": shards_of(device), "link": device.partition("-tp")[0], "confidence": "composed"}
+            e["source"] += "; one GPU's part, exchange between GPUs by latency and bandwidth"
         out.append((e, joint.joint_tables(device, model)))
     for device, model in KERNELS:
         if kv_capacity_tokens(device, MODELS[model]) < 4096:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexusengine.perf.linear import KIND
+from nexusengine.perf import basis, online
 from nexusengine.router.policy import PlacementRequest, WorkerView
 from nexusengine.types import SLO
 from nexusengine.wire import PendingPrefill, PerfWeights, WorkerInfo, WorkerLoad, WorkerState
@@ -15,8 +15,10 @@ BATCH = SLO(30.0, 0.5)
 
 def perf(speed: float = 1.0, quantile: float = 1.0) -> PerfWeights:
     """5 ms + 20 us a token + 1 ns a pair + 40 ns a KV token read, all divided by speed."""
-    weights = (0.005 / speed, 0.002 / speed, 0.001 / speed, 0.0004 / speed)
-    return PerfWeights(KIND, weights, quantile, 1000, 0)
+    weights = [0.0] * basis.TERMS
+    for term, seconds in ((basis.ONE, 0.005), (basis.SLOPE, 0.002), (basis.ATTENTION, 0.001), (basis.KV, 0.0004)):
+        weights[term] = seconds / speed
+    return PerfWeights(online.KIND, (*weights, 8192.0, quantile, quantile, 0.0, 1.0), quantile, 1000, 0)
 
 
 def load(

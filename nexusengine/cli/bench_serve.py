@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import json
-import resource
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from nexusengine.config import add_arguments as add_settings
 from nexusengine.errors import ConfigError
 
 _NOT_OURS = frozenset({"seed", "host", "port", "api_key"})
+_USUAL_MODEL_LEN = 4096  # of servers that do not say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nexusengine.loadgen.http import Target
+    from nexusengine.loadgen.run import offer
     from nexusengine.loadgen.server import ask
 
     with _target_url(args) as url:
+        target = Target(url, args.api_key)
         info = ask(url, args.api_key)
-        items = _items(args, info.max_model_len or 4096)
-        figures, requests = measure(url, items, info.model, info.vocab_size or 10_000, args)
-    figures = {"url": url, "model": info.model, **_asked(args), **figures}
+        items = _items(args, info.max_model_len or _USUAL_MODEL_LEN)
+        with _Progress(len(items)) as progress:
+            done = offer(
+                target,
+                items,
+                info,
+                seed=args.seed,
+                bounds=args.send_bounds,
+                timeout_s=args.timeout,
+                progress=progress.advance,
+            )
+    figures = {"url": url, "model": info.model, **_asked(args), **done.figures}
     if args.output:
+        requests = [_row(r) for r in done.records]
         Path(args.output).write_text(json.dumps({**figures, "requests": requests}, indent=1) + "\n")
     if args.json:
         print(json.dumps(figures))
@@ -104,36 +115,6 @@ def _items(args: argparse.Namespace, max_tokens: int) -> list[Any]:
     return items_of(Builder(spec).build())
 
 
-def measure(
-    url: str, items: list[Any], model: str | None, vocab_size: int, args: argparse.Namespace
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of the run, and each of its requests."""
-    from nexusengine.loadgen.client import run_open_loop
-    from nexusengine.loadgen.http import Target
-    from nexusengine.loadgen.prompts import Prompts, bodies
-    from nexusengine.loadgen.report import summary
-
-    made = bodies(items, Prompts(vocab_size, args.seed), model, seed=args.seed, bounds=args.send_bounds)
-    with _Progress(len(items)) as progress:
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        began_s = time.monotonic()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            work = run_open_loop(
-                Target(url, args.api_key), items, made, timeout_s=args.timeout, progress=progress.advance
-            )
-            records = runner.run(work)
-        took_s = time.monotonic() - began_s
-        after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    events = sum(r.events for r in records)
-    client = {
-        "took_s": round(took_s, 3),
-        "client_cpu_share": round(cpu_s / took_s, 4),
-        "client_cpu_us_per_event": round(1e6 * cpu_s / max(events, 1), 2),
-    }
-    return {**summary(records), **client}, [_row(r) for r in records]
-
-
 def _row(record: Any) -> dict[str, Any]:
     item = record.item
     numbers = {
@@ -168,14 +149,6 @@ def _table(figures: dict[str, Any]) -> None:
     width = max(map(len, flat))
     for key, value in flat.items():
         print(f"{key:{width}}  {value}")
-
-
-def _loop_factory() -> Any:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 class _Progress:

@@ -21,6 +21,7 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
+    device_name: what its maker calls the device, where that is known.
     """
 
     device: str
@@ -33,13 +34,15 @@ class ExecutorSpec:
     attention_backend: str
     weights_bytes: int
     kv_bytes: int
+    device_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step.
+    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
+    name, so that emulated devices do not all scatter alike.
     """
 
     dtype: str | None = None
@@ -50,6 +53,7 @@ class ExecutorOptions:
     max_running: int = 256
     attention_backend: str | None = None
     seed: int = 0
+    worker: str = ""
 
 
 class Executor(Protocol):

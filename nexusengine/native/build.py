@@ -1,7 +1,8 @@
 """Building the kernels: each instruction set in a translation unit with its own flags, the choice made at run time.
 
-The result is kept under a name made of everything it depends on: sources, compiler, flags and OpenMP runtime. It appears
-in the cache folder whole or not at all, and of several processes that start at once one builds and the others wait.
+The result is kept under a name made of everything it depends on: sources, compiler, flags and OpenMP runtime. It
+appears in the cache folder whole or not at all, and of several processes that start at once one builds and the others
+wait.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Library:
     def _function(self, name: str, *arguments: type) -> ctypes._NamedFuncPointer:
         function = self._dll[name]
         function.argtypes, function.restype = list(arguments), None
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 def library() -> Library:

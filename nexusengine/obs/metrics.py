@@ -91,6 +91,9 @@ WINDOW_METRICS: dict[str, tuple[str, Callable[[Counts, float], float]]] = {
 """Gauges by class, present once something of a class has ended: help, and the value from counts and seconds."""
 
 
+_DRIFT = 0.1
+
+
 def _total(name: str) -> Callable[[WorkerStatus], float | None]:
     return lambda w: None if w.load is None else w.load.totals.get(name)
 
@@ -117,6 +120,27 @@ WORKER_METRICS = (
         "gauge",
         "Mean relative error of predicted step times",
         _total("prediction_error"),
+    ),
+    WorkerMetric(
+        "worker_step_prediction_bias",
+        "gauge",
+        "The same error with its sign, over about 200 steps: above 0 where steps are shorter than predicted",
+        _total("prediction_bias"),
+    ),
+    WorkerMetric(
+        "worker_step_prediction_drift",
+        "gauge",
+        "1 while that bias is above 10 percent to either side",
+        lambda w: None if w.load is None else float(abs(w.load.totals.get("prediction_bias", 0.0)) > _DRIFT),
+    ),
+    WorkerMetric(
+        "worker_slow_steps", "counter", "Steps that took more than 1.6 times what was predicted", _total("slow_steps")
+    ),
+    WorkerMetric(
+        "worker_performance_epoch",
+        "gauge",
+        "How often the performance model found that the device had changed",
+        lambda w: None if w.load is None or w.load.perf is None else w.load.perf.epoch,
     ),
     WorkerMetric(
         "worker_step_bound_coverage", "gauge", "Share of steps within their predicted upper bound", _total("coverage")

@@ -3,8 +3,9 @@
     t = w · [1, P, T, (T - h)+ for h in HINGES, P * [T > s] for s in STEPS, n, n_prefill, A, K, P * K],   w >= 0
 
 T tokens, n sequences, P 1 if any sequence computes more than one token, A and K as in StepFeatures. The hinges carry
-the bend of the roofline: 4 to 32 tokens on a CPU, 128 to 1024 on a GPU. The steps carry tiles: a matrix kernel chosen
-for 512 rows costs much the same at 300 (an H100 in fp8: 30 ms at 256 tokens, 52 at 257). Scales are fixed physical ones, so that weights are in seconds.
+the bend of the roofline: 4 to 32 tokens on a CPU, 128 to 1024 on a GPU. The steps carry tiles: a matrix kernel that
+computes 512 rows at a time costs much the same at 300 (an H100 in fp8: 25 ms at 256 tokens, 45 at 260, 39 at 512).
+Scales are fixed physical ones, so that weights are seconds.
 """
 
 from __future__ import annotations

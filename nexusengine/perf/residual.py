@@ -59,11 +59,12 @@ class Trend:
     """
 
     def __init__(self) -> None:
-        self._mean_s = 0.0
-        self._product = self._square = 0.0
+        self._mean_s = self._product = self._square = 0.0
+        self.at_s = 1.0
 
     @property
     def offset_s(self) -> float:
+        """Of steps of about `at_s` seconds."""
         return self._mean_s * min(max(self._product / self._square, 0.0), 1.0) if self._square > 0.0 else 0.0
 
     def learn(self, deviation_s: float, predicted_s: float) -> None:
@@ -71,6 +72,9 @@ class Trend:
         deviation_s = min(max(deviation_s, -_LARGEST * predicted_s), _LARGEST * predicted_s)
         self._product += _JUDGE * (deviation_s * self._mean_s - self._product)
         self._square += _JUDGE * (self._mean_s * self._mean_s - self._square)
+        if predicted_s < self.at_s:
+            self._mean_s *= predicted_s / self.at_s
+        self.at_s = predicted_s
         self._mean_s += _BLEND * (deviation_s - self._mean_s)
 
     def reset(self) -> None:
@@ -107,8 +111,7 @@ class Drift:
         self._kinds: set[int] = set()
 
     def learn(self, kind: int, log_ratio: float) -> Change | None:
-        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None as long as there is no sign of
-        a change."""
+        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None: no sign of a change yet."""
         if log_ratio * self._log_ratio < 0.0:
             self.calm()
         self._spikes = self._spikes + 1 if is_spike(log_ratio) else 0

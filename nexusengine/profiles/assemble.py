@@ -20,7 +20,8 @@ from nexusengine.profiles.composed import ComposedProfile, ProfileIdentity
 from nexusengine.profiles.curves import Curve, Quad, Surface
 from nexusengine.profiles.fitted import FittedProfile
 from nexusengine.profiles.geometry import Geometry
-from nexusengine.profiles.moe import expert_curve
+from nexusengine.profiles.links import LINKS
+from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise
 
 Tables = Mapping[str, npt.NDArray[Any]]
@@ -53,8 +54,8 @@ def scale_between(base: Geometry, target: Geometry) -> Scale:
         target.heads * target.head_dim / (base.heads * base.head_dim),
         target.kv_heads * target.head_dim / (base.kv_heads * base.head_dim),
     )
-    if bool(base.experts) != bool(target.experts):
-        raise ConfigError("one of the two models has experts and the other has none")
+    if base.experts or target.experts:
+        raise ConfigError("models with experts are not scaled")
     if base.head_dim != target.head_dim:
         raise ConfigError(f"heads of {target.head_dim} elements, measured with {base.head_dim}")
     if base.bytes_per_weight != target.bytes_per_weight or base.bytes_per_kv != target.bytes_per_kv:
@@ -83,15 +84,22 @@ def assemble(
         )
     tokens = tables["tokens"].astype(np.float64)
     layer_s = _scaled(_seconds(tables, "layer_us"), scale.layer, _DENSE_KERNELS * _LAUNCH_S)
-    if geometry.experts:
-        layer_s = layer_s + expert_curve(tables, tokens, geometry) * _US
+    dense_s = geometry.layers * layer_s + _seconds(tables, "once_us")
+    sequences = tables["sequences"].astype(np.float64)
     head_s = _scaled(_seconds(tables, "head_us"), scale.head, _LAUNCH_S)
+    if entry.get("shards", 1) > 1:
+        link = LINKS[entry["link"]]
+        activations, logits = 2 * geometry.hidden * tokens, 2 * geometry.vocab * sequences
+        dense_s += (2 * geometry.layers + 1) * (link.latency_s + activations / link.bytes_per_s)
+        head_s += link.latency_s + logits / entry["shards"] / link.bytes_per_s
     return ComposedProfile(
         identity,
         layers=geometry.layers,
-        dense=Curve(tokens, geometry.layers * layer_s + _seconds(tables, "once_us")),
+        hidden=geometry.hidden,
+        dense=Curve(tokens, dense_s),
         attention=_attention(entry, tables, scale),
-        head=Curve(tables["sequences"], head_s),
+        head=Curve(sequences, head_s),
+        experts=Experts(tables, geometry) if geometry.experts else None,
         noise=noise,
     )
 

@@ -69,13 +69,15 @@ class Skew:
     def __call__(self, n: int, chunk: int, at_mean: float, at_longest: float) -> float:
         """What is added to `at_mean`."""
         gap = at_longest - at_mean
-        if gap <= 0.0 or at_mean <= 0.0:
+        if n < 2 or gap <= 0.0 or at_mean <= 0.0:
             return 0.0
         row = self._alpha[bisect_right(self._n_edges, n)][bisect_right(self._chunk_edges, chunk)]
         return gap * row[bisect_right(self._spreads, gap / at_mean)]
 
     def along(self, n: int, at_mean: F8, at_longest: F8) -> F8:
         """For many decode-only steps."""
+        if n < 2:
+            return np.zeros_like(at_mean)
         spreads, alpha = self._arrays
         gap = np.maximum(at_longest - at_mean, 0.0)
         row = alpha[bisect_right(self._n_edges, n), 0]
@@ -93,27 +95,21 @@ class JointAttention:
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         at_mean = self._decodes(n, mean_kv)
-        if n < 2:
-            return at_mean
         return at_mean + self._skew(n, 0, at_mean, self._decodes(n, longest_kv))
 
     def decode_run_s(self, n: int, mean_kv: F8, longest_kv: F8) -> F8:
         at_mean = self._decodes.along(n, mean_kv)
-        if n < 2:
-            return at_mean
         return at_mean + self._skew.along(n, at_mean, self._decodes.along(n, longest_kv))
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
         """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch."""
-        cut = pieces(chunks)
+        cut = pieces(chunks) if len(chunks) > 1 or chunks[0][0] > LONGEST_CHUNK else chunks
         q, ctx = cut[0]
         total = self._prefill(q, ctx)
         if n:
-            at_mean = total + self._beside(q, ctx, n, mean_kv)
-            added = 0.0
-            if n > 1:
-                added = self._skew(n, q, at_mean, total + self._beside(q, ctx, n, longest_kv))
-            total = at_mean + added
+            mean_s, longest_s = self._beside(q, ctx, n, mean_kv, longest_kv)
+            at_mean = total + mean_s
+            total = at_mean + self._skew(n, q, at_mean, total + longest_s)
         for q, ctx in cut[1:]:
             total += max(self._prefill(q, ctx) - self._floor_s, 0.0)
         return total

@@ -26,7 +26,7 @@ class RouterLink:
     """
 
     def __init__(self, endpoint: str, info: wire.WorkerInfo, period_s: float) -> None:
-        self.inbox: deque[wire.Dispatch | wire.Cancel] = deque()
+        self.inbox: deque[wire.Dispatch | wire.Cancel | wire.Ask] = deque()
         self._info, self._period_s = info, period_s
         self._load: Callable[[], wire.WorkerLoad] | None = None
         self._in_flight: Callable[[], list[str]] = list
@@ -66,6 +66,9 @@ class RouterLink:
     def send(self, deltas: list[TokenDelta]) -> None:
         if deltas:
             self._post(wire.encode(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas))))
+
+    def tell(self, findings: wire.Findings) -> None:
+        self._post(wire.encode(findings))
 
     def wait(self, timeout_s: float) -> None:
         """Until something is in the inbox, or the time is over."""

@@ -31,6 +31,9 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
             if isinstance(message, wire.Cancel):
                 core.abort(message.request_id)  # the router has told the client already
                 continue
+            if isinstance(message, wire.Ask):
+                link.tell(core.findings(message))
+                continue
             core.covers = message.seq
             try:
                 core.add(message.request)
@@ -58,10 +61,16 @@ def main() -> None:
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
     link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def progress(phase: str, fraction: float) -> None:
+        link.phase(phase, fraction)
+        child.emit({"type": "phase", "phase": phase, "fraction": fraction})
+
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), link.phase)
-        core = make_core(executor, config, MonotonicClock(), info.worker_id, bytes.fromhex(given["hash_key"]))
+        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
+        hash_key = bytes.fromhex(given["hash_key"])
+        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})

@@ -8,11 +8,13 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from nexusengine.async_engine import once_more
 from nexusengine.requests import Prompt, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
@@ -23,6 +25,7 @@ from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
+CHAT = "/v1/chat/completions"
 router = APIRouter()
 
 
@@ -98,13 +101,15 @@ class TextShape:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object."""
+    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object.
+    stream: whether the client sees tokens as they come."""
 
     sampling: SamplingParams
     n: int
     slo: SLOClass | None
     priority: int
     verdict: bool
+    stream: bool
 
     @classmethod
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
@@ -116,6 +121,7 @@ class Asked:
             slo=state.classes.wanted(body.slo, all_headers(request)),
             priority=body.priority or 0,
             verdict=wants_verdict(request, state.config.nexus_verdict),
+            stream=body.stream,
         )
 
 
@@ -138,8 +144,9 @@ class Generation:
         self.asked = asked
         self.id, self.created = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time())
         each = [sampling if k == 0 or sampling.seed is None else _reseeded(sampling, k) for k in range(n)]
-        self._generations = [
-            self.engine.generate(
+        starts = [
+            partial(
+                self.engine.generate,
                 prompt,
                 params,
                 request_id=self.id if i == 0 else f"{self.id}.{i}",
@@ -150,6 +157,7 @@ class Generation:
             )
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
+        self._generations = [start() if asked.stream else once_more(start) for start in starts]
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
@@ -262,7 +270,7 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
 
 
-@router.post("/v1/chat/completions")
+@router.post(CHAT)
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)

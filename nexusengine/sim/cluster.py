@@ -203,6 +203,9 @@ class Cluster:
             count += 1
             if count % _PROGRESS_EVERY_EVENTS == 0:
                 self._progress(at_s, self._ended)
+        for at_s, _, call, args in sorted(self._events, key=lambda event: event[:2]):
+            if call == self._to_worker:  # what is on its way still arrives, so that nothing is left behind
+                call(at_s, *args)
         for job in jobs:
             if job.request.request_id not in self.outcomes:
                 if not self.stopped_early:

@@ -1,8 +1,8 @@
 """Goodput: the highest offered rate at which promises are kept, by bracketing and bisection.
 
 The rule: a rate holds if at least `target` of all offered requests meet their SLO AND at least `longest_decile` of the
-tenth with the longest prompts do (means over the seeds). Goodput is the highest rate tried that holds, with no rate that
-does not among those tried below it. So where attainment rises again after a fall, only what lies before the fall counts.
+tenth with the longest prompts do (means over the seeds). Goodput is the highest rate tried that holds, with none among
+those tried below it that does not. So where attainment rises again after a fall, only what lies before the fall counts.
 From a first rate the search doubles until a rate does not hold (or halves until one does), then bisects until the two
 ends of the bracket differ by less than `precision` of the lower; the lower one is the answer. All rates of a seed see
 the same lengths and the same pattern of arrivals, faster or slower.

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.perf import basis
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
 from nexusengine.perf.prior import probes
-from nexusengine.perf.registry import make_model
+from nexusengine.perf.registry import make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
-_PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192
 
 
 def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
@@ -91,6 +89,8 @@ class Oracle:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         del features, seconds
 
+    observe_cold = observe
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -129,26 +129,24 @@ class Scaled:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe(features, seconds)
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        self._model.observe_cold(features, seconds)
+
     def snapshot(self) -> PerfSnapshot:
-        """That of an online model: seconds for each term, largest step seen, factors of the two bounds, an offset."""
-        snapshot = self._model.snapshot()
-        terms, (seen, decode, mixed, offset_s) = snapshot.weights[: basis.TERMS], snapshot.weights[basis.TERMS :]
-        scaled = [w * self._factor for w in terms]
-        return replace(snapshot, weights=(*scaled, seen, decode, mixed, offset_s * self._factor))
+        return scaled(self._model.snapshot(), self._factor)
 
 
 def _taught_by(oracle: Oracle) -> PerformanceModel:
-    """An online model that has seen a grid of steps, each with the oracle's own time."""
-    model = make_model()
-    for _ in range(3):
-        for decodes in (0, 1, 4, 16, 64, 256):
-            for context in (64, 512, 2048, 8192):
-                kv = decodes * (context + 1)
-                if decodes:
-                    features = StepFeatures(decodes, decodes, 0, 0.0, kv)
-                    model.observe(features, oracle.predict(features).mean_s)
-                for q in _PREFILL_TOKENS:
-                    attention = q * (context + 0.5 * q)
-                    features = StepFeatures(decodes + q, decodes + 1, 1, attention, kv)
-                    model.observe(features, oracle.predict(features).mean_s)
+    """An online model that has seen many kinds of steps, each with the oracle's own time: the same ones each time."""
+    model, rng = make_model(), np.random.default_rng(0)
+    for f in probes():
+        model.observe(f, oracle.predict(f).mean_s)
+    for _ in range(_LESSONS):
+        decodes = int(np.exp(rng.uniform(0.0, np.log(_MOST_DECODES))))
+        kv_tokens = decodes * int(rng.integers(*_CONTEXTS))
+        features = StepFeatures(decodes, decodes, 0, 0.0, kv_tokens)
+        if rng.random() < 0.5:
+            q, context = int(np.exp(rng.uniform(1.0, np.log(_LONGEST_CHUNK)))), int(rng.integers(*_CONTEXTS))
+            features = StepFeatures(decodes + q, decodes + 1, 1, q * (context + 0.5 * q), kv_tokens)
+        model.observe(features, oracle.predict(features).mean_s)
     return model

@@ -114,14 +114,19 @@ def _cdf(axis: Any, table: Table, values: np.ndarray, label: str, *, logarithmic
         mine = mine[~np.isnan(mine)]
         axis.step(mine, 100 * np.arange(1, len(mine) + 1) / (names == name).sum(), where="post", label=name)
     if logarithmic:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_xlim(left=0)
     axis.set_ylim(0, 102)
     axis.set_xlabel(label)
     axis.set_ylabel("requests (%)")
     axis.grid(**_GRID)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower right")
 
 
 def _load(axis: Any, result: SimResult) -> None:
@@ -139,7 +144,7 @@ def _load(axis: Any, result: SimResult) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(**_GRID)
     if len(result.metrics["workers"]) <= 8:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _kv(axis: Any, result: SimResult) -> None:
@@ -148,5 +153,5 @@ def _kv(axis: Any, result: SimResult) -> None:
         axis.plot(at_s, [100 * s.kv[i] for s in result.timeline], color=f"C{i % 10}", linewidth=1)
     axis.set_xlabel("time (s)")
     axis.set_ylabel("KV cache in use (%)")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(bottom=0)
     axis.grid(**_GRID)

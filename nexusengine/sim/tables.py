@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -13,9 +14,11 @@ from nexusengine.sim.api import SimResult
 from nexusengine.sim.goodput import Goodput
 from nexusengine.sim.sweep import Point
 
+_WIDTH = 140
+
 
 def print_run(result: SimResult) -> None:
-    m, console = result.metrics, Console()
+    m, console = result.metrics, _console()
     summary = Table(title=f"{result.spec.engine} + {result.spec.router} on {result.spec.devices}", show_header=False)
     missed = ", ".join(f"{count} {why}" for why, count in sorted(m["missed"].items())) or "none"
     for name, value in (
@@ -56,6 +59,11 @@ def print_run(result: SimResult) -> None:
     console.print(workers)
 
 
+def _console() -> Console:
+    """As wide as the terminal; wide enough for every column where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
 def print_points(points: Sequence[Point]) -> None:
     """Means over seeds."""
     table = Table(
@@ -79,11 +87,11 @@ def print_points(points: Sequence[Point]) -> None:
                 for q in ("p50", "p99")
             ),
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_goodput(found: Goodput, target: float, longest_decile: float) -> None:
-    console = Console()
+    console = _console()
     table = Table("rate/s", "attainment", "longest tenth", "holds")
     for t in sorted(found.tried, key=lambda t: t.rate_rps):
         at_most = "< " if t.cut_short else ""

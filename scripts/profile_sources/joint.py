@@ -14,6 +14,8 @@ FOLDERS = {  # device and model of the profile
     ("rtxpro6000", "llama-3.1-8b"): "RTXPRO6000/Llama-3.1-8B/tp1",
     ("rtxpro6000", "qwen3-32b"): "RTXPRO6000/Qwen3-32B/tp1",
     ("rtxpro6000", "qwen3-30b-a3b"): "RTXPRO6000/Qwen3-30B-A3B-Instruct-2507/tp1",
+    ("rtxpro6000-tp2", "llama-3.1-8b"): "RTXPRO6000/Llama-3.1-8B/tp2",
+    ("rtxpro6000-tp2", "qwen3-32b"): "RTXPRO6000/Qwen3-32B/tp2",
     ("rtx4090", "llama-3.1-8b"): "RTX4090/Llama-3.1-8B/tp1",
 }
 DOUBLING = [16 * 2**i for i in range(11)]

@@ -7,7 +7,6 @@ import pytest
 
 from nexusengine import wire
 from nexusengine.kv.digest import BATCHES_REPEATED, MOST_NAMES_IN_BATCH, CacheJournal, DigestSender
-from nexusengine.perf import linear
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import MODELS, make_model
@@ -54,7 +53,7 @@ def test_the_largest_digest_is_within_its_bound() -> None:
     assert size > 30_000
 
 
-@pytest.mark.parametrize("model", [*(make_model(name) for name in MODELS), linear.LinearModel()])
+@pytest.mark.parametrize("model", [make_model(name) for name in MODELS])
 def test_the_router_can_read_every_model_that_a_worker_may_run(model: PerformanceModel) -> None:
     for tokens in (1, 8, 64, 300):
         model.observe(StepFeatures(tokens, 2, 1, 100.0 * tokens, 50), 0.01 + 1e-5 * tokens)

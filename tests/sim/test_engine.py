@@ -12,7 +12,7 @@ from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.lens.plan import SchedulerPolicy, StepPlan
 from nexusengine.lens.registry import make_policy
 from nexusengine.lens.view import EngineView
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO, EngineRequest, SamplingParams
@@ -71,7 +71,7 @@ def through_the_core(
     core = EngineCore(
         ClockedExecutor(profile, clock, blocks + 1),
         Recorder(policy, plans),
-        LinearModel(),
+        make_model(),
         clock=clock,
         max_running=24,
         max_waiting=200,
@@ -103,7 +103,7 @@ def through_the_simulator(
     engine = SimEngine(
         FormulaProfile(),
         Recorder(policy, plans),
-        LinearModel(),
+        make_model(),
         EngineSettings(max_running=24, max_waiting=200, max_batch_tokens=128, kv_tokens=blocks * 16, noise=False),
         max_model_len=MAX_LEN,
         rng=np.random.default_rng(0),

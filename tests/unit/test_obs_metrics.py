@@ -23,7 +23,7 @@ from nexusengine.obs.metrics import (
 from nexusengine.obs.window import WINDOW_S, SlidingWindow
 from nexusengine.router import core
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
-from nexusengine.wire import Cluster, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
 LOADED = WorkerStatus(
     WorkerInfo("w0", "e", 1, "cuda:0", "m"),
@@ -31,7 +31,11 @@ LOADED = WorkerStatus(
     "ready",
     1.0,
     outstanding=3,
-    load=WorkerLoad(0, totals=CoreStats(steps=7, device_s=1.5).totals()),
+    load=WorkerLoad(
+        0,
+        perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals(),
+    ),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
@@ -178,3 +182,10 @@ def test_a_window_is_bounded_however_much_ends() -> None:
         window.add("gold", True, True, i / 50)
     assert len(window._rows) <= WINDOW_S / 5 + 2
     assert window.totals(2000.0)["gold"].ended == pytest.approx(50 * WINDOW_S, rel=0.02)
+
+
+def test_a_bias_of_more_than_ten_percent_to_either_side_raises_the_drift_alarm() -> None:
+    seen = values(Metrics(lambda: CLUSTER))
+    assert seen["worker_step_prediction_bias", "w0"] == -0.2
+    assert seen["worker_step_prediction_drift", "w0"] == 1.0
+    assert seen["worker_performance_epoch", "w0"] == 1.0

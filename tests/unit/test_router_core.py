@@ -538,3 +538,18 @@ def test_prefixes_are_not_looked_up_for_a_policy_that_does_not_ask() -> None:
     tell_digest(router, "w0", 1, 10)
     router.submit("a", prompt=200)
     assert router.core.ledger.get("a").prefix == {}  # type: ignore[union-attr]
+
+
+def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_who_asked() -> None:
+    router = Router("w0", "w1", "w2")
+    for w in ("w0", "w1"):  # w2 is not there yet
+        router.ready(w)
+    router.core.on_client(CLIENT, wire.Hello(), 0.0)
+    router.sent()
+    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    asked = router.sent()
+    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
+        findings = wire.Findings(client, 5, "w0")
+        router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
+        assert router.sent() == ({client: [findings]} if passed_on else {})

@@ -11,17 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.model import Predictor
 from nexusengine.router.board import Board
-from nexusengine.router.forecast import FIELDS, Forecast, forecast, in_time, snapshot, speed
+from nexusengine.router.forecast import FIELDS, Forecast, forecast, in_time, predictor_of, snapshot, speed
 from nexusengine.router.policy import WorkerView
 from tests.router_fakes import BATCH, INTERACTIVE, load, pending, perf, request, view
 
-WEIGHTS = (0.005, 0.002, 0.001, 0.0004)
 
-
-def model() -> LinearModel:
-    return LinearModel(prior=WEIGHTS)
+def model() -> Predictor:
+    return predictor_of(perf())
 
 
 def of(v: WorkerView) -> Forecast:
@@ -195,4 +193,3 @@ def test_a_board_follows_views_that_grow_shrink_and_change_places() -> None:
 def test_interactive_requests_are_due_before_batch_ones() -> None:
     f = of(view("w", unreported=(request("b", slo=BATCH), request("i", slo=INTERACTIVE))))
     assert f.due_s.tolist() == [0.5, 30.0]
-    assert perf().kind == "linear-1"

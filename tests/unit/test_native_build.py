@@ -1,0 +1,104 @@
+"""Building the kernels: once for several processes, and a sentence where it cannot be done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from nexusengine.native import NativeError, library, probe
+from nexusengine.native import build as building
+
+FAKE = """#!/bin/sh
+if [ "$1" = --version ]; then echo "g++ (a fake) 1.0"; echo "Copyright Free Software Foundation"; exit 0; fi
+echo called >>"$CALLS"
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then sleep 0.2; echo made >"$2"; fi; shift; done
+"""
+CALLS = len(building.SETS.get(os.uname().machine, {})) + 2  # one for each instruction set, the interface, the link
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own, and a compiler that only writes down that it was called."""
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(FAKE)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("NEXUSENGINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_what_was_built_is_used_again(place: Path) -> None:
+    first = building.build()
+    assert first.read_text() == "made\n"
+    assert building.build() == first
+    assert (place / "calls").read_text().count("called") == CALLS
+
+
+def test_two_processes_that_start_at_once_build_once(place: Path) -> None:
+    code = "from nexusengine.native.build import build; print(build())"
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(said) == 1
+    assert (place / "calls").read_text().count("called") == CALLS
+
+
+def test_other_sources_or_flags_are_another_library(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = building.build()
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-g"))
+    assert building.build() != first
+    assert first.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (None, "no C\\+\\+ compiler"),
+        ("#!/bin/sh\necho clang version 19\n", "not GCC"),
+        (FAKE.replace("echo called", "echo 'x.cpp:1: error: no such thing' >&2; exit 1; echo"), "error: no such thing"),
+    ],
+)
+def test_a_build_that_cannot_be_says_why(place: Path, script: str | None, words: str) -> None:
+    compiler = Path(os.environ["CXX"])
+    compiler.unlink() if script is None else compiler.write_text(script)
+    with pytest.raises(NativeError, match=words):
+        building.build()
+    left = [path for path in (place / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert left == [], "nothing half done stays"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "file").write_text("")
+    monkeypatch.setenv("NEXUSENGINE_CACHE", str(place / "file"))
+    with pytest.raises(NativeError, match=r"cannot build in .*file"):
+        building.build()
+
+
+def test_the_kernels_can_be_switched_off(tmp_path: Path) -> None:
+    code = "from nexusengine import native; print(native.probe())"
+    environ = os.environ | {"NEXUSENGINE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "(False, 'switched off by NEXUSENGINE_NATIVE=0')\n"
+
+
+def test_torch_and_the_kernels_share_one_openmp_runtime() -> None:
+    available, reason = probe()
+    if not available:
+        pytest.skip(reason)
+    assert building.openmp_runtime().name.startswith(("libgomp", "libiomp5", "libomp"))
+
+
+def test_an_instruction_set_that_cannot_run_here_is_refused() -> None:
+    available, reason = probe()
+    if not available:
+        pytest.skip(reason)
+    with pytest.raises(NativeError, match=r"'sse9' cannot run here; those that can: \w+"):
+        library().use("sse9")
