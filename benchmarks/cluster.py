@@ -5,8 +5,8 @@
         [--json out.json]
 
 A load of 1 is the scenario's `capacity_rps`: about the rate at which LENS + PRISM keep 90 % of all promises.
-Development is done on seeds 1-5; figures that are reported as unseen come from seeds from 101 on. Each line is written to the JSON
-file as soon as it is known, and a run that is started again goes on where it was ended.
+Development is done on seeds 1-5; figures that are reported as unseen come from seeds from 101 on. Each line is written
+to the JSON file as soon as it is known, and a run that is started again goes on where it was ended.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Scenario:
 
 
 SCENARIOS = {
-    "mixed": Scenario("h100,2xa100,2xl4", "azure2023_conv.csv.gz", "mixed", 60.0),
+    "mixed": Scenario("h100,2xa100,2xl4", "azure2023_conv.csv.gz", "mixed", 58.0),
     "interactive": Scenario("h100,2xa100,2xl4", "azure2023_conv.csv.gz", "interactive", 50.0),
-    "long": Scenario("h100,a100,2xl40s", "mooncake_conversation.jsonl.gz", "mixed", 3.0),
-    "consumer": Scenario("rtxpro6000,2xrtx4090", "azure2023_conv.csv.gz", "mixed", 15.0),
-    "alike": Scenario("4xa100", "azure2023_conv.csv.gz", "mixed", 50.0),
+    "long": Scenario("h100,a100,2xl40s", "mooncake_conversation.jsonl.gz", "mixed", 5.6),
+    "consumer": Scenario("rtxpro6000,2xrtx4090", "azure2023_conv.csv.gz", "mixed", 21.0),
+    "alike": Scenario("4xa100", "azure2023_conv.csv.gz", "mixed", 52.0),
 }
 
 

@@ -38,9 +38,15 @@ def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
 
 
 def make_core(
-    executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0", geometry: ModelConfig | None = None
+    executor: Executor,
+    config: EngineConfig,
+    clock: Clock,
+    name: str = "w0",
+    geometry: ModelConfig | None = None,
+    hash_key: bytes = b"",
 ) -> EngineCore:
-    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured.
+    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured. hash_key:
+    of the names of KV blocks, the same in a whole server so that its router can look prompts up; drawn here if empty.
 
     Takes up to two seconds for calibration. Raises ConfigError for an unknown policy or a log that cannot be written.
     """
@@ -53,7 +59,7 @@ def make_core(
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
-        hash_key=os.urandom(16),
+        hash_key=hash_key or os.urandom(16),
         name=name,
     )
     if config.step_log is not None:

@@ -120,7 +120,7 @@ class SimEngine:
         self.profile, self.policy, self.model, self.settings = profile, policy, model, settings
         self.slowdown = 1.0
         self.covers = 0
-        self.first_tokens: list[tuple[Job, float]] = []
+        self.first_tokens: list[tuple[Job, float, int]] = []  # when, and prompt tokens found in the prefix cache
         self.ended: list[Ended] = []
         self.planning_s: list[float] = []
         self.stats = CoreStats()
@@ -379,7 +379,8 @@ class SimEngine:
         newcomers = slots[np.isnan(c.first_token_s[slots])]
         if len(newcomers):
             c.first_token_s[newcomers] = at_s[0]
-            self.first_tokens += [(self._live[s].job, float(at_s[0])) for s in newcomers.tolist()]
+            live = [self._live[s] for s in newcomers.tolist()]
+            self.first_tokens += [(one.job, float(at_s[0]), one.cached_tokens) for one in live]
         due_s = c.arrival_s[slots] + c.ttft_s[slots] + c.generated_tokens[slots] * c.tpot_s[slots]
         due_s -= self.settings.answer_delay_s
         if steps == 1:

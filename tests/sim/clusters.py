@@ -8,6 +8,7 @@ import numpy as np
 
 from nexusengine.lens.plan import SchedulerPolicy
 from nexusengine.lens.registry import make_policy
+from nexusengine.router.candidates import Unprepared
 from nexusengine.router.policies import make_policy as make_router
 from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
@@ -83,10 +84,11 @@ def assert_nothing_left(cluster: Cluster, jobs: Sequence[Job], outcomes: Sequenc
         assert worker.engine.kv.used_blocks == 0
 
 
-class Watching:
+class Watching(Unprepared):
     """A placement policy that keeps what it was shown."""
 
     name = "watching"
+    uses_prefixes = False
 
     def __init__(self, policy: PlacementPolicy | None = None) -> None:
         self.policy = policy or make_router("least-outstanding")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nexusengine.core.stats import CoreStats
 from nexusengine.obs.metrics import (
     PREFIX,
+    ROUTER_COUNTERS,
     ROUTER_METRICS,
     SERVER_METRICS,
     WINDOW_METRICS,
@@ -18,6 +21,7 @@ from nexusengine.obs.metrics import (
     markdown,
 )
 from nexusengine.obs.window import WINDOW_S, SlidingWindow
+from nexusengine.router import core
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
 from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
@@ -35,7 +39,7 @@ LOADED = WorkerStatus(
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
-CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5)
+CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5, totals={"faults": 6.0})
 
 
 def values(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -56,6 +60,7 @@ def test_every_worker_metric_is_there_for_a_worker_that_reports() -> None:
     assert seen["worker_device_seconds_total", "w0"] == 1.5
     assert (seen["worker_ready", "w0"], seen["worker_outstanding", "w0"], seen["worker_restarts", "w0"]) == (1, 3, 2)
     assert (seen["router_held", ""], seen["router_ledger", ""]) == (4, 5)
+    assert (seen["router_faults_total", ""], seen["router_dispatches_total", ""]) == (6, 0)
 
 
 def test_a_worker_that_has_not_reported_has_a_state_and_no_invented_numbers() -> None:
@@ -68,6 +73,12 @@ def test_without_a_cluster_the_servers_own_metrics_remain() -> None:
     seen = values(Metrics(lambda: None))
     assert seen["requests_in_progress", ""] == 0
     assert not any(name.startswith(("worker_", "router_")) for name, _ in seen)
+
+
+def test_every_counter_of_the_router_is_one_that_it_keeps() -> None:
+    kept = set(re.findall(r'_totals\["(\w+)"', inspect.getsource(core)))
+    kept |= {"requests_error", "backpressure", "faults"}
+    assert {key for key, _ in ROUTER_COUNTERS.values()} <= kept
 
 
 def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
@@ -83,7 +94,7 @@ def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
 
 
 def test_names_are_unique_and_on_the_page() -> None:
-    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *WINDOW_METRICS]
+    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *ROUTER_COUNTERS, *WINDOW_METRICS]
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
     assert set(asdict(CoreStats())) == set(CoreStats().totals())
