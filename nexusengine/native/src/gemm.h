@@ -21,26 +21,18 @@ template <int ROWS, int PANELS>
 static void multiply(const float* tile, int64_t k, const float* first, const float* second, float* sums, bool add) {
     constexpr int N = PANELS * PANEL_VECTORS;
     vf acc[ROWS][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{};
+    each<ROWS>(EACH(r) { each<N>(EACH(v) { acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{}; }); });
     for (int64_t i = 0; i < k; ++i) {
         vf b[N];
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v)
+        each<N>(EACH(v) {
             b[v] = v < PANEL_VECTORS ? load(first + i * PANEL + v * W) : load(second + i * PANEL + (v - PANEL_VECTORS) * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            vf x = splat(tile[i * ROWS + r]);
-#pragma GCC unroll 16
-            for (int v = 0; v < N; ++v) acc[r][v] += x * b[v];
-        }
+        });
+        each<ROWS>(EACH(r) {
+            const vf x = splat(tile[i * ROWS + r]);
+            each<N>(EACH(v) { acc[r][v] += x * b[v]; });
+        });
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) store(sums + r * 2 * PANEL + v * W, acc[r][v]);
+    each<ROWS>(EACH(r) { each<N>(EACH(v) { store(sums + r * 2 * PANEL + v * W, acc[r][v]); }); });
 }
 
 typedef void (*Multiply)(const float*, int64_t, const float*, const float*, float*, bool);

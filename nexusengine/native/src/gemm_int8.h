@@ -11,6 +11,8 @@
 
 namespace {
 
+static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpacked at a time
+
 // ---- four products at a time, by instruction set -------------------------------------------------------------------
 // Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. LANES: accumulators a panel; Group: four numbers of x as they are
 // kept in a tile; OFFSET: added to x, taken off again through the sums of the weights.
@@ -26,8 +28,9 @@ struct Dot8 {
     INLINE void put(const Sum* s, int32_t* out) { _mm512_storeu_si512(out, s[0]); }
 };
 struct Dot4 : Dot8 {
-    static constexpr int OFFSET = 0;
+    static constexpr int ROWS = 10, OFFSET = 0;  // with 12 rows, sums would not stay in registers
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
+    INLINE vi total(Sum s) { return reinterpret_cast<vi>(s); }
 };
 #elif defined(__AVX2__)
 // 8 bits by 8 bits do not fit the 16-bit sums of maddubs, so these are widened to 16 first.
@@ -67,9 +70,7 @@ struct Dot4 {
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_add_epi16(s, _mm512_maddubs_epi16(w, x)); }
-    INLINE void put(const Sum* s, int32_t* out) {
-        _mm512_storeu_si512(out, _mm512_madd_epi16(s[0], _mm512_set1_epi16(1)));
-    }
+    INLINE vi total(Sum s) { return reinterpret_cast<vi>(_mm512_madd_epi16(s, _mm512_set1_epi16(1))); }
 #else
     typedef __m256i Sum;
     static constexpr int LANES = 2, ROWS = 6, PANELS = 1;
@@ -78,11 +79,7 @@ struct Dot4 {
     }
     INLINE __m256i numbers(Group g) { return _mm256_set1_epi32(g); }
     INLINE Sum add(Sum s, __m256i w, __m256i x) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(w, x)); }
-    INLINE void put(const Sum* s, int32_t* out) {
-        const __m256i ones = _mm256_set1_epi16(1);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_madd_epi16(s[0], ones));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 1, _mm256_madd_epi16(s[1], ones));
-    }
+    INLINE vi total(Sum s) { return reinterpret_cast<vi>(_mm256_madd_epi16(s, _mm256_set1_epi16(1))); }
 #endif
 };
 #else
@@ -102,57 +99,95 @@ struct Dot8 {
 #endif
     }
     INLINE void put(const Sum* s, int32_t* out) { std::memcpy(out, s, PANEL * 4); }
+    INLINE vi total(Sum s) { return s; }
 };
 typedef Dot8 Dot4;
 #endif
 
-// sums [ROWS][32] = tile [groups][ROWS] times panels [groups][16][4], as many as the registers hold.
+// acc [ROWS][N] += tile [ROWS] times a group of panels [16][4], as many panels as the registers hold.
+template <class D, int ROWS, class Sums>
+INLINE void add_group(const typename D::Group* tile, const int8_t* first, const int8_t* second, Sums& acc) {
+    constexpr int N = D::PANELS * D::LANES;
+    auto weights = [&](int v) __attribute__((always_inline)) {
+        return v < D::LANES ? D::weights(first, v) : D::weights(second, v - D::LANES);
+    };
+    if constexpr (ROWS < N) {  // the smaller side stays in registers
+        decltype(D::numbers(0)) x[ROWS];
+        each<ROWS>(EACH(r) { x[r] = D::numbers(tile[r]); });
+        each<N>(EACH(v) {
+            const auto w = weights(v);
+            each<ROWS>(EACH(r) { acc[r][v] = D::add(acc[r][v], w, x[r]); });
+        });
+    } else {
+        decltype(D::numbers(0)) w[N];
+        each<N>(EACH(v) { w[v] = weights(v); });
+        each<ROWS>(EACH(r) {
+            const auto x = D::numbers(tile[r]);
+            each<N>(EACH(v) { acc[r][v] = D::add(acc[r][v], w[v], x); });
+        });
+    }
+}
+
+// sums [ROWS][32] = tile [groups][ROWS] times panels [groups][16][4].
 template <class D, int ROWS>
 static void multiply_integers(const typename D::Group* tile, int64_t groups, const int8_t* first, const int8_t* second,
                               int32_t* sums) {
-    constexpr int N = D::PANELS * D::LANES;
-    typename D::Sum acc[ROWS][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) acc[r][v] = typename D::Sum{};
-    for (int64_t g = 0; g < groups; ++g) {
-        decltype(D::numbers(0)) w[N];
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v)
-            w[v] = v < D::LANES ? D::weights(first + g * 4 * PANEL, v) : D::weights(second + g * 4 * PANEL, v - D::LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            auto x = D::numbers(tile[g * ROWS + r]);
-#pragma GCC unroll 16
-            for (int v = 0; v < N; ++v) acc[r][v] = D::add(acc[r][v], w[v], x);
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int p = 0; p < D::PANELS; ++p) D::put(&acc[r][p * D::LANES], sums + r * 2 * PANEL + p * PANEL);
+    typename D::Sum acc[ROWS][D::PANELS * D::LANES] = {};
+    for (int64_t g = 0; g < groups; ++g)
+        add_group<D, ROWS>(tile + g * ROWS, first + g * 4 * PANEL, second + g * 4 * PANEL, acc);
+    each<ROWS>(EACH(r) {
+        each<D::PANELS>(EACH(p) {
+            typename D::Sum part[D::LANES];
+            each<D::LANES>(EACH(i) { part[i] = acc[r][p * D::LANES + i]; });
+            D::put(part, sums + r * 2 * PANEL + p * PANEL);
+        });
+    });
 }
+
+// sums [ROWS][32] += `blocks` blocks of 8 groups, each block scaled: by scale [blocks][16] of its outputs, by x_scale
+// [blocks][ROWS] of its rows.
+template <class D, int ROWS>
+static void multiply_blocks(const typename D::Group* tile, int64_t blocks, const int8_t* first, const int8_t* second,
+                            const float* first_scale, const float* second_scale, const float* x_scale, float* sums) {
+    constexpr int N = D::PANELS * D::LANES;
+    for (int64_t b = 0; b < blocks; ++b) {
+        typename D::Sum acc[ROWS][N] = {};
+        for (int64_t g = 8 * b; g < 8 * b + 8; ++g)
+            add_group<D, ROWS>(tile + g * ROWS, first + g * 4 * PANEL, second + g * 4 * PANEL, acc);
+        each<N>(EACH(v) {
+            const vf scale = v < D::LANES ? load(first_scale + b * PANEL + v * W)
+                                          : load(second_scale + b * PANEL + (v - D::LANES) * W);
+            each<ROWS>(EACH(r) {
+                float* sum = sums + r * 2 * PANEL + v * W;
+                const vf found = __builtin_convertvector(D::total(acc[r][v]), vf) * scale;
+                store(sum, load(sum) + found * splat(x_scale[b * ROWS + r]));
+            });
+        });
+    }
+}
+
+#define NEX_CASES(FUNCTION) \
+    NEX_CASE(FUNCTION, 1) NEX_CASE(FUNCTION, 2) NEX_CASE(FUNCTION, 3) NEX_CASE(FUNCTION, 4) NEX_CASE(FUNCTION, 5) \
+    NEX_CASE(FUNCTION, 6) NEX_CASE(FUNCTION, 7) NEX_CASE(FUNCTION, 8) NEX_CASE(FUNCTION, 9) NEX_CASE(FUNCTION, 10) \
+    NEX_CASE(FUNCTION, 11) NEX_CASE(FUNCTION, 12)
+#define NEX_CASE(FUNCTION, R) \
+    case R: return FUNCTION<D, (R <= D::ROWS ? R : 1)>;
 
 template <class D>
 static auto multiply_integers_for(int rows)
     -> void (*)(const typename D::Group*, int64_t, const int8_t*, const int8_t*, int32_t*) {
-#define NEX_CASE(R) \
-    case R: return multiply_integers<D, (R <= D::ROWS ? R : 1)>;
-    switch (rows) {
-        NEX_CASE(1) NEX_CASE(2) NEX_CASE(3) NEX_CASE(4) NEX_CASE(5) NEX_CASE(6)
-        NEX_CASE(7) NEX_CASE(8) NEX_CASE(9) NEX_CASE(10) NEX_CASE(11) NEX_CASE(12)
-    }
-#undef NEX_CASE
+    switch (rows) { NEX_CASES(multiply_integers) }
     return nullptr;
 }
 
-// Both panels of a pair. second null: there is one, and what is in the other's columns does not matter.
 template <class D>
-static void multiply_integers_pair(int rows, const typename D::Group* tile, int64_t groups, const int8_t* first,
-                                   const int8_t* second, int32_t* sums) {
-    auto kernel = multiply_integers_for<D>(rows);
-    kernel(tile, groups, first, second != nullptr ? second : first, sums);
-    if (second != nullptr && D::PANELS == 1) kernel(tile, groups, second, second, sums + PANEL);
+static auto multiply_blocks_for(int rows) -> void (*)(const typename D::Group*, int64_t, const int8_t*, const int8_t*,
+                                                      const float*, const float*, const float*, float*) {
+    switch (rows) { NEX_CASES(multiply_blocks) }
+    return nullptr;
 }
+#undef NEX_CASE
+#undef NEX_CASES
 
 // ---- x in integers ---------------------------------------------------------------------------------------------------
 
@@ -222,82 +257,83 @@ static void unpack_integers(const NexWeight& w, int64_t panel, int64_t k0, int64
         }
 }
 
-// Integer sums of a block into float sums.
-static void add_block(const NexWeight& w, int64_t panel, int64_t block, int height, const int32_t* integers, const float* scales,
-                      const float* totals, float* sums, bool add) {
-    const int64_t at = (panel * (w.k / 32) + block) * PANEL;
-#pragma GCC unroll 4
-    for (int v = 0; v < PANEL_VECTORS; ++v) {
-        const vf scale = load(static_cast<const half*>(w.scale) + at + v * W);
-        const vf minimum = load(static_cast<const half*>(w.minimum) + at + v * W);
-        for (int r = 0; r < height; ++r) {
-            vi found = bits(load(reinterpret_cast<const float*>(integers) + r * 2 * PANEL + v * W));
-            float* sum = sums + r * 2 * PANEL + v * W;
-            vf total = add ? load(sum) : vf{};
-            total += __builtin_convertvector(found, vf) * (scale * scales[r]);
-            store(sum, total + minimum * totals[r]);
-        }
-    }
+// Halves as floats.
+static void unpack_halves(const void* from, int64_t at, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += W) store(out + i, load(static_cast<const half*>(from) + at + i));
 }
 
+// What a thread works with. sums [rows of a task][32]; the rest for a piece of two panels of Q4.
+struct IntegerScratch {
+    float *sums, *line, *scales, *minima;
+    int8_t* numbers;
+};
+
 template <class D>
-static void integer_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t pair, int64_t t0,
-                         int64_t t1, float* sums, int8_t* pieces) {
+static void int8_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t first, int64_t second,
+                      int64_t t0, int64_t t1, float* sums) {
     const NexWeight& w = *op.weight;
-    const int64_t half_panels = panels_of(w.n / 2), all = op.finish == NEX_GATED ? 2 * half_panels : panels_of(w.n);
-    const int64_t first = op.finish == NEX_GATED ? pair : 2 * pair;
-    const int64_t second = op.finish == NEX_GATED ? half_panels + pair : first + 1;
-    const bool two = second < all;
-    const int64_t row = tiles.begin(t0);
-    if (w.kind == NEX_INT8) {
-        const int64_t groups = (w.k + 3) / 4;
-        const int8_t* data = static_cast<const int8_t*>(w.data);
-        const int8_t *a = data + first * groups * 4 * PANEL, *b = two ? data + second * groups * 4 * PANEL : nullptr;
-        const float *scale = static_cast<const float*>(w.scale), *total = static_cast<const float*>(w.minimum);
-        for (int64_t t = t0; t < t1; ++t) {
-            const int height = tiles.height(t);
-            float* out = sums + (tiles.begin(t) - row) * 2 * PANEL;
-            int32_t found[12 * 2 * PANEL];
-            multiply_integers_pair<D>(height, copied[t].groups, groups, a, b, found);
-            for (int r = 0; r < height; ++r)
-                for (int p = 0; p < (two ? 2 : 1); ++p) {
-                    const int64_t at = (p == 0 ? first : second) * PANEL;
-                    const int32_t* integers = found + r * 2 * PANEL + p * PANEL;
-                    for (int i = 0; i < PANEL; ++i)
-                        out[r * 2 * PANEL + p * PANEL + i] =
-                            float(integers[i] - D::OFFSET * int32_t(total[at + i])) * scale[at + i] * copied[t].scales[r];
-                }
-        }
-    } else {
-        for (int64_t k = 0; k < w.k; k += PIECE) {
-            const int64_t count = w.k - k < PIECE ? w.k - k : PIECE;
-            unpack_integers(w, first, k, count, pieces);
-            if (two) unpack_integers(w, second, k, count, pieces + PIECE * PANEL);
-            for (int64_t t = t0; t < t1; ++t) {
-                const int height = tiles.height(t);
-                float* out = sums + (tiles.begin(t) - row) * 2 * PANEL;
-                for (int64_t i = 0; i < count; i += 32) {
-                    const int64_t block = (k + i) / 32;
-                    int32_t found[12 * 2 * PANEL];
-                    multiply_integers_pair<D>(height, copied[t].groups + (k + i) / 4 * height, 8, pieces + i * PANEL,
-                                              two ? pieces + (PIECE + i) * PANEL : nullptr, found);
-                    const float *scales = copied[t].scales + block * height, *totals = copied[t].totals + block * height;
-                    add_block(w, first, block, height, found, scales, totals, out, k + i > 0);
-                    if (two) add_block(w, second, block, height, found + PANEL, scales, totals, out + PANEL, k + i > 0);
+    const int64_t groups = (w.k + 3) / 4;
+    const int8_t *a = static_cast<const int8_t*>(w.data) + first * groups * 4 * PANEL, *b = nullptr;
+    if (second >= 0) b = static_cast<const int8_t*>(w.data) + second * groups * 4 * PANEL;
+    const float *scale = static_cast<const float*>(w.scale), *total = static_cast<const float*>(w.minimum);
+    for (int64_t t = t0; t < t1; ++t) {
+        const int height = tiles.height(t);
+        float* out = sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
+        alignas(64) int32_t found[12 * 2 * PANEL];
+        auto kernel = multiply_integers_for<D>(height);
+        kernel(copied[t].groups, groups, a, b != nullptr ? b : a, found);
+        if (b != nullptr && D::PANELS == 1) kernel(copied[t].groups, groups, b, b, found + PANEL);
+        for (int p = 0; p < (b != nullptr ? 2 : 1); ++p)
+            for (int v = 0; v < PANEL; v += W) {
+                const int64_t at = (p == 0 ? first : second) * PANEL + v;
+                const vf factor = load(scale + at), off = load(total + at) * float(D::OFFSET);
+                for (int r = 0; r < height; ++r) {
+                    const int64_t i = r * 2 * PANEL + p * PANEL + v;
+                    // both are whole numbers, exact in 32 bits; only their difference is rounded
+                    vi whole = bits(load(reinterpret_cast<const float*>(found) + i)) - __builtin_convertvector(off, vi);
+                    store(out + i, __builtin_convertvector(whole, vf) * factor * copied[t].scales[r]);
                 }
             }
-        }
     }
-    finish(op, pair, row, tiles.begin(t1) - row, sums);
 }
 
 template <class D>
+static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t first, int64_t second,
+                    int64_t t0, int64_t t1, const IntegerScratch& s) {
+    const NexWeight& w = *op.weight;
+    constexpr int64_t BLOCKS = BLOCK_PIECE / 32 * PANEL;
+    for (int64_t k = 0; k < w.k; k += BLOCK_PIECE) {
+        const int64_t count = w.k - k < BLOCK_PIECE ? w.k - k : BLOCK_PIECE, block = k / 32, blocks = count / 32;
+        for (int p = 0; p < (second >= 0 ? 2 : 1); ++p) {
+            const int64_t panel = p == 0 ? first : second, at = (panel * (w.k / 32) + block) * PANEL;
+            unpack_integers(w, panel, k, count, s.numbers + p * BLOCK_PIECE * PANEL);
+            unpack_halves(w.scale, at, blocks * PANEL, s.scales + p * BLOCKS);
+            unpack_halves(w.minimum, at, blocks * PANEL, s.minima + p * BLOCKS);
+        }
+        const int8_t *a = s.numbers, *b = second >= 0 ? a + BLOCK_PIECE * PANEL : nullptr;
+        for (int64_t t = t0; t < t1; ++t) {
+            const int height = tiles.height(t);
+            float* out = s.sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
+            // the minima times the sums of x: an ordinary product over blocks
+            multiply_pair(height, copied[t].totals + block * height, blocks, s.minima, b != nullptr ? s.minima + BLOCKS : nullptr,
+                          out, k > 0);
+            auto kernel = multiply_blocks_for<D>(height);
+            const auto* groups = copied[t].groups + k / 4 * height;
+            const float* scales = copied[t].scales + block * height;
+            kernel(groups, blocks, a, b != nullptr ? b : a, s.scales, b != nullptr ? s.scales + BLOCKS : s.scales, scales, out);
+            if (b != nullptr && D::PANELS == 1)
+                kernel(groups, blocks, b, b, s.scales + BLOCKS, s.scales + BLOCKS, scales, out + PANEL);
+        }
+    }
+}
+
+template <class D, bool Q4>
 static void linear_integers(const NexLinear& op, int threads) {
     const NexWeight& w = *op.weight;
     const Tiles tiles(op.rows, D::ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
     const int64_t shares = shares_of(tiles, pairs, threads);
-    const int64_t block = w.kind == NEX_Q4 ? 32 : w.k, blocks = w.kind == NEX_Q4 ? w.k / 32 : 1;
+    const int64_t block = Q4 ? 32 : w.k, blocks = Q4 ? w.k / 32 : 1;
     const int64_t groups = (w.k + 3) / 4;
     const bool shared = op.rows > PRIVATE_ROWS;
     // every tile: its groups, then scales and totals
@@ -320,26 +356,32 @@ static void linear_integers(const NexLinear& op, int threads) {
     IntegerTile<D>* list = shared ? lay_out(common) : nullptr;
 #pragma omp parallel num_threads(threads)
     {
-        const size_t sums_bytes = size_t(TASK_TILES) * size_t(D::ROWS) * 2 * PANEL * 4;
-        const size_t line_bytes = size_t(round_up(w.k, 64)) * 4;
-        char* memory = locals.get<char>(sums_bytes + line_bytes + 2 * PIECE * PANEL + (shared ? 0 : copy_bytes));
-        float *sums = reinterpret_cast<float*>(memory), *line = reinterpret_cast<float*>(memory + sums_bytes);
-        int8_t* pieces = reinterpret_cast<int8_t*>(memory + sums_bytes + line_bytes);
+        constexpr int64_t sums = TASK_TILES * D::ROWS * 2 * PANEL, blocks_piece = 2 * BLOCK_PIECE / 32 * PANEL;
+        const int64_t floats = sums + 2 * blocks_piece + round_up(w.k, 64), numbers = 2 * BLOCK_PIECE * PANEL;
+        char* memory = locals.get<char>(size_t(4 * floats + numbers) + (shared ? 0 : copy_bytes));
+        float* line = reinterpret_cast<float*>(memory) + sums + 2 * blocks_piece;
+        const IntegerScratch s{reinterpret_cast<float*>(memory), line, line - 2 * blocks_piece, line - blocks_piece,
+                               reinterpret_cast<int8_t*>(memory) + 4 * floats};
         IntegerTile<D>* mine = list;
         if (shared) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tiles.count; ++t)
                 quantise_tile<D>(op, tiles.begin(t), tiles.height(t), block, line, mine[t]);
         } else {
-            mine = lay_out(memory + sums_bytes + line_bytes + 2 * PIECE * PANEL);
+            mine = lay_out(memory + 4 * floats + numbers);
             for (int64_t t = 0; t < tiles.count; ++t)
                 quantise_tile<D>(op, tiles.begin(t), tiles.height(t), block, line, mine[t]);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < pairs * shares; ++task) {
             const int64_t pair = task / shares, share = task % shares;
-            integer_task<D>(op, tiles, mine, pair, share * tiles.count / shares, (share + 1) * tiles.count / shares, sums,
-                            pieces);
+            const int64_t t0 = share * tiles.count / shares, t1 = (share + 1) * tiles.count / shares;
+            const bool gated = op.finish == NEX_GATED;
+            const int64_t first = gated ? pair : 2 * pair, next = gated ? pairs + pair : first + 1;
+            const int64_t second = gated || next < panels_of(w.n) ? next : -1;
+            if constexpr (Q4) q4_task<D>(op, tiles, mine, first, second, t0, t1, s);
+            else int8_task<D>(op, tiles, mine, first, second, t0, t1, s.sums);
+            finish(op, pair, tiles.begin(t0), tiles.begin(t1) - tiles.begin(t0), s.sums);
         }
     }
 }

@@ -12,8 +12,8 @@
 static void linear(const NexLinear* op, int threads) {
     if (op->rows <= 0) return;
     if (!op->weight->int8_activations) linear_float(*op, threads);
-    else if (op->weight->kind == NEX_INT8) linear_integers<Dot8>(*op, threads);
-    else linear_integers<Dot4>(*op, threads);
+    else if (op->weight->kind == NEX_INT8) linear_integers<Dot8, false>(*op, threads);
+    else linear_integers<Dot4, true>(*op, threads);
 }
 
 extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -29,6 +30,14 @@ typedef int8_t vb __attribute__((vector_size(W)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
+
+// f(0), f(1), ... f(N - 1) with constants for arguments. An array indexed so is a set of registers from the start; in a
+// loop with a pragma it becomes one late, and sometimes not at all.
+template <class F, int... I>
+INLINE void each_of(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class F>
+INLINE void each(F f) { each_of(f, std::make_integer_sequence<int, N>{}); }
+#define EACH(i) [&](auto i) __attribute__((always_inline))
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE vf splat(float x) { return x - vf{}; }
