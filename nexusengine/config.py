@@ -20,6 +20,7 @@ from nexusengine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "NEXUSENGINE_"
+Quantization = Literal["none", "bf16", "int8", "int4"]
 T = TypeVar("T")
 
 

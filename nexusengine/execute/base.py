@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from nexusengine.config import DeviceSpec
+from nexusengine.config import DeviceSpec, Quantization
 from nexusengine.execute.batch import StepBatch, StepResult
 
 if TYPE_CHECKING:
     from nexusengine.loading.resolve import ModelFiles
 
-Quantization = Literal["none", "bf16", "int8", "int4"]
 """How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
 the multiplication."""
 Progress = Callable[[str, float], None]
