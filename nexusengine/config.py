@@ -21,6 +21,8 @@ from nexusengine.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "NEXUSENGINE_"
 Quantization = Literal["none", "bf16", "int8", "int4"]
+"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
+the multiplication."""
 T = TypeVar("T")
 
 

@@ -12,8 +12,6 @@ from nexusengine.execute.batch import StepBatch, StepResult
 if TYPE_CHECKING:
     from nexusengine.loading.resolve import ModelFiles
 
-"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
-the multiplication."""
 Progress = Callable[[str, float], None]
 """Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
 
