@@ -4,9 +4,11 @@
 
 SmolLM2-135M behind `nexusengine serve`, two classes, open-loop Poisson arrivals at `--overload` times the capacity. The
 classes are the built-in `interactive` and `batch` in units of this device, so that a slow machine is asked for as much
-as a fast one: a probe measures one decode step alone, one prompt token, and the capacity, all under the last of the
-schedulers. Then the schedulers take turns, each run on a fresh server that has been warmed up, with the same requests
-in both; a run's seed gives its requests. Lengths, arrivals and prompts of the probe are of another seed.
+as a fast one: a probe measures one decode step alone and one prompt token. Then the schedulers take turns, each run on
+a fresh server that has been warmed up, with the same requests in both; a run's seed gives its requests. Before each
+pair the capacity is probed anew, because the speed of a machine that others use drifts: how many of a crowd of requests
+end a second while at most 16 of them run and others wait. Probes run under the last of the schedulers, with lengths and
+prompts of another seed.
 
 A run must be long: past capacity the queue grows by (overload - 1) seconds of work a second, and until it is longer
 than the TTFT of the interactive class any order will do.
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -26,9 +27,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nexusengine.errors import ConfigError
+from nexusengine.errors import ConfigError, Unavailable
 from nexusengine.loadgen.http import Target
 from nexusengine.loadgen.items import WorkItem, items_of
+from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.run import Run, offer
 from nexusengine.loadgen.server import ServerInfo, ask, own_server
 from nexusengine.sim.report import rounded_numbers
@@ -39,6 +41,8 @@ USUAL_STEP_S, USUAL_TOKEN_S = 0.010, 0.0001
 BUILT_IN = {"interactive": (0.5, 0.001, 0.05), "batch": (30.0, 0.004, 0.5)}
 """TTFT, TTFT a prompt token and TPOT in seconds."""
 PROBE_SEED = 987_654
+_PROBE_RUNNING = 16
+_SETTLED, _EMPTYING = 0.15, 0.85
 FIGURES = (
     "attainment",
     "attainment_strict",
@@ -51,11 +55,10 @@ FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the probe measured. capacity_rps: requests of this workload a second while the queue is full."""
+    """What the probe measured: one decode step, and one prompt token, alone."""
 
     decode_step_s: float
     prompt_token_s: float
-    capacity_rps: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     schedulers = args.schedulers.split(",") if ":" not in args.schedulers else args.schedulers.split(";")
     if len(schedulers) != 2 or schedulers[0] == schedulers[1]:
         raise ConfigError(f"--schedulers must name two policies, got {args.schedulers!r}", param="schedulers")
-    device = _probe(args, schedulers[1])
+    device = _probe_device(args, schedulers[1])
     classes = classes_toml(device, args.interactive)
     _say(f"probe: {_shown(asdict(device))}\n{classes}")
     runs: list[dict[str, Any]] = []
@@ -71,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = Path(folder) / "classes.toml"
         file.write_text(classes)
         for number in range(args.runs):
-            order = schedulers if number % 2 == 0 else schedulers[::-1]
-            for scheduler in order:
-                done = _run(args, device, file, scheduler, args.seed + number)
-                runs.append({"scheduler": scheduler, "run": number, "seed": args.seed + number, **done.figures})
+            capacity_rps = _probe_capacity_rps(args, schedulers[1])
+            of_pair = {"run": number, "seed": args.seed + number, "capacity_rps": capacity_rps}
+            for scheduler in schedulers if number % 2 == 0 else schedulers[::-1]:
+                done = _run(args, args.overload * capacity_rps, file, scheduler, args.seed + number)
+                runs.append({"scheduler": scheduler, **of_pair, **done.figures})
                 _say(_line(runs[-1]))
     result = {
         "benchmark": "cpu_slo",
@@ -104,7 +108,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--interactive", type=float, default=0.6, help="share of the class; the rest is batch")
     parser.add_argument("--duration", type=float, default=150.0, help="seconds of arrivals in a run")
     parser.add_argument("--runs", type=int, default=3, help="of each scheduler, in turns")
-    parser.add_argument("--probe-requests", type=int, default=32)
+    parser.add_argument("--probe-requests", type=int, default=40, help="in a probe of the capacity")
     parser.add_argument("--seed", type=int, default=0, help="of the first run; each run has the next")
     parser.add_argument("--output", help="write everything as JSON")
     return parser
@@ -163,11 +167,11 @@ def _options(args: argparse.Namespace, scheduler: str) -> list[str]:
     return ["--devices", args.devices, "--scheduler", scheduler, *fixed]
 
 
-def _run(args: argparse.Namespace, device: Device, classes: Path, scheduler: str, seed: int) -> Run:
+def _run(args: argparse.Namespace, rate_rps: float, classes: Path, scheduler: str, seed: int) -> Run:
     with own_server([*_options(args, scheduler), "--slo-classes", str(classes)]) as url:
         target, info = Target(url), ask(url)
         _warm_up(target, info)
-        items = _items(args, info, args.overload * device.capacity_rps, args.duration, str(classes), seed)
+        items = _items(args, info, rate_rps, args.duration, str(classes), seed)
         return offer(target, items, info, seed=seed, timeout_s=10 * args.duration)
 
 
@@ -194,33 +198,43 @@ def _warm_up(target: Target, info: ServerInfo) -> None:
     offer(target, items, info, seed=PROBE_SEED)
 
 
-def _probe(args: argparse.Namespace, scheduler: str) -> Device:
-    """One decode step and one prompt token alone, then how fast a full queue is worked off."""
+def _probe_device(args: argparse.Namespace, scheduler: str) -> Device:
     with own_server(_options(args, scheduler)) as url:
         target, info = Target(url), ask(url)
         _warm_up(target, info)
         alone = [offer(target, [WorkItem(0.0, 128, 48)], info, seed=PROBE_SEED + k).records[0] for k in range(3)]
         long = [offer(target, [WorkItem(0.0, 1024, 1)], info, seed=PROBE_SEED + k).records[0] for k in range(3)]
+    _all_answered([*alone, *long])
+    return Device(statistics.median(r.tpot_s for r in alone), statistics.median(r.ttft_s for r in long) / 1024)
+
+
+def _probe_capacity_rps(args: argparse.Namespace, scheduler: str) -> float:
+    """Requests of this workload a second while a queue stands."""
+    with own_server([*_options(args, scheduler), "--max-running", str(_PROBE_RUNNING)]) as url:
+        target, info = Target(url), ask(url)
+        _warm_up(target, info)
         items = _items(args, info, 100.0, args.probe_requests / 100.0, "batch", PROBE_SEED)
-        crowd = offer(target, [replace(i, send_at_s=0.0, slo=None, slo_class=None) for i in items], info)
-    failed = [r.error for r in [*alone, *long, *crowd.records] if r.error]
+        crowd = [replace(i, send_at_s=0.0, slo=None, slo_class=None) for i in items]
+        records = offer(target, crowd, info, seed=PROBE_SEED).records
+    _all_answered(records)
+    return ended_rps([r.ended_s for r in records])
+
+
+def ended_rps(ended_s: Sequence[float]) -> float:
+    """Of a crowd: ends a second, without the beginning, when nothing can have ended, and the end, when little runs."""
+    order = sorted(ended_s)
+    first, last = int(_SETTLED * len(order)), int(_EMPTYING * len(order))
+    return (last - first) / (order[last] - order[first])
+
+
+def _all_answered(records: Sequence[Record]) -> None:
+    failed = [r.error for r in records if r.error]
     if failed:
-        raise ConfigError(f"the probe failed: {failed[0]}")
-    return Device(
-        statistics.median(r.tpot_s for r in alone),
-        statistics.median(r.ttft_s for r in long) / 1024,
-        _capacity_rps(sorted(r.ended_s for r in crowd.records), crowd.records[0].sent_s),
-    )
-
-
-def _capacity_rps(ended_s: Sequence[float], began_s: float) -> float:
-    """Of requests that were all there at `began_s`: the rate until nine of ten had ended, when the batch empties."""
-    most = math.floor(0.9 * len(ended_s))
-    return most / (ended_s[most - 1] - began_s)
+        raise Unavailable(f"the probe failed: {failed[0]}")
 
 
 def _line(run: dict[str, Any]) -> str:
-    shown = {key: run[key] for key in ("scheduler", "run", "offered", "completed", *FIGURES)}
+    shown = {key: run[key] for key in ("scheduler", "run", "capacity_rps", "offered", "completed", *FIGURES)}
     return f"{time.strftime('%H:%M:%S')} {_shown(shown)} client {100 * run['client_cpu_share']:.0f} %"
 
 
