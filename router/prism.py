@@ -51,7 +51,9 @@ class Prism:
     name = "prism"
     uses_prefixes = True
 
-    def __init__(self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0, relegate: float=0) -> None:
+    def __init__(
+        self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0, relegate: float = 0
+    ) -> None:
         self._relegate_by = relegate
         if delay <= 0.0 or tie < 0.0 or not 0.0 <= roll <= 1.0 or hold < 0.0:
             raise ConfigError(
