@@ -66,9 +66,7 @@ def states_of(spec: str, running: int, waiting: int, rate_rps: float, count: int
     profile = load_profile("h100")
     tap = Tap(make_policy(spec), running, waiting)
     settings = EngineSettings(max_running=running, max_waiting=2 * waiting, max_batch_tokens=8192)
-    engine = SimEngine(
-        profile, tap, OnlineModel(), settings, max_model_len=16_384, rng=np.random.default_rng(1)
-    )
+    engine = SimEngine(profile, tap, OnlineModel(), settings, max_model_len=16_384, rng=np.random.default_rng(1))
     lengths = "lengths:input=logn:700:2500,output=logn:150:400"
     workload = Builder(
         WorkloadSpec(trace=lengths, arrivals="poisson", rate_rps=rate_rps, duration_s=120.0, classes="mixed", seed=1)
@@ -111,7 +109,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
-    print(f"{'policy':16} {'running':>8} {'waiting':>8} {'states':>7} {'median us':>10} {'p99 us':>8} {'all, median':>12}")
+    print(
+        f"{'policy':16} {'running':>8} {'waiting':>8} {'states':>7} {'median us':>10} {'p99 us':>8} {'all, median':>12}"
+    )
     for spec in args.policy:
         for running, waiting, rate_rps in SIZES:
             states = states_of(spec, running, waiting, rate_rps, args.states)

@@ -20,8 +20,7 @@ _SENTENCES: Mapping[Reason, str] = {
     Reason.RELEGATED: "it waited behind the others: its first token could not come in time any more",
     Reason.REFUSED: "it was refused: it had waited long and was not going to be served soon",
     Reason.WAIT_TIME: "it waited: more work would have made the step longer than a running request's promise allows",
-    Reason.WAIT_TPOT: "it waited: one more sequence would have brought the decode step too near to the tightest promised "
-    "time per token",
+    Reason.WAIT_TPOT: "it waited: with it decode steps would have come too near to the tightest promised time per token",
     Reason.PUT_OFF: "it was put off: in its turn it would have made more of the others late",
     Reason.AGED: "it had been relegated long ago and computed in the share kept for such requests",
     Reason.LEFTOVER: "it computed in what the others had left of the step",
