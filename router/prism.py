@@ -51,8 +51,8 @@ class Prism:
     name = "prism"
     uses_prefixes = True
 
-    def __init__(self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0, relegate: float=0) -> None:
-        self._relegate_by = relegate
+    def __init__(self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0, soft: float = 0.0) -> None:
+        self._soft = soft
         if delay <= 0.0 or tie < 0.0 or not 0.0 <= roll <= 1.0 or hold < 0.0:
             raise ConfigError(
                 f"prism: delay must be above 0, tie and hold at least 0, roll in 0..1, got delay={delay}, tie={tie}, "
@@ -72,7 +72,7 @@ class Prism:
         may = board.may(request)
         if may is None:
             return why_none(request, workers)
-        costs = assess(board, request, now, self._roll)
+        costs = assess(board, request, now, self._roll, self._soft)
         missed = np.minimum(costs.late + costs.decode, 1.0) + costs.kv + costs.harm
         feasible = may & (missed < 1.0)
         if not feasible.any():
@@ -91,17 +91,9 @@ class Prism:
             latest_s = request.first_token_due_s - float(lone_s[may].min())
             if now < min(latest_s, request.arrival_s + self._hold_s):
                 return Hold(latest_s, "nobody can serve it in time yet", everyone=False)
-        if self._relegate_by == 0:
-            score = np.where(may, board.rest_s + board.ahead_s[:, -1] + board.late_s, _INF)
-        elif self._relegate_by == 1:
-            able = may & (costs.decode < 1.0)
-            score = np.where(able if able.any() else may, board.rest_s + board.ahead_s[:, -1] + board.late_s, _INF)
-        elif self._relegate_by == 2:
-            missed = costs.late + costs.decode + costs.kv + costs.harm
-            score = np.where(may, missed + self._delay * costs.spent, _INF)
-        else:
-            able = may & (costs.decode < 1.0)
-            score = np.where(able if able.any() else may, costs.first_token_s, _INF)
+        able = may & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
+        wait_s = board.rest_s + board.ahead_s[:, -1] + board.late_s
+        score = np.where(able if able.any() else may, wait_s, _INF)
         return self._choose(workers, costs, score, 0.0, "relegated: nobody can serve it in time")
 
     def _choose(self, workers: Sequence[WorkerView], costs: Costs, score: F8, tie: float, reason: str) -> Place:
@@ -139,7 +131,7 @@ def lone_service_s(board: Board, request: PlacementRequest, cached: F8 | float) 
     return service_s
 
 
-def assess(board: Board, request: PlacementRequest, now: float, roll: float = 0.0) -> Costs:
+def assess(board: Board, request: PlacementRequest, now: float, roll: float = 0.0, soft: float = 0.0) -> Costs:
     """The costs of a request on every worker of the board. roll: see Prism."""
     cached = board.cached_tokens(request)
     left = request.prompt_tokens - cached
@@ -162,7 +154,10 @@ def assess(board: Board, request: PlacementRequest, now: float, roll: float = 0.
         tightest_s = board.tightest_tpot_s
     service_s = left * (board.per_token_s + board.per_pair_s * (cached + 0.5 * left))
     harm = over(decode_s / tightest_s, _TPOT_FROM) - decode  # what it exceeds of the others' bound beyond its own
-    harm = np.where(board.slack_s[board.rows, position] < service_s, 1.0, harm)
+    slack_others = board.slack_s[board.rows, position] - service_s
+    if soft:
+        harm = np.maximum(harm, within(1.0 - slack_others / (soft * (_SOFT_SHARE * (wait_s + service_s) + _SOFT_S))))
+    harm = np.where(slack_others < 0.0, 1.0, harm)
     kv = over((board.kv_tokens + left + board.mean_output) / board.kv_capacity, _KV_FROM)
     return Costs(first_token_s, decode_s, late, decode, kv, harm, spent)
 
