@@ -8,13 +8,15 @@ from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSp
 from nexusengine.native import Prepared, library, probe, structs
 from nexusengine.native.cache import cache_of
 
+_CAPS = AttentionCaps((16, *(size for size in range(1, 1025) if size != 16)), (torch.float32,), graphs=True)
+
 
 class NativeCpuBackend:
     name = "cpu"
 
     @classmethod
     def caps(cls) -> AttentionCaps:
-        return AttentionCaps((16, *(size for size in range(1, 1025) if size != 16)), (torch.float32,), graphs=True)
+        return _CAPS
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
