@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from nexusengine.backend import AsyncBackend
 from nexusengine.config import EngineConfig
-from nexusengine.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable
+from nexusengine.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from nexusengine.requests import (
     DEFAULT_SAMPLING,
     Prompt,
@@ -186,6 +187,23 @@ class AsyncEngine:
         """`generate` for a conversation, rendered with the model's chat template."""
         async for output in self.generate(self.tokenizer.encode_chat(messages), sampling, **options):
             yield output
+
+
+async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
+    """The news of a generation whose caller looks at it only when it is complete: kept until then, and generated a
+    second time if the worker is lost in the middle. A worker lost before the first token is the router's concern."""
+    news: list[RequestOutput] = []
+    try:
+        async with aclosing(start()) as outputs:
+            async for output in outputs:
+                news.append(output)  # noqa: PERF401 (what came before an error counts)
+    except WorkerLost:
+        if not news:
+            raise
+        async with aclosing(start()) as outputs:
+            news = [output async for output in outputs]
+    for output in news:
+        yield output
 
 
 async def _within_deadline(arrived: asyncio.Event, deadline_s: float | None) -> None:

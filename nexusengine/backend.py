@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nexusengine.types import EngineRequest, TokenDelta
-from nexusengine.wire import Cluster
+from nexusengine.wire import Cluster, Findings
 
 Sink = Callable[[TokenDelta], None]
 """Called in the event loop's thread with each delta of a request; the last one has a finish_reason."""
@@ -29,6 +29,11 @@ class AsyncBackend(Protocol):
 
     def status(self) -> Cluster | None:
         """The newest picture of workers and queues; None before the first."""
+        ...
+
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
+        """What every worker remembers of its newest steps, or of a request; without those that do not answer in time.
+        Raises Unavailable if nobody can be asked."""
         ...
 
     async def close(self) -> None: ...

@@ -37,17 +37,24 @@ def _lines() -> Iterator[bytes]:
 _stdin = _lines()
 
 
+def die_with(parent_pid: int) -> None:
+    """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`
+    (0: whatever it is)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent_pid not in (0, os.getppid()):  # it died before the signal was armed
+        os._exit(1)
+
+
 def read_config() -> Message:
     """The configuration line; ties this process to its parent's life. Call first, from the main thread."""
     line = next(_stdin, None)
     if line is None:
         os._exit(1)
     config: Message = json.loads(line)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor handles it
+    for number in (signal.SIGINT, signal.SIGTERM):  # service managers reach every process; the supervisor handles it
+        signal.signal(number, signal.SIG_IGN)
     if config["parent_death_signal"]:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != config["parent_pid"]:  # it died before the signal was armed
-            os._exit(1)
+        die_with(config["parent_pid"])
     return config
 
 
@@ -70,6 +77,12 @@ def emit(event: Message) -> None:
 
 
 # ---- in the parent --------------------------------------------------------------------------------------------------
+
+
+def tied(*command: str, by_us: bool = True) -> list[str]:
+    """The command, for programs that are not ours: it ends with the thread that runs it. by_us: whether this process
+    will run it, or a program that it started."""
+    return [sys.executable, "-m", "nexusengine.child", str(os.getpid() if by_us else 0), *command]
 
 
 class Child:
@@ -96,6 +109,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environ or {})},
+            process_group=0,  # Ctrl-C is for the supervisor alone, also while this one is still being imported
         )
         main_thread = threading.current_thread() is threading.main_thread()
         self.send({**config, "parent_death_signal": main_thread, "parent_pid": os.getpid()})
@@ -151,3 +165,8 @@ class Child:
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last = f"; its last line: {self._stderr[-1]}" if self._stderr else ""
         self._on_event(self, {"type": "exit", "code": code, "cause": self._cause or ended + last})
+
+
+if __name__ == "__main__":
+    die_with(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

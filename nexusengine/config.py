@@ -20,6 +20,9 @@ from nexusengine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "NEXUSENGINE_"
+Quantization = Literal["none", "bf16", "int8", "int4"]
+"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
+the multiplication."""
 T = TypeVar("T")
 
 
@@ -27,23 +30,24 @@ T = TypeVar("T")
 
 
 def parse_bytes(text: str | int) -> int:
-    """`2GiB`, `500M`, `1.5G`, `1048576`: bytes. K, M, G, T are powers of 1000, Ki, Mi, Gi, Ti of 1024."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    """`2GiB`, `500M`, `1.5G`, `1048576`: bytes, at least 1. K, M, G, T are powers of 1000, Ki, Mi, Gi, Ti of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 2GiB or 500M")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    size = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    if size < 1:
+        raise ValueError(f"{text!r} is no memory at all")
+    return size
 
 
 def parse_bool(text: str | bool) -> bool:
     if isinstance(text, bool):
         return text
-    if text.lower() in {"1", "true", "yes", "on"}:
+    if str(text).lower() in {"1", "true", "yes", "on"}:
         return True
-    if text.lower() in {"0", "false", "no", "off"}:
+    if str(text).lower() in {"0", "false", "no", "off"}:
         return False
     raise ValueError(f"{text!r} is neither true nor false")
 
@@ -53,7 +57,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str | int], int]:
 
     def parse(text: str | int) -> int:
         try:
-            value = int(text)
+            value = int(str(text))
         except ValueError:
             raise ValueError(f"{text!r} is not a whole number") from None
         if not low <= value <= high:
@@ -126,15 +130,16 @@ def parse_device(text: str) -> DeviceSpec:
 def count_cuda_devices() -> int:
     """GPUs the NVIDIA driver shows and CUDA_VISIBLE_DEVICES does not hide; 0 without a driver. No torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() not in {"", "-1"}])
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
+        there = int(pynvml.nvmlDeviceGetCount())
     except Exception:  # no driver, no library, no permission: all mean that CUDA is not usable from here
         return 0
+    if visible is None or there == 0:
+        return there
+    return len([v for v in visible.split(",") if v.strip() not in {"", "-1"}])
 
 
 def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
@@ -217,6 +222,22 @@ class EngineConfig:
         group="scheduling",
         metavar="FILE",
     )
+    performance_model: str = setting(
+        "online",
+        "how step times are predicted: online, or paper-surface, line, line2 for comparison",
+        parse=one_of("online", "paper-surface", "line", "line2"),
+        group="scheduling",
+        metavar="NAME",
+    )
+    calibrate: bool = setting(
+        True, "measure a few made-up steps at the start, for up to two seconds", parse=parse_bool, group="scheduling"
+    )
+    step_log: str | None = setting(
+        None,
+        "append the composition and duration of every step to FILE.jsonl.gz, with several workers one file each",
+        group="scheduling",
+        metavar="FILE",
+    )
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
     seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
 
@@ -238,6 +259,12 @@ class ServeConfig(EngineConfig):
         None,
         "class of requests that ask for no SLO, or none; default: standard if there is such a class, else none",
         group="scheduling",
+    )
+    debug_endpoints: bool = setting(
+        False,
+        "serve /debug/steps and /debug/requests/ID, which show lengths and times of everybody's requests",
+        parse=parse_bool,
+        group="http",
     )
     nexus_verdict: bool = setting(
         False,

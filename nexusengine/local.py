@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 from nexusengine import wire
 from nexusengine.backend import Sink
@@ -14,7 +15,20 @@ from nexusengine.obs.logs import get_logger
 from nexusengine.types import EngineRequest, TokenDelta
 
 _IDLE_WAIT_S = 0.5
+_ANSWER_S = 3.0
 log = get_logger("engine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """A question to the core from the event loop."""
+
+    ask: wire.Ask
+    answered: asyncio.Future[wire.Findings]
+
+    def tell(self, answer: wire.Findings) -> None:
+        if not self.answered.done():
+            self.answered.set_result(answer)
 
 
 class LocalBackend:
@@ -23,7 +37,7 @@ class LocalBackend:
     def __init__(self, core: EngineCore, model: str) -> None:
         self.core = core
         self._model = model
-        self._commands: deque[EngineRequest | str] = deque()
+        self._commands: deque[EngineRequest | str | _Query] = deque()
         self._arrived = threading.Event()
         self._sinks: dict[str, Sink] = {}
         self._failure: str | None = None
@@ -70,6 +84,17 @@ class LocalBackend:
         worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
         return wire.Cluster("local", (worker,), ledger=len(self._sinks))
 
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+        if self._failure is not None or self._closing:
+            raise Unavailable(self._failure or "the engine was closed")
+        query = _Query(wire.Ask(0, last_steps, request_id), self._loop.create_future())
+        self._commands.append(query)
+        self._arrived.set()
+        try:
+            return [await asyncio.wait_for(query.answered, _ANSWER_S)]
+        except TimeoutError:
+            return []
+
     async def close(self) -> None:
         self._closing = True
         self._arrived.set()
@@ -99,6 +124,9 @@ class LocalBackend:
             if isinstance(command, str):
                 if (delta := self.core.abort(command)) is not None:
                     deltas.append(delta)
+                continue
+            if isinstance(command, _Query):
+                self._loop.call_soon_threadsafe(command.tell, self.core.findings(command.ask))
                 continue
             try:
                 self.core.add(command)

@@ -11,9 +11,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from nexusengine.async_engine import AsyncEngine
+from nexusengine.async_engine import AsyncEngine, once_more
 from nexusengine.config import EngineConfig
 from nexusengine.errors import NexusError, Unavailable
 from nexusengine.requests import Prompt, delta_error, make_processor
@@ -34,7 +35,8 @@ class LocalRunner:
     def stats(self) -> dict[str, float]:
         return self.core.stats().totals()
 
-    def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt]) -> Iterator[RequestOutput]:
+    def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
+        """stream: whether the caller looks at the news before a request's end."""
         if self._closed:
             raise Unavailable("the engine was closed")
         processors = {
@@ -136,11 +138,12 @@ class RemoteRunner:
                 totals[name] = totals.get(name, 0.0) + value
         return totals
 
-    def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt]) -> Iterator[RequestOutput]:
+    def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
+        """stream: whether the caller looks at the news before a request's end; else it may be generated twice."""
         if self._loop.is_closed():
             raise Unavailable("the engine was closed")
         news: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-        running = asyncio.run_coroutine_threadsafe(self._run_all(requests, prompts, news), self._loop)
+        running = asyncio.run_coroutine_threadsafe(self._run_all(requests, prompts, stream, news), self._loop)
         left = len(requests)
         try:
             while left:
@@ -156,20 +159,23 @@ class RemoteRunner:
         self,
         requests: list[EngineRequest],
         prompts: Sequence[Prompt],
+        stream: bool,
         news: queue.SimpleQueue[RequestOutput | BaseException],
     ) -> None:
         seats = asyncio.Semaphore(self._config.max_waiting)
 
         async def one(index: int, request: EngineRequest, prompt: Prompt) -> None:
+            start = partial(
+                self._engine.generate,
+                prompt,
+                request.sampling,
+                request_id=request.request_id,
+                slo=promise_of(request),
+                priority=request.priority,
+                arrival_s=request.arrival_s,
+            )
             async with seats:
-                async for output in self._engine.generate(
-                    prompt,
-                    request.sampling,
-                    request_id=request.request_id,
-                    slo=promise_of(request),
-                    priority=request.priority,
-                    arrival_s=request.arrival_s,
-                ):
+                async for output in start() if stream else once_more(start):
                     output.metadata["index"] = index
                     news.put(output)
 

@@ -38,7 +38,7 @@ def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
     files = resolve_model(config.model, revision=config.revision, weights=device.kind != "emulated")
     tokenizer = load_tokenizer(files)
     executor = make_executor(files, device, executor_options(config))
-    return make_core(executor, config, MonotonicClock()), tokenizer, files.config.vocab_size
+    return make_core(executor, config, MonotonicClock(), geometry=files.config), tokenizer, files.config.vocab_size
 
 
 async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, int, SupervisorThread | None]:

@@ -17,6 +17,9 @@ from nexusengine.types import EngineRequest, TokenDelta
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
+MAX_DIGEST_BYTES = 32 * 2**10
+MAX_STEPS_IN_ANSWER = 512
+MAX_CHANGES_IN_ANSWER = 1024
 
 
 class ProtocolError(NexusError):
@@ -69,7 +72,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     covers: the last dispatch (by `Dispatch.seq`) whose effect is included here.
     step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
     bound predicted for it.
-    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first.
+    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
+    relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
     totals: counters since the worker started, by metric name (see obs.metrics).
     """
 
@@ -89,10 +93,13 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     mean_output_tokens: float = 0.0
     perf: PerfWeights | None = None
     totals: dict[str, float] = {}
+    relegated: int = 0
+    relegated_tokens: int = 0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process."""
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler: name of its
+    engine policy. max_waiting: requests that may wait in it; more are refused. 0 and "" where not known yet."""
 
     worker_id: str
     epoch: str
@@ -107,6 +114,69 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_total_blocks: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    scheduler: str = ""
+    max_waiting: int = 0
+
+
+class StepHistory(msgspec.Struct, frozen=True, array_like=True):
+    """A step as it was planned and as it went; see core.stats.StepRecord. reasons: requests by lens.plan.Reason."""
+
+    step: int
+    started_s: float
+    tokens: int
+    sequences: int
+    prefills: int
+    prefill_attention: float
+    decode_kv_tokens: int
+    predicted_s: float
+    upper_s: float
+    device_s: float
+    scheduler_s: float
+    running: int
+    waiting: int
+    preempted: int
+    reasons: dict[str, int]
+    notes: dict[str, float]
+
+
+class RequestChange(msgspec.Struct, frozen=True, array_like=True):
+    """From this step on: why a request did what it did (a lens.plan.Reason), and the tokens it computed in it."""
+
+    at_s: float
+    step: int
+    reason: str
+    tokens: int
+
+
+class RequestHistory(msgspec.Struct, frozen=True, array_like=True):
+    """All that a worker remembers of a request. Instants are monotonic, now_s that of the answer; None where it did not
+    get there. finish_reason: None while it lives. changes_left_off: older ones than those here that are remembered.
+    steps: those of the changes that are remembered, at most MAX_STEPS_IN_ANSWER, the newest."""
+
+    request_id: str
+    worker_id: str
+    slo_class: str
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+    priority: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    predicted_ttft_s: float
+    unattainable: bool
+    strict: bool
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    now_s: float
+    finish_reason: str | None
+    error: str | None
+    changes: tuple[RequestChange, ...]
+    changes_left_off: int
+    steps: tuple[StepHistory, ...]
 
 
 # ---- worker -> router -------------------------------------------------------------------------------------------
@@ -129,13 +199,24 @@ class Ready(Message, frozen=True):
     protocol: int = PROTOCOL_VERSION
 
 
+class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
+    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last
+    has the number seq. A batch is names that came and names that went, 8 bytes each; all together at most
+    MAX_DIGEST_BYTES."""
+
+    round: int
+    seq: int
+    batches: tuple[tuple[bytes, bytes], ...]
+
+
 class Report(Message, frozen=True):
     """A worker's load, pushed every snapshot period by a thread that runs while a long step computes: the heartbeat.
-    seq rises with every report of an epoch."""
+    seq rises with every report of an epoch. prefixes: None where there is no prefix cache."""
 
     epoch: str
     seq: int
     load: WorkerLoad
+    prefixes: PrefixDigest | None = None
 
 
 class WorkerDeltas(Message, frozen=True):
@@ -151,6 +232,17 @@ class Leaving(Message, frozen=True):
 
     epoch: str
     cause: str | None = None
+
+
+class Findings(Message, frozen=True):
+    """What a worker knows of what was asked; passed on to the client by the router. request: None if it knows no such
+    request, or none was asked for."""
+
+    client: bytes
+    query: int
+    worker_id: str
+    steps: tuple[StepHistory, ...] = ()
+    request: RequestHistory | None = None
 
 
 # ---- router -> worker -------------------------------------------------------------------------------------------
@@ -169,10 +261,24 @@ class Cancel(Message, frozen=True):
     request_id: str
 
 
+class RepeatPrefixes(Message, frozen=True):
+    """Batches of the digest of its prefix cache are missing: begin a new round."""
+
+
 class Reregister(Message, frozen=True):
     """The router does not know this worker (it was restarted): say Starting or Ready again."""
 
     router_epoch: str
+
+
+class Ask(Message, frozen=True):
+    """A client asks every worker for its newest steps, or for what it remembers of a request; each answers with
+    `Findings`. query: the client's number for it. client: filled in by the router."""
+
+    query: int
+    last_steps: int = 0
+    request_id: str | None = None
+    client: bytes = b""
 
 
 # ---- client -> router -------------------------------------------------------------------------------------------
@@ -204,7 +310,8 @@ class Deltas(Message, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
-    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger."""
+    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
+    barred: why it gets no requests although it is ready; None if it does."""
 
     info: WorkerInfo
     state: WorkerState
@@ -214,6 +321,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     load: WorkerLoad | None
     restarts: int = 0
     cause: str | None = None
+    barred: str | None = None
 
 
 class Cluster(Message, frozen=True):
@@ -231,10 +339,10 @@ class Cluster(Message, frozen=True):
     totals: dict[str, float] = {}
 
 
-ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving
-ToWorker = Dispatch | Cancel | Reregister
-ToRouterFromClient = Hello | Submit | Abort
-ToClient = Deltas | Cluster
+ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask
+ToRouterFromClient = Hello | Submit | Abort | Ask
+ToClient = Deltas | Cluster | Findings
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {

@@ -7,24 +7,35 @@ its client saw a token is dispatched once more, with its old deadline.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from nexusengine.kv.digest import short_names
+from nexusengine.router.breaker import Answer, judge
 from nexusengine.router.ledger import Entry, Ledger, Stage
-from nexusengine.router.policy import Place, PlacementPolicy, Refuse
+from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
+from nexusengine.router.prefix import PrefixIndex
 from nexusengine.router.registry import Registry
+from nexusengine.router.trace import PlacementTrace
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
+    MAX_DIGEST_BYTES,
     Abort,
+    Ask,
     Cancel,
     Cluster,
     Deltas,
     Dispatch,
+    Findings,
     Hello,
     Leaving,
     Message,
+    PrefixDigest,
+    ProtocolError,
     Ready,
+    RepeatPrefixes,
     Report,
     Reregister,
     Starting,
@@ -33,7 +44,6 @@ from nexusengine.wire import (
     ToRouterFromWorker,
     WorkerDeltas,
     WorkerInfo,
-    WorkerState,
     join_deltas,
     split_deltas,
 )
@@ -42,8 +52,12 @@ MOST_ATTEMPTS = 2
 CLIENT_SILENT_S = 15.0
 DEADLINE_GRACE_S = 1.0
 """Workers end requests at their deadline themselves, with timings; the router steps in a little later."""
+MOST_ASKED_AGAIN = 256
+"""Held requests that the policy is asked about at a time."""
 
 Side = Literal["client", "worker"]
+BlockNames = Callable[[EngineRequest, int], Sequence[bytes]]
+"""Names of the full KV blocks of a request's prompt, for a block size: those that workers give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +70,27 @@ class Outgoing:
 
 
 class RouterCore:
-    """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`."""
+    """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`.
+
+    report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked up.
+    """
 
     def __init__(
-        self, policy: PlacementPolicy, expected: list[WorkerInfo], *, epoch: str, max_held: int = 4096
+        self,
+        policy: PlacementPolicy,
+        expected: list[WorkerInfo],
+        *,
+        epoch: str,
+        max_held: int = 4096,
+        report_period_s: float = 0.1,
+        block_names: BlockNames | None = None,
     ) -> None:
         self.policy, self.epoch, self.max_held = policy, epoch, max_held
         self.ledger = Ledger()
-        self.registry = Registry(expected)
+        self.registry = Registry(expected, report_period_s)
+        self.prefixes = PrefixIndex()
+        self.trace = PlacementTrace()
+        self._block_names = block_names if policy.uses_prefixes else None
         self.draining = False
         self._clients: dict[bytes, float] = {}
         self._out: list[Outgoing] = []
@@ -93,17 +120,20 @@ class RouterCore:
             self._send("client", identity, self.cluster())
         elif isinstance(message, Submit):
             self._submit(identity, message.request, now)
+        elif isinstance(message, Ask):
+            for worker in self.registry.identities():
+                self._send("worker", worker, Ask(message.query, message.last_steps, message.request_id, identity))
         elif isinstance(message, Abort):
             entry = self.ledger.get(message.request_id)
             if entry is not None and entry.client == identity:
-                self._cancel(entry)
+                self._cancel(entry, now)
                 self._finish(entry, TokenDelta(message.request_id, finish_reason="abort"))
 
-    def on_client_gone(self, identity: bytes) -> None:
+    def on_client_gone(self, identity: bytes, now: float) -> None:
         """Nobody waits for its requests any more."""
         self._clients.pop(identity, None)
         for entry in self.ledger.of_client(identity):
-            self._cancel(entry)
+            self._cancel(entry, now)
             self.ledger.remove(entry)
             self._totals["requests_abandoned"] += 1
 
@@ -129,20 +159,27 @@ class RouterCore:
         if isinstance(message, Starting | Ready):
             self._on_hello(identity, message, now)
         elif isinstance(message, Report):
-            if not self.registry.report(identity, message.seq, message.load, now):
+            if not self.registry.report(identity, message.seq, message.load, self.ledger, now):
                 self._send("worker", identity, Reregister(self.epoch))
+            elif message.prefixes is not None:
+                self._follow(identity, message.prefixes, now)
         elif isinstance(message, WorkerDeltas):
             worker = self.registry.of(identity)
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
                 worker.last_seen_s = now
-                self._forward(identity, message)
+                self._forward(identity, message, now)
+        elif isinstance(message, Findings):
+            if message.client in self._clients:
+                self._send("client", message.client, message)
         elif isinstance(message, Leaving):
             self.on_worker_gone(identity, message.cause, now)
 
     def on_worker_gone(self, identity: bytes, cause: str | None, now: float) -> None:
         """Its process ended or cannot be reached: unseen requests go elsewhere, seen ones end with an error."""
-        if self.registry.disconnect(identity, cause) is None:
+        worker = self.registry.disconnect(identity, cause)
+        if worker is None:
             return
+        self.prefixes.forget(worker.info.worker_id)
         self._totals["workers_lost"] += 1
         self._deal_with_orphans(identity, cause, now)
         self._push_cluster()
@@ -157,56 +194,128 @@ class RouterCore:
     def _on_hello(self, identity: bytes, message: Starting | Ready, now: float) -> None:
         worker, replaced = self.registry.connect(identity, message.info, now)
         if replaced is not None:
+            self.prefixes.forget(message.info.worker_id)
             self._deal_with_orphans(replaced, "replaced by a newer process", now)
         before = worker.state
         if isinstance(message, Starting):
-            worker.state, worker.phase, worker.fraction = WorkerState.STARTING, message.phase, message.fraction
+            self.registry.starting(worker, message.phase, message.fraction)
         else:
-            worker.state, worker.phase, worker.fraction, worker.cause = WorkerState.READY, "ready", 1.0, None
+            self.registry.ready(worker, now)
             for request_id in message.in_flight:  # from before this router's time: their clients were told
                 self._send("worker", identity, Cancel(request_id))
             self._place_held(now)
         if worker.state is not before:
             self._push_cluster()
 
+    def _follow(self, identity: bytes, digest: PrefixDigest, now: float) -> None:
+        worker = self.registry.of(identity)
+        size = sum(len(names) for batch in digest.batches for names in batch)
+        if worker is None or size > MAX_DIGEST_BYTES:
+            raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
+        try:
+            complete = self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now)
+        except ValueError as error:
+            raise ProtocolError(f"a digest that cannot be read: {error}") from None
+        if not complete:
+            self._totals["prefix_digests_lost"] += 1
+            self._send("worker", identity, RepeatPrefixes())
+
+    def drain_worker(self, worker_id: str) -> bool:
+        """It gets no new requests and finishes what it has. False if there is no such worker."""
+        known = self.registry.drain(worker_id)
+        self._push_cluster()
+        return known
+
     def _deal_with_orphans(self, identity: bytes, cause: str | None, now: float) -> None:
         for entry in self.ledger.at(identity):
             if entry.stage is Stage.DISPATCHED and entry.attempts < MOST_ATTEMPTS:
-                self._totals["redispatches"] += 1
-                self.ledger.hold(entry)
-                self._place(entry, now)
+                self._redispatch(entry, now)
             else:
                 when = "while its answer was streamed" if entry.stage is Stage.STREAMING else "twice"
                 message = f"the worker was lost {when}" + (f": {cause}" if cause else "")
                 self._finish(entry, _error(entry.request.request_id, WorkerLost.code, message))
 
-    def _forward(self, identity: bytes, message: WorkerDeltas) -> None:
+    def _rescue(self, identity: bytes, now: float) -> None:
+        """A worker makes no progress: what nobody has seen a token of is tried elsewhere, if there is an elsewhere."""
+        if not any(view.takes for view in self.registry.views(self.ledger)):
+            return
+        for entry in self.ledger.at(identity):
+            if entry.stage is Stage.DISPATCHED and entry.attempts < MOST_ATTEMPTS:
+                self._cancel(entry, now)
+                self._redispatch(entry, now)
+
+    def _redispatch(self, entry: Entry, now: float) -> None:
+        self._totals["redispatches"] += 1
+        self.ledger.hold(entry)
+        self._place(entry, now)
+
+    def _forward(self, identity: bytes, message: WorkerDeltas, now: float) -> None:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
         for delta in join_deltas(message.plain, message.full):
             entry = self.ledger.get(delta.request_id)
             if entry is None or entry.identity != identity:
                 continue  # aborted meanwhile, or served elsewhere
-            entry.stage = Stage.STREAMING
+            if delta.finish_reason is not None and self._answered(entry, delta, now):
+                continue
+            if entry.stage is not Stage.STREAMING:
+                self._first_news(entry, delta, now)
             by_client[entry.client].append(delta)
             if delta.finish_reason is not None:
                 self._count_end(delta)
                 self.ledger.remove(entry)
         self._send_deltas(by_client)
 
+    def _answered(self, entry: Entry, delta: TokenDelta, now: float) -> bool:
+        """A worker ended a request. True if it was turned away before it began and is tried elsewhere instead."""
+        answer = judge(delta.error_code if delta.finish_reason == "error" else None)
+        self.registry.answered(entry.identity, answer, delta.retry_after_s, now, probe=entry.probe)
+        entry.probe = False
+        if answer in (Answer.BACKPRESSURE, Answer.FAULT):
+            self._totals["backpressure" if answer is Answer.BACKPRESSURE else "faults"] += 1
+        if answer is not Answer.BACKPRESSURE or entry.stage is Stage.STREAMING or entry.attempts >= MOST_ATTEMPTS:
+            return False
+        if not any(view.takes for view in self.registry.views(self.ledger)):
+            return False
+        self._redispatch(entry, now)
+        return True
+
+    def _first_news(self, entry: Entry, delta: TokenDelta, now: float) -> None:
+        """The first token: how good were the predictions?"""
+        self.ledger.streams(entry)
+        if self._block_names is not None and entry.identity is not None and delta.token_ids:
+            worker = self.registry.of(entry.identity)
+            believed = entry.placement.cached_tokens.get(worker.info.worker_id, 0) if worker is not None else 0
+            self._totals["prefix_prompt_tokens"] += entry.placement.prompt_tokens
+            self._totals["prefix_predicted_tokens"] += believed
+            self._totals["prefix_hit_tokens"] += delta.cached_tokens
+            self._totals["prefix_error_tokens"] += abs(believed - delta.cached_tokens)
+        if not delta.token_ids or entry.first_token_in_s is None:
+            return
+        self._totals["first_tokens_predicted"] += 1
+        self._totals["first_token_s"] += now - entry.placed_s
+        self._totals["first_token_error_s"] += abs(now - entry.placed_s - entry.first_token_in_s)
+
+    def prepare(self, now: float) -> None:
+        """Let the policy digest new reports; called when they have been taken in and before requests are."""
+        self.policy.prepare(self.registry.views(self.ledger), now)
+
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def on_timer(self, now: float) -> None:
         """Called every snapshot period: health, deadlines, held requests, silent clients, and the cluster's picture."""
-        for identity in self.registry.refresh(now):
+        silent, stalled = self.registry.refresh(now)
+        for identity in silent:
             self.on_worker_gone(identity, "silent for too long", now)
+        for identity in stalled:
+            self._rescue(identity, now)
         for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
-            self._cancel(entry)
+            self._cancel(entry, now)
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
             message = f"not finished within {limit_s:.1f} s of its arrival"
             self._finish(entry, _error(entry.request.request_id, DeadlineExceeded.code, message))
         for identity, seen_s in list(self._clients.items()):
             if now - seen_s > CLIENT_SILENT_S:
-                self.on_client_gone(identity)
+                self.on_client_gone(identity, now)
         if self.ledger.held:
             self._place_held(now)
         if now - self._counted_at_s >= 1.0:
@@ -218,27 +327,49 @@ class RouterCore:
     # ---- placement -----------------------------------------------------------------------------------------------
 
     def _place_held(self, now: float) -> None:
-        for entry in self.ledger.held_entries():
-            if not self._place(entry, now):
+        for n, entry in enumerate(self.ledger.held_entries()):
+            if n == MOST_ASKED_AGAIN:
+                return
+            held = self._place(entry, now)
+            if held is not None and held.everyone:
                 return
 
-    def _place(self, entry: Entry, now: float) -> bool:
-        """Ask the policy; False if it says to hold."""
-        decision = self.policy.place(entry.placement, self.registry.views(self.ledger), now)
+    def _place(self, entry: Entry, now: float) -> Hold | None:
+        """Ask the policy and do what it says; returns its answer if that is to hold."""
+        request = self._with_cached(entry)
+        decision = self.policy.place(request, self.registry.views(self.ledger), now)
+        self.trace.add(now, request, decision)
+        if isinstance(decision, Hold):
+            return decision
         if isinstance(decision, Refuse):
             delta = _error(entry.request.request_id, decision.code, decision.reason, decision.retry_after_s)
             self._finish(entry, delta)
-            return True
-        if not isinstance(decision, Place):
-            return False
+            return None
+        self._dispatch(entry, decision, now)
+        return None
+
+    def _with_cached(self, entry: Entry) -> PlacementRequest:
+        """The request, with what the workers' prefix caches are now believed to hold of its prompt."""
+        if self._block_names is None or not len(self.prefixes):
+            return entry.placement
+        cached: dict[str, int] = {}
+        for size in self.registry.block_sizes():
+            if size not in entry.prefix:
+                entry.prefix[size] = short_names(self._block_names(entry.request, size), size)
+            cached |= self.prefixes.shared(entry.prefix[size], size)
+        if cached != entry.placement.cached_tokens:
+            entry.placement = replace(entry.placement, cached_tokens=cached)
+        return entry.placement
+
+    def _dispatch(self, entry: Entry, decision: Place, now: float) -> None:
         worker = self.registry.workers[decision.worker_id]
         if worker.identity is None:
             raise ValueError(f"policy {self.policy.name!r} placed a request on {decision.worker_id}, which is gone")
-        worker.dispatch_seq += 1
-        self.ledger.dispatch(entry, worker.identity, worker.dispatch_seq)
+        seq, entry.probe = self.registry.dispatched(worker)
+        entry.placed_s, entry.first_token_in_s = now, decision.first_token_in_s
+        self.ledger.dispatch(entry, worker.identity, seq)
         self._totals["dispatches"] += 1
-        self._send("worker", worker.identity, Dispatch(worker.dispatch_seq, entry.request))
-        return True
+        self._send("worker", worker.identity, Dispatch(seq, entry.request))
 
     def _predicted_drain_s(self) -> float:
         """Seconds until what is held is placed, at the present rate of finished requests; between 1 and 60."""
@@ -260,9 +391,12 @@ class RouterCore:
         for client in self._clients:
             self._send("client", client, cluster)
 
-    def _cancel(self, entry: Entry) -> None:
+    def _cancel(self, entry: Entry, now: float) -> None:
+        """Take the request from its worker, if it is at one."""
         if entry.identity is not None:
             self._send("worker", entry.identity, Cancel(entry.request.request_id))
+            self.registry.answered(entry.identity, Answer.NOTHING, None, now, probe=entry.probe)
+            entry.probe = False
 
     def _finish(self, entry: Entry, delta: TokenDelta) -> None:
         self._count_end(delta)

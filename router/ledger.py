@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nexusengine.router.policy import PlacementRequest
 from nexusengine.types import EngineRequest
@@ -23,7 +23,12 @@ class Stage(enum.Enum):
 
 @dataclass(slots=True)
 class Entry:
-    """One request in flight. identity: the worker process it is at; seq: of its dispatch; attempts: dispatches."""
+    """One request in flight. identity: the worker process it is at; seq: of its dispatch; attempts: dispatches.
+
+    placed_s, first_token_in_s: when it was dispatched last, and the first token's delay predicted then.
+    prefix: short names of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
+    probe: it tests whether a worker's breaker may close.
+    """
 
     request: EngineRequest
     placement: PlacementRequest
@@ -32,19 +37,39 @@ class Entry:
     identity: bytes | None = None
     seq: int = 0
     attempts: int = 0
+    placed_s: float = 0.0
+    first_token_in_s: float | None = None
+    prefix: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    probe: bool = False
 
     @property
     def tokens(self) -> int:
         return self.placement.prompt_tokens + self.placement.max_tokens
 
 
+@dataclass(slots=True)
+class Share:
+    """What of the ledger is at one worker process, in order of dispatch. tokens: prompts and output, of all.
+
+    unreported: those that the worker's last report does not include yet. version: rises with every change.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    unreported: dict[str, Entry] = field(default_factory=dict)
+    tokens: int = 0
+    version: int = 0
+
+
+NOTHING = Share()
+
+
 class Ledger:
-    """Entries by request id, with the held ones in order and counts for each worker process."""
+    """Entries by request id, with the held ones in order and a share for each worker process."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
-        self._held: dict[str, None] = {}
-        self._at: dict[bytes, dict[str, None]] = {}
+        self._held: dict[str, Entry] = {}
+        self._shares: dict[bytes, Share] = {}
         self._deadlines: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -75,39 +100,69 @@ class Ledger:
             priority=request.priority,
         )
         entry = Entry(request, placement, client)
-        self._entries[request.request_id] = entry
-        self._held[request.request_id] = None
+        self._entries[request.request_id] = self._held[request.request_id] = entry
         if deadline_s != NO_DEADLINE:
             heapq.heappush(self._deadlines, (deadline_s, request.request_id))
+            if len(self._deadlines) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
+                self._deadlines = [d for d in self._deadlines if d[1] in self._entries]
+                heapq.heapify(self._deadlines)
         return entry
 
     def dispatch(self, entry: Entry, identity: bytes, seq: int) -> None:
-        """The entry goes to a worker process."""
+        """The entry goes to a worker process. seq must be above that of every dispatch to it before."""
         self._leave(entry)
         entry.stage, entry.identity, entry.seq = Stage.DISPATCHED, identity, seq
         entry.attempts += 1
-        self._at.setdefault(identity, {})[entry.request.request_id] = None
+        share = self._shares.setdefault(identity, Share())
+        share.entries[entry.request.request_id] = share.unreported[entry.request.request_id] = entry
+        share.tokens += entry.tokens
+        share.version += 1
+
+    def streams(self, entry: Entry) -> None:
+        """The entry's client sees a token."""
+        if entry.stage is Stage.STREAMING or entry.identity is None:
+            return
+        entry.stage = Stage.STREAMING
+        share = self._shares[entry.identity]
+        if entry.request.request_id in share.unreported:
+            share.version += 1
+
+    def reported(self, identity: bytes, covers: int) -> None:
+        """A worker process has reported a load that includes its dispatches up to `covers`."""
+        share = self._shares.get(identity)
+        if share is None:
+            return
+        unreported = share.unreported
+        while unreported and (entry := next(iter(unreported.values()))).seq <= covers:
+            del unreported[entry.request.request_id]
+            share.version += 1
 
     def hold(self, entry: Entry) -> None:
         """The entry is at no worker (any more)."""
         self._leave(entry)
         entry.stage, entry.identity = Stage.HELD, None
-        self._held[entry.request.request_id] = None
+        self._held[entry.request.request_id] = entry
 
     def remove(self, entry: Entry) -> None:
         self._leave(entry)
+        entry.identity = None
         del self._entries[entry.request.request_id]
+
+    def share(self, identity: bytes | None) -> Share:
+        """What is at a worker process; not to be changed by the caller."""
+        return NOTHING if identity is None else self._shares.get(identity, NOTHING)
 
     def at(self, identity: bytes) -> list[Entry]:
         """Entries at a worker process, in order of dispatch."""
-        return [self._entries[i] for i in self._at.get(identity, {})]
+        return list(self.share(identity).entries.values())
 
     def of_client(self, client: bytes) -> list[Entry]:
         return [e for e in self._entries.values() if e.client == client]
 
     def held_entries(self) -> Iterator[Entry]:
-        """In order of arrival here; the ledger may change while this is consumed."""
-        return iter([self._entries[i] for i in self._held])
+        """By the instant the first token is due, those without an SLO behind, as they came; the ledger may change while
+        this is consumed."""
+        return iter(sorted(self._held.values(), key=lambda e: e.placement.first_token_due_s))
 
     def expired(self, now: float) -> list[Entry]:
         """Entries whose deadline is over; each is returned once."""
@@ -120,9 +175,14 @@ class Ledger:
         return found
 
     def _leave(self, entry: Entry) -> None:
-        self._held.pop(entry.request.request_id, None)
-        if entry.identity is not None:
-            here = self._at[entry.identity]
-            del here[entry.request.request_id]
-            if not here:
-                del self._at[entry.identity]
+        request_id = entry.request.request_id
+        self._held.pop(request_id, None)
+        if entry.identity is None:
+            return
+        share = self._shares[entry.identity]
+        del share.entries[request_id]
+        share.unreported.pop(request_id, None)
+        share.tokens -= entry.tokens
+        share.version += 1
+        if not share.entries:
+            del self._shares[entry.identity]

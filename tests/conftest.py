@@ -12,10 +12,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,14 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is there; one that has ended and that nobody asked for its exit status yet is not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,23 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """`serve(option, ...)` starts `nexusengine serve` on a free port and waits until it is ready."""
+    """`serve(option, ...)` starts `nexusengine serve` on a free port, or the given one, and waits until it is ready.
+    port 0: whatever it takes."""
     running: list[Served] = []
 
-    def start(*options: str, ready_s: float = 120.0) -> Served:
-        port = free_port()
-        log = tmp_path / f"serve-{port}.log"
+    def start(*options: str, ready_s: float = 120.0, port: int | None = None) -> Served:
+        port = free_port() if port is None else port
+        log = tmp_path / f"serve-{len(running)}.log"
         command = [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", str(port), *options]
         with log.open("wb") as output:
             served = Served(f"http://127.0.0.1:{port}", subprocess.Popen(command, stdout=output, stderr=output), log)
         running.append(served)
         deadline_s = time.monotonic() + ready_s
+        while port == 0 and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+            if said := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()):
+                port = int(said[1])
+                served = replace(served, url=f"http://127.0.0.1:{port}")
         while time.monotonic() < deadline_s and served.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{served.url}/readyz", timeout=2):

@@ -11,7 +11,7 @@ from nexusengine.core.core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import SampledLogprobs, StepBatch, StepResult
 from nexusengine.lens.fcfs import FCFS
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 VOCABULARY = 97
@@ -114,7 +114,7 @@ def make_core(
     return EngineCore(
         executor or FakeExecutor(clock=clock),
         policy,  # type: ignore[arg-type]
-        LinearModel(),
+        make_model(),
         clock=clock,
         check_every_step=True,
         **settings,  # type: ignore[arg-type]

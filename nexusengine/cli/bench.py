@@ -1,4 +1,5 @@
-"""`nexusengine bench throughput`: offline throughput and latency of one engine in this process."""
+"""`nexusengine bench throughput`: offline throughput and latency of one engine in this process. `bench serve` is in
+bench_serve."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import statistics
 import time
 from typing import Any
 
+from nexusengine.cli import bench_serve
 from nexusengine.config import EngineConfig, load, whole
 from nexusengine.config import add_arguments as add_settings
 from nexusengine.errors import ConfigError
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--seed", type=int, default=0, help="seed of the random prompts")
     throughput.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_settings(throughput, EngineConfig, skip=_SETTINGS)
+    bench_serve.add_arguments(kinds.add_parser("serve", help="requests at their times against a server"))
 
 
 def _count(text: str) -> int:
@@ -41,6 +44,10 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    return bench_serve.run(args) if args.kind == "serve" else _run_throughput(args)
+
+
+def _run_throughput(args: argparse.Namespace) -> int:
     from nexusengine.engine import Engine
 
     config = load(EngineConfig, {k: v for k, v in vars(args).items() if k not in _SETTINGS})

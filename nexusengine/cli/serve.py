@@ -24,14 +24,18 @@ def run(args: argparse.Namespace) -> int:
     from nexusengine.serve.supervisor import Supervisor
 
     setup(config.log_level)
-    supervisor = Supervisor(config, with_server=True, on_event=_Announcer(config))
+    announcer = Announcer(config)
+    supervisor = Supervisor(config, with_server=True, on_event=announcer)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.drain())
-    supervisor.run()
+    try:
+        supervisor.run()
+    finally:
+        announcer.end_line()
     return 0
 
 
-class _Announcer:
+class Announcer:
     """Says on stderr what start-up is doing, and at its end on stdout where the server is."""
 
     def __init__(self, config: ServeConfig) -> None:
@@ -39,6 +43,7 @@ class _Announcer:
         self._started_s = time.monotonic()
         self._url = ""
         self._phase = ""
+        self._line_is_open = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["type"]
@@ -49,16 +54,28 @@ class _Announcer:
             self._url = f"http://[{host}]:{event['port']}" if ":" in host else f"http://{host}:{event['port']}"
             self._show(f"listening at {self._url}, not ready yet", 0.0)
         elif kind == "ready":
+            self.end_line()
             print(self._greeting(), flush=True)
+        elif kind == "draining":
+            self._show(f"finishing the requests in progress, {event['limit_s']:g} s at most; once more ends at once", 0)
 
     def _show(self, phase: str, fraction: float) -> None:
-        percent = f" {100 * fraction:.0f} %" if 0 < fraction < 1 else ""
-        if sys.stderr.isatty() and phase == self._phase:
-            sys.stderr.write(f"\r==> {phase}{percent}   ")
-        elif phase != self._phase:
-            sys.stderr.write(f"==> {phase}{percent}\n")
+        """A line for each phase; on a terminal its percentage is written over."""
+        line = f"==> {phase}" + (f" {100 * fraction:.0f} %" if 0 < fraction < 1 else "")
+        on_terminal = sys.stderr.isatty()
+        if phase != self._phase:
+            self.end_line()
+            sys.stderr.write(line if on_terminal else line + "\n")
+        elif on_terminal:
+            sys.stderr.write(f"\r{line}  ")
         sys.stderr.flush()
-        self._phase = phase
+        self._phase, self._line_is_open = phase, on_terminal
+
+    def end_line(self) -> None:
+        """What is written next begins on a line of its own."""
+        if self._line_is_open:
+            sys.stderr.write("\n")
+        self._line_is_open = False
 
     def _greeting(self) -> str:
         name = self._config.served_model_name or self._config.model

@@ -5,59 +5,59 @@ from __future__ import annotations
 
 import numpy as np
 
-from nexusengine.lens.view import I4, RequestColumns
+from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import Predictor
 from nexusengine.types import SLO
 
 
-def first_token_in_s(
-    model: Predictor,
-    columns: RequestColumns,
-    running: I4,
-    waiting: I4,
-    *,
-    prompt_tokens: int,
-    max_batch_tokens: int,
-) -> float:
+def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
     """Seconds from now until a prompt that arrives now has its first token, if what is there goes first: the prompts
     that wait or have begun and are not relegated, in full steps beside one token of each decode. No policy is asked:
     one that lets a newcomer overtake others will beat this, one that makes it wait for the sake of decodes will not.
 
-    running, waiting: slots as in EngineView. prompt_tokens: those to compute, without a cached prefix.
+    prompt_tokens: those to compute, without a cached prefix.
     """
-    c = columns
+    c, running = view.columns, view.running
     left = c.known_tokens[running] - c.computed_tokens[running]
-    decodes, begun = running[left == 1], running[left > 1]
-    ahead = np.concatenate([begun, waiting])
+    decodes = running[left == 1]
+    ahead = np.concatenate([running[left > 1], view.waiting])
     ahead = ahead[~c.relegated[ahead]]
-    computed = np.where(c.computed_tokens[ahead] > 0, c.computed_tokens[ahead], c.cached_tokens[ahead]).astype(float)
-    q = c.known_tokens[ahead] - computed
-    tokens = float(q.sum()) + prompt_tokens
-    attention = float((q * (computed + 0.5 * q)).sum()) + 0.5 * float(prompt_tokens) ** 2
-    kv_tokens = float(c.computed_tokens[decodes].sum()) + len(decodes)
-    room = max(max_batch_tokens - len(decodes), 1)
+    computed = np.where(c.computed_tokens[ahead] > 0, c.computed_tokens[ahead], c.cached_tokens[ahead])
+    q = (c.known_tokens[ahead] - computed).astype(np.float64)
+    return _steps_s(
+        view,
+        tokens=float(q.sum()) + prompt_tokens,
+        attention=float((q * (computed + 0.5 * q)).sum()) + 0.5 * float(prompt_tokens) ** 2,
+        prompts=len(ahead) + 1,
+        decodes=len(decodes),
+        kv_tokens=float(c.computed_tokens[decodes].sum()) + len(decodes),
+    )
+
+
+def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
+    """Whether the device would break the promise even if it served nothing else: the prompt alone takes longer than the
+    TTFT (or the whole answer) may, or one decode step longer than a token may."""
+    alone_s = _steps_s(
+        view, tokens=prompt_tokens, attention=0.5 * float(prompt_tokens) ** 2, prompts=1, decodes=0, kv_tokens=0.0
+    )
+    decode_s = view.model.predict(StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)).mean_s
+    return alone_s > min(slo.ttft_s, slo.e2e_s or slo.ttft_s) or decode_s > slo.tpot_s
+
+
+def _steps_s(
+    view: EngineView, *, tokens: float, attention: float, prompts: int, decodes: int, kv_tokens: float
+) -> float:
+    """Seconds that `tokens` of prompts take in the largest steps there may be, each beside all decodes: full steps and
+    a last one, with the prompts and their attention spread evenly."""
+    room = max(view.max_batch_tokens - decodes, 1)
     steps = -(-tokens // room)
-    last = tokens - (steps - 1) * room
-    chunk = np.array([float(room), last])  # of a full step and of the last one
-    prompts_a_step = max((len(ahead) + 1) / steps, 1.0)
-    times_s = model.mean_s(
-        chunk + len(decodes),
-        np.full(2, prompts_a_step + len(decodes)),
+    chunk = np.array([room, tokens - (steps - 1) * room])  # of a full step and of the last one
+    prompts_a_step = max(prompts / steps, 1.0)
+    times_s = view.model.mean_s(
+        chunk + decodes,
+        np.full(2, prompts_a_step + decodes),
         np.full(2, prompts_a_step),
         chunk * (attention / tokens),
         np.full(2, kv_tokens),
     )
     return float((steps - 1) * times_s[0] + times_s[1])
-
-
-def unattainable(model: Predictor, slo: SLO, *, prompt_tokens: int, max_batch_tokens: int) -> bool:
-    """Whether the device would break the promise even if it served nothing else: the prompt alone takes longer than the
-    TTFT (or the whole answer) may, or one decode step longer than a token may."""
-    empty = RequestColumns.empty(0)
-    nobody = np.zeros(0, np.int32)
-    alone_s = first_token_in_s(
-        model, empty, nobody, nobody, prompt_tokens=prompt_tokens, max_batch_tokens=max_batch_tokens
-    )
-    decode_s = model.predict(StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)).mean_s
-    return alone_s > min(slo.ttft_s, slo.e2e_s or slo.ttft_s) or decode_s > slo.tpot_s

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
 
 from nexusengine.clock import Clock
 from nexusengine.core.admission import first_token_in_s, unattainable
+from nexusengine.core.explain import request_history, step_histories
+from nexusengine.core.history import History, life_of
 from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
 from nexusengine.core.request import RequestState
@@ -27,16 +30,17 @@ from nexusengine.execute.batch import SampledLogprobs, SamplingTable, StepBatch,
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
 from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
-from nexusengine.lens.view import I4, EngineView, RequestColumns
+from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.types import EngineRequest, FinishReason, Service, TokenDelta, TokenLogprob
-from nexusengine.wire import WorkerLoad
+from nexusengine.wire import Ask, Findings, WorkerLoad
 
 _HITS_LOOKED_UP = 32
 _BLOCKS_LOOKED_UP = 2048
 _PUBLISH_EVERY_S = 0.02
 _RECORDS = 4096
+COLD_AFTER_S = 1.0  # without a step: clocks and caches of the device may have gone down
 
 
 class EngineCore:
@@ -66,6 +70,7 @@ class EngineCore:
         self.max_running, self.max_waiting, self.name = max_running, max_waiting, name
         self.covers = 0
         self.records: deque[StepRecord] = deque(maxlen=_RECORDS)
+        self.on_step: Callable[[StepRecord, StepBatch], None] | None = None  # e.g. obs.step_recorder; must not block
         self._hash_key, self._check_every_step = hash_key, check_every_step
         slots = max_running + max_waiting
         self.kv = KVManager(
@@ -80,6 +85,7 @@ class EngineCore:
         self._sampling = SamplingTable.empty(slots)
         self._last_token = np.zeros(slots, np.int32)
         self._strict = np.ones(slots, np.bool_)
+        self._history = History(slots)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._by_id: dict[str, RequestState] = {}
         self._by_slot: dict[int, RequestState] = {}
@@ -87,10 +93,11 @@ class EngineCore:
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
+        self._unforeseen: list[RequestState] = []  # by the policy, which is asked with the next plan
         self._arrivals = 0
         self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
         self._finished_output_tokens = 0
-        self._idle_since_s = clock.now()
+        self._idle_since_s = self._stepped_s = clock.now()
         self._step_started_s: float | None = None
         self._published_s = float("-inf")
         self._published = WorkerLoad(covers=0, kv_total_blocks=self.kv.total_blocks)
@@ -138,6 +145,7 @@ class EngineCore:
         c.priority[slot] = request.priority
         c.relegated[slot] = False
         self._strict[slot] = True
+        state.serial = self._history.arrived(slot)
         self._last_token[slot] = state.tokens[-1]
         self._by_id[request.request_id] = self._by_slot[slot] = state
         self._waiting[slot] = None
@@ -176,21 +184,13 @@ class EngineCore:
 
     def _foresee(self, state: RequestState) -> None:
         """When its first token will come, and whether its promise can be kept; before it is one of those that wait."""
-        view, request = self._view(self.clock.now()), state.request
+        now, slo = self.clock.now(), state.request.slo
+        view = self._view(now)
         cached = self.kv.lookup(state.hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
-        coming_s = first_token_in_s(
-            self.model,
-            self._columns,
-            view.running,
-            view.waiting,
-            prompt_tokens=state.known - cached,
-            max_batch_tokens=view.max_batch_tokens,
-        )
-        state.predicted_ttft_s = max(self.clock.now() - request.arrival_s, 0.0) + coming_s
-        if request.slo is not None:
-            state.unattainable = unattainable(
-                self.model, request.slo, prompt_tokens=state.known - cached, max_batch_tokens=view.max_batch_tokens
-            )
+        waited_s = max(now - state.request.arrival_s, 0.0)
+        state.predicted_ttft_s = waited_s + first_token_in_s(view, state.known - cached)
+        state.unattainable = slo is not None and unattainable(view, state.known - cached, slo)
+        self._unforeseen.append(state)
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -230,6 +230,7 @@ class EngineCore:
         planning_s = time.perf_counter() - began_s
         try:
             self.executor.submit(batch)
+            self._history.planned(self._stats.steps + 1, now, plan.reasons, batch.slots, batch.counts)
             result = self.executor.collect()
         finally:
             self._step_started_s = None
@@ -239,8 +240,9 @@ class EngineCore:
         self._stats.computed_tokens += features.tokens
         self._stats.device_s += result.device_s
         self._stats.learn_prediction(plan.predicted_s, plan.upper_s, result.device_s)
-        self.model.observe(features, result.device_s)
-        self._idle_since_s = self.clock.now()
+        cold = now - self._stepped_s > COLD_AFTER_S
+        (self.model.observe_cold if cold else self.model.observe)(features, result.device_s)
+        self._idle_since_s = self._stepped_s = self.clock.now()
         self._publish(force=not self._by_id)
         if self._check_every_step:
             self.check()
@@ -259,8 +261,11 @@ class EngineCore:
                 waiting=len(self._waiting),
                 preempted=self._stats.preemptions - preemptions,
                 reasons=tuple(np.bincount(plan.reasons, minlength=len(Reason)).tolist()),
+                notes=plan.notes,
             )
         )
+        if self.on_step is not None:
+            self.on_step(self.records[-1], batch)
         return self._take_outbox()
 
     def _plan(self, now: float) -> tuple[StepPlan, StepBatch] | None:
@@ -273,6 +278,7 @@ class EngineCore:
             for slot in plan.preempt:
                 self._preempt(slot)
             self._columns.relegated[list(plan.relegate)] = True
+            self._columns.relegated[list(plan.restore)] = False
             for slot in plan.refuse:
                 message = "refused: the engine cannot serve it in time"
                 self._fail(self._by_slot[slot], Overloaded.code, message, self._predicted_drain_s())
@@ -299,7 +305,18 @@ class EngineCore:
             raise InternalError(f"policy {self.policy.name!r} failed: {error!r}") from error
         if problem is not None:
             raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
+        if self._unforeseen:
+            if plan.first_token_s is not None:
+                self._heed(plan.first_token_s)
+            self._unforeseen.clear()
         return plan
+
+    def _heed(self, first_token_s: F8) -> None:
+        """The policy knows better when the first tokens of newcomers come, where it expects to keep their promise."""
+        for state in self._unforeseen:
+            instant_s = float(first_token_s[state.slot])
+            if math.isfinite(instant_s) and self._by_slot.get(state.slot) is state:
+                state.predicted_ttft_s = max(instant_s - state.request.arrival_s, 0.0)
 
     def _place(self, plan: StepPlan, now: float) -> StepBatch:
         """Find KV blocks for the planned rows and build the batch; a row without blocks is left for a later step."""
@@ -453,6 +470,8 @@ class EngineCore:
         self._free_slots.append(slot)
         setattr(self._stats, f"finished_{reason}", getattr(self._stats, f"finished_{reason}") + 1)
         self._finished_output_tokens += state.output_tokens
+        now, service = self.clock.now(), self._service(state)
+        self._history.ended(slot, life_of(state, service, now, reason, error[1] or None))
         self._outbox.append(
             TokenDelta(
                 state.request.request_id,
@@ -460,13 +479,13 @@ class EngineCore:
                 logprobs,
                 finish_reason=reason,
                 stop_reason=stop_reason,
-                timings=state.timings(self.clock.now()),
+                timings=state.timings(now),
                 cached_tokens=state.cached_tokens,
                 preemptions=state.preemptions,
                 error_code=error[0] or None,
                 error_message=error[1] or None,
                 retry_after_s=error[2],
-                service=self._service(state),
+                service=service,
             )
         )
 
@@ -542,6 +561,17 @@ class EngineCore:
             kv_used_blocks=self.kv.used_blocks,
             kv_evictions=self.kv.evictions,
         )
+
+    def findings(self, ask: Ask) -> Findings:
+        """The newest steps, and what is remembered of a request that is here or was not long ago."""
+        life = None
+        if ask.request_id is not None:
+            state = self._by_id.get(ask.request_id)
+            life = self._history.life(ask.request_id) if state is None else life_of(state, self._service(state))
+        found = None
+        if life is not None:
+            found = request_history(life, self._history.changes(life.serial), self.records, self.clock.now())
+        return Findings(ask.client, ask.query, self.name, step_histories(self.records, ask.last_steps), found)
 
     def load(self) -> WorkerLoad:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""

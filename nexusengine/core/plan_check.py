@@ -20,7 +20,7 @@ def plan_problem(plan: StepPlan, view: EngineView) -> str | None:
     status[view.waiting] = _WAITING
     status[view.running] = _RUNNING
     moved = np.array([*plan.preempt, *plan.refuse], np.intp)
-    named = np.concatenate([plan.slots, moved, np.array(plan.relegate, np.intp)]).astype(np.intp)
+    named = np.concatenate([plan.slots, moved, np.array([*plan.relegate, *plan.restore], np.intp)]).astype(np.intp)
     if len(plan.slots) != len(plan.counts):
         return f"{len(plan.slots)} slots have {len(plan.counts)} counts"
     if len(plan.reasons) != known_slots:

@@ -27,7 +27,8 @@ def worker_load(
     pending = np.concatenate([running[left > 1], waiting])
     pending_left = c.known_tokens[pending] - c.computed_tokens[pending]
     deadlines_s = c.arrival_s[pending] + c.ttft_s[pending]
-    first = np.argsort(deadlines_s, kind="stable")[:MAX_PENDING_IN_REPORT]
+    relegated = c.relegated[pending]
+    first = np.lexsort((deadlines_s, relegated))[:MAX_PENDING_IN_REPORT]
     tpot_s = c.tpot_s[decodes]
     return WorkerLoad(
         covers=covers,
@@ -54,4 +55,6 @@ def worker_load(
         mean_output_tokens=mean_output_tokens,
         perf=PerfWeights(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch),
         totals=stats.totals(),
+        relegated=int(relegated.sum()),
+        relegated_tokens=int(pending_left[relegated].sum()),
     )

@@ -26,6 +26,7 @@ class RequestState:
     output_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    serial: int = 0
     predicted_ttft_s: float = 0.0
     unattainable: bool = False
 

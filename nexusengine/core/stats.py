@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from nexusengine.perf.features import StepFeatures
 
+_SLOW = 1.6
+
 
 @dataclass(slots=True)
 class CoreStats:
     """Since the core was made, except for the first four, which are of now. Seconds, tokens, counts.
 
     scheduler_s: spent in the core outside the executor: planning, KV accounting, batch building, applying.
-    prediction_error: running mean of |predicted - measured| / measured; coverage: of measured <= upper bound.
+    prediction_error: running mean of |predicted - measured| / measured; prediction_bias: of the same with its sign;
+    coverage: of measured <= upper bound. slow_steps: took more than 1.6 times what was predicted.
     plan_shortfalls: rows a plan held that found no KV blocks (its estimate of the prefix cache was stale).
     """
 
@@ -36,7 +39,9 @@ class CoreStats:
     scheduler_s: float = 0.0
     device_s: float = 0.0
     prediction_error: float = 0.0
+    prediction_bias: float = 0.0
     coverage: float = 0.0
+    slow_steps: int = 0
 
     def totals(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in self.__slots__}
@@ -44,8 +49,10 @@ class CoreStats:
     def learn_prediction(self, predicted_s: float, upper_s: float, measured_s: float) -> None:
         """Running means over about the last 200 steps, plain means before."""
         weight = 1.0 / min(self.steps, 200)
-        error = abs(predicted_s - measured_s) / max(measured_s, 1e-9)
-        self.prediction_error += weight * (error - self.prediction_error)
+        error = (predicted_s - measured_s) / max(measured_s, 1e-9)
+        self.prediction_error += weight * (abs(error) - self.prediction_error)
+        self.prediction_bias += weight * (error - self.prediction_bias)
+        self.slow_steps += measured_s > _SLOW * predicted_s
         self.coverage += weight * (float(measured_s <= upper_s) - self.coverage)
 
 
@@ -54,6 +61,7 @@ class StepRecord:
     """One step as it was planned and as it went. Seconds; started_s on the core's clock.
 
     reasons: how many slots had each lens.plan.Reason, by its number; those without a request count as NONE.
+    notes: the plan's own.
     """
 
     step: int
@@ -67,3 +75,4 @@ class StepRecord:
     waiting: int
     preempted: int
     reasons: tuple[int, ...]
+    notes: dict[str, float]

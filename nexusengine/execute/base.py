@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from nexusengine.config import DeviceSpec
+from nexusengine.config import DeviceSpec, Quantization
 from nexusengine.execute.batch import StepBatch, StepResult
 
 if TYPE_CHECKING:
     from nexusengine.loading.resolve import ModelFiles
 
-Quantization = Literal["none", "bf16", "int8", "int4"]
-"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
-the multiplication."""
 Progress = Callable[[str, float], None]
 """Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
 
@@ -24,6 +21,7 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
+    device_name: what its maker calls the device, where that is known.
     """
 
     device: str
@@ -36,13 +34,15 @@ class ExecutorSpec:
     attention_backend: str
     weights_bytes: int
     kv_bytes: int
+    device_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step.
+    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
+    name, so that emulated devices do not all scatter alike.
     """
 
     dtype: str | None = None
@@ -54,6 +54,7 @@ class ExecutorOptions:
     max_running: int = 256
     attention_backend: str | None = None
     seed: int = 0
+    worker: str = ""
 
 
 class Executor(Protocol):

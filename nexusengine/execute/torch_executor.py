@@ -62,9 +62,15 @@ class TorchExecutor:
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> TorchExecutor:
-        """Load the model. Raises ModelLoadError, or ConfigError naming the setting that cannot be met."""
-        with open_weights(files) as source:
-            return cls.build(files.config, source, device, options, progress)
+        """Load the model. Raises ModelLoadError naming its file or folder, or ConfigError naming the setting that
+        cannot be met."""
+        try:
+            with open_weights(files) as source:
+                return cls.build(files.config, source, device, options, progress)
+        except ModelLoadError as error:
+            if str(files.path) in error.message:
+                raise
+            raise ModelLoadError(f"{files.path}: {error.message}") from None
 
     @classmethod
     @torch.inference_mode()
@@ -84,7 +90,7 @@ class TorchExecutor:
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
         )
         if where.type == "cpu":
-            progress("building the CPU kernels, the first time only", 0.0)
+            progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
@@ -118,6 +124,7 @@ class TorchExecutor:
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
                 kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
             )
             return cls(model, backend(attention_spec), attention_spec, spec)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from nexusengine import native
+from nexusengine.config import Quantization
 from nexusengine.errors import ConfigError
-from nexusengine.execute.base import Quantization
 from nexusengine.layers.ops import Ops, TorchOps
 from nexusengine.obs.logs import get_logger
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
-from nexusengine.execute.base import Quantization
+from nexusengine.config import Quantization
 from nexusengine.layers.ops import TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
 from nexusengine.loading.gguf_file import Q4Blocks

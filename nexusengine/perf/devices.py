@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +30,18 @@ DATASHEETS: dict[str, Datasheet] = {
     "h200": Datasheet(141, 4800, 989),
     "b200": Datasheet(180, 8000, 2250),
 }
+
+
+def datasheet_of(device_name: str) -> Datasheet | None:
+    """By the name a driver gives, such as `NVIDIA A100-SXM4-80GB`; None if it is not in the table."""
+    words = re.sub(r"[^a-z0-9]+", " ", device_name.lower()).split()
+    words += [first + second for first, second in pairwise(words)] + ["a10"] * ("a10g" in words)
+    if "40gb" in words and "a100" in words:
+        return DATASHEETS["a100-40"]
+    known = [name for name in DATASHEETS if set(name.split("-")) <= set(words)]
+    return DATASHEETS[max(known, key=len)] if known else None
+
+
+def cpu_datasheet(threads: int) -> Datasheet:
+    """An order of magnitude: what a core of a server does in float32, and two channels of its memory."""
+    return Datasheet(memory_gb=16, bandwidth_gb_s=20, tflops=0.05 * threads)

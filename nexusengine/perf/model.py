@@ -23,7 +23,7 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class PerfSnapshot:
-    """Enough to rebuild the same predictor in another process.
+    """Enough to rebuild the same predictor in another process, with `perf.registry.rebuild`.
 
     kind: which model; weights: its parameters in that model's own order and units (documented there).
     quantile: factor from mean to upper bound. steps: observations learned from. epoch: rises when drift was accepted.
@@ -58,6 +58,10 @@ class PerformanceModel(Predictor, Protocol):
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Learn from one measured step. Non-finite or non-positive durations are ignored."""
+        ...
+
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        """As `observe`, of a step that ran right after idle time or a graph capture: it says little of the others."""
         ...
 
     def snapshot(self) -> PerfSnapshot: ...

@@ -8,6 +8,7 @@ when it is seen again, so that an hour of decodes does not erase what is known o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,33 +16,38 @@ import numpy as np
 
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
-from nexusengine.perf.nnls import solve
+from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
-from nexusengine.perf.residual import Bound, Trend
+from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
 
 KIND = "online-1"
+OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot's weights
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
 _PRIOR_WEIGHT, _PRIOR_FORGET = 0.05, 0.99
-_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pull towards zero, in observations, where nothing has been seen
+_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
 _EVERY_STEP_UNTIL, _EVERY = 32, 8  # solved after each of the first steps of a kind, then after every eighth step
-_SPIKE, _SPIKES_ARE_DRIFT, _TRUSTED_AFTER = 1.6, 8, 32
+_TRUSTED_AFTER = 32
 _KEEP_AT_DRIFT = 0.1
 _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
+_HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
 _COLD_UNTIL = 16  # steps of a kind after which cold ones teach nothing more
 
 _DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
 _STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
 
+_LONG_CHUNK = StepFeatures(1024, 1, 1, 1024 * (4096 + 512.0), 0)
+_LONG_DECODES = StepFeatures(32, 32, 0, 0.0, 32 * 2048)
+
 
 def stratum(f: StepFeatures) -> int:
     """Kind of step: decode-only ones by octave of tokens, then mixed ones by octave."""
     if not f.prefills:
-        return sum(f.tokens > edge for edge in _DECODE_EDGES)
-    return len(_DECODE_EDGES) + 1 + sum(f.tokens > edge for edge in _MIXED_EDGES)
+        return bisect_left(_DECODE_EDGES, f.tokens)
+    return len(_DECODE_EDGES) + 1 + bisect_left(_MIXED_EDGES, f.tokens)
 
 
 @dataclass(slots=True)
@@ -68,16 +74,15 @@ class OnlineModel:
         self.epoch = self.spikes = self.steps = 0
         self._gram, self._moment = np.zeros((_STRATA, n, n)), np.zeros((_STRATA, n))
         self._seen = np.zeros(_STRATA, np.int64)
-        self._in_a_row, self._log_ratio_in_a_row = 0, 0.0
         self._bounds = (Bound(), Bound())
-        self._trend = Trend()
+        self._trend, self._drift = Trend(), Drift()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
         self._tokens_seen = float(prior.tokens)
         rows = np.array([basis.terms(f) for f in prior.steps]) / np.array(prior.seconds)[:, None]
         mixed = np.array([f.prefills > 0 for f in prior.steps])
-        self._prior_rows = (rows[~mixed], rows[mixed])
-        self._prior_weight, self._pull = 1.0, np.full(n, _OTHER)
+        self._priors = [(part.T @ part, part.sum(axis=0)) for part in (rows[~mixed], rows[mixed])]
+        self._prior_weight, self._pull = 1.0, (np.full(n, _OTHER), np.zeros(n))
         self._solve()
         self._prior_curve, self._prior_weight, self._pull = self._curve, _PRIOR_WEIGHT, _pull(self._curve)
 
@@ -93,17 +98,16 @@ class OnlineModel:
         return self._curve.max_tokens(budget_s, base, context, limit)
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of `basis`, then the arguments of Curve after them."""
+        """weights: `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
-        weights = (*c.weights, c.seen, c.factor_decode, c.factor_mixed, c.offset_s)
-        return PerfSnapshot(KIND, weights, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
+        return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
-        if not (math.isfinite(seconds) and seconds > 0.0 and features.tokens > 0):
-            return
-        self._learn(features, seconds)
+        took_s = duration(seconds)
+        if took_s is not None and features.tokens > 0:
+            self._learn(features, took_s)
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
         """A step that ran right after idle time, a graph capture or a start: it tells something only while its kind is
@@ -113,88 +117,118 @@ class OnlineModel:
 
     def _learn(self, features: StepFeatures, seconds: float) -> None:
         self.steps += 1
-        predicted_s = self._curve.predict(features).mean_s
-        log_ratio = math.log(seconds / predicted_s)
-        mixed = features.prefills > 0
-        self._bounds[mixed].learn(log_ratio)
-        self._curve.factor_decode, self._curve.factor_mixed = (bound.factor for bound in self._bounds)
-        if not mixed:
-            plain_s = predicted_s - self._curve.offset_s
-            self._trend.learn(seconds - plain_s, plain_s)
-            self._curve.offset_s = self._trend.offset_s
-        kind = stratum(features)
-        if seconds > _SPIKE * predicted_s and self._seen[kind] >= _TRUSTED_AFTER:
-            self.spikes += 1
-            self._in_a_row += 1
-            self._log_ratio_in_a_row += log_ratio
-            if self._in_a_row < _SPIKES_ARE_DRIFT:
+        curve, mixed, kind = self._curve, features.prefills > 0, stratum(features)
+        predicted_s = curve.predict(features).mean_s
+        plain_s = max(curve.plain_s(features), SHORTEST_S)
+        if self.steps % _EVERY == 0:
+            self._gram *= _FORGET_ALL**_EVERY
+            self._moment *= _FORGET_ALL**_EVERY
+        self._judge(curve, mixed, seconds, predicted_s, plain_s)
+        log_ratio = math.log(seconds / plain_s)
+        if not is_off(log_ratio):
+            self._drift.calm()
+        elif self._is_known(features, plain_s):
+            change = self._drift.learn(kind, log_ratio)
+            if change is not None:
+                self._accept(change)
+            elif is_spike(log_ratio):
+                self.spikes += 1
                 return
-            self._accept_drift()
-        self._in_a_row, self._log_ratio_in_a_row = 0, 0.0
         if self._scales[mixed].steps < _SCALED_BY:
             self._scales[mixed].learn(math.log(seconds / self._prior_curve.predict(features).mean_s))
-        row = basis.terms(features) / seconds
-        self._gram[kind] *= _FORGET
-        self._gram[kind] += row[:, None] * row
-        self._moment[kind] *= _FORGET
-        self._moment[kind] += row
+        row = np.array(basis.terms(features)) / seconds
+        gram, moment = self._gram[kind], self._moment[kind]
+        gram *= _FORGET
+        gram += row[:, None] * row
+        moment *= _FORGET
+        moment += row
         self._seen[kind] += 1
         self._prior_weight *= _PRIOR_FORGET
         if self._seen[kind] <= _EVERY_STEP_UNTIL or self.steps % _EVERY == 0:
-            self._gram *= _FORGET_ALL**_EVERY
-            self._moment *= _FORGET_ALL**_EVERY
             self._tokens_seen = max(self._tokens_seen, float(features.tokens))
             self._solve()
         elif features.tokens > self._tokens_seen:
             self._tokens_seen = float(features.tokens)
             self._renew()
 
-    def _accept_drift(self) -> None:
-        """The device has become slower: take all that is known to have become so by the same factor, and believe it
-        less."""
-        ratio = math.exp(self._log_ratio_in_a_row / self._in_a_row)
-        self._gram *= _KEEP_AT_DRIFT / ratio**2
-        self._moment *= _KEEP_AT_DRIFT / ratio
-        for scale in self._scales:
-            scale.log_ratio += math.log(ratio)
-        self._trend.rescale(ratio)
-        self._weights = self._weights * ratio
+    def _judge(self, curve: Curve, mixed: bool, seconds: float, predicted_s: float, plain_s: float) -> None:
+        """What this step says of the bound and, if decode-only, of the offset."""
+        self._bounds[mixed].learn(math.log(seconds / predicted_s))
+        curve.factor_decode, curve.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
+        if not mixed:
+            self._trend.learn(seconds - plain_s, plain_s)
+            curve.offset_s, curve.offset_at_s = self._trend.offset_s, self._trend.at_s
+
+    def _is_known(self, features: StepFeatures, predicted_s: float) -> bool:
+        """Whether what has been seen fixes this prediction: its leverage, the share that one more such observation
+        would have in it, is that of a kind of step seen 32 times. A step that is off is news elsewhere."""
+        row = np.array(basis.terms(features)) / predicted_s
+        return leverage(self._information, row) < 1.0 / _TRUSTED_AFTER
+
+    def _accept(self, change: Change) -> None:
+        """Take what is known of the kinds of step that showed the change to have become longer by its factor, and
+        believe less of everything."""
+        slower = np.ones(_STRATA)
+        if change.kinds is None:
+            slower[:] = change.ratio
+            for scale in self._scales:
+                scale.log_ratio += math.log(change.ratio)
+        else:
+            slower[list(change.kinds)] = change.ratio
+        self._gram *= (_KEEP_AT_DRIFT / slower**2)[:, None, None]
+        self._moment *= (_KEEP_AT_DRIFT / slower)[:, None]
+        self._trend.reset()
         self.epoch += 1
+        self._solve()
 
     def _solve(self) -> None:
         gram, moment = self._gram.sum(axis=0), self._moment.sum(axis=0)
-        for rows, own, other in zip(self._prior_rows, self._scales, reversed(self._scales), strict=True):
-            slower = math.exp(own.log_ratio if own.steps else 0.5 * other.log_ratio)
-            gram += self._prior_weight / slower**2 * (rows.T @ rows)
-            moment += self._prior_weight / slower * rows.sum(axis=0)
-        gram.flat[:: basis.TERMS + 1] += self._pull
+        decode, mixed = self._scales
+        slower = [
+            math.exp(own.log_ratio if own.steps else _HALF * other.log_ratio)
+            for own, other in ((decode, mixed), (mixed, decode))
+        ]
+        for (prior_gram, prior_moment), ratio in zip(self._priors, slower, strict=True):
+            gram += self._prior_weight / ratio**2 * prior_gram
+            moment += self._prior_weight / ratio * prior_moment
+        pull, centre = self._pull
+        gram.flat[:: basis.TERMS + 1] += pull / slower[1] ** 2
+        moment += pull / slower[1] * centre
+        self._information = gram
         self._weights = solve(gram, moment, self._weights)
         self._renew()
 
     def _renew(self) -> None:
         decode, mixed = self._bounds
-        self._curve = Curve(
-            self._weights.tolist(), self._tokens_seen, decode.factor, mixed.factor, self._trend.offset_s
-        )
+        factors, trend = (decode.factor, mixed.factor), self._trend
+        self._curve = Curve(self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s)
 
 
-def _pull(curve: Curve) -> F8:
-    """By how much each weight is drawn to zero: as if that many observations had shown that a step is none the longer
-    for its term, at a size at which the term counts."""
-    pull = np.full(basis.TERMS, _OTHER)
+def _pull(curve: Curve) -> tuple[F8, F8]:
+    """How strongly each weight is drawn to a place, and to which: as if so many observations had shown that a step with
+    enough of its term to count takes what that place says. Bends and jumps in the number of tokens are drawn to zero,
+    attention and KV to what the prior says: else the square of a prompt's length could pass for a bend."""
+    pull, centre = np.full(basis.TERMS, _OTHER), np.zeros(basis.TERMS)
     for first, places, strength in ((basis.FIRST_HINGE, basis.HINGES, _BEND), (basis.FIRST_STEP, basis.STEPS, _JUMP)):
         for i, at in enumerate(places):
             step = StepFeatures(2 * at, 1, 1, 2.0 * at * at, 0)
-            term = basis.terms(step)[first + i]
-            pull[first + i] = strength * (term / curve.predict(step).mean_s) ** 2
-    return pull
+            pull[first + i] = strength * (basis.terms(step)[first + i] / curve.predict(step).mean_s) ** 2
+    for term, step in ((basis.ATTENTION, _LONG_CHUNK), (basis.KV, _LONG_DECODES)):
+        pull[term] = _BEND * (basis.terms(step)[term] / curve.predict(step).mean_s) ** 2
+        centre[term] = curve.weights[term]
+    return pull, centre
 
 
 def rebuild_curve(weights: Sequence[float]) -> Curve:
     """From `OnlineModel.snapshot().weights`. Raises ValueError."""
     n = basis.TERMS
-    if len(weights) != n + 4:
-        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 4} are needed")
-    if not all(map(math.isfinite, weights)) or min(weights[: n + 1]) < 0.0 or min(weights[n + 1 : n + 3]) < 1.0:
+    if len(weights) != n + 5:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")
+    if (
+        not all(map(math.isfinite, weights))
+        or min(weights[: n + 1]) < 0.0
+        or min(weights[n + 1 : n + 3]) < 1.0
+        or weights[n + 4] <= 0.0
+    ):
         raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
     return Curve(weights[:n], *weights[n:])

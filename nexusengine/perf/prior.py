@@ -53,6 +53,6 @@ def roofline(sheet: Datasheet, model: ModelConfig, bytes_per_weight: float = 2.0
     return Prior(steps, tuple(map(seconds, steps)))
 
 
-_EIGHT_BILLION = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5)
-GENERIC = roofline(DATASHEETS["l40s"], _EIGHT_BILLION)
+EIGHT_BILLION = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5)
+GENERIC = roofline(DATASHEETS["l40s"], EIGHT_BILLION)
 """Of a device of which nothing is known. Its shape matters, its scale does not: that is taken from the first steps."""

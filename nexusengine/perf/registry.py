@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from nexusengine.errors import ConfigError
-from nexusengine.perf import online
-from nexusengine.perf.model import PerformanceModel, PerfSnapshot, Predictor
-from nexusengine.perf.prior import GENERIC, Prior
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
-MODELS = {"online": online.OnlineModel}
+from nexusengine.errors import ConfigError
+from nexusengine.perf.basis import TERMS
+from nexusengine.perf.line import KIND as LINE_KIND
+from nexusengine.perf.line import LineModel, rebuild_line
+from nexusengine.perf.model import PerformanceModel, PerfSnapshot, Predictor
+from nexusengine.perf.online import KIND as ONLINE_KIND
+from nexusengine.perf.online import OFFSETS, OnlineModel, rebuild_curve
+from nexusengine.perf.prior import GENERIC, Prior
+from nexusengine.perf.surface import KIND as SURFACE_KIND
+from nexusengine.perf.surface import SurfaceModel, rebuild_surface
+
+MODELS: dict[str, Callable[[Prior], PerformanceModel]] = {
+    "online": OnlineModel,
+    "paper-surface": SurfaceModel,
+    "line": LineModel,
+    "line2": partial(LineModel, by_sequences=True),
+}
+_TIMES = {  # which of a snapshot's weights are seconds
+    ONLINE_KIND: (*range(TERMS), OFFSETS, OFFSETS + 1),
+    SURFACE_KIND: range(5),
+    LINE_KIND: range(3),
+}
+_PREDICTORS: dict[str, Callable[[Sequence[float]], Predictor]] = {
+    ONLINE_KIND: rebuild_curve,
+    SURFACE_KIND: rebuild_surface,
+    LINE_KIND: rebuild_line,
+}
 
 
 def make_model(name: str = "online", prior: Prior = GENERIC) -> PerformanceModel:
@@ -18,7 +43,20 @@ def make_model(name: str = "online", prior: Prior = GENERIC) -> PerformanceModel
 
 
 def rebuild(snapshot: PerfSnapshot) -> Predictor:
-    """The predictor that the model had when the snapshot was taken. Raises ValueError for one that cannot be read."""
-    if snapshot.kind == online.KIND:
-        return online.rebuild_curve(snapshot.weights)
-    raise ValueError(f"a snapshot of kind {snapshot.kind!r} is not known here; known: {online.KIND}")
+    """The predictor that the model was when the snapshot was taken. Raises ValueError for one that cannot be read."""
+    _check_kind(snapshot)
+    return _PREDICTORS[snapshot.kind](snapshot.weights)
+
+
+def scaled(snapshot: PerfSnapshot, factor: float) -> PerfSnapshot:
+    """Of a device on which every step takes `factor` times as long. Raises ValueError as `rebuild`."""
+    _check_kind(snapshot)
+    weights = list(snapshot.weights)
+    for i in _TIMES[snapshot.kind]:
+        weights[i] *= factor
+    return replace(snapshot, weights=tuple(weights))
+
+
+def _check_kind(snapshot: PerfSnapshot) -> None:
+    if snapshot.kind not in _PREDICTORS:
+        raise ValueError(f"a snapshot of kind {snapshot.kind!r} is not known here; known: {', '.join(_PREDICTORS)}")

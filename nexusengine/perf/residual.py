@@ -1,16 +1,20 @@
-"""What the measured steps say of a model's errors: how far up they reach, and how long they last."""
+"""What the measured steps say of a model's errors: how far up they reach, how long they last,
+and when they mean that the device has changed."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from dataclasses import dataclass
 
 _QUANTILE, _FIRST_FACTOR = 0.95, 1.2
 _WINDOW, _LEVEL_STEP = 100, 0.01
 _FEW, _MARGIN_OF_FEW = 19, 0.02  # of fewer than 19 the 95 % quantile is beyond the largest
 _BLEND, _JUDGE = 0.3, 0.02
-_LARGEST = 0.1
+_LARGEST = 0.1  # a deviation beyond it is not taken for a trend, but for a change of the device if it stays
+_SPIKE, _SPIKES = math.log(1.6), 8
+_OFF_STEPS = 16
 
 
 class Bound:
@@ -55,11 +59,12 @@ class Trend:
     """
 
     def __init__(self) -> None:
-        self._mean_s = 0.0
-        self._product = self._square = 0.0
+        self._mean_s = self._product = self._square = 0.0
+        self.at_s = 1.0
 
     @property
     def offset_s(self) -> float:
+        """Of steps of about `at_s` seconds."""
         return self._mean_s * min(max(self._product / self._square, 0.0), 1.0) if self._square > 0.0 else 0.0
 
     def learn(self, deviation_s: float, predicted_s: float) -> None:
@@ -67,9 +72,60 @@ class Trend:
         deviation_s = min(max(deviation_s, -_LARGEST * predicted_s), _LARGEST * predicted_s)
         self._product += _JUDGE * (deviation_s * self._mean_s - self._product)
         self._square += _JUDGE * (self._mean_s * self._mean_s - self._square)
+        if predicted_s < self.at_s:
+            self._mean_s *= predicted_s / self.at_s
+        self.at_s = predicted_s
         self._mean_s += _BLEND * (deviation_s - self._mean_s)
 
-    def rescale(self, ratio: float) -> None:
-        self._mean_s *= ratio
-        self._product *= ratio * ratio
-        self._square *= ratio * ratio
+    def reset(self) -> None:
+        self._mean_s = self._product = self._square = 0.0
+
+
+def is_off(log_ratio: float) -> bool:
+    return abs(log_ratio) > _LARGEST
+
+
+def is_spike(log_ratio: float) -> bool:
+    return log_ratio > _SPIKE
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of a device. ratio: by which factor steps have become longer. kinds: of those that did; None for all of them:
+    no misjudged kind of step is off as far as that."""
+
+    ratio: float
+    kinds: frozenset[int] | None
+
+
+class Drift:
+    """Tells a device that has changed from a step that was disturbed.
+
+    Changed: eight steps in a row took more than 1.6 times what was predicted, or sixteen were off by more than 10 % to
+    the same side. Where errors fall to either side by chance, sixteen in a row do so once in 30,000 times.
+    """
+
+    def __init__(self) -> None:
+        self._spikes = self._run = 0
+        self._log_ratio = 0.0
+        self._kinds: set[int] = set()
+
+    def learn(self, kind: int, log_ratio: float) -> Change | None:
+        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None: no sign of a change yet."""
+        if log_ratio * self._log_ratio < 0.0:
+            self.calm()
+        self._spikes = self._spikes + 1 if is_spike(log_ratio) else 0
+        self._run += 1
+        self._log_ratio += log_ratio
+        self._kinds.add(kind)
+        if self._spikes < _SPIKES and self._run < _OFF_STEPS:
+            return None
+        everywhere = self._spikes >= _SPIKES
+        change = Change(math.exp(self._log_ratio / self._run), None if everywhere else frozenset(self._kinds))
+        self.calm()
+        return change
+
+    def calm(self) -> None:
+        """A step took about as long as predicted: whatever went before was no change."""
+        self._spikes, self._run, self._log_ratio = 0, 0, 0.0
+        self._kinds.clear()

@@ -69,17 +69,20 @@ class Skew:
     def __call__(self, n: int, chunk: int, at_mean: float, at_longest: float) -> float:
         """What is added to `at_mean`."""
         gap = at_longest - at_mean
-        if gap <= 0.0 or at_mean <= 0.0:
+        if n < 2 or gap <= 0.0 or at_mean <= 0.0:
             return 0.0
         row = self._alpha[bisect_right(self._n_edges, n)][bisect_right(self._chunk_edges, chunk)]
         return gap * row[bisect_right(self._spreads, gap / at_mean)]
 
     def along(self, n: int, at_mean: F8, at_longest: F8) -> F8:
         """For many decode-only steps."""
+        if n < 2:
+            return np.zeros_like(at_mean)
         spreads, alpha = self._arrays
         gap = np.maximum(at_longest - at_mean, 0.0)
         row = alpha[bisect_right(self._n_edges, n), 0]
-        return gap * row[np.searchsorted(spreads, gap / np.maximum(at_mean, 1e-12), side="right")]
+        out: F8 = gap * row[np.searchsorted(spreads, gap / np.maximum(at_mean, 1e-12), side="right")]
+        return out
 
 
 class JointAttention:
@@ -91,43 +94,40 @@ class JointAttention:
         self._floor_s = prefill(shortest_chunk, 0)
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
-        at_mean = self._decodes(n, mean_kv)
-        if n < 2:
-            return at_mean
-        return at_mean + self._skew(n, 0, at_mean, self._decodes(n, longest_kv))
+        decodes = self._decodes
+        row = decodes.row(n)
+        at_mean = decodes.in_row(row, mean_kv)
+        return at_mean + self._skew(n, 0, at_mean, decodes.in_row(row, longest_kv))
 
     def decode_run_s(self, n: int, mean_kv: F8, longest_kv: F8) -> F8:
         at_mean = self._decodes.along(n, mean_kv)
-        if n < 2:
-            return at_mean
         return at_mean + self._skew.along(n, at_mean, self._decodes.along(n, longest_kv))
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
         """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch."""
-        cut = pieces(chunks)
+        cut = pieces(chunks) if len(chunks) > 1 or chunks[0][0] > LONGEST_CHUNK else chunks
         q, ctx = cut[0]
         total = self._prefill(q, ctx)
         if n:
-            at_mean = total + self._beside(q, ctx, n, mean_kv)
-            added = 0.0
-            if n > 1:
-                added = self._skew(n, q, at_mean, total + self._beside(q, ctx, n, longest_kv))
-            total = at_mean + added
+            mean_s, longest_s = self._beside(q, ctx, n, mean_kv, longest_kv)
+            at_mean = total + mean_s
+            total = at_mean + self._skew(n, q, at_mean, total + longest_s)
         for q, ctx in cut[1:]:
             total += max(self._prefill(q, ctx) - self._floor_s, 0.0)
         return total
 
 
 class SplitAttention:
-    """decodes, prefill: as above, measured apart; no joint measurement, and no cost of unequal contexts."""
+    """decodes, prefill: as above, measured apart. beside: how many times as long decodes take in one kernel call with a
+    chunk. No cost of unequal contexts."""
 
-    def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int) -> None:
-        self._decodes, self._prefill = decodes, prefill
+    def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int, beside: float) -> None:
+        self._decodes, self._prefill, self._beside = decodes, prefill, beside
         self._floor_s = prefill(shortest_chunk, 0)
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         del longest_kv
-        return self._decodes(n, mean_kv)
+        return self._decodes.in_row(self._decodes.row(n), mean_kv)
 
     def decode_run_s(self, n: int, mean_kv: F8, longest_kv: F8) -> F8:
         del longest_kv
@@ -135,7 +135,7 @@ class SplitAttention:
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
         cut = pieces(chunks)
-        total = self._prefill(*cut[0]) + (self.decodes_s(n, mean_kv, longest_kv) if n else 0.0)
+        total = self._prefill(*cut[0]) + (self._beside * self.decodes_s(n, mean_kv, longest_kv) if n else 0.0)
         for q, ctx in cut[1:]:
             total += max(self._prefill(q, ctx) - self._floor_s, 0.0)
         return total

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexusengine.profiles.attention import Attention, Chunk
+from nexusengine.profiles.attention import Attention
 from nexusengine.profiles.base import F8, I4, Confidence
 from nexusengine.profiles.curves import Curve
+from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise
 
 
@@ -29,10 +30,11 @@ class ProfileIdentity:
 
 
 class ComposedProfile:
-    """step = dense(tokens) + layers * attention(chunks, decodes) + head(sequences).
+    """step = dense(tokens) + experts(tokens) + layers * attention(chunks, decodes) + head(sequences).
 
-    dense: everything that depends on the number of tokens alone, all layers together. head: output projection and
-    sampling, for each sequence of the step, also those whose prompt is not finished: engines compute them too.
+    dense: everything that depends on the number of tokens alone, all layers together, experts left out. head: output
+    projection and sampling, for each sequence of the step, also those whose prompt is not finished: engines compute
+    them too. hidden: width of what devices that share the model exchange.
     """
 
     def __init__(
@@ -40,43 +42,50 @@ class ComposedProfile:
         identity: ProfileIdentity,
         *,
         layers: int,
+        hidden: int,
         dense: Curve,
         attention: Attention,
         head: Curve,
+        experts: Experts | None,
         noise: Noise,
     ) -> None:
         self.name, self.device, self.model = identity.name, identity.device, identity.model
         self.source, self.confidence = identity.source, identity.confidence
         self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
-        self.layers, self.dense, self.attention, self.head = layers, dense, attention, head
+        self.layers, self.hidden, self.experts = layers, hidden, experts
+        self.dense, self.attention, self.head = dense, attention, head
+        self._by_tokens = dense if experts is None else dense.plus(experts.seconds())
         self._noise = noise
 
     def step_s(self, counts: I4, contexts: I4) -> float:
-        return self.dense(int(np.add.reduce(counts))) + self.attention_s(counts, contexts) + self.head(len(counts))
+        rows, tokens = len(counts), int(_sum(counts))
+        return self._by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
 
-    def attention_s(self, counts: I4, contexts: I4) -> float:
-        """Of all layers."""
-        n = len(counts)
-        kv_sum, longest = int(np.add.reduce(contexts)), int(np.maximum.reduce(contexts))
-        if int(np.maximum.reduce(counts)) == 1:
-            return self.layers * self.attention.decodes_s(n, kv_sum / n + 1, longest + 1)
-        rows = np.flatnonzero(counts > 1)
-        chunks: list[Chunk] = list(zip(counts[rows].tolist(), contexts[rows].tolist(), strict=True))
-        decodes = n - len(chunks)
-        mean = 0.0
-        if decodes:
-            mean = (kv_sum - sum([ctx for _, ctx in chunks])) / decodes + 1
-            if longest == max([ctx for _, ctx in chunks]):
-                longest = int(contexts[counts == 1].max())
+    def attention_s(self, counts: I4, contexts: I4, tokens: int) -> float:
+        """Of all layers. tokens: the sum of `counts`."""
+        rows = len(counts)
+        if tokens == rows:
+            return self.layers * self.attention.decodes_s(rows, int(_sum(contexts)) / rows + 1, int(_max(contexts)) + 1)
+        at = (counts > 1).nonzero()[0]
+        chunks = list(zip(counts[at].tolist(), contexts[at].tolist(), strict=True))
+        decodes = rows - len(chunks)
+        if not decodes:
+            return self.layers * self.attention.mixed_s(chunks, 0, 0.0, 0.0)
+        longest, in_chunks = int(_max(contexts)), sum([ctx for _, ctx in chunks])
+        if in_chunks >= longest and longest == max([ctx for _, ctx in chunks]):
+            longest = int(_max(contexts[counts == 1]))
+        mean = (int(_sum(contexts)) - in_chunks) / decodes + 1
         return self.layers * self.attention.mixed_s(chunks, decodes, mean, longest + 1)
 
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
-        n = len(contexts)
+        rows = len(contexts)
         grown = np.arange(1, steps + 1, dtype=np.float64)
-        mean = int(np.add.reduce(contexts)) / n + grown
-        attention = self.attention.decode_run_s(n, mean, int(np.maximum.reduce(contexts)) + grown)
-        run: F8 = self.layers * attention + (self.dense(n) + self.head(n))
+        attention = self.attention.decode_run_s(rows, int(_sum(contexts)) / rows + grown, int(_max(contexts)) + grown)
+        run: F8 = self.layers * attention + (self._by_tokens(rows) + self.head(rows))
         return run
 
     def noise(self, u: F8, mixed: bool) -> F8:
         return self._noise(u, mixed)
+
+
+_sum, _max = np.add.reduce, np.maximum.reduce  # what the array's methods call, without their wrappers

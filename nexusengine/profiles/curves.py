@@ -15,7 +15,8 @@ import numpy as np
 
 from nexusengine.profiles.base import F8
 
-_TABULATED = 4096
+_TABULATED = 16384
+_FAR = 1e4
 
 
 class Curve:
@@ -27,20 +28,26 @@ class Curve:
 
     def __init__(self, xs: Sequence[float] | F8, ys: Sequence[float] | F8) -> None:
         x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
-        self._last = float(x[-1])
-        self._at_last = float(y[-1])
         half = float(np.interp(x[-1] / 2, x, y))
-        self._slope = max((self._at_last - half) / (self._last / 2), 0.0) if len(x) > 1 else 0.0
+        slope = max((float(y[-1]) - half) / (float(x[-1]) / 2), 0.0) if len(x) > 1 else 0.0
         grid = np.arange(_TABULATED + 1, dtype=np.float64)
         inside = np.interp(grid, x, y)
-        self._table: list[float] = np.where(
-            grid > self._last, self._at_last + (grid - self._last) * self._slope, inside
-        ).tolist()
+        self._set(np.where(grid > x[-1], y[-1] + (grid - x[-1]) * slope, inside), slope)
+
+    def _set(self, values: F8, slope: float) -> None:
+        self._values, self._slope = values, slope
+        self._table: list[float] = values.tolist()
 
     def __call__(self, x: int) -> float:
         if x <= _TABULATED:
             return self._table[x]
-        return self._at_last + (x - self._last) * self._slope
+        return self._table[_TABULATED] + (x - _TABULATED) * self._slope
+
+    def plus(self, other: Curve) -> Curve:
+        """The sum of both."""
+        out = Curve.__new__(Curve)
+        out._set(self._values + other._values, self._slope + other._slope)
+        return out
 
 
 class Surface:
@@ -50,9 +57,8 @@ class Surface:
         self._xs: list[float] = np.asarray(xs, np.float64).tolist()
         self._ys: list[float] = np.asarray(ys, np.float64).tolist()
         self._grid: list[list[float]] = np.asarray(grid, np.float64).tolist()
-        self._rows: dict[float, F8] = {}
-        far = self._ys[-1] * 64
-        self._far_ys = np.array([*self._ys, far])
+        self._rows: dict[float, list[float]] = {}
+        self._arrays: dict[float, tuple[F8, F8]] = {}
 
     def __call__(self, x: float, y: float) -> float:
         i, f = locate(self._xs, x)
@@ -61,13 +67,26 @@ class Surface:
         a = low[j] + g * (low[j + 1] - low[j])
         return a + f * (high[j] + g * (high[j + 1] - high[j]) - a)
 
-    def along(self, x: float, ys: F8) -> F8:
-        """The values at one `x` and many `ys`."""
+    def row(self, x: float) -> list[float]:
+        """The values at one `x` on the axis of y, kept: for the few `x` that are asked for again and again."""
         row = self._rows.get(x)
         if row is None:
-            row = np.array([self(x, y) for y in self._far_ys.tolist()])
-            self._rows[x] = row
-        return np.interp(ys, self._far_ys, row)
+            row = self._rows[x] = [self(x, y) for y in self._ys]
+        return row
+
+    def in_row(self, row: list[float], y: float) -> float:
+        j, g = locate(self._ys, y)
+        return row[j] + g * (row[j + 1] - row[j])
+
+    def along(self, x: float, ys: F8) -> F8:
+        """The values at one `x` and many `ys`."""
+        known = self._arrays.get(x)
+        if known is None:
+            row, (low, last) = self.row(x), self._ys[-2:]
+            far = last + _FAR * (last - low)
+            known = np.array([*self._ys, far]), np.array([*row, row[-1] + _FAR * (row[-1] - row[-2])])
+            self._arrays[x] = known
+        return np.interp(ys, *known)
 
 
 def locate(axis: list[float], x: float) -> tuple[int, float]:
@@ -75,35 +94,55 @@ def locate(axis: list[float], x: float) -> tuple[int, float]:
     i = bisect_right(axis, x) - 1
     if i < 0:
         return 0, 0.0
-    if i > len(axis) - 2:
-        i = len(axis) - 2
     low = axis[i]
+    if x == low and i < len(axis) - 1:
+        return i, 0.0
+    if i == len(axis) - 1:
+        i -= 1
+        low = axis[i]
     return i, (x - low) / (axis[i + 1] - low)
 
 
 class Quad:
-    """A function of four numbers, linear in each, on a full grid; as Surface."""
+    """A function of four numbers, linear in each, on a full grid; as Surface. Asked at two points of the last axis at
+    once, because the other three look-ups are the larger part of the work."""
 
     def __init__(self, axes: Sequence[Sequence[float] | F8], grid: F8) -> None:
-        self._axes = [np.asarray(a, np.float64).tolist() for a in axes]
-        self._grid: list[list[list[list[float]]]] = np.asarray(grid, np.float64).tolist()
+        a, b, c, d = (np.asarray(axis, np.float64).tolist() for axis in axes)
+        self._a: list[float] = a
+        self._b: list[float] = b
+        self._c: list[float] = c
+        self._d: list[float] = d
+        rows = np.asarray(grid, np.float64).reshape(-1, len(d))
+        self._rows: list[list[float]] = rows.tolist()
+        self._over_a, self._over_b = len(b) * len(c), len(c)
 
-    def __call__(self, a: float, b: float, c: float, d: float) -> float:
-        axes = self._axes
-        i, fi = locate(axes[0], a)
-        j, fj = locate(axes[1], b)
-        k, fk = locate(axes[2], c)
-        m, fm = locate(axes[3], d)
-        low, high = self._grid[i], self._grid[i + 1]
-        x = _cell(low[j], low[j + 1], fj, k, fk, m, fm)
-        return x + fi * (_cell(high[j], high[j + 1], fj, k, fk, m, fm) - x)
+    def __call__(self, a: float, b: float, c: float, d: float, e: float) -> tuple[float, float]:
+        """At (a, b, c, d) and at (a, b, c, e)."""
+        i, fa = locate(self._a, a)
+        j, fb = locate(self._b, b)
+        k, fc = locate(self._c, c)
+        m, f = locate(self._d, d)
+        n, g = locate(self._d, e)
+        at = i * self._over_a + j * self._over_b + k
+        x, y = self._face(at, fb, fc, m, f, n, g)
+        if fa == 0.0:
+            return x, y
+        u, v = self._face(at + self._over_a, fb, fc, m, f, n, g)
+        return x + fa * (u - x), y + fa * (v - y)
 
-
-def _cell(low: list[list[float]], high: list[list[float]], fj: float, k: int, fk: float, m: int, fm: float) -> float:
-    r, s, t, u = low[k], low[k + 1], high[k], high[k + 1]
-    n = m + 1
-    a = r[m] + fm * (r[n] - r[m])
-    a += fk * (s[m] + fm * (s[n] - s[m]) - a)
-    b = t[m] + fm * (t[n] - t[m])
-    b += fk * (u[m] + fm * (u[n] - u[m]) - b)
-    return a + fj * (b - a)
+    def _face(self, at: int, fb: float, fc: float, m: int, f: float, n: int, g: float) -> tuple[float, float]:
+        rows, over = self._rows, self._over_b
+        p, q = rows[at], rows[at + 1]
+        x = p[m] + f * (p[m + 1] - p[m])
+        x += fc * (q[m] + f * (q[m + 1] - q[m]) - x)
+        y = p[n] + g * (p[n + 1] - p[n])
+        y += fc * (q[n] + g * (q[n + 1] - q[n]) - y)
+        if fb == 0.0:
+            return x, y
+        p, q = rows[at + over], rows[at + over + 1]
+        u = p[m] + f * (p[m + 1] - p[m])
+        u += fc * (q[m] + f * (q[m + 1] - q[m]) - u)
+        v = p[n] + g * (p[n + 1] - p[n])
+        v += fc * (q[n] + g * (q[n + 1] - q[n]) - v)
+        return x + fb * (u - x), y + fb * (v - y)

@@ -45,8 +45,9 @@ class FittedProfile:
 
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
         rows = len(contexts)
-        kv = int(np.add.reduce(contexts)) + rows * np.arange(1, steps + 1)
-        return self._dense(rows, rows) + self._kv * kv
+        kv = int(np.add.reduce(contexts)) + rows * np.arange(1, steps + 1, dtype=np.float64)
+        run: F8 = self._dense(rows, rows) + self._kv * kv
+        return run
 
     def noise(self, u: F8, mixed: bool) -> F8:
         return self._noise(u, mixed)

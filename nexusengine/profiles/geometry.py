@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nexusengine.model_config import ModelConfig
+
 _GIB = 2**30
 _MEMORY_SHARE = 0.9
-_RESERVE_BYTES = int(1.5 * _GIB)
+_RESERVE_BYTES = int(1.2 * _GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Geometry:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv
 
 
+DEFAULT_MODEL = "llama-3.1-8b"
+
 MODELS: dict[str, Geometry] = {
     "llama-3.1-8b": Geometry(4096, 14336, 32, 32, 8, 128, 128256),
     "llama-3-8b": Geometry(4096, 14336, 32, 32, 8, 128, 128256),
@@ -85,9 +89,39 @@ MEMORY_BYTES: dict[str, int] = {
 }
 
 
-def kv_capacity_tokens(device: str, geometry: Geometry, *, shards: int = 1) -> int:
-    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.5 GiB for activations, a multiple of
-    16; 0 if the weights alone do not fit. shards: devices that share the model by tensor parallelism."""
-    room = MEMORY_BYTES[device] * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
+def shards_of(device: str) -> int:
+    """Devices behind a name: 2 of "rtxpro6000-tp2"."""
+    _, _, count = device.partition("-tp")
+    return int(count) if count.isdigit() else 1
+
+
+def kv_capacity_tokens(device: str, geometry: Geometry) -> int:
+    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.2 GiB for activations, CUDA context
+    and graphs; a multiple of 16, 0 if the weights alone do not fit. Devices that share a model by tensor parallelism
+    each hold a part of weights and KV."""
+    shards = shards_of(device)
+    memory = MEMORY_BYTES[device.partition("-tp")[0]]
+    room = memory * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
     tokens = int(room / (geometry.kv_bytes_per_token / shards))
     return max(tokens // 16 * 16, 0)
+
+
+def emulated_geometry(spec: str) -> ModelConfig | None:
+    """The shape of the model in a profile's name; None where it is not known, or has experts."""
+    g = MODELS.get(spec.partition("/")[2] or DEFAULT_MODEL)
+    if g is None or g.experts or spec.endswith(".json"):
+        return None
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=g.vocab,
+        hidden_size=g.hidden,
+        intermediate_size=g.intermediate,
+        num_layers=g.layers,
+        num_heads=g.heads,
+        num_kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        max_position=131_072,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tie_embeddings=g.tied,
+    )

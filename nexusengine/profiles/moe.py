@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nexusengine.profiles.base import F8
-from nexusengine.profiles.curves import Surface
+from nexusengine.profiles.curves import Curve, Surface
 from nexusengine.profiles.geometry import Geometry
 
 
@@ -19,12 +20,23 @@ def expected_experts(tokens: F8, experts: int, per_token: int) -> F8:
     return out
 
 
-def expert_curve(tables: dict[str, npt.NDArray[Any]], tokens: F8, geometry: Geometry, shards: int = 1) -> F8:
-    """Microseconds of one layer's experts for `tokens [N]`.
+class Experts:
+    """The experts of all layers."""
 
-    shards: devices that each hold an equal part of the experts and get all tokens' work for them: the tokens' load on
-    one is then tokens / shards, and the experts it reads that part of all.
-    """
-    surface = Surface(tables["moe_tokens"], tables["moe_experts"], tables["moe_us"])
-    active = expected_experts(tokens, geometry.experts, geometry.experts_per_token) / shards
-    return np.array([surface(t, e) for t, e in zip((tokens / shards).tolist(), active.tolist(), strict=True)])
+    def __init__(self, tables: Mapping[str, npt.NDArray[Any]], geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._tokens = tables["moe_tokens"].astype(np.float64)
+        us = tables["moe_us"].astype(np.float64)
+        self._layer_s = Surface(tables["moe_tokens"], tables["moe_experts"], us * 1e-6)
+        self._curves: dict[int, Curve] = {}
+
+    def seconds(self, shards: int = 1) -> Curve:
+        """By tokens. shards: devices that each hold an equal part of the experts and do the work of all devices'
+        tokens for them: on one, the tokens' load is then tokens / shards, and it reads that part of the experts."""
+        if shards not in self._curves:
+            g, last = self._geometry, float(self._tokens[-1]) * shards
+            tokens = np.unique(np.concatenate([np.arange(1.0, 257.0), np.linspace(256.0, last, 113)]))
+            active = expected_experts(tokens, g.experts, g.experts_per_token) / shards
+            points = zip((tokens / shards).tolist(), active.tolist(), strict=True)
+            self._curves[shards] = Curve(tokens, g.layers * np.array([self._layer_s(t, e) for t, e in points]))
+        return self._curves[shards]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from nexusengine.clock import Clock
-from nexusengine.config import EngineConfig
+from nexusengine.config import EngineConfig, parse_device, parse_devices
 from nexusengine.core.core import EngineCore
-from nexusengine.execute.base import Executor, ExecutorOptions
+from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
 from nexusengine.lens.registry import make_policy
-from nexusengine.perf.linear import LinearModel
+from nexusengine.model_config import ModelConfig
+from nexusengine.obs.logs import get_logger
+from nexusengine.obs.step_recorder import StepRecorder
+from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
+from nexusengine.perf.prior import GENERIC, Prior, roofline
+from nexusengine.perf.registry import make_model
+from nexusengine.profiles.geometry import emulated_geometry
+from nexusengine.serve.calibrate import calibrate
+
+log = get_logger("worker")
 
 
-def executor_options(config: EngineConfig) -> ExecutorOptions:
+def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
         quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
@@ -23,19 +33,67 @@ def executor_options(config: EngineConfig) -> ExecutorOptions:
         max_running=config.max_running,
         attention_backend=config.attention_backend,
         seed=config.seed,
+        worker=worker,
     )
 
 
-def make_core(executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0") -> EngineCore:
-    """name: the worker's. Raises ConfigError for an unknown policy."""
-    return EngineCore(
+def make_core(
+    executor: Executor,
+    config: EngineConfig,
+    clock: Clock,
+    name: str = "w0",
+    geometry: ModelConfig | None = None,
+    hash_key: bytes = b"",
+) -> EngineCore:
+    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured. hash_key:
+    of the names of KV blocks, the same in a whole server so that its router can look prompts up; drawn here if empty.
+
+    Takes up to two seconds for calibration. Raises ConfigError for an unknown policy or a log that cannot be written.
+    """
+    model = make_model(config.performance_model, prior_of(executor.spec, geometry))
+    core = EngineCore(
         executor,
         make_policy(config.scheduler),
-        LinearModel(),
+        model,
         clock=clock,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
-        hash_key=os.urandom(16),
+        hash_key=hash_key or os.urandom(16),
         name=name,
     )
+    if config.step_log is not None:
+        core.on_step = StepRecorder(step_log_path(config, name)).write
+    if config.calibrate and not executor.spec.device.startswith("emulated"):
+        steps = calibrate(executor, model, max_running=config.max_running)
+        log.debug("calibrated with %d steps", steps)
+    return core
+
+
+def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
+    """From the datasheet of the device, if it is known, and the geometry of the model: of the one whose step times an
+    emulated device has, not of the one whose tokenizer is served."""
+    if geometry is None:
+        return GENERIC
+    kind, _, rest = spec.device.partition(":")
+    sheet: Datasheet | None
+    if kind == "cpu":
+        sheet = cpu_datasheet(parse_device(spec.device).threads or os.cpu_count() or 1)
+    else:
+        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
+    if kind == "emulated":
+        geometry = emulated_geometry(rest) or geometry
+    if sheet is None:
+        return GENERIC
+    element_bytes = 4 if spec.dtype == "float32" else 2
+    return roofline(sheet, geometry, element_bytes, element_bytes)
+
+
+def step_log_path(config: EngineConfig, name: str) -> Path:
+    """The file of one worker: its name is put before the suffixes where there are several."""
+    assert config.step_log is not None
+    path = Path(config.step_log)
+    if len(parse_devices(config.devices)) == 1:
+        return path
+    stem, dot, suffixes = path.name.partition(".")
+    return path.with_name(f"{stem}.{name}{dot}{suffixes}")

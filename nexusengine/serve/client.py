@@ -17,6 +17,7 @@ from nexusengine.types import EngineRequest, TokenDelta
 
 _HELLO_EVERY_S = 1.0
 _SILENT_S, _GONE_S = 5.0, 30.0
+_ANSWER_S = 3.0
 _HIGH_WATER = 100_000
 
 
@@ -40,6 +41,8 @@ class RouterClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Future[zmq.MessageTracker | None]] = set()
         self._changed = asyncio.Event()
+        self._queries: dict[int, asyncio.Queue[wire.Findings]] = {}
+        self._next_query = 0
 
     async def start(self) -> None:
         self._heard_s = time.monotonic()
@@ -64,6 +67,27 @@ class RouterClient:
         """None before the router was heard, and when it has been silent for 5 s."""
         silent = time.monotonic() - self._heard_s > _SILENT_S
         return None if silent else self._cluster
+
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+        cluster = self.status()
+        if cluster is None:
+            raise Unavailable("the router does not answer", retry_after_s=1.0)
+        serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
+        expected = sum(w.state in serving for w in cluster.workers)
+        answers: list[wire.Findings] = []
+        query = self._next_query
+        self._next_query += 1
+        arriving = self._queries[query] = asyncio.Queue()
+        try:
+            self._send(wire.Ask(query, last_steps, request_id))
+            async with asyncio.timeout(_ANSWER_S):
+                while len(answers) < expected:
+                    answers.append(await arriving.get())
+        except TimeoutError:
+            pass  # a worker in a long step answers after it
+        finally:
+            del self._queries[query]
+        return answers
 
     async def wait_for_ready(self, timeout_s: float) -> wire.Cluster:
         """Until every worker is ready. Raises TimeoutError."""
@@ -113,6 +137,10 @@ class RouterClient:
             if before is not None and before.router_epoch != message.router_epoch:
                 self._fail_all(Unavailable.code, "the router was restarted")
             self._changed.set()
+            return
+        if isinstance(message, wire.Findings):
+            if (arriving := self._queries.get(message.query)) is not None:
+                arriving.put_nowait(message)
             return
         for delta in wire.join_deltas(message.plain, message.full):
             pending = self._pending.get(delta.request_id)

@@ -7,6 +7,7 @@ happens reaches it as an event in one queue.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import queue
 import secrets
 import shutil
@@ -16,10 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
-from nexusengine.errors import NexusError, Unavailable
+from nexusengine.errors import ConfigError, NexusError, Unavailable
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
@@ -29,6 +31,8 @@ _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
 _RESTARTS_COUNTED_S = 300.0
 _LAST_WORDS_S = 5.0
 _TERMINATE_S = 1.5
+_SAME_SIGNAL_S = 1.0
+_LONGEST_SOCKET_PATH = 107
 log = get_logger("supervisor")
 
 
@@ -56,9 +60,11 @@ class _Role:
 
 class Supervisor:
     """on_event is called, in the supervisor's thread, with {"type": "phase", "phase", "fraction"}, {"type":
-    "listening", "host", "port"}, {"type": "ready"} once every worker is, and {"type": "exit", "name", "cause"}.
+    "listening", "host", "port"}, {"type": "ready"} once all processes are, {"type": "draining", "limit_s"}, and
+    {"type": "exit", "name", "cause"}.
 
-    Raises ConfigError for devices or policies that do not exist, before anything is started.
+    Raises ConfigError for devices or policies that do not exist or a runtime folder that cannot be used, before
+    anything is started.
     """
 
     def __init__(
@@ -73,24 +79,32 @@ class Supervisor:
         self.config = config
         self._on_event = on_event
         self._events: queue.SimpleQueue[tuple[Child | None, Message]] = queue.SimpleQueue()
-        self._runtime = Path(config.runtime_dir or tempfile.mkdtemp(prefix="nexusengine-"))
-        self._runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._own_runtime = config.runtime_dir is None
+        self._runtime, self._lock = _runtime_dir(config.runtime_dir)
         self.front = f"ipc://{self._runtime}/front"
         self._back = f"ipc://{self._runtime}/back"
         self._files: ModelFiles | None = None
-        self._draining_until_s: float | None = None
+        self._port = config.port
+        self._draining_since_s: float | None = None
         self._stop_now = False
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
-        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**common, "workers": names})}
+        inside: Message = {
+            **common,
+            "hash_key": secrets.token_hex(16),
+        }  # workers' and router's names of KV blocks agree
+        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**inside, "workers": names})}
         if with_server:
-            self._roles["server"] = _Role("server", "nexusengine.server.main", lambda: common)
+            # started again, it takes the port it had, also where 0 was asked for
+            self._roles["server"] = _Role(
+                "server",
+                "nexusengine.server.main",
+                lambda: {**common, "config": {**common["config"], "port": self._port}},
+            )
         for name, device in zip(names, self.devices, strict=True):
             role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
-                **common,
+                **inside,
                 **name,
                 "epoch": role.epoch,
                 "model_path": str(self._files.path) if self._files else "",
@@ -100,7 +114,8 @@ class Supervisor:
     # ---- from any thread -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take no new requests, finish those that run within drain_timeout, then end. Asked again: end now."""
+        """Take no new requests, finish those that run within drain_timeout, then end. Asked again after a second or
+        more: end now (some send their signal twice)."""
         self._events.put((None, {"type": "drain"}))
 
     def stop(self) -> None:
@@ -138,7 +153,7 @@ class Supervisor:
             starting = role.child is not None and self._is_worker(role) and not role.was_ready
             if starting and now - role.started_s > self.config.start_timeout:
                 raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
-        if self._draining_until_s is not None and now >= self._draining_until_s:
+        if self._draining_since_s is not None and now - self._draining_since_s >= self.config.drain_timeout:
             log.warning("requests were still running when the drain time was over")
             self._stop_now = True
 
@@ -154,21 +169,27 @@ class Supervisor:
             self._on_exit(role, event)
         elif kind == "ready":
             role.was_ready = True
-            if not self._ready_said and all(r.was_ready for r in self._roles.values() if self._is_worker(r)):
+            if not self._ready_said and all(r.was_ready for r in self._roles.values()):
                 self._ready_said = True
                 self._on_event({"type": "ready"})
-        elif kind == "listening":
+        elif kind == "listening" and role.key == "router":
             role.was_ready = True
-            if role.key == "server":
-                self._on_event(event)
+        elif kind == "listening":
+            self._port = event["port"]
+            self._on_event(event)
+        elif kind == "phase" and event["fraction"] < 1.0 and role is self._first_to_load():
+            self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
         elif kind == "drained":
             self._stop_now = True
 
     def _handle_own(self, kind: str, event: Message) -> None:
-        if kind == "stop" or (kind == "drain" and self._draining_until_s is not None):
+        if kind == "stop":
             self._stop_now = True
+        elif kind == "drain" and self._draining_since_s is not None:
+            self._stop_now |= time.monotonic() - self._draining_since_s > _SAME_SIGNAL_S
         elif kind == "drain":
-            self._draining_until_s = time.monotonic() + self.config.drain_timeout
+            self._draining_since_s = time.monotonic()
+            self._on_event({"type": "draining", "limit_s": self.config.drain_timeout})
             for key in ("server", "router"):
                 if (role := self._roles.get(key)) and role.child:
                     role.child.send({"type": "drain"})
@@ -188,6 +209,9 @@ class Supervisor:
         cause = event["cause"]
         role.child = None
         self._on_event({"type": "exit", "name": role.key, "cause": cause})
+        if self._draining_since_s is not None and not (self._is_worker(role) and role.was_ready):
+            self._stop_now = True  # nothing is left to wait for
+            return
         if not role.was_ready:
             raise Failed(cause if event["code"] == 1 else f"{role.key} did not start: {cause}")
         now = time.monotonic()
@@ -243,6 +267,10 @@ class Supervisor:
         name = self.config.served_model_name or self.config.model
         return {"type": "model_ready", "path": str(self._files.path), "name": name}
 
+    def _first_to_load(self) -> _Role | None:
+        """The worker whose progress is shown; the others load beside it."""
+        return next((r for r in self._roles.values() if self._is_worker(r) and not r.was_ready), None)
+
     @staticmethod
     def _is_worker(role: _Role) -> bool:
         return role.key.startswith("w")
@@ -261,8 +289,30 @@ class Supervisor:
                 if one.process.poll() is None:
                     one.kill()
                 one.process.wait()
-        if self._own_runtime:
+        if self.config.runtime_dir is None:
             shutil.rmtree(self._runtime, ignore_errors=True)
+        self._lock.close()
+
+
+def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
+    """The folder for sockets, made if need be, and the lock on it. Raises ConfigError."""
+    folder = Path(wanted or tempfile.mkdtemp(prefix="nexusengine-"))
+    if len(f"{folder}/front") > _LONGEST_SOCKET_PATH:
+        hint = "take a shorter one" if wanted else "set TMPDIR to a shorter one, or give --runtime-dir"
+        raise ConfigError(
+            f"the path of the runtime folder {folder} is too long for sockets; {hint}", param="runtime_dir"
+        )
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("wb")
+    except OSError as error:
+        raise ConfigError(f"cannot use the runtime folder {folder}: {error.strerror}", param="runtime_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"the runtime folder {folder} is used by another engine", param="runtime_dir") from None
+    return folder, lock
 
 
 def _threads(device: DeviceSpec) -> dict[str, str]:

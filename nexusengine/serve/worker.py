@@ -11,6 +11,7 @@ from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import InternalError, NexusError
 from nexusengine.execute.base import make_executor
+from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.serve.build import executor_options, make_core
@@ -29,6 +30,9 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
             message = link.inbox.popleft()
             if isinstance(message, wire.Cancel):
                 core.abort(message.request_id)  # the router has told the client already
+                continue
+            if isinstance(message, wire.Ask):
+                link.tell(core.findings(message))
                 continue
             core.covers = message.seq
             try:
@@ -57,10 +61,16 @@ def main() -> None:
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
     link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def progress(phase: str, fraction: float) -> None:
+        link.phase(phase, fraction)
+        child.emit({"type": "phase", "phase": phase, "fraction": fraction})
+
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), link.phase)
-        core = make_core(executor, config, MonotonicClock(), info.worker_id)
+        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
+        hash_key = bytes.fromhex(given["hash_key"])
+        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
@@ -77,8 +87,14 @@ def main() -> None:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
     )
-    link.ready(info, core.load, core.request_ids)
+    prefixes = None
+    if core.kv.prefix_caching:
+        core.kv.journal = CacheJournal(core.kv.block_size)
+        prefixes = DigestSender(core.kv.journal)
+    link.ready(info, core.load, core.request_ids, prefixes)
     child.emit({"type": "ready"})
     try:
         serve_requests(core, link)

@@ -8,6 +8,7 @@ import uuid
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,11 +24,11 @@ from nexusengine.errors import (
     Unauthorized,
 )
 from nexusengine.obs.logs import get_logger
-from nexusengine.server import completions, info
+from nexusengine.server import completions, debug, info
 from nexusengine.server.errors import SERVER_FAILED, error_response
 from nexusengine.server.state import ServerState
 
-_GENERATION = ("/v1/chat/completions", "/v1/completions")
+_GENERATION = (completions.CHAT, "/v1/completions")
 _OPEN_TO_ALL = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 _MAX_REQUEST_ID = 128
 log = get_logger("server")
@@ -39,13 +40,17 @@ def create_app(state: ServerState) -> ASGIApp:
     app.state.server = state
     app.include_router(completions.router)
     app.include_router(info.router)
+    if state.config.debug_endpoints:
+        app.include_router(debug.router)
     app.add_exception_handler(NexusError, _nexus_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _fault)
     return Edge(app, state)
 
 
-async def _nexus_error(request: object, error: NexusError) -> Response:
+async def _nexus_error(request: Request, error: NexusError) -> Response:
+    if error.param == "prompt" and request.url.path == completions.CHAT:  # what the engine calls a prompt
+        error.param = "messages"
     return error_response(error)
 
 
@@ -58,7 +63,9 @@ async def _http_error(request: object, error: HTTPException) -> Response:
     """What the framework itself refuses: unknown paths and methods."""
     path = request.url.path  # type: ignore[attr-defined]
     if error.status_code == 404:
-        return error_response(NotFound(f"there is nothing at {path}"))
+        off = path.startswith("/debug/") and not request.app.state.server.config.debug_endpoints  # type: ignore[attr-defined]
+        hint = "; the server runs without --debug-endpoints" if off else ""
+        return error_response(NotFound(f"there is nothing at {path}{hint}"))
     if error.status_code == 405:
         return error_response(MethodNotAllowed(f"{path} does not take {request.method}"))  # type: ignore[attr-defined]
     return error_response(InvalidRequest(str(error.detail)))

@@ -45,18 +45,25 @@ async def _content(request: Request, limit_bytes: int) -> bytes:
 
 
 def parse(content: bytes, schema: type[B]) -> B:
+    constants: list[_NotJSON] = []
+
+    def keep(name: str) -> _NotJSON:
+        constants.append(_NotJSON(name))
+        return constants[-1]
+
     try:
-        value = json.loads(content.decode(), parse_constant=_not_json)
+        value = json.loads(content.decode(), parse_constant=keep)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
-    except InvalidRequest:
-        raise
+        raise InvalidRequest(f"the body is not valid JSON: {error.msg} (character {error.pos})") from None
     except ValueError:  # Python's own limit against numbers that take long to read
         raise InvalidRequest("the body holds a number with too many digits") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
+    if constants:
+        path = _path_of_constant(value)
+        raise InvalidRequest(f"{path or 'the body'} is {constants[0]}, which is not a JSON value", param=path or None)
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object")
     try:
@@ -71,8 +78,22 @@ def _too_large(size: int, limit: int) -> NoReturn:
     raise PayloadTooLarge(f"the body has {size} bytes or more; at most {limit} are read (--max-body-bytes)")
 
 
-def _not_json(constant: str) -> Any:
-    raise InvalidRequest(f"{constant} is not a JSON value")
+class _NotJSON(str):
+    """NaN, Infinity or -Infinity, which Python would read and JSON does not know."""
+
+    __slots__ = ()
+
+
+def _path_of_constant(value: Any) -> str:
+    """Where the first of them stands: "temperature", "stop.2"."""
+    stack = [("", value)]
+    while stack:
+        path, item = stack.pop()
+        if isinstance(item, _NotJSON):
+            return path
+        inside = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+        stack.extend((f"{path}.{key}".lstrip("."), part) for key, part in reversed(list(inside)))
+    return ""
 
 
 def _named(error: ValidationError) -> InvalidRequest:

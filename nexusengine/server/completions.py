@@ -8,21 +8,24 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from nexusengine.async_engine import once_more
 from nexusengine.requests import Prompt, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.state import ServerState
 from nexusengine.server.streams import EventStream, fan_in, until_disconnect
-from nexusengine.server.verdict import all_headers, nexus, of_all, wants_verdict
+from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
 from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import MAX_SEED, RequestOutput, SamplingParams, TokenLogprob
+from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
+CHAT = "/v1/chat/completions"
 router = APIRouter()
 
 
@@ -98,13 +101,15 @@ class TextShape:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object."""
+    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object.
+    stream: whether the client sees tokens as they come."""
 
     sampling: SamplingParams
     n: int
     slo: SLOClass | None
     priority: int
     verdict: bool
+    stream: bool
 
     @classmethod
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
@@ -116,6 +121,7 @@ class Asked:
             slo=state.classes.wanted(body.slo, all_headers(request)),
             priority=body.priority or 0,
             verdict=wants_verdict(request, state.config.nexus_verdict),
+            stream=body.stream,
         )
 
 
@@ -138,8 +144,9 @@ class Generation:
         self.asked = asked
         self.id, self.created = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time())
         each = [sampling if k == 0 or sampling.seed is None else _reseeded(sampling, k) for k in range(n)]
-        self._generations = [
-            self.engine.generate(
+        starts = [
+            partial(
+                self.engine.generate,
                 prompt,
                 params,
                 request_id=self.id if i == 0 else f"{self.id}.{i}",
@@ -150,25 +157,40 @@ class Generation:
             )
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
+        self._generations = [start() if asked.stream else once_more(start) for start in starts]
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
         lengths = [0] * len(self._generations)
-        async with fan_in(self._generations) as news:
-            async for index, output in news:
-                lengths[index] += len(output.token_ids)
-                if output.finished:
-                    ended_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
-                    tokens = lengths[index] + ended_by_token
-                    prompt = len(output.prompt_token_ids) if index % self.n == 0 else 0
-                    self._usage["prompt"] += prompt
-                    self._usage["cached"] += output.cached_tokens if index % self.n == 0 else 0
-                    self._usage["output"] += tokens
-                    self.state.metrics.finished(
-                        len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings
-                    )
-                yield index, output
+        left = len(lengths)
+        missed: Missed | None = "unfinished"  # if the client leaves
+        try:
+            async with fan_in(self._generations) as news:
+                async for index, output in news:
+                    lengths[index] += len(output.token_ids)
+                    if output.finished:
+                        left -= 1
+                        self._count(index, output, lengths[index])
+                    yield index, output
+        except Exception as error:
+            missed = missed_by(error)
+            raise
+        finally:
+            if missed is not None:
+                for _ in range(left):
+                    self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
+
+    def _count(self, index: int, output: RequestOutput, tokens: int) -> None:
+        """A choice has ended. tokens: those that were output."""
+        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+            tokens += 1  # the one that ended it
+        first = index % self.n == 0
+        self._usage["prompt"] += len(output.prompt_token_ids) if first else 0
+        self._usage["cached"] += output.cached_tokens if first else 0
+        self._usage["output"] += tokens
+        self.state.metrics.finished(len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings)
+        self.state.metrics.judged(output, tokens)
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._usage["prompt"], self._usage["output"]
@@ -248,7 +270,7 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
 
 
-@router.post("/v1/chat/completions")
+@router.post(CHAT)
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)

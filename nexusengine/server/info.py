@@ -25,7 +25,9 @@ def _state(request: Request) -> ServerState:
 
 def _model(state: ServerState) -> dict[str, Any]:
     model = {"id": state.model_name, "object": "model", "created": state.started_unix_s, "owned_by": "nexusengine"}
-    return model | ({"max_model_len": state.engine.max_model_len} if state.engine and state.ready else {})
+    if not (state.engine and state.ready):
+        return model
+    return model | {"max_model_len": state.engine.max_model_len, "vocab_size": state.engine.vocab_size}
 
 
 @router.get("/v1/models")
@@ -50,10 +52,10 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        tokens = await engine.encode(body.prompt, body.add_special_tokens)
+        tokens = await engine.encode(body.prompt, body.add_special_tokens is not False)
     else:
-        messages = [m.for_template() for m in body.messages or ()]
-        tokens = await asyncio.to_thread(engine.tokenizer.encode_chat, messages)
+        text = engine.tokenizer.render_chat([m.for_template() for m in body.messages or ()])
+        tokens = await engine.encode(text, body.add_special_tokens is True)
     reply: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
     if body.return_token_strs:
         reply["token_strs"] = [engine.tokenizer.token_str(i) for i in tokens]

@@ -76,6 +76,7 @@ class Control:
         await client.start()
         self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
         self.state.model_name = message["name"]
+        child.emit({"type": "ready"})
 
 
 class _Server(uvicorn.Server):

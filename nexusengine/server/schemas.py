@@ -37,12 +37,15 @@ class Body(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """Fields of the body that have no effect; names no client sends in earnest come as "?"."""
-        unknown = set(self.model_extra or {}) - set(self.REFUSED)
+        unknown = self._unknown()
         return sorted({name if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) else "?" for name in unknown})[:32]
+
+    def _unknown(self) -> set[str]:
+        return set(self.model_extra or {}) - set(self.REFUSED)
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
     include_usage: bool = False
 
 
@@ -88,6 +91,10 @@ class Sampling(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
         )
+
+    def _unknown(self) -> set[str]:
+        options = self.stream_options.model_extra if self.stream_options is not None else None
+        return super()._unknown() | {f"stream_options.{name}" for name in options or ()}
 
     @property
     def include_usage(self) -> bool:
@@ -177,7 +184,8 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: List[ChatMessage] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    """Default: for a prompt yes; for messages no, because the chat template writes them."""
     return_token_strs: bool = False
 
 

@@ -34,7 +34,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.classes = SLOClasses.configured(self.config.slo_classes, self.config.default_slo_class)
-        self.metrics = Metrics(self.cluster)
+        self.metrics = Metrics(self.cluster, self.classes.by_name)
 
     def cluster(self) -> Cluster | None:
         return None if self.engine is None else self.engine.backend.status()

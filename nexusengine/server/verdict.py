@@ -8,9 +8,9 @@ from typing import Any
 from starlette.requests import Request
 
 from nexusengine.config import parse_bool
-from nexusengine.errors import InvalidRequest
+from nexusengine.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from nexusengine.slo_classes import NONE
-from nexusengine.types import RequestOutput
+from nexusengine.types import Missed, RequestOutput
 
 VERDICT_HEADER = "x-nexus-verdict"
 
@@ -42,14 +42,12 @@ def nexus(output: RequestOutput) -> dict[str, Any]:
     return {
         "request_id": output.request_id,
         "class": output.slo_class or NONE,
-        "slo": None
-        if slo is None
-        else {"ttft_ms": _ms(slo.ttft_s), "tpot_ms": _ms(slo.tpot_s), "e2e_ms": _ms(slo.e2e_s)},
-        "predicted_ttft_ms": _ms(service.predicted_ttft_s if service else None),
-        "ttft_ms": _ms(timings.ttft_s if timings else None),
-        "tpot_ms": _ms(timings.tpot_s if timings else None),
-        "queue_ms": _ms(timings.queue_s if timings else None),
-        "e2e_ms": _ms(timings.e2e_s if timings else None),
+        "slo": None if slo is None else {"ttft_ms": ms(slo.ttft_s), "tpot_ms": ms(slo.tpot_s), "e2e_ms": ms(slo.e2e_s)},
+        "predicted_ttft_ms": ms(service.predicted_ttft_s if service else None),
+        "ttft_ms": ms(timings.ttft_s if timings else None),
+        "tpot_ms": ms(timings.tpot_s if timings else None),
+        "queue_ms": ms(timings.queue_s if timings else None),
+        "e2e_ms": ms(timings.e2e_s if timings else None),
         "worker": service.worker if service else None,
         "preemptions": output.preemptions,
         "cached_tokens": output.cached_tokens,
@@ -60,10 +58,19 @@ def nexus(output: RequestOutput) -> dict[str, Any]:
     }
 
 
+def missed_by(error: Exception) -> Missed | None:
+    """What a generation that ended with this error has missed; None if it should not have been asked for."""
+    if isinstance(error, InvalidRequest):
+        return None
+    if isinstance(error, Overloaded):
+        return "refused"
+    return "unfinished" if isinstance(error, DeadlineExceeded | Cancelled) else "failed"
+
+
 def of_all(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of a reply with several choices: the first that missed its promise, else the first."""
     return next((v for v in verdicts if v["met"] is False), verdicts[0])
 
 
-def _ms(seconds: float | None) -> float | None:
+def ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 3)

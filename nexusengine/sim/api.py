@@ -15,6 +15,7 @@ from typing import Any
 from nexusengine.errors import ConfigError
 from nexusengine.lens.registry import make_policy as make_engine_policy
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.profiles.registry import load_profile as packaged_profile
 from nexusengine.router.policies import make_policy as make_router_policy
 from nexusengine.sim.cluster import HOPS, Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
@@ -37,10 +38,10 @@ class SimSpec:
     """As the options of `nexusengine sim run`.
 
     trace, arrivals, rate_rps, duration_s, classes, scale, stated_limit: see WorkloadSpec. devices: "h100,a100,2xl4".
-    perf: online, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step; None: as measured while
-    simulating. request_timeout_s: after which a request is given up, as by the server: so every overload ends.
-    max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see faults.parse_fault.
-    timeline: keep samples of the load.
+    perf: a performance model by name, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step;
+    None: as measured while simulating. request_timeout_s: after which a request is given up, as by the server: so
+    every overload ends. max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see
+    faults.parse_fault. timeline: keep samples of the load.
     """
 
     trace: str
@@ -88,12 +89,14 @@ class SimSpec:
 
 @dataclass(frozen=True, slots=True)
 class SimResult:
-    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered."""
+    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered; builder: for
+    more simulations of the same trace."""
 
     spec: SimSpec
     metrics: dict[str, Any]
     outcomes: list[Outcome]
     workload: Workload
+    builder: Builder
     timeline: list[Sample] = field(default_factory=list)
 
 
@@ -114,13 +117,15 @@ def simulate(
     *,
     load_profile: LoadProfile | None = None,
     builder: Builder | None = None,
-    progress: Callable[[float, int], None] = lambda now_s, ended: None,
-    enough: Callable[[Outcome], bool] = lambda outcome: False,
+    progress: Callable[[float, int, int], None] = lambda now_s, ended, offered: None,
+    enough_of: Callable[[Workload], Callable[[Outcome], bool]] | None = None,
 ) -> SimResult:
-    """Run `spec` to its end. builder: reads the trace only once for many simulations. enough: asked after the end of
-    each request; True ends the simulation there. Raises ConfigError for what is wrong with the specification."""
+    """Run `spec` to its end. builder: one that has read the trace. enough_of: makes, for the workload, a function that
+    is asked after the end of each request; True ends the simulation there. progress is called now and then with
+    (virtual seconds, requests ended, requests offered). Raises ConfigError for what is wrong with
+    the specification."""
     _check(spec)
-    load = load_profile or _packaged_profile
+    load = load_profile or packaged_profile
     names = parse_devices(spec.devices)
     profiles = {name: load(name, spec.model) for name in names}
     settings = EngineSettings(
@@ -136,7 +141,10 @@ def simulate(
     )
     longest = max(_longest(spec, p) for p in profiles.values())
     workload_spec = spec.workload(longest)
-    workload = (Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)).build()
+    builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
+    workload = builder.build()
+    if spec.prefix_caching:
+        _check_blocks(workload, spec.block_size)
     makers = [_Maker(spec, settings, profiles[name], i) for i, name in enumerate(names)]
     sampler = Sampler(workload.duration_s) if spec.timeline else None
     cluster = Cluster(
@@ -148,15 +156,15 @@ def simulate(
         until_s=workload.duration_s + spec.request_timeout_s + _GRACE_S,
         last_arrival_s=workload.duration_s,
         timeout_s=spec.request_timeout_s,
-        progress=progress,
-        enough=enough,
+        progress=lambda now_s, ended: progress(now_s, ended, len(workload.jobs)),
+        enough=enough_of(workload) if enough_of else lambda outcome: False,
         sample=sampler,
         sample_period_s=sampler.period_s if sampler else 1.0,
     )
     outcomes = cluster.run(workload.jobs)
     metrics = report(cluster, outcomes, workload.duration_s)
     metrics["workload"] = rounded_numbers(workload.notes)
-    return SimResult(spec, metrics, outcomes, workload, sampler.samples if sampler else [])
+    return SimResult(spec, metrics, outcomes, workload, builder, sampler.samples if sampler else [])
 
 
 class _Maker:
@@ -178,16 +186,19 @@ class _Maker:
         )
 
 
-def _packaged_profile(device: str, model: str) -> DeviceProfile:
-    from nexusengine.profiles.registry import load_profile
-
-    profile: DeviceProfile = load_profile(device, model)
-    return profile
-
-
 def _longest(spec: SimSpec, profile: DeviceProfile) -> int:
     kv_tokens = spec.kv_tokens or profile.kv_capacity_tokens
     return min(spec.max_model_len, kv_tokens // spec.block_size * spec.block_size)
+
+
+def _check_blocks(workload: Workload, block_size: int) -> None:
+    sizes = {job.blocks.tokens for job in workload.jobs if job.blocks is not None}
+    for size in sizes:
+        if size % block_size:
+            raise ConfigError(
+                f"the trace names blocks of {size} tokens, which are not made of KV blocks of {block_size} tokens",
+                param="block_size",
+            )
 
 
 def _check(spec: SimSpec) -> None:
@@ -206,6 +217,8 @@ def _check(spec: SimSpec) -> None:
         value = getattr(spec, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise ConfigError(f"{name} must be between {low} and {high}, got {value}", param=name)
+    if spec.kv_tokens is not None and spec.kv_tokens < spec.block_size:
+        raise ConfigError(f"kv_tokens must be at least one block, {spec.block_size}, got {spec.kv_tokens}")
     if spec.scheduler_cost_s is not None and not 0.0 <= spec.scheduler_cost_s <= 1.0:
         raise ConfigError(
             f"scheduler cost must be 0 to 1 s a step, got {spec.scheduler_cost_s}", param="scheduler_cost"

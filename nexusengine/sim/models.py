@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.prior import probes
+from nexusengine.perf.registry import MODELS, make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
-_PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192
 
 
 def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
-    """`online`; `oracle`: answers the profile's own mean; `scaled:F`: the online one, wrong by the factor F.
-
-    Raises ConfigError.
+    """A model by its name (see perf.registry); `oracle`: answers the profile's own mean; `scaled:F`: the online one,
+    wrong by the factor F. Raises ConfigError.
     """
-    if spec == "online":
-        return make_online()
+    if spec in MODELS:
+        return make_ready(spec, profile)
     if spec == "oracle":
         return Oracle(profile)
     kind, _, value = spec.partition(":")
@@ -32,12 +31,18 @@ def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
     except ValueError:
         factor = math.nan
     if not 0.01 <= factor <= 100:
-        raise ConfigError(f"perf is online, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf")
-    return Scaled(make_online(), factor)
+        raise ConfigError(
+            f"perf is {', '.join(MODELS)}, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf"
+        )
+    return Scaled(make_ready("online", profile), factor)
 
 
-def make_online() -> PerformanceModel:
-    return LinearModel()
+def make_ready(name: str, profile: DeviceProfile) -> PerformanceModel:
+    """As a worker has it when it is ready: taught by some steps of the device at start-up, here without scatter."""
+    model, oracle = make_model(name), Oracle(profile)
+    for features in probes():
+        model.observe(features, oracle.predict(features).mean_s)
+    return model
 
 
 class Oracle:
@@ -85,6 +90,8 @@ class Oracle:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         del features, seconds
 
+    observe_cold = observe
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -93,15 +100,15 @@ class Oracle:
     def _mean(self, tokens: float, sequences: float, prefills: float, attention: float, kv_tokens: float) -> float:
         decodes = max(round(sequences - prefills), 0)
         chunks = max(round(prefills), 0)
-        counts = np.ones(decodes + chunks, np.int32)
-        contexts = np.zeros(decodes + chunks, np.int32)
+        rows = max(decodes + chunks, 1)  # a step of nothing costs what one token costs: the weights are read
+        counts, contexts = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         if decodes:
             contexts[:decodes] = max(kv_tokens / decodes - 1.0, 0.0)
         if chunks:
             size = max((tokens - decodes) / chunks, 1.0)
             counts[decodes:] = np.diff(np.rint(np.arange(chunks + 1) * size)).astype(np.int32)
             contexts[decodes:] = max(attention / chunks / size - 0.5 * size, 0.0)
-        return self._profile.step_s(counts, contexts) if len(counts) else 0.0
+        return self._profile.step_s(counts, contexts)
 
 
 class Scaled:
@@ -123,24 +130,24 @@ class Scaled:
     def observe(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe(features, seconds)
 
+    def observe_cold(self, features: StepFeatures, seconds: float) -> None:
+        self._model.observe_cold(features, seconds)
+
     def snapshot(self) -> PerfSnapshot:
-        """Weights are seconds in every model there is, so that scaled weights are a scaled model."""
-        snapshot = self._model.snapshot()
-        return replace(snapshot, weights=tuple(w * self._factor for w in snapshot.weights))
+        return scaled(self._model.snapshot(), self._factor)
 
 
 def _taught_by(oracle: Oracle) -> PerformanceModel:
-    """An online model that has seen a grid of steps, each with the oracle's own time."""
-    model = make_online()
-    for _ in range(3):
-        for decodes in (0, 1, 4, 16, 64, 256):
-            for context in (64, 512, 2048, 8192):
-                kv = decodes * (context + 1)
-                if decodes:
-                    features = StepFeatures(decodes, decodes, 0, 0.0, kv)
-                    model.observe(features, oracle.predict(features).mean_s)
-                for q in _PREFILL_TOKENS:
-                    attention = q * (context + 0.5 * q)
-                    features = StepFeatures(decodes + q, decodes + 1, 1, attention, kv)
-                    model.observe(features, oracle.predict(features).mean_s)
+    """An online model that has seen many kinds of steps, each with the oracle's own time: the same ones each time."""
+    model, rng = make_model(), np.random.default_rng(0)
+    for f in probes():
+        model.observe(f, oracle.predict(f).mean_s)
+    for _ in range(_LESSONS):
+        decodes = int(np.exp(rng.uniform(0.0, np.log(_MOST_DECODES))))
+        kv_tokens = decodes * int(rng.integers(*_CONTEXTS))
+        features = StepFeatures(decodes, decodes, 0, 0.0, kv_tokens)
+        if rng.random() < 0.5:
+            q, context = int(np.exp(rng.uniform(1.0, np.log(_LONGEST_CHUNK)))), int(rng.integers(*_CONTEXTS))
+            features = StepFeatures(decodes + q, decodes + 1, 1, q * (context + 0.5 * q), kv_tokens)
+        model.observe(features, oracle.predict(features).mean_s)
     return model

@@ -22,8 +22,10 @@ CASES: dict[str, tuple[str, Any, int, str, str | None]] = {  # path, body, statu
     "not UTF-8": (TEXT, b'{"prompt": "\xff"}', 400, "UTF-8 at byte 12", None),
     "not an object": (TEXT, [1], 400, "object", None),
     "deeply nested": (TEXT, b"[" * 100_000, 400, "nested", None),
-    "NaN": (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN", None),
-    "Infinity": (TEXT, b'{"prompt": "x", "top_p": -Infinity}', 400, "Infinity", None),
+    "NaN": (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "temperature is NaN", "temperature"),
+    "Infinity": (TEXT, b'{"prompt": "x", "top_p": -Infinity}', 400, "top_p is -Infinity", "top_p"),
+    "NaN deep inside": (CHAT, b'{"messages": [1, {"a": "NaN", "b": NaN}]}', 400, "NaN", "messages.1.b"),
+    "nothing but NaN": (TEXT, b"NaN", 400, "the body is NaN", None),
     "no prompt": (TEXT, {}, 400, "prompt", "prompt"),
     "an empty prompt": (TEXT, {"prompt": ""}, 400, "empty", "prompt"),
     "no prompts": (TEXT, {"prompt": []}, 400, "empty", "prompt"),
@@ -31,6 +33,7 @@ CASES: dict[str, tuple[str, Any, int, str, str | None]] = {  # path, body, statu
     "mixed prompts": (TEXT, {"prompt": ["a", 1]}, 400, "prompt", None),
     "a token that does not exist": (TEXT, {"prompt": [1, 97]}, 400, "97", "prompt"),
     "a negative token": (TEXT, {"prompt": [-1]}, 400, "-1", "prompt"),
+    "too long a chat": (CHAT, {"messages": [{"role": "user", "content": "x" * 400}]}, 400, "407 tokens", "messages"),
     "too long a prompt": (TEXT, {"prompt": "x" * 400}, 400, "400 tokens", "prompt"),
     "too many tokens asked for": (TEXT, {"prompt": "x", "max_tokens": 400}, 400, "400 output tokens", "max_tokens"),
     "negative max_tokens": (TEXT, {"prompt": "x", "max_tokens": -1}, 400, "-1", "max_tokens"),
@@ -162,6 +165,8 @@ def test_fields_without_effect_are_named_in_a_header(server: Running) -> None:
     reply = httpx.post(server.url + TEXT, json=body)
     assert reply.status_code == 200
     assert reply.headers["x-nexus-ignored"] == "flavour, user"
+    body = {"prompt": "x", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True, "frosting": 1}}
+    assert httpx.post(server.url + TEXT, json=body).headers["x-nexus-ignored"] == "stream_options.frosting"
 
 
 def test_a_field_whose_name_no_header_can_hold_is_still_only_ignored(server: Running) -> None:

@@ -167,3 +167,26 @@ def test_classes_and_their_default_come_from_the_settings(start_server: Callable
     reply = httpx.post(server.url + TEXT, json={"prompt": "x", "slo": "interactive"})
     assert reply.status_code == 400
     assert "gold, silver, none" in reply.json()["error"]["message"]
+
+
+def test_what_becomes_of_promises_is_counted_also_where_no_reply_tells_it(
+    start_server: Callable[..., Running],
+) -> None:
+    server = start_server(real_s=0.02, request_timeout=0.5)
+    ask(server, slo="batch")
+    ask(server, slo={"ttft_ms": 1, "tpot_ms": 50})
+    assert httpx.post(server.url + TEXT, json={"prompt": "x", "max_tokens": 300}).status_code == 504
+    with httpx.stream("POST", server.url + TEXT, json={"prompt": "x", "max_tokens": 300, "stream": True}) as reply:
+        next(reply.iter_bytes())
+    assert httpx.post(server.url + TEXT, json={"prompt": "x" * 500}).status_code == 400
+    assert server.idle()
+    text = httpx.get(server.url + "/metrics").text
+    for line in (
+        'slo_requests_total{class="batch",verdict="met"} 1.0',
+        'slo_requests_total{class="custom",verdict="ttft"} 1.0',
+        'slo_requests_total{class="standard",verdict="unfinished"} 2.0',
+        'slo_attainment{class="standard"} 0.0',
+        'slo_unattainable_requests_total{class="custom"} 1.0',
+    ):
+        assert f"nexusengine_{line}" in text
+    assert text.count("nexusengine_slo_requests_total{") == 3

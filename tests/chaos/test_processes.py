@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import Served, free_port
+from tests.conftest import Served, free_port, runs
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 TEXT = "/v1/completions"
@@ -108,6 +109,31 @@ def test_a_killed_worker_costs_only_what_it_was_streaming_and_comes_back(serve: 
     wait_until(lambda: at_rest(served))
 
 
+def test_an_answer_sent_whole_survives_the_worker_that_was_writing_it(serve: Serve) -> None:
+    served = serve("--devices", "emulated:t4,emulated:t4")
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "seed": 7}
+    expected = httpx.post(served.url + TEXT, json=body, timeout=60).json()["choices"][0]["text"]
+    replies: list[httpx.Response] = []
+    client = threading.Thread(target=lambda: replies.append(httpx.post(served.url + TEXT, json=body, timeout=120)))
+    before = served.metric("nexusengine_worker_generated_tokens_total")
+    client.start()
+    busy: list[str] = []
+
+    def is_writing() -> bool:
+        now = served.metric("nexusengine_worker_generated_tokens_total")
+        busy[:] = [w for w in now if now[w] - before[w] > 20]
+        return bool(busy)
+
+    wait_until(is_writing)
+    (pid,) = [w["pid"] for w in served.workers() if w["id"] == busy[0]]
+    os.kill(pid, signal.SIGKILL)
+    client.join(120)
+    assert [r.status_code for r in replies] == [200]
+    assert replies[0].json()["choices"][0]["text"] == expected
+    assert replies[0].json()["usage"]["completion_tokens"] == 400
+    wait_until(lambda: at_rest(served))
+
+
 def test_a_killed_router_is_replaced_and_its_requests_are_told(serve: Serve) -> None:
     served = serve("--devices", "emulated:t4,emulated:t4")
     stream = Stream(served.url, 3000)
@@ -139,16 +165,18 @@ def test_nothing_outlives_a_killed_supervisor(serve: Serve) -> None:
     children = psutil.Process(served.process.pid).children(recursive=True)
     assert len(children) == 4
     served.process.kill()
-    _, alive = psutil.wait_procs(children, timeout=2)
-    assert alive == []
+    wait_until(lambda: not any(map(runs, children)), timeout_s=2.0)
 
 
-def test_on_sigterm_running_requests_finish_and_new_ones_are_refused(serve: Serve) -> None:
+@pytest.mark.parametrize("everyone", [False, True], ids=["the supervisor", "every process"])
+def test_on_sigterm_running_requests_finish_and_new_ones_are_refused(serve: Serve, everyone: bool) -> None:
+    """Service managers and Ctrl-C signal the whole group; `timeout` signals its own child twice."""
     served = serve("--devices", "emulated:t4")
     stream = Stream(served.url, 500)
     stream.wait_for_tokens()
     children = psutil.Process(served.process.pid).children(recursive=True)
-    served.process.send_signal(signal.SIGTERM)
+    for process in [*children, served.process, served.process] if everyone else [served.process]:
+        process.send_signal(signal.SIGTERM)
     wait_until(lambda: httpx.get(served.url + "/readyz").status_code == 503)
     assert Stream(served.url, 5).join() == "unavailable"
     assert stream.join() == "done"
@@ -218,10 +246,73 @@ def test_a_start_that_cannot_succeed_ends_at_once_with_its_cause(options: tuple[
     assert words in start_and_fail(*options)
 
 
+def test_a_runtime_folder_that_cannot_be_used_is_named(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "runtime"
+    long = tmp_path / ("x" * 100)
+    assert f"{long} is too long" in start_and_fail("--devices", "emulated:t4", "--runtime-dir", str(long))
+    served = serve("--devices", "emulated:t4", "--runtime-dir", str(folder))
+    assert "used by another engine" in start_and_fail("--devices", "emulated:t4", "--runtime-dir", str(folder))
+    assert Stream(served.url, 3).join() == "done"
+
+
 def test_a_port_in_use_is_named(serve: Serve) -> None:
     served = serve("--devices", "emulated:t4")
     port = served.url.rsplit(":", 1)[1]
     assert f"port {port}" in start_and_fail("--devices", "emulated:t4", "--port", port)
+
+
+def test_a_killed_server_is_replaced_at_the_port_it_had(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--devices", "emulated:t4", port=0)
+    (server,) = [p for p in psutil.Process(served.process.pid).children() if "nexusengine.server.main" in p.cmdline()]
+    stream = Stream(served.url, 3000)
+    stream.wait_for_tokens()
+    server.kill()
+    assert stream.join() == "broken off"
+    wait_until(lambda: answers(served.url + "/readyz"))
+    assert Stream(served.url, 5).join() == "done"
+    wait_until(lambda: at_rest(served))  # the router gives up what the old server had asked for
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_model_without_its_tokenizer_is_named_at_once(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cause = start_and_fail("--model", str(tmp_path), "--devices", "emulated:instant")
+    assert cause.startswith(f"nexusengine: {tmp_path}/tokenizer.json is missing")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_download_ends_with_the_supervisor(tmp_path: Path, number: signal.Signals) -> None:
+    """The index is there but never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        port = index.getsockname()[1]
+        environ = {"NEXUSENGINE_CACHE": str(tmp_path), "PIP_INDEX_URL": f"http://127.0.0.1:{port}/simple"}
+        served = subprocess.Popen(
+            [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", "0"],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **environ},
+        )
+        supervisor = psutil.Process(served.pid)
+        wait_until(lambda: any("pip" in p.cmdline() for p in supervisor.children()))
+        children = supervisor.children(recursive=True)
+        assert len(children) == 3
+        supervisor.send_signal(number)
+        served.wait(15)
+        wait_until(lambda: not any(map(runs, children)), timeout_s=2.0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupt"])

@@ -161,5 +161,6 @@ def test_a_tensor_that_does_not_belong_is_named(tmp_path: Path, change: str, wor
     else:
         tensors["model.norm.weight"] = torch.zeros(63)
     save_file(tensors, file)
-    with pytest.raises(ModelLoadError, match=words):
+    with pytest.raises(ModelLoadError, match=words) as caught:
         ours(tmp_path, prompts(), 50)
+    assert str(tmp_path) in caught.value.message

@@ -1,28 +1,40 @@
-"""The router under random deaths, aborts, silence and news: every request ends exactly once, and nothing is left."""
+"""The router under random deaths, aborts, faults, silence and reports that are lost, doubled or overtaken: every
+request ends exactly once, nothing is left, and what is kept up to date step by step is what one would make anew."""
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nexusengine import wire
+from nexusengine.router.board import Board
 from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.least_outstanding import LeastOutstanding
+from nexusengine.router.ledger import Entry, Stage
+from nexusengine.router.policies import make_policy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
-WORKERS, CLIENTS = ("w0", "w1", "w2"), (b"c0", b"c1")
+WORKERS, CLIENTS = ("w0", "w1"), (b"c0", b"c1")
 workers = st.sampled_from(WORKERS)
 
 
 class Cluster(RuleBasedStateMachine):
-    """at: what each live worker process was told to do, as the worker sees it."""
+    """at: what each live worker process was told to do, as the worker sees it. seen: the last dispatch it saw; seq and
+    accepted: of the reports it sent, and of the newest the router took."""
+
+    policy = "least-requests"
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = RouterCore(
-            LeastOutstanding(), [wire.WorkerInfo(w, "", 0, "cpu", "m") for w in WORKERS], epoch="r", max_held=3
-        )
+        infos = [wire.WorkerInfo(w, "", 0, "cpu", "m") for w in WORKERS]
+        self.core = RouterCore(make_policy(self.policy), infos, epoch="r", max_held=3)
+        self.seen: dict[bytes, int] = {}
+        self.seq: dict[bytes, int] = {}
+        self.covered: dict[bytes, int] = {}
+        self.accepted: dict[bytes, wire.Report] = {}
+        self.overtaken: dict[bytes, list[wire.Report]] = {}
+        self.board = Board()
         self.now, self.names = 0.0, 0
         self.epochs = dict.fromkeys(WORKERS, 0)
         self.alive: set[str] = set()
@@ -43,6 +55,8 @@ class Cluster(RuleBasedStateMachine):
                 assert name in self.open, "an ended request is dispatched"
                 self.dispatches[name] = self.dispatches.get(name, 0) + 1
                 assert self.dispatches[name] <= 2
+                assert message.seq == self.seen.get(o.identity, 0) + 1, "dispatches are numbered without gaps"
+                self.seen[o.identity] = message.seq
                 self.at.setdefault(o.identity, {})[name] = 0
             elif isinstance(message, wire.Cancel):
                 self.at.get(o.identity, {}).pop(message.request_id, None)
@@ -58,7 +72,7 @@ class Cluster(RuleBasedStateMachine):
     def start(self, worker: str) -> None:
         self.epochs[worker] += 1
         self.alive.add(worker)
-        info = wire.WorkerInfo(worker, str(self.epochs[worker]), 1, "cpu", "m", max_model_len=100)
+        info = wire.WorkerInfo(worker, str(self.epochs[worker]), 1, "cpu", "m", max_model_len=100, max_waiting=6)
         self.core.on_worker(self.identity(worker), wire.Ready(info), self.now)
         self.settle()
 
@@ -100,16 +114,91 @@ class Cluster(RuleBasedStateMachine):
         self.core.on_worker(identity, message, self.now)
         self.settle()
 
-    @rule(seconds=st.floats(0.1, 3.0))
-    def wait(self, seconds: float) -> None:
+    @rule(worker=workers, code=st.sampled_from(["overloaded", "internal_error", "invalid_value", "deadline_exceeded"]))
+    def fail(self, worker: str, code: str) -> None:
+        """The worker ends its oldest request with an error."""
+        identity = self.identity(worker)
+        if worker in self.alive and self.at.get(identity):
+            name = next(iter(self.at[identity]))
+            del self.at[identity][name]
+            delta = TokenDelta(name, finish_reason="error", error_code=code)
+            self.core.on_worker(identity, wire.WorkerDeltas("", (), (delta,)), self.now)
+            self.settle()
+
+    @rule(worker=workers)
+    def drain(self, worker: str) -> None:
+        self.core.drain_worker(worker)
+        self.settle()
+
+    @rule(
+        worker=workers,
+        lag=st.integers(0, 3),
+        waiting=st.integers(0, 6),
+        running_s=st.sampled_from([0.0, 0.0, 0.0, 9.0]),
+        fate=st.sampled_from(["comes", "comes", "comes twice", "is lost", "is overtaken"]),
+    )
+    def report(self, worker: str, lag: int, waiting: int, running_s: float, fate: str) -> None:
+        if worker not in self.alive:
+            return
+        identity = self.identity(worker)
+        self.seq[identity] = self.seq.get(identity, 0) + 1
+        covers = max(self.seen.get(identity, 0) - lag, self.covered.get(identity, 0))
+        self.covered[identity] = covers
+        pending = (wire.PendingPrefill(self.now + 1.0, 100, 0, 0.05, False),) * waiting
+        load = wire.WorkerLoad(covers, waiting=waiting, pending=pending, step_running_s=running_s)
+        report = wire.Report(str(self.epochs[worker]), self.seq[identity], load)
+        if fate == "is overtaken":
+            self.overtaken.setdefault(identity, []).append(report)
+        if fate.startswith("comes"):
+            self.accepted[identity] = report
+            for one in [report] * (1 + (fate == "comes twice")) + self.overtaken.pop(identity, []):
+                self.core.on_worker(identity, one, self.now)
+        self.settle()
+
+    @rule(seconds=st.floats(0.1, 3.0), heard=st.booleans())
+    def wait(self, seconds: float, heard: bool) -> None:
+        """Time passes; the workers were heard of or not."""
         self.now += seconds
         for client in CLIENTS:
             self.core.on_client(client, wire.Hello(), self.now)
-        for worker in self.alive:
-            report = wire.Report(str(self.epochs[worker]), int(self.now * 1000), wire.WorkerLoad(0))
-            self.core.on_worker(self.identity(worker), report, self.now)
+        for worker in self.alive if heard else ():
+            self.core.on_worker(self.identity(worker), wire.WorkerDeltas("", ()), self.now)
         self.core.on_timer(self.now)
         self.settle()
+
+    @invariant()
+    def views_are_what_one_would_make_anew(self) -> None:
+        ledger, registry = self.core.ledger, self.core.registry
+        views = registry.views(ledger)
+        assert [v.worker_id for v in views] == list(registry.workers)
+        for view in views:
+            worker = registry.workers[view.worker_id]
+            assert (view.info, view.state) == (worker.info, worker.state)
+            entries = [e for e in self.all_entries() if worker.identity is not None and e.identity == worker.identity]
+            entries.sort(key=lambda e: e.seq)
+            assert view.outstanding == len(entries)
+            assert view.outstanding_tokens == sum(e.tokens for e in entries)
+            report = None if worker.identity is None else self.accepted.get(worker.identity)
+            assert view.load == (None if report is None else report.load)
+            covers = 0 if report is None else report.load.covers
+            new = [e for e in entries if e.seq > covers]
+            assert view.unreported == tuple(e.placement for e in new if e.stage is Stage.DISPATCHED)
+            assert view.started == tuple(e.placement for e in new if e.stage is Stage.STREAMING)
+            assert view.warming == (len(entries) >= worker.may_have)
+            if worker.breaker.barred() is not None:
+                assert view.barred == worker.breaker.barred()
+            waiting = (view.load.waiting if view.load else 0) + len(view.unreported)
+            assert (view.barred is None) <= (not worker.info.max_waiting or waiting < worker.info.max_waiting)
+        again = registry.views(ledger)
+        assert all(a is b for a, b in zip(views, again, strict=True)), "unchanged views are the same objects"
+        fresh = Board()
+        fresh.update(views, self.now)
+        self.board.update(views, self.now)
+        for name in ("due_s", "ahead_s", "slack_s", "takes", "warming", "longest", "count"):
+            assert np.array_equal(getattr(fresh, name), getattr(self.board, name)), name
+
+    def all_entries(self) -> list[Entry]:
+        return [e for name in self.open if (e := self.core.ledger.get(name)) is not None]
 
     @invariant()
     def the_ledger_is_what_is_open(self) -> None:
@@ -125,8 +214,14 @@ class Cluster(RuleBasedStateMachine):
         self.settle()
         assert len(self.core.ledger) == 0
         assert self.open == {}
-        assert not any(v.outstanding for v in self.core.registry.views(self.core.ledger))
+        for view in self.core.registry.views(self.core.ledger):
+            assert (view.outstanding, view.outstanding_tokens, view.unreported, view.started) == (0, 0, (), ())
+
+
+class PrismCluster(Cluster):
+    policy = "prism:hold=5"
 
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestPrismCluster = PrismCluster.TestCase
+TestCluster.settings = TestPrismCluster.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

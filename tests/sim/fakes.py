@@ -10,7 +10,7 @@ from nexusengine.lens.view import F8, I4
 class FormulaProfile:
     """5 ms + 20 us a token + 40 ns a KV token read + 1 ns a token pair; no scatter."""
 
-    name, model, source, confidence = "formula", "any", "made up", "none"
+    name, device, model, source, confidence = "formula", "formula", "any", "made up", "none"
     weights_bytes = 0
 
     def __init__(self, kv_capacity_tokens: int = 100_000, speed: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.lens.plan import SchedulerPolicy, StepPlan
 from nexusengine.lens.registry import make_policy
 from nexusengine.lens.view import EngineView
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO, EngineRequest, SamplingParams
@@ -71,7 +71,7 @@ def through_the_core(
     core = EngineCore(
         ClockedExecutor(profile, clock, blocks + 1),
         Recorder(policy, plans),
-        LinearModel(),
+        make_model(),
         clock=clock,
         max_running=24,
         max_waiting=200,
@@ -103,7 +103,7 @@ def through_the_simulator(
     engine = SimEngine(
         FormulaProfile(),
         Recorder(policy, plans),
-        LinearModel(),
+        make_model(),
         EngineSettings(max_running=24, max_waiting=200, max_batch_tokens=128, kv_tokens=blocks * 16, noise=False),
         max_model_len=MAX_LEN,
         rng=np.random.default_rng(0),
@@ -126,8 +126,23 @@ def through_the_simulator(
     return plans, {e.job.request.request_id: (e.first_token_s, e.ended_s) for e in engine.ended}
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "fcfs:budget=64"])
-@pytest.mark.parametrize("blocks", [64, 1000])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "fcfs",
+        "fcfs:budget=64",
+        "sarathi:budget=48",
+        "prefill-first",
+        "edf",
+        "edf:relegate=1",
+        "srpt",
+        "paper-lens",
+        "lens",
+        "lens:limit=0,budget=64",
+        "lens:order=0",
+    ],
+)
+@pytest.mark.parametrize("blocks", [40, 1000])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_request_ends_when_it_ends_in_the_real_core(policy: str, blocks: int, seed: int) -> None:
     jobs = workload(seed, 60)
@@ -136,7 +151,7 @@ def test_every_request_ends_when_it_ends_in_the_real_core(policy: str, blocks: i
     assert simulated.keys() == real.keys()
     for name, instants in real.items():
         assert simulated[name] == pytest.approx(instants, abs=1e-9), name
-    assert blocks > 64 or any(preempted for _, _, preempted in real_plans)
+    assert blocks > 40 or any(preempted for _, _, preempted in real_plans)
     planned = {at_s: (rows, preempted) for at_s, rows, preempted in real_plans}
     for at_s, rows, preempted in sim_plans:  # fewer plans: like steps are begun as one run
         assert planned[at_s] == (rows, preempted)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from nexusengine.cli.main import COMMANDS, main
+from nexusengine.cli.serve import Announcer
+from nexusengine.config import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,29 @@ def test_importing_a_part_does_not_import_what_it_does_not_need(code: str, forbi
     check = f"{code}\nimport sys\nprint([m for m in {forbidden!r} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_start_up_is_told_line_by_line_and_a_terminal_sees_percentages_change(
+    on_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    announcer = Announcer(ServeConfig())
+    announcer({"type": "listening", "host": "0.0.0.0", "port": 77})
+    for fraction in (0.1, 0.2, 0.3):
+        announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": fraction})
+    announcer({"type": "ready"})
+    announcer({"type": "draining", "limit_s": 30.0})
+    announcer.end_line()
+    out, err = capsys.readouterr()
+    assert "serves smollm2-135m at http://127.0.0.1:77 " in out
+    assert "\ncurl http://127.0.0.1:77/v1/chat/completions " in out
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in err.strip("\n").split("\n")]
+    assert lines == [
+        "==> listening at http://127.0.0.1:77, not ready yet",
+        f"==> loading weights (w0) {30 if on_terminal else 10} %",
+        "==> finishing the requests in progress, 30 s at most; once more ends at once",
+    ]
 
 
 def test_a_wrong_setting_ends_with_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Settings: where values come from, and what a wrong one is answered."""
 
 import argparse
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,13 @@ def test_sizes_are_read_with_decimal_and_binary_prefixes(text: str, size: int) -
         ({"kv_cache_memory": "lots"}, ["--kv-cache-memory", "lots", "2GiB"]),
         ({"dtype": "int3"}, ["--dtype", "int3", "float32"]),
         ({"prefix_caching": "perhaps"}, ["--prefix-caching", "perhaps"]),
+        ({"prefix_caching": 3}, ["--prefix-caching", "3"]),
         ({"max_running": "x"}, ["--max-running", "x"]),
+        ({"max_running": 3.7}, ["--max-running", "3.7", "whole"]),
+        ({"max_running": True}, ["--max-running", "True", "whole"]),
+        ({"kv_cache_memory": 0}, ["--kv-cache-memory", "0"]),
+        ({"kv_cache_memory": -1}, ["--kv-cache-memory", "-1"]),
+        ({"max_body_bytes": True}, ["--max-body-bytes", "True"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_option_and_what_is_right(given: dict[str, str], words: list[str]) -> None:
@@ -80,10 +88,15 @@ def test_what_is_not_a_device_is_refused(text: str) -> None:
 
 
 def test_auto_takes_the_gpus_it_is_shown_or_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = types.SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 8)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [str(d) for d in parse_devices("auto")] == ["cuda:0", "cuda:1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [str(d) for d in parse_devices("auto")] == ["cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    driver.nvmlDeviceGetCount = lambda: 0
+    assert [str(d) for d in parse_devices("auto")] == ["cpu"], "shown a GPU that is not there"
 
 
 def test_every_setting_is_an_option_of_the_command_line() -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.core.admission import first_token_in_s, unattainable
-from nexusengine.lens.view import RequestColumns
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.plan import StepPlan
+from nexusengine.lens.view import EngineView, RequestColumns
+from nexusengine.perf import basis
+from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.linear import LinearModel
 from nexusengine.types import SLO, TokenDelta
 from tests.fakes import FakeExecutor, make_core, request
 
-MODEL = LinearModel((0.01, 0.02, 0.005, 0.003))
+WEIGHTS = {basis.ONE: 0.01, basis.SLOPE: 0.02, basis.ATTENTION: 0.005, basis.KV: 0.003}
+MODEL = Curve([WEIGHTS.get(i, 0.0) for i in range(basis.TERMS)], seen=1e6)
 NOBODY = np.zeros(0, np.int32)
+
+
+def view(columns: RequestColumns, running: np.ndarray, waiting: np.ndarray) -> EngineView:
+    return EngineView(columns, running, waiting, 100, 100, 16, max_batch_tokens=512, max_running=64, model=MODEL)
 
 
 def by_steps(prompts: list[tuple[int, int]], decodes: list[int], limit: int) -> float:
@@ -54,14 +64,8 @@ def test_the_first_token_is_foreseen_as_if_everything_ahead_were_computed_first(
         c.computed_tokens[slot], c.known_tokens[slot] = computed, known
     first_decode = len(begun) + len(waiting)
     running = np.array([*range(len(begun)), *range(first_decode, len(rows))], np.int32)
-    foreseen_s = first_token_in_s(
-        MODEL,
-        c,
-        running,
-        np.arange(len(begun), first_decode, dtype=np.int32),
-        prompt_tokens=own,
-        max_batch_tokens=512,
-    )
+    waiting_slots = np.arange(len(begun), first_decode, dtype=np.int32)
+    foreseen_s = first_token_in_s(view(c, running, waiting_slots), own)
     truth_s = by_steps([*begun, *((0, known) for known in waiting), (0, own)], decodes, 512)
     assert foreseen_s == pytest.approx(truth_s, rel=0.02)
 
@@ -72,19 +76,19 @@ def test_who_was_relegated_is_not_ahead_and_a_cached_prefix_is_not_computed() ->
     one = np.array([0], np.int32)
 
     def foreseen_s() -> float:
-        return first_token_in_s(MODEL, c, NOBODY, one, prompt_tokens=10, max_batch_tokens=512)
+        return first_token_in_s(view(c, NOBODY, one), 10)
 
     behind_all = foreseen_s()
     c.cached_tokens[0] = 3900
     assert foreseen_s() < behind_all / 3
     c.relegated[0] = True
-    alone = first_token_in_s(MODEL, c, NOBODY, NOBODY, prompt_tokens=10, max_batch_tokens=512)
+    alone = first_token_in_s(view(c, NOBODY, NOBODY), 10)
     assert foreseen_s() == alone
 
 
 def test_a_promise_is_unattainable_where_the_prompt_alone_or_one_decode_is_too_slow() -> None:
     def of(slo: SLO) -> bool:
-        return unattainable(MODEL, slo, prompt_tokens=1000, max_batch_tokens=512)
+        return unattainable(view(RequestColumns.empty(1), NOBODY, NOBODY), 1000, slo)
 
     assert not of(SLO(1.0, 0.1))
     assert of(SLO(0.1, 0.1))
@@ -136,3 +140,26 @@ def test_a_slot_that_is_used_again_starts_with_a_clean_record() -> None:
         (last,) = (d for _ in range(2) for d in core.step() if d.finish_reason)
         assert last.service is not None
         assert last.service.strict == (name == "b")
+
+
+class Foreseeing(FCFS):
+    """Says of every slot that its first token comes 7 s from now, but of `silent_of`."""
+
+    silent_of = -1
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        first_token_s = np.full(len(view.columns.known_tokens), now + 7.0)
+        first_token_s[self.silent_of] = np.nan
+        return replace(super().plan(view, now), first_token_s=first_token_s)
+
+
+def test_a_policy_that_foresees_first_tokens_is_believed_once() -> None:
+    clock, policy = VirtualClock(), Foreseeing()
+    core = make_core(FakeExecutor(clock=clock, max_batch_tokens=8), clock=clock, policy=policy)
+    core.add(request("a", list(range(20)), 2))
+    found = [d for _ in range(5) for d in core.step() if d.service is not None]
+    assert [d.service.predicted_ttft_s for d in found if d.service] == [7.0, 7.0], "as it was said in the first step"
+    policy.silent_of = core._free_slots[-1]
+    core.add(request("b", list(range(20)), 2, arrival_s=clock.now()))
+    found = [d for _ in range(5) for d in core.step() if d.service is not None]
+    assert all(0 < d.service.predicted_ttft_s < 1 for d in found if d.service)

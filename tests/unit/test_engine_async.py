@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,11 @@ from tokenizers import models, pre_tokenizers
 
 import nexusengine.async_engine
 from nexusengine import wire
-from nexusengine.async_engine import AsyncEngine
+from nexusengine.async_engine import AsyncEngine, once_more
 from nexusengine.backend import Sink
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.core import EngineCore
-from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Unavailable
+from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Unavailable, WorkerLost
 from nexusengine.local import LocalBackend
 from nexusengine.requests import merge
 from nexusengine.tokenize import Tokenizer
@@ -235,6 +235,37 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop() -> None:
     assert await engine.encode("ab") == TOKENIZER.encode("ab")
     assert len(await engine.encode("a" * 100_000)) == 100_000
     assert [t is threading.main_thread() for t in threads] == [True, False]
+
+
+def generations(*lengths: int, last: int) -> tuple[list[int], Any]:
+    """A generation whose worker is lost after so many pieces at each start, and that has `last` pieces in the end."""
+    started: list[int] = []
+
+    async def start() -> AsyncGenerator[RequestOutput]:
+        started.append(len(started))
+        lost_after = lengths[started[-1]] if started[-1] < len(lengths) else None
+        for i in range(last if lost_after is None else lost_after):
+            yield RequestOutput("r", (1,), str(started[-1]), (i,), "length" if i == last - 1 else None)
+        if lost_after is not None:
+            raise WorkerLost("lost")
+
+    return started, start
+
+
+async def test_what_is_looked_at_only_when_complete_is_generated_again_once_if_its_worker_is_lost() -> None:
+    started, start = generations(3, last=4)
+    assert [(o.text, o.token_ids) async for o in once_more(start)] == [("1", (i,)) for i in range(4)]
+    started, start = generations(3, 2, last=4)
+    with pytest.raises(WorkerLost):
+        _ = [o async for o in once_more(start)]
+    assert started == [0, 1]
+
+
+async def test_a_worker_lost_before_the_first_token_is_not_this_layers_concern() -> None:
+    started, start = generations(0, last=4)
+    with pytest.raises(WorkerLost):
+        _ = [o async for o in once_more(start)]
+    assert started == [0]
 
 
 def test_merged_deltas_lose_nothing() -> None:

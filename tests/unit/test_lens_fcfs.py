@@ -8,7 +8,7 @@ from nexusengine.lens.fcfs import FCFS
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.registry import make_policy
 from nexusengine.lens.view import EngineView, RequestColumns
-from nexusengine.perf.linear import LinearModel
+from nexusengine.perf.registry import make_model
 
 SIZE = 16
 
@@ -24,7 +24,7 @@ def view(
         c.known_tokens[slot] = known
     slots = np.arange(len(running) + len(waiting), dtype=np.int32)
     total = free + int(c.blocks.sum())
-    return EngineView(c, slots[: len(running)], slots[len(running) :], free, total, SIZE, batch, seats, LinearModel())
+    return EngineView(c, slots[: len(running)], slots[len(running) :], free, total, SIZE, batch, seats, make_model())
 
 
 def computed(plan: StepPlan) -> dict[int, int]:

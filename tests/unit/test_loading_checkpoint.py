@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nexusengine.errors import ModelLoadError
+from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading.config_json import parse_config, read_config
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.loading.safetensors_file import check_header, find_shards
@@ -60,7 +60,9 @@ def test_rope_scaling_is_read_in_its_old_and_new_spellings(rope: dict[str, Any])
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
         ({"sliding_window": 128}, "sliding_window is 128"),
+        ({"sliding_window": "4k"}, "sliding_window is '4k'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"architectures": []}, "architectures"),
@@ -85,6 +87,12 @@ def test_end_of_text_ids_come_from_both_files(tmp_path: Path) -> None:
 def test_a_model_that_does_not_exist_is_one_clear_sentence(ref: str) -> None:
     with pytest.raises(ModelLoadError, match="there is no model"):
         resolve_model(ref)
+
+
+def test_a_revision_without_a_repository_is_refused(tmp_path: Path) -> None:
+    for ref in ("smollm2-135m", str(tmp_path)):
+        with pytest.raises(ConfigError, match="revision 'main' was given"):
+            resolve_model(ref, revision="main")
 
 
 def test_a_directory_without_weights_or_with_too_many_is_named(tmp_path: Path) -> None:
@@ -122,6 +130,10 @@ def entry(**change: Any) -> dict[str, Any]:
         (entry(data_offsets=[16, 0]), "tensor a"),
         (entry(shape=[20], data_offsets=[0, 80]), "tensor a at bytes 0 to 80"),
         (entry() | {"b": entry()["a"]}, "tensors a and b overlap"),
+        (entry() | {"b": {"dtype": "U8", "shape": [4], "data_offsets": [20, 24]}}, "tensors a and b have a gap"),
+        (entry(), "bytes 0 to 16 of 24"),
+        (entry(data_offsets=[8, 24]), "bytes 8 to 24 of 24"),
+        ({}, "bytes 0 to 0 of 24"),
         ({"a": {}}, "tensor a is malformed"),
     ],
 )

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import asdict
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nexusengine.core.stats import CoreStats
-from nexusengine.obs.metrics import PREFIX, ROUTER_METRICS, SERVER_METRICS, WORKER_METRICS, Metrics, markdown
-from nexusengine.types import Timings
-from nexusengine.wire import Cluster, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.obs.metrics import (
+    PREFIX,
+    ROUTER_COUNTERS,
+    ROUTER_METRICS,
+    SERVER_METRICS,
+    WINDOW_METRICS,
+    WORKER_METRICS,
+    Metrics,
+    markdown,
+)
+from nexusengine.obs.window import WINDOW_S, SlidingWindow
+from nexusengine.router import core
+from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
+from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
 LOADED = WorkerStatus(
     WorkerInfo("w0", "e", 1, "cuda:0", "m"),
@@ -17,11 +31,15 @@ LOADED = WorkerStatus(
     "ready",
     1.0,
     outstanding=3,
-    load=WorkerLoad(0, totals=CoreStats(steps=7, device_s=1.5).totals()),
+    load=WorkerLoad(
+        0,
+        perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals(),
+    ),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
-CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5)
+CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5, totals={"faults": 6.0})
 
 
 def values(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -42,6 +60,7 @@ def test_every_worker_metric_is_there_for_a_worker_that_reports() -> None:
     assert seen["worker_device_seconds_total", "w0"] == 1.5
     assert (seen["worker_ready", "w0"], seen["worker_outstanding", "w0"], seen["worker_restarts", "w0"]) == (1, 3, 2)
     assert (seen["router_held", ""], seen["router_ledger", ""]) == (4, 5)
+    assert (seen["router_faults_total", ""], seen["router_dispatches_total", ""]) == (6, 0)
 
 
 def test_a_worker_that_has_not_reported_has_a_state_and_no_invented_numbers() -> None:
@@ -54,6 +73,12 @@ def test_without_a_cluster_the_servers_own_metrics_remain() -> None:
     seen = values(Metrics(lambda: None))
     assert seen["requests_in_progress", ""] == 0
     assert not any(name.startswith(("worker_", "router_")) for name, _ in seen)
+
+
+def test_every_counter_of_the_router_is_one_that_it_keeps() -> None:
+    kept = set(re.findall(r'_totals\["(\w+)"', inspect.getsource(core)))
+    kept |= {"requests_error", "backpressure", "faults"}
+    assert {key for key, _ in ROUTER_COUNTERS.values()} <= kept
 
 
 def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
@@ -69,7 +94,98 @@ def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
 
 
 def test_names_are_unique_and_on_the_page() -> None:
-    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + list(ROUTER_METRICS)
+    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *ROUTER_COUNTERS, *WINDOW_METRICS]
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
     assert set(asdict(CoreStats())) == set(CoreStats().totals())
+
+
+def ended(slo_class: str | None, verdict: Verdict | None, **fields: object) -> RequestOutput:
+    """TTFT 0.5 s where 0.25 s were predicted, TPOT 0.1 s."""
+    return RequestOutput(
+        "r",
+        (1,),
+        "x",
+        (5,),
+        "length",
+        timings=Timings(1.0, 1.25, 1.5, 2.5, output_tokens=11),
+        slo=None if verdict is None else SLO(1.0, 0.1),
+        slo_class=slo_class,
+        verdict=verdict,
+        service=Service("w0", 0.25),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def by_class(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
+    """By the labels other than a histogram's bound."""
+    return {
+        tuple(v for k, v in sorted(s.labels.items()) if k != "le"): s.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for s in family.samples
+        if s.name == PREFIX + name
+    }
+
+
+def test_verdicts_and_latencies_are_counted_by_class() -> None:
+    metrics = Metrics(lambda: None, ["gold"], lambda: 100.0)
+    for verdict in (Verdict(True, True), Verdict(True, False), Verdict(False, False, "tpot")):
+        metrics.judged(ended("gold", verdict), 11)
+    metrics.judged(ended(None, None), 11)
+    metrics.missed("gold", "refused")
+    metrics.missed(None, "failed")
+    assert by_class(metrics, "slo_requests_total") == {
+        ("gold", "met"): 2,
+        ("gold", "tpot"): 1,
+        ("gold", "refused"): 1,
+        ("none", "finished"): 1,
+        ("none", "failed"): 1,
+    }
+    assert by_class(metrics, "slo_met_output_tokens_total") == {("gold",): 22}
+    assert by_class(metrics, "slo_strict_met_requests_total") == {("gold",): 1}
+    assert by_class(metrics, "slo_ttft_seconds_count") == {("gold",): 3, ("none",): 1}
+    assert by_class(metrics, "slo_tpot_seconds_sum")["gold",] == pytest.approx(0.3)
+    assert by_class(metrics, "slo_predicted_ttft_ratio_sum") == {(): 8.0}
+    assert by_class(metrics, "slo_attainment") == {("gold",): 0.5}
+    assert by_class(metrics, "slo_attainment_strict") == {("gold",): 0.25}
+    assert by_class(metrics, "slo_unattainable_requests_total") == {}
+
+
+def test_whatever_a_client_names_the_labels_are_those_configured() -> None:
+    metrics = Metrics(lambda: None, ["gold"])
+    for name in ("custom", "x" * 1000, "none"):
+        metrics.judged(ended(name, Verdict(True, True)), 1)
+        metrics.missed(name, "failed")
+    assert {labels[0] for labels in by_class(metrics, "slo_requests_total")} == {"custom"}
+
+
+def test_attainment_is_that_of_the_last_minutes() -> None:
+    now = 1000.0
+    metrics = Metrics(lambda: None, ["gold", "silver"], lambda: now)
+    assert by_class(metrics, "slo_attainment") == {}
+    metrics.missed("gold", "failed")
+    now += 10
+    for _ in range(20):
+        metrics.judged(ended("silver", Verdict(True, True)), 1)
+    assert by_class(metrics, "slo_attainment") == {("gold",): 0.0, ("silver",): 1.0}
+    assert by_class(metrics, "slo_goodput_rps") == {("gold",): 0.0, ("silver",): 2.0}
+    now += WINDOW_S - 5
+    assert by_class(metrics, "slo_attainment") == {("silver",): 1.0}
+    assert by_class(metrics, "slo_goodput_rps")["silver",] == pytest.approx(20 / WINDOW_S)
+    now += 10
+    assert by_class(metrics, "slo_attainment") == {}
+
+
+def test_a_window_is_bounded_however_much_ends() -> None:
+    window = SlidingWindow(0.0)
+    for i in range(100_000):
+        window.add("gold", True, True, i / 50)
+    assert len(window._rows) <= WINDOW_S / 5 + 2
+    assert window.totals(2000.0)["gold"].ended == pytest.approx(50 * WINDOW_S, rel=0.02)
+
+
+def test_a_bias_of_more_than_ten_percent_to_either_side_raises_the_drift_alarm() -> None:
+    seen = values(Metrics(lambda: CLUSTER))
+    assert seen["worker_step_prediction_bias", "w0"] == -0.2
+    assert seen["worker_step_prediction_drift", "w0"] == 1.0
+    assert seen["worker_performance_epoch", "w0"] == 1.0

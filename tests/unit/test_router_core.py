@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from nexusengine import wire
 from nexusengine.errors import ConfigError
+from nexusengine.kv.digest import pack, short_names
+from nexusengine.router.baselines import LeastRequests
+from nexusengine.router.breaker import FAULTS_TO_OPEN
 from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.least_outstanding import LeastOutstanding
 from nexusengine.router.policies import make_policy
-from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
+from nexusengine.router.registry import WARMING_REQUESTS
+from nexusengine.types import SLO, EngineRequest, SamplingParams, Timings, TokenDelta
 
 CLIENT = b"client"
 
@@ -22,7 +26,7 @@ class Router:
     """A core with its outgoing messages sorted by receiver."""
 
     def __init__(self, *workers: str, **options: int) -> None:
-        self.core = RouterCore(LeastOutstanding(), [info(w, "") for w in workers], epoch="r", **options)
+        self.core = RouterCore(LeastRequests(), [info(w, "") for w in workers], epoch="r", **options)
         self.now = 0.0
 
     def ready(self, worker: str, epoch: str = "e1") -> None:
@@ -269,3 +273,283 @@ def test_while_draining_new_requests_are_refused() -> None:
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"'best'.*least-outstanding"):
         make_policy("best")
+
+
+def test_a_worker_that_turns_a_request_away_is_left_in_peace_and_another_gets_it() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.submit("a")
+    assert router.dispatched() == {"a": "w0"}
+    router.ready("w1")
+    full = TokenDelta("a", finish_reason="error", error_code="overloaded", retry_after_s=1.0)
+    router.deltas("w0", full)
+    assert router.dispatched() == {"a": "w1"}
+    router.submit("b")
+    router.submit("c")
+    assert set(router.dispatched().values()) == {"w1"}
+    router.now = 1.1
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 1.1)
+    router.core.on_timer(1.1)
+    router.submit("d")
+    assert router.dispatched() == {"d": "w0"}
+
+
+def test_a_request_that_is_turned_away_everywhere_ends_with_that_answer() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.ready("w1")
+    router.submit("a")
+    (first,) = router.dispatched().values()
+    full = TokenDelta("a", finish_reason="error", error_code="overloaded", retry_after_s=7.0)
+    router.deltas(first, full)
+    (second,) = router.dispatched().values()
+    assert second != first
+    router.deltas(second, full)
+    assert router.finals() == {"a": "overloaded"}
+    assert len(router.core.ledger) == 0
+
+
+def test_a_worker_that_fails_request_after_request_gets_none_until_a_probe_succeeds() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    for n in range(FAULTS_TO_OPEN):
+        router.submit(f"a{n}")
+        router.deltas("w0", TokenDelta(f"a{n}", finish_reason="error", error_code="internal_error"))
+    assert set(router.finals().values()) == {"internal_error"}
+    router.submit("held")
+    assert router.dispatched() == {}
+    router.ready("w1")
+    assert router.dispatched() == {"held": "w1"}
+    for name in "bc":
+        router.submit(name)
+    assert set(router.dispatched().values()) == {"w1"}
+    router.now = 1.5
+    router.core.on_timer(1.5)
+    for name in "def":
+        router.submit(name)
+    assert sorted(router.dispatched().values()) == ["w0", "w1", "w1"], "one probe, no more"
+    router.core.on_client(CLIENT, wire.Abort("d"), 1.5)  # whichever it was, the next probe goes out
+    router.core.on_client(CLIENT, wire.Abort("e"), 1.5)
+    router.core.on_client(CLIENT, wire.Abort("f"), 1.5)
+    router.submit("g")
+    assert router.dispatched() == {"g": "w0"}
+    router.deltas("w0", TokenDelta("g", finish_reason="stop"))
+    for name in "hi":
+        router.submit(name)
+    assert set(router.dispatched().values()) == {"w0"}
+
+
+def test_bad_requests_and_full_queues_never_open_a_breaker() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    for n in range(3 * FAULTS_TO_OPEN):
+        router.submit(f"a{n}")
+        code = "invalid_value" if n % 2 else "overloaded"
+        router.deltas("w0", TokenDelta(f"a{n}", finish_reason="error", error_code=code))
+        router.now += 0.2
+        router.core.on_timer(router.now)
+    router.sent()
+    router.submit("b")
+    assert router.dispatched() == {"b": "w0"}
+
+
+def test_requests_nobody_has_seen_a_token_of_leave_a_worker_that_stalls() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    for name in "ab":
+        router.submit(name)
+    router.deltas("w0", TokenDelta("b", (7,)))
+    router.ready("w1")
+    router.sent()
+    router.core.on_worker(identity_of("w1", "e1"), wire.Report("e1", 1, wire.WorkerLoad(0)), 2.0)
+    router.core.on_timer(2.1)
+    sent = router.sent()
+    assert sent[identity_of("w0", "e1")] == [wire.Cancel("a")]
+    assert [m.request.request_id for m in sent[identity_of("w1", "e1")]] == ["a"]  # type: ignore[attr-defined]
+    router.now = 2.5
+    router.deltas("w0", TokenDelta("a", (1,)), TokenDelta("b", (2,)))  # it wakes up: late news of a is ignored
+    ids = [d[0] for m in router.sent()[CLIENT] for d in m.plain]  # type: ignore[attr-defined]
+    assert ids == ["b"]
+
+
+def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    router.submit("a")
+    router.ready("w1")
+    router.sent()
+    assert router.core.drain_worker("w0")
+    for name in "bc":
+        router.submit(name)
+    assert router.dispatched() == {"b": "w1", "c": "w1"}
+    assert router.core.registry.workers["w0"].state is wire.WorkerState.DRAINING
+    router.deltas("w0", TokenDelta("a", (1,), finish_reason="stop"))
+    assert router.finals() == {"a": "stop"}
+    assert not router.core.drain_worker("w9")
+    router.core.on_worker_exited("w0", "e1", "drained", 0, 0.0)
+    router.ready("w0", "e2")
+    router.submit("d")
+    router.submit("e")
+    assert "w0" in router.dispatched().values(), "a new process of it serves again"
+
+
+def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None:
+    router = Router("w0", "w1")
+    router.ready("w0")
+    for n in range(40):
+        router.submit(f"a{n}")
+    router.now = 20.0
+    router.core.on_client(CLIENT, wire.Hello(), 20.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(40)), 20.0)
+    router.sent()
+    router.ready("w1")
+    for n in range(20):
+        router.submit(f"b{n}")
+    assert list(router.dispatched().values()).count("w1") == WARMING_REQUESTS
+    router.now = 31.0
+    for worker in ("w0", "w1"):
+        router.core.on_worker(identity_of(worker, "e1"), wire.Report("e1", 2, wire.WorkerLoad(60)), 31.0)
+    router.core.on_client(CLIENT, wire.Hello(), 31.0)
+    router.core.on_timer(31.0)
+    for n in range(20):
+        router.submit(f"c{n}")
+    assert set(router.dispatched().values()) == {"w1"}
+
+
+def test_a_worker_whose_queue_is_full_is_passed_over_and_its_bound_holds() -> None:
+    router = Router("w0", "w1")
+    for worker, waiting in (("w0", 3), ("w1", 5)):
+        who = msgspec.structs.replace(info(worker), max_waiting=waiting)
+        router.core.on_worker(identity_of(worker, "e1"), wire.Ready(who), 0.0)
+    for n in range(10):
+        router.submit(str(n))
+    placed = list(router.dispatched().values())
+    assert (placed.count("w0"), placed.count("w1")) == (3, 5)
+    assert router.core.ledger.held == 2
+    router.deltas("w0", TokenDelta("0", (1,)))
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(3, waiting=2)), 0.1)
+    router.core.on_timer(0.1)
+    assert router.dispatched() == {"8": "w0"}
+
+
+def test_held_requests_are_placed_by_when_they_are_due() -> None:
+    router = Router("w0")
+    for name, slo in (("none", None), ("late", SLO(9.0, 0.1)), ("soon", SLO(0.5, 0.1))):
+        request = EngineRequest(name, [1], SamplingParams(seed=1), 0.0, slo=slo)
+        router.core.on_client(CLIENT, wire.Submit(request), 0.0)
+    router.ready("w0")
+    assert list(router.dispatched()) == ["soon", "late", "none"]
+
+
+def test_every_decision_is_in_the_trace_newest_first() -> None:
+    router = Router("w0")
+    router.submit("a")
+    for _ in range(5):
+        router.core.on_timer(0.5)
+    router.ready("w0")
+    router.submit("b")
+    told = [p.as_dict() for p in router.core.trace.newest()]
+    assert [(t["request_id"], t["decision"]) for t in told] == [("b", "place"), ("a", "place"), ("a", "hold")]
+    assert told[0]["worker"] == "w0"
+    assert told[2]["reason"] == "no worker is ready"
+    assert [t.request.request_id for t in router.core.trace.newest(request_id="a")] == ["a", "a"]
+
+
+def test_predicted_and_actual_first_tokens_are_counted() -> None:
+    router = Router("w0")
+    router.core.policy = make_policy("prism")
+    router.ready("w0")
+    router.submit("a")
+    router.now = 0.75
+    router.deltas("w0", TokenDelta("a", (1,)))
+    router.deltas("w0", TokenDelta("a", (2,)))
+    totals = router.core.cluster().totals
+    assert totals["first_tokens_predicted"] == 1
+    assert totals["first_token_s"] == 0.75
+    assert 0.0 < totals["first_token_error_s"] < 0.75
+
+
+def test_a_new_process_of_a_worker_that_failed_starts_with_a_clean_slate() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    for n in range(FAULTS_TO_OPEN):
+        router.submit(f"a{n}")
+        router.deltas("w0", TokenDelta(f"a{n}", finish_reason="error", error_code="internal_error"))
+    router.sent()
+    router.submit("b")
+    assert router.dispatched() == {}
+    router.ready("w0", "e2")
+    assert router.dispatched() == {"b": "w0"}
+
+
+def names(request: EngineRequest, block_size: int) -> list[bytes]:
+    ids = request.prompt_token_ids
+    return [bytes([ids[0]]) * 8 + i.to_bytes(8, "little") for i in range(len(ids) // block_size)]
+
+
+def with_prefixes(policy: str, *workers: str) -> Router:
+    router = Router()
+    router.core = RouterCore(make_policy(policy), [], epoch="r", block_names=names)
+    for w in workers:
+        who = msgspec.structs.replace(info(w, longest=100_000), block_size=16)
+        router.core.on_worker(identity_of(w, "e1"), wire.Ready(who), 0.0)
+    return router
+
+
+def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: int = 1, digest_seq: int = 0) -> None:
+    request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
+    packed = pack(short_names(names(request, 16), 16))
+    digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
+    report = wire.Report("e1", seq, wire.WorkerLoad(0), digest)
+    router.core.on_worker(identity_of(worker, "e1"), report, router.now)
+
+
+@pytest.mark.parametrize("policy", ["prism", "cache-aware", "lmetric"])
+def test_requests_go_where_their_beginning_is_cached_and_hits_are_compared_with_what_was_believed(policy: str) -> None:
+    router = with_prefixes(policy, "w0", "w1", "w2")
+    tell_digest(router, "w1", 1, 100)
+    for n in range(4):
+        router.submit(f"a{n}", prompt=1610)
+    assert set(router.dispatched().values()) == {"w1"}
+    first = TokenDelta("a0", (5,), cached_tokens=1584, timings=Timings(0.0))
+    router.deltas("w1", first)
+    router.deltas("w1", TokenDelta("a0", (6,)))
+    totals = router.core.cluster().totals
+    assert (totals["prefix_prompt_tokens"], totals["prefix_predicted_tokens"]) == (1610, 1600)
+    assert (totals["prefix_hit_tokens"], totals["prefix_error_tokens"]) == (1584, 16)
+    router.core.on_worker_exited("w1", "e1", "killed", 1, 0.0)
+    assert len(router.core.prefixes) == 0
+
+
+def test_a_digest_with_a_gap_is_asked_for_anew_and_an_absurd_one_is_an_error() -> None:
+    router = with_prefixes("prism", "w0")
+    tell_digest(router, "w0", 1, 10)
+    router.sent()
+    tell_digest(router, "w0", 2, 10, digest_seq=5)
+    assert router.sent() == {identity_of("w0", "e1"): [wire.RepeatPrefixes()]}
+    for wrong in (b"123", b"x" * 8 * 5000):
+        report = wire.Report("e1", 3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
+        with pytest.raises(wire.ProtocolError, match="digest"):
+            router.core.on_worker(identity_of("w0", "e1"), report, 0.0)
+
+
+def test_prefixes_are_not_looked_up_for_a_policy_that_does_not_ask() -> None:
+    router = with_prefixes("least-requests", "w0")
+    tell_digest(router, "w0", 1, 10)
+    router.submit("a", prompt=200)
+    assert router.core.ledger.get("a").prefix == {}  # type: ignore[union-attr]
+
+
+def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_who_asked() -> None:
+    router = Router("w0", "w1", "w2")
+    for w in ("w0", "w1"):  # w2 is not there yet
+        router.ready(w)
+    router.core.on_client(CLIENT, wire.Hello(), 0.0)
+    router.sent()
+    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    asked = router.sent()
+    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
+        findings = wire.Findings(client, 5, "w0")
+        router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
+        assert router.sent() == ({client: [findings]} if passed_on else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -36,7 +37,7 @@ class Drawn:
     arrival_s: F8
     input_tokens: I8
     output_tokens: I8
-    blocks: tuple[tuple[int, ...], ...] | None = None
+    blocks: Sequence[Sequence[int]] | None = None
     block_tokens: int = 0
 
 

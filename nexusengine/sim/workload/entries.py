@@ -11,13 +11,14 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from nexusengine.errors import ConfigError
+from nexusengine.sim.workload.runs import Runs
 
 MOONCAKE_BLOCK_TOKENS, SESSION_BLOCK_TOKENS = 512, 64
 _INPUT = ("input_tokens", "input_length", "prompt_tokens", "ContextTokens")
@@ -31,7 +32,7 @@ class Entry:
     input_tokens: int
     output_tokens: int
     arrival_s: float | None = None
-    block_ids: tuple[int, ...] = ()
+    block_ids: Sequence[int] = ()
     block_tokens: int = 0
     think_s: float = 0.0
 
@@ -141,17 +142,17 @@ def _entry(row: Mapping[str, Any], where: str) -> Entry:
 
 
 def _session_entry(row: Mapping[str, Any], where: str) -> Entry:
-    ids: list[int] = []
+    runs: list[tuple[int, int]] = []
     for run in row.get("hash_runs") or ():
         if not (isinstance(run, list) and len(run) == 2 and all(isinstance(i, int) and i >= 0 for i in run)):
             raise ConfigError(f"{where}: hash_runs must be [first, count] pairs, got {run!r}", param="trace")
-        ids.extend(range(run[0], run[0] + run[1]))
+        runs.append((run[0], run[1]))
     return Entry(
         _tokens(row, _INPUT, where, 1),
         _tokens(row, _OUTPUT, where, 1),
         None,
-        tuple(ids),
-        SESSION_BLOCK_TOKENS if ids else 0,
+        Runs(runs),
+        SESSION_BLOCK_TOKENS if runs else 0,
         _number(row.get("think_s") or 0.0, "think_s", where),
     )
 

@@ -41,7 +41,8 @@ def is_servegen(row: dict[str, Any]) -> bool:
 
 
 class ServeGen:
-    """Source of requests of all clients of a file, over the busiest stretch of the wanted length.
+    """Source of requests of all clients of a file, over a stretch of the wanted length that is drawn by seed from the
+    busier half.
 
     A wanted rate multiplies every client's rate by the same factor, so that the mixture and its burstiness in requests
     stay. Gaps and lengths of a client are drawn from its own streams: the same for every rate.
@@ -72,8 +73,10 @@ class ServeGen:
     def _client(self, row: dict[str, Any]) -> _Client | None:
         lengths = []
         for start_s, fields in row["dataset_windows"].items():
-            if isinstance(fields, dict) and fields.get("input_tokens") and fields.get("output_tokens"):
-                inputs, outputs = (np.asarray(fields[k], np.float64) for k in ("input_tokens", "output_tokens"))
+            # where a window has no request there is the text "{}" in place of the quantiles
+            quantiles = [fields.get(k) for k in ("input_tokens", "output_tokens")] if isinstance(fields, dict) else []
+            if quantiles and all(isinstance(q, list) and q for q in quantiles):
+                inputs, outputs = (np.asarray(q, np.float64) for q in quantiles)
                 if len(inputs) != len(_PROBABILITIES) or len(outputs) != len(_PROBABILITIES):
                     raise ValueError(f"{len(inputs)} quantiles, expected {len(_PROBABILITIES)}")
                 lengths.append((float(start_s), inputs, outputs))
@@ -104,9 +107,10 @@ class ServeGen:
         duration_s = WINDOW_S if duration_s is None else duration_s
         count = min(max(math.ceil(duration_s / WINDOW_S), 1), len(self._total))
         sums = np.convolve(self._total, np.ones(count), "valid")
-        first = int(np.argmax(sums))
-        if sums[first] <= 0:
+        busier = np.nonzero((sums >= np.median(sums)) & (sums > 0))[0]
+        if not len(busier):
             raise ConfigError(f"{self.name}: no client has a rate above 0", param="trace")
+        first = int(rng_for(seed, Stream.ARRIVALS).choice(busier))
         factor = 1.0 if rate_rps is None else rate_rps * count / float(sums[first])
         parts = [self._requests_of(c, first, count, factor, duration_s, seed) for c in self._clients]
         arrivals = np.concatenate([p[0] for p in parts])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nexusengine.sim.workload.arrivals import arrivals_of
 from nexusengine.sim.workload.draw import Stream, rng_for
 from nexusengine.sim.workload.entries import Entry
+from nexusengine.sim.workload.runs import Runs
 
 Session = tuple[Entry, ...]
 
@@ -29,12 +32,12 @@ def draw_sessions(
     return list(zip(arrivals.tolist(), order, strict=False))
 
 
-def named_blocks(session: Session, i: int) -> tuple[tuple[int, ...], bool]:
+def named_blocks(session: Session, i: int) -> tuple[Sequence[int], bool]:
     """The block ids of request i, and whether they go on into its answer: they do where the next request's prompt
     begins with this one's."""
     own = session[i].block_ids
     if i + 1 < len(session):
         following = session[i + 1].block_ids
-        if len(following) > len(own) and following[: len(own)] == own:
+        if isinstance(own, Runs) and isinstance(following, Runs) and following.begins(own):
             return following, True
     return own, False

@@ -1,0 +1,139 @@
+"""What placing a request costs, in microseconds: the policy alone, and all that RouterCore does for a request.
+
+Workers hold `pending` prompts each, more than they can serve in time, and every request falls among them; so every
+queue is rolled forward. Reports come between requests at the rate of a live cluster, and are digested as the broker
+has it done: when they have come, before the next request. What that costs is a column of its own.
+
+    python -m benchmarks.place_cost [--policies prism,least-requests] [--workers 8,64] [--json out.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nexusengine.perf.linear import KIND
+
+from nexusengine import wire
+from nexusengine.router.core import RouterCore, identity_of
+from nexusengine.router.policies import make_policy
+from nexusengine.types import SLO, EngineRequest, SamplingParams
+
+_CLIENT = b"client"
+_EPOCH = "e"
+
+
+def load(rng: np.random.Generator, pending: int, covers: int, now: float) -> wire.WorkerLoad:
+    """A busy worker's report, its pending prompts due over the next two seconds."""
+    due = np.sort(now + rng.uniform(0.05, 2.0, pending)).tolist()
+    left = rng.integers(100, 2000, pending).tolist()
+    prompts = tuple(wire.PendingPrefill(d, n, 0, 0.05, False) for d, n in zip(due, left, strict=True))
+    return wire.WorkerLoad(
+        covers=covers,
+        running=64 + pending,
+        kv_used_blocks=8000,
+        kv_total_blocks=30_000,
+        decodes=64,
+        decode_kv_tokens=64_000,
+        tightest_tpot_s=0.05,
+        pending=prompts,
+        pending_tokens=sum(left),
+        mean_output_tokens=200.0,
+        perf=wire.PerfWeights(KIND, (0.006, float(rng.uniform(0.003, 0.02)), 0.002, 0.001), 1.1, 1000, 0),
+    )
+
+
+def measure(name: str, workers: int, pending: int, requests: int, reports_a_request: float) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    infos = [
+        wire.WorkerInfo(f"w{i}", _EPOCH, 1, "cpu", "m", max_model_len=32_768, max_batch_tokens=2048, block_size=16)
+        for i in range(workers)
+    ]
+    policy = make_policy(name)
+    core = RouterCore(policy, infos, epoch="r")
+    asked_s: list[float] = []
+    place = policy.place
+
+    def timed(*args: Any) -> Any:
+        began_s = time.perf_counter()
+        decision = place(*args)
+        asked_s.append(time.perf_counter() - began_s)
+        return decision
+
+    policy.place = timed  # type: ignore[method-assign]
+    now, seq, owed, digest_s = 0.0, 0, 0.0, 0.0
+    for info in infos:
+        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Ready(info), now)
+        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(_EPOCH, 0, load(rng, pending, 0, now)), now)
+    sampling = SamplingParams(seed=1, max_tokens=200)
+    whole_s: list[float] = []
+    for n in range(requests):
+        now += 0.001
+        owed += reports_a_request
+        came = owed >= 1.0
+        while owed >= 1.0:
+            owed, seq = owed - 1.0, seq + 1
+            info = infos[seq % workers]
+            worker = core.registry.workers[info.worker_id]
+            report = wire.Report(_EPOCH, seq, load(rng, pending, worker.dispatch_seq, now))
+            began_s = time.perf_counter()
+            core.on_worker(identity_of(info.worker_id, _EPOCH), report, now)
+            digest_s += time.perf_counter() - began_s
+        if came:
+            began_s = time.perf_counter()
+            core.prepare(now)
+            digest_s += time.perf_counter() - began_s
+        prompt = [1] * int(rng.integers(50, 2000))
+        request = EngineRequest(f"r{n}", prompt, sampling, now, slo=SLO(0.5 + 0.001 * len(prompt), 0.05))
+        began_s = time.perf_counter()
+        core.on_client(_CLIENT, wire.Submit(request), now)
+        whole_s.append(time.perf_counter() - began_s)
+        core.take()
+    half = requests // 2
+    result: dict[str, Any] = {"policy": name, "workers": workers, "pending": pending}
+    for what, taken_s in (("policy", asked_s[half:]), ("router", whole_s[half:])):
+        us = 1e6 * np.array(taken_s)
+        result |= {f"{what}_p50_us": float(np.median(us)), f"{what}_p99_us": float(np.percentile(us, 99))}
+        result[f"{what}_mean_us"] = float(us.mean())
+    result["report_mean_us"] = 1e6 * digest_s / seq
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--policies", default="prism,paper-prism,least-requests,lmetric")
+    parser.add_argument("--workers", default="8,64")
+    parser.add_argument("--pending", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument(
+        "--reports",
+        type=float,
+        default=0.1,
+        help="reports of each worker between two requests; 0.1: reports every 100 ms, 100 requests/s",
+    )
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = []
+    head = (
+        "policy",
+        "workers",
+        *(f"{w} {k}" for w in ("policy", "router") for k in ("p50", "mean", "p99")),
+        "a report",
+    )
+    print("  ".join(f"{h:>12}" for h in head) + "  (us)")
+    for name in args.policies.split(","):
+        for workers in map(int, args.workers.split(",")):
+            r = measure(name, workers, args.pending, args.requests, args.reports * workers)
+            results.append(r)
+            cells = [r[f"{w}_{k}_us"] for w in ("policy", "router") for k in ("p50", "mean", "p99")]
+            print("  ".join([f"{name:>12}", f"{workers:>12}", *(f"{c:>12.0f}" for c in (*cells, r["report_mean_us"]))]))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

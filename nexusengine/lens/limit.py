@@ -1,0 +1,67 @@
+"""How long a step may take so that running requests keep their mean time per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nexusengine.lens.deadlines import Deadlines
+from nexusengine.lens.view import I4, Bools, EngineView
+
+_RECOVERY_TOKENS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class LimitRules:
+    """cap_s, cap_steps: the longest step whatever the promises, so that a newcomer does not wait behind a huge one: the
+    larger of cap_s and cap_steps single-token steps. catch_up: a request that is behind asks for steps of this share of
+    its tpot, no shorter, or prefill would stand still. bank: the share of its lead that a request gives to one step.
+    possible: a tpot below this many decode steps of a single sequence constrains nobody."""
+
+    cap_s: float = 0.120
+    cap_steps: float = 2.5
+    catch_up: float = 0.7
+    bank: float = 0.5
+    possible: float = 1.02
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimit:
+    """limit_s: of the step. slot: the request that set it, -1 if the cap did. lost `[D]`: of the decodes, whose promise
+    is lost already; they constrain nobody. tightest_tpot_s: of those that do; inf if there are none."""
+
+    limit_s: float
+    slot: int
+    lost: Bools
+    tightest_tpot_s: float
+
+
+def step_limit(
+    view: EngineView, deadlines: Deadlines, decodes: I4, now: float, decode_s: float, single_s: float, rules: LimitRules
+) -> StepLimit:
+    """decodes `[D]`: slots that compute one token in this step. decode_s, single_s: predicted durations of a step with
+    those decodes alone, and of one with a single decode.
+
+    With the first token at f and g tokens there, the token of this step is due at f + g * tpot, which leaves s seconds:
+    s < tpot is behind, s > tpot ahead. A request is lost if its first token came late, or if it is so far behind that
+    it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full speed.
+    """
+    c = view.columns
+    cap_s = max(rules.cap_s, rules.cap_steps * single_s)
+    if not len(decodes):
+        return StepLimit(cap_s, -1, np.zeros(0, np.bool_), np.inf)
+    first_s, generated, tpot_s = c.first_token_s[decodes], c.generated_tokens[decodes], deadlines.tpot_s[decodes]
+    slack_s = first_s + (generated * tpot_s - now)
+    recoverable_s = (tpot_s - decode_s) * (generated + _RECOVERY_TOKENS)
+    lost = (first_s > deadlines.first_due_s[decodes]) | (slack_s - decode_s < -np.maximum(recoverable_s, 0.0))
+    asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
+    asked_s = np.maximum(asked_s, rules.catch_up * tpot_s)
+    bound = (generated > 0) & ~lost & (tpot_s > rules.possible * single_s)
+    asked_s = np.where(bound, asked_s, np.inf)
+    tightest = int(asked_s.argmin())
+    limit_s = float(asked_s[tightest])
+    tightest_tpot_s = float(np.where(bound, tpot_s, np.inf).min())
+    if limit_s >= cap_s:
+        return StepLimit(cap_s, -1, lost, tightest_tpot_s)
+    return StepLimit(limit_s, int(decodes[tightest]), lost, tightest_tpot_s)

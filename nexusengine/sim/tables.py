@@ -1,0 +1,139 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nexusengine.sim.api import SimResult
+from nexusengine.sim.goodput import Goodput
+from nexusengine.sim.plan import Plan
+from nexusengine.sim.sweep import Point
+
+_WIDTH = 140
+
+
+def print_run(result: SimResult) -> None:
+    m, console = result.metrics, _console()
+    summary = Table(title=f"{result.spec.engine} + {result.spec.router} on {result.spec.devices}", show_header=False)
+    missed = ", ".join(f"{count} {why}" for why, count in sorted(m["missed"].items())) or "none"
+    for name, value in (
+        ("offered", f"{m['offered']} ({_number(m['offered_rps'])}/s)"),
+        ("completed", m["completed"]),
+        ("attainment", _percent(m["attainment"])),
+        ("  each token in time", _percent(m["attainment_strict"])),
+        ("  longest tenth of prompts", _percent(m["attainment_longest_decile"])),
+        ("  weighted by tokens", _percent(m["attainment_token_weighted"])),
+        *((f"  {name}", _percent(share)) for name, share in m["attainment_by_class"].items()),
+        ("missed", missed),
+        ("output tokens/s", _number(m["output_tokens_per_s"])),
+        ("worst wait", f"{_number(m['worst_wait_s'])} s"),
+        ("preemptions, relegated", f"{m['preemptions']}, {m['relegated']}"),
+        ("prefix hits", _percent(m["prefix_hit_rate"])),
+        ("scheduler, median and p99", f"{_number(m['scheduler_ms_p50'])}, {_number(m['scheduler_ms_p99'])} ms"),
+        ("router, median and p99", f"{_number(m['router_ms_p50'])}, {_number(m['router_ms_p99'])} ms"),
+        *((name.replace("_", " "), str(value)) for name, value in m["workload"].items() if name.endswith("clipped")),
+    ):
+        summary.add_row(name, str(value))
+    console.print(summary)
+    latency = Table("ms", "mean", "p50", "p90", "p99")
+    for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+        latency.add_row(name.removesuffix("_ms"), *(_number(m[name][k]) for k in ("mean", "p50", "p90", "p99")))
+    console.print(latency)
+    workers = Table("worker", "device", "completed", "busy", "steps", "KV peak", "prediction error", "coverage")
+    for w in m["workers"]:
+        workers.add_row(
+            w["worker"],
+            w["device"],
+            str(w["completed"]),
+            _percent(w["busy"]),
+            str(w["steps"]),
+            _percent(w["kv_peak"]),
+            _percent(w["prediction_error"]),
+            _percent(w["coverage"]),
+        )
+    console.print(workers)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for every column where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def print_points(points: Sequence[Point]) -> None:
+    """Means over seeds."""
+    table = Table(
+        "engine", "router", "rate/s", "attainment", "strict", "longest tenth", "TTFT p50", "p99", "TPOT p50", "p99"
+    )
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for p in points:
+        groups.setdefault((p.engine, p.router, p.rate_rps), []).append(p.metrics)
+    for (engine, router, rate), metrics in groups.items():
+        table.add_row(
+            engine,
+            router,
+            _number(rate),
+            *(
+                _percent(fmean(m[k] for m in metrics))
+                for k in ("attainment", "attainment_strict", "attainment_longest_decile")
+            ),
+            *(
+                _number(fmean(m[k][q] if m[k][q] is not None else float("nan") for m in metrics))
+                for k in ("ttft_ms", "tpot_ms")
+                for q in ("p50", "p99")
+            ),
+        )
+    _console().print(table)
+
+
+def print_goodput(found: Goodput, target: float, longest_decile: float) -> None:
+    console = _console()
+    table = Table("rate/s", "attainment", "longest tenth", "holds")
+    for t in sorted(found.tried, key=lambda t: t.rate_rps):
+        at_most = "< " if t.cut_short else ""
+        table.add_row(
+            _number(t.rate_rps),
+            at_most + _percent(t.attainment),
+            at_most + _percent(t.longest_decile),
+            "yes" if t.holds else "no",
+        )
+    console.print(table)
+    console.print(
+        f"goodput {_number(found.rate_rps)} requests/s with {_percent(target)} of all requests and "
+        f"{_percent(longest_decile)} of the longest tenth in time"
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    console = _console()
+    highest = [name for t in plan.targets for name in (f"rate at {100 * t:g} %", "head-room")]
+    table = Table("devices", "$/h", "attainment", "longest tenth", *highest, "first bottleneck")
+    for c in plan.candidates:
+        cells = []
+        for rate in c.goodput_rps:
+            cells += [_number(rate), "-" if rate is None else _percent(rate / plan.rate_rps - 1.0)]
+        price = "?" if c.price_per_hour is None else f"{c.price_per_hour:.2f}"
+        shares = _percent(c.attainment), _percent(c.longest_decile)
+        table.add_row(c.devices, price, *shares, *cells, c.bottleneck)
+    console.print(f"offered: {_number(plan.rate_rps)} requests/s")
+    console.print(table)
+    for target in plan.targets:
+        best = plan.cheapest(target)
+        served = [c for c in plan.candidates if c.serves(target, plan.longest_decile)]
+        if best is not None:
+            console.print(f"{100 * target:g} %: cheapest is {best.devices}, {best.price_per_hour:.2f} $/h")
+        else:
+            console.print(f"{100 * target:g} %: {'prices are missing' if served else 'no candidate serves this load'}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,333 @@
+"""What lies ahead of a worker: its queue rolled forward by deadline at the speed its own performance model predicts.
+
+A `Snapshot` is derived from a report, a `Forecast` from a snapshot and the dispatches the report does not include; so
+that a dispatch costs no new predictions. Times are seconds; "pairs" are query-key pairs of prefill attention. PURE.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+from msgspec.structs import astuple
+
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import F8, PerfSnapshot, Predictor
+from nexusengine.perf.registry import make_model, rebuild
+from nexusengine.router.policy import WorkerView
+from nexusengine.wire import PerfWeights, WorkerLoad
+
+REFERENCE_STEP = StepFeatures(
+    tokens=544, sequences=33, prefills=1, prefill_attention=512 * 256.0, decode_kv_tokens=32_768
+)
+"""A step all workers can be compared by: a chunk of 512 tokens beside 32 decodes with 1024 tokens of context each."""
+
+IN_ORDER_OF_ARRIVAL = frozenset({"fcfs", "sarathi", "prefill-first"})
+"""Engine policies that serve prompts as they came and do not shorten steps for anybody's TPOT."""
+
+_INF = float("inf")
+_LONGEST_STEP_S = 0.12
+_SINGLE_STEPS = 2.5
+_MARGIN_S = 0.0005
+_BLOCK_TOKENS = 16
+_BATCH_TOKENS = 2048
+_SMALLEST_CHUNK = 16.0
+_CHUNK_SHARES = (1 / 2048, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+_PROBE_PAIRS, _PROBE_KV, _PROBE_ROWS = 4e6, 16_384.0, 16.0
+_CHUNKS = len(_CHUNK_SHARES)
+_SEQUENCES = np.ones(_CHUNKS + 4)
+_PREFILLS = np.array([1.0] * (_CHUNKS + 1) + [0.0] * 3)
+_PAIRS = np.array([0.0] * _CHUNKS + [_PROBE_PAIRS, 0.0, 0.0, 0.0])
+_KV = np.array([0.0] * (_CHUNKS + 3) + [_PROBE_KV])
+_EMPTY = np.zeros(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a worker computes prompts beside its decodes, and how its decode step grows.
+
+    per_token_s, per_pair_s: of a prompt, with the decodes of the same steps included: what those who wait see.
+    first_step_s, chunk_token_s, chunk_tokens: a lone chunk of q tokens takes first_step_s + q * chunk_token_s, and
+    chunk_tokens of them fit into a step. step_s: a full step.
+    decode_s: a decode-only step over the decodes of now; per_row_s, per_kv_s: what another row, and another KV token
+    read, add to it.
+    """
+
+    per_token_s: float
+    per_pair_s: float
+    first_step_s: float
+    chunk_token_s: float
+    chunk_tokens: float
+    step_s: float
+    decode_s: float
+    per_row_s: float
+    per_kv_s: float
+
+
+def speed(
+    model: Predictor,
+    quantile: float,
+    decodes: int,
+    kv_tokens: float,
+    tightest_tpot_s: float,
+    batch_tokens: int,
+    paced: bool,
+) -> Speed:
+    """paced: the engine keeps its steps within the tightest TPOT of its decodes, as LENS does (LENS.md, 3.3);
+    otherwise it fills each step to `batch_tokens`."""
+    rows = float(max(decodes, 1))
+    chunks = [q * batch_tokens for q in _CHUNK_SHARES]
+    probe = 0.25 * batch_tokens
+    tokens = np.array([q + decodes for q in chunks] + [probe + decodes, rows, rows + _PROBE_ROWS, rows])
+    sequences = _SEQUENCES + decodes
+    sequences[_CHUNKS + 1 :] = tokens[_CHUNKS + 1 :]
+    took_s = model.mean_s(tokens, sequences, _PREFILLS, _PAIRS, _KV + kv_tokens).tolist()
+    steps_s = took_s[:_CHUNKS]
+    probed_s, decode_s, more_rows_s, more_kv_s = took_s[_CHUNKS:]
+    first_s = steps_s[0]
+    pair_s = max(probed_s - _between(probe, chunks, steps_s), 0.0) / _PROBE_PAIRS
+    room = float(max(batch_tokens - decodes, 1))
+    chunk = room
+    if paced:
+        limit_s = min(max(_LONGEST_STEP_S, _SINGLE_STEPS * decode_s), tightest_tpot_s) / quantile - _MARGIN_S
+        chunk = min(max(_between(limit_s, steps_s, chunks), _SMALLEST_CHUNK), room)
+    step_s = _between(chunk, chunks, steps_s)
+    work_s = max(step_s - first_s, 1e-9)
+    return Speed(
+        per_token_s=step_s / chunk,
+        per_pair_s=pair_s * (step_s / work_s if paced else 1.0),
+        first_step_s=first_s,
+        chunk_token_s=work_s / chunk,
+        chunk_tokens=chunk,
+        step_s=step_s,
+        decode_s=decode_s,
+        per_row_s=max(more_rows_s - decode_s, 0.0) / _PROBE_ROWS,
+        per_kv_s=max(more_kv_s - decode_s, 0.0) / _PROBE_KV,
+    )
+
+
+def _between(x: float, xs: list[float], ys: list[float]) -> float:
+    """Linear interpolation; outside of `xs` the nearest of `ys`. xs must not fall."""
+    if x <= xs[0]:
+        return ys[0]
+    i = bisect.bisect_left(xs, x)
+    if i == len(xs):
+        return ys[-1]
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A report digested, at the instant at_s when it came.
+
+    due_s, service_s `[n]`: the pending prompts that can be in time, by deadline (infinite without one), and how long
+    each keeps the worker busy. limit_s `[n]`: due_s, but infinite for those the report only sums up. late_s: work of
+    all others: relegated by the engine, or too late by this forecast.
+    decodes, decode_kv, tightest_tpot_s: those running. pending, pending_kv, pending_tpot_s: the prompts that will run,
+    when they are computed. kv_tokens: what is held and what pending prompts still need. rest_s: of the step under way.
+    by_deadline: whether the engine serves prompts by deadline; otherwise as they came.
+    """
+
+    at_s: float
+    speed: Speed
+    due_s: F8
+    limit_s: F8
+    service_s: F8
+    late_s: float
+    decodes: int
+    decode_kv: float
+    tightest_tpot_s: float
+    pending: int
+    pending_kv: float
+    pending_tpot_s: float
+    kv_tokens: float
+    kv_capacity: float
+    rest_s: float
+    mean_output: float
+    by_deadline: bool
+
+
+def snapshot(view: WorkerView, now: float) -> Snapshot:
+    """Of the view's report; of an idle worker at `now` where there is none yet."""
+    load = view.load or WorkerLoad(covers=0)
+    info = view.info
+    by_deadline = info.scheduler not in IN_ORDER_OF_ARRIVAL
+    count = len(load.pending)
+    rows = np.fromiter(chain.from_iterable(map(astuple, load.pending)), np.float64, 5 * count).reshape(count, 5)
+    if load.relegated:
+        rows = rows[rows[:, 4] == 0.0]
+    due, left, done, tpot, _ = rows.T
+    due = np.where(due == due, due, _INF)  # NaN: no promise
+    tightest = load.tightest_tpot_s if load.tightest_tpot_s == load.tightest_tpot_s else _INF
+    pending_tpot = float(np.fmin.reduce(tpot, initial=_INF))
+    rate = speed(
+        predictor_of(load.perf),
+        load.perf.quantile if load.perf else 1.0,
+        load.decodes,
+        float(load.decode_kv_tokens),
+        min(tightest, pending_tpot),
+        info.max_batch_tokens or _BATCH_TOKENS,
+        by_deadline,
+    )
+    service, limit = left * (rate.per_token_s + rate.per_pair_s * (done + 0.5 * left)), due
+    pending_left = float(left.sum())
+    unlisted = max(load.pending_tokens - load.relegated_tokens - pending_left, 0.0)
+    if unlisted:  # due after all that are listed
+        due, limit = np.append(due, due[-1] if len(due) else _INF), np.append(due, _INF)
+        service = np.append(service, rate.per_token_s * unlisted)
+    rest_s = 0.5 * (rate.step_s if len(due) else rate.decode_s if load.decodes else 0.0)
+    late_s = rate.per_token_s * load.relegated_tokens
+    at_s = view.reported_s if view.load is not None else now
+    if by_deadline:
+        room = limit - (at_s + rest_s)
+        if (np.cumsum(service) > room).any():
+            keep = in_time(service, room)
+            late_s += float(service[~keep].sum())
+            due, limit, service = due[keep], limit[keep], service[keep]
+    else:  # whoever comes waits for all, and delays nobody
+        due, limit = np.full(len(due), -_INF), np.full(len(due), _INF)
+    block = info.block_size or _BLOCK_TOKENS
+    return Snapshot(
+        at_s=at_s,
+        speed=rate,
+        due_s=due,
+        limit_s=limit,
+        service_s=service,
+        late_s=late_s,
+        decodes=load.decodes,
+        decode_kv=float(load.decode_kv_tokens),
+        tightest_tpot_s=tightest,
+        pending=max(load.running + load.waiting - load.decodes - load.relegated, 0),
+        pending_kv=pending_left + float(done.sum()) + unlisted,
+        pending_tpot_s=pending_tpot,
+        kv_tokens=float(load.kv_used_blocks * block + load.pending_tokens),
+        kv_capacity=float(load.kv_total_blocks * block) or _INF,
+        rest_s=rest_s,
+        mean_output=load.mean_output_tokens,
+        by_deadline=by_deadline,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A worker's future as far as it is decided, seen from the instant of its report.
+
+    due_s `[n]`: deadlines of the prompts it can serve in time, rising. ahead_s `[n + 1]`: work of the first i of them.
+    slack_s `[n + 1]`: by how much those from the i-th on can be put off without any becoming late; infinite at the end.
+    numbers: in the order of FIELDS.
+    """
+
+    due_s: F8
+    ahead_s: F8
+    slack_s: F8
+    numbers: tuple[float, ...]
+
+
+FIELDS = (
+    "at_s",
+    "per_token_s",
+    "per_pair_s",
+    "first_step_s",
+    "chunk_token_s",
+    "chunk_tokens",
+    "rest_s",
+    "late_s",
+    "decode_s",
+    "per_kv_s",
+    "tightest_tpot_s",
+    "kv_tokens",
+    "kv_capacity",
+    "mean_output",
+)
+"""Numbers of a forecast. at_s, rest_s: as in Snapshot. late_s: work behind all that can be in time. decode_s: a decode
+step of all sequences once their prompts are computed, and one more; per_kv_s: what each KV token of that one adds.
+tightest_tpot_s: of them all. kv_tokens: KV needed for what is decided; kv_capacity: what there is."""
+
+
+def forecast(base: Snapshot, view: WorkerView) -> Forecast:
+    """The snapshot and what the view says was dispatched since."""
+    v = base.speed
+    rows, kv, kv_tokens = base.decodes + base.pending, base.pending_kv, base.kv_tokens
+    tightest = min(base.tightest_tpot_s, base.pending_tpot_s)
+    for r in view.started:
+        rows, kv, kv_tokens = rows + 1, kv + r.prompt_tokens, kv_tokens + r.prompt_tokens
+        tightest = min(tightest, r.slo.tpot_s) if r.slo else tightest
+    due, limit, service = base.due_s, base.limit_s, base.service_s
+    if view.unreported:
+        new_due, new_service = [], []
+        for r in view.unreported:
+            done = r.cached_tokens.get(view.worker_id, 0)
+            left = r.prompt_tokens - done
+            new_due.append(r.first_token_due_s if base.by_deadline else -_INF)
+            new_service.append(left * (v.per_token_s + v.per_pair_s * (done + 0.5 * left)))
+            rows, kv, kv_tokens = rows + 1, kv + r.prompt_tokens, kv_tokens + left
+            tightest = min(tightest, r.slo.tpot_s) if r.slo else tightest
+        due, service = np.append(due, new_due), np.append(service, new_service)
+        limit = np.append(limit, new_due if base.by_deadline else [_INF] * len(new_due))
+        if base.by_deadline:
+            order = due.argsort(kind="stable")
+            due, limit, service = due[order], limit[order], service[order]
+    late_s = base.late_s
+    ahead = np.zeros(len(due) + 1)
+    np.cumsum(service, out=ahead[1:])
+    slack = np.full(len(due) + 1, _INF)
+    if base.by_deadline and len(due):
+        room = limit - (base.at_s + base.rest_s)
+        if view.unreported and (ahead[1:] > room).any():
+            keep = in_time(service, room)
+            late_s += float(service[~keep].sum())
+            due, service, room = due[keep], service[keep], room[keep]
+            ahead, slack = ahead[: len(due) + 1], slack[: len(due) + 1]
+            np.cumsum(service, out=ahead[1:])
+        np.minimum.accumulate((room - ahead[1:])[::-1], out=slack[-2::-1])
+    numbers = (
+        base.at_s,
+        v.per_token_s,
+        v.per_pair_s,
+        v.first_step_s,
+        v.chunk_token_s,
+        v.chunk_tokens,
+        base.rest_s,
+        late_s,
+        v.decode_s + v.per_row_s * (rows + 1 - max(base.decodes, 1)) + v.per_kv_s * kv,
+        v.per_kv_s,
+        tightest,
+        kv_tokens,
+        base.kv_capacity,
+        base.mean_output,
+    )
+    return Forecast(due, ahead, slack, numbers)
+
+
+def in_time(service_s: F8, room_s: F8) -> npt.NDArray[np.bool_]:
+    """A largest set of jobs that are all done in time, and of those sets one of least work. Jobs in order of deadline;
+    room_s: until then. Moore and Hodgson, Management Science 15 (1968)."""
+    keep = np.ones(len(service_s), np.bool_)
+    taken: list[tuple[float, int]] = []
+    total_s = 0.0
+    for i, (service, room) in enumerate(zip(service_s.tolist(), room_s.tolist(), strict=True)):
+        heapq.heappush(taken, (-service, i))
+        total_s += service
+        if total_s > room:
+            largest, dropped = heapq.heappop(taken)
+            total_s += largest
+            keep[dropped] = False
+    return keep
+
+
+def predictor_of(perf: PerfWeights | None) -> Predictor:
+    """The model a worker reported; an untaught one where it has reported none. Raises ValueError for one it should not
+    have sent."""
+    if perf is None:
+        return _untaught()
+    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
+
+
+@cache
+def _untaught() -> Predictor:
+    return make_model()

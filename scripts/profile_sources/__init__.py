@@ -1,0 +1,1 @@
+"""Readers of the measurements that scripts/build_profiles.py compiles, one a source."""

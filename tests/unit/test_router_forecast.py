@@ -1,0 +1,195 @@
+"""A worker's queue rolled forward: speeds, deadlines, what can be in time and what cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import Predictor
+from nexusengine.router.board import Board
+from nexusengine.router.forecast import FIELDS, Forecast, forecast, in_time, predictor_of, snapshot, speed
+from nexusengine.router.policy import WorkerView
+from tests.router_fakes import BATCH, INTERACTIVE, load, pending, perf, request, view
+
+
+def model() -> Predictor:
+    return predictor_of(perf())
+
+
+def of(v: WorkerView) -> Forecast:
+    return forecast(snapshot(v, 0.0), v)
+
+
+def number(f: Forecast, name: str) -> float:
+    return f.numbers[FIELDS.index(name)]
+
+
+def test_an_idle_worker_fills_its_steps_to_the_token_limit() -> None:
+    v = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, paced=True)
+    assert v.chunk_tokens == 2048
+    assert v.per_token_s == pytest.approx((0.005 + 2048 * 20e-6) / 2048)
+    assert v.step_s == pytest.approx(0.005 + 2048 * 20e-6)
+
+
+def test_steps_beside_decodes_stay_within_the_tightest_tpot_and_prompts_get_what_is_left() -> None:
+    v = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, paced=True)
+    step = model().predict(StepFeatures(50 + int(v.chunk_tokens), 51, 1, 0.0, 100_000)).mean_s
+    assert step == pytest.approx(0.025 - 0.0005, rel=0.01)
+    assert v.per_token_s == pytest.approx(v.step_s / v.chunk_tokens)
+    slower = speed(model(), 1.25, 50, 100_000.0, 0.025, 2048, paced=True)
+    assert slower.per_token_s > v.per_token_s, "an uncertain model leaves more room"
+    unpaced = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, paced=False)
+    assert unpaced.chunk_tokens == 2048 - 50
+
+
+def test_what_another_row_and_another_kv_token_add_is_read_off_the_model() -> None:
+    v = speed(model(), 1.0, 10, 5000.0, 0.05, 2048, paced=True)
+    assert v.decode_s == pytest.approx(0.005 + 10 * 20e-6 + 5000 * 40e-9)
+    assert v.per_row_s == pytest.approx(20e-6)
+    assert v.per_kv_s == pytest.approx(40e-9)
+    idle = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, paced=True)
+    assert idle.per_pair_s == pytest.approx(1e-9 * idle.step_s / (idle.step_s - idle.first_step_s))
+
+
+def test_prompts_are_ahead_by_deadline_with_undue_ones_last() -> None:
+    f = of(view("w", load(pending=(pending(0.5, 100), pending(1.0, 200), pending(float("nan"), 300)))))
+    assert f.due_s.tolist() == [0.5, 1.0, float("inf")]
+    steps = np.diff(f.ahead_s)
+    assert steps == pytest.approx(np.array([1, 2, 3]) * steps[0], rel=0.02)
+
+
+def test_relegated_and_hopeless_prompts_load_nobody_but_count_as_late_work() -> None:
+    reported = load(pending=(pending(0.5, 100), pending(0.1, 50_000)), relegated=1, relegated_tokens=400)
+    reported = msgspec.structs.replace(reported, pending_tokens=100 + 50_000 + 400)
+    f = of(view("w", reported))
+    assert f.due_s.tolist() == [0.5]
+    v = snapshot(view("w", reported), 0.0).speed
+    hopeless = 50_000 * (v.per_token_s + v.per_pair_s * 25_000)
+    assert number(f, "late_s") == pytest.approx(400 * v.per_token_s + hopeless)
+
+
+def test_what_was_dispatched_since_the_report_is_in_line_by_its_deadline() -> None:
+    reported = load(pending=(pending(0.3, 100), pending(2.0, 100)))
+    new = request(prompt=500, arrival_s=0.1)  # due at 0.6
+    f = of(view("w", reported, unreported=(new,)))
+    assert f.due_s.tolist() == [0.3, pytest.approx(0.6), 2.0]
+    per_token = np.diff(f.ahead_s)
+    assert per_token[1] == pytest.approx(5 * per_token[0], rel=0.02)
+    assert number(f, "tightest_tpot_s") == 0.05
+
+
+def test_a_cached_beginning_makes_a_dispatch_shorter() -> None:
+    plain, cached = request(prompt=800), request(prompt=800, cached_tokens={"w": 640})
+    work = [of(view("w", unreported=(r,))).ahead_s[-1] for r in (plain, cached)]
+    assert work[1] == pytest.approx(work[0] * 160 / 800, rel=0.1)
+    assert of(view("other", unreported=(cached,))).ahead_s[-1] == work[0]
+
+
+def test_requests_that_stream_already_are_decodes() -> None:
+    before, after = of(view("w")), of(view("w", started=(request(prompt=4000, slo=BATCH),)))
+    assert after.ahead_s[-1] == 0.0
+    assert number(after, "decode_s") == pytest.approx(number(before, "decode_s") + 20e-6 + 4000 * 40e-9)
+    assert number(after, "tightest_tpot_s") == BATCH.tpot_s
+
+
+def test_slack_is_how_long_those_behind_can_be_put_off() -> None:
+    f = of(view("w", load(pending=(pending(0.5, 1000), pending(1.0, 1000)))))
+    rest, (_, first, both) = number(f, "rest_s"), f.ahead_s
+    assert f.slack_s.tolist() == [
+        pytest.approx(min(0.5 - rest - first, 1.0 - rest - both)),
+        pytest.approx(1.0 - rest - both),
+        float("inf"),
+    ]
+
+
+def test_an_engine_that_serves_in_order_of_arrival_makes_newcomers_wait_for_all() -> None:
+    v = view("w", load(pending=(pending(9.0, 1000), pending(0.001, 90_000))))
+    v = dataclasses.replace(v, info=msgspec.structs.replace(v.info, scheduler="fcfs"))
+    board = Board()
+    board.update([v], 0.0)
+    assert board.position(0.5).tolist() == [2]
+    assert board.slack_s[0, 2] == float("inf")
+
+
+def test_what_the_report_only_sums_up_is_behind_all_that_are_listed() -> None:
+    listed = tuple(pending(0.1 * (i + 1), 10) for i in range(64))
+    reported = msgspec.structs.replace(load(pending=listed), pending_tokens=640 + 5000)
+    f = of(view("w", reported))
+    assert len(f.due_s) == 65
+    assert f.due_s[-1] == f.due_s[-2] == pytest.approx(6.4)
+    assert np.diff(f.ahead_s)[-1] == pytest.approx(5000 * number(f, "per_token_s"))
+
+
+def test_a_worker_without_a_report_is_idle_and_as_fast_as_an_untaught_model_says() -> None:
+    v = view("w")
+    f = of(dataclasses.replace(v, load=None))
+    assert f.ahead_s.tolist() == [0.0]
+    assert number(f, "per_token_s") > 0.0
+    assert number(f, "kv_capacity") == float("inf")
+
+
+jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=0, max_size=9)
+
+
+@given(jobs)
+def test_as_many_jobs_are_in_time_as_can_be(pairs: list[tuple[int, int]]) -> None:
+    pairs = sorted(pairs, key=lambda p: p[1])
+    service, room = (np.array([float(p[i]) for p in pairs]) for i in (0, 1))
+    keep = in_time(service, room)
+    done = np.cumsum(service[keep])
+    assert (done <= room[keep]).all()
+    best = 0
+    for mask in range(1 << len(pairs)):
+        chosen = [p for i, p in enumerate(pairs) if mask >> i & 1]
+        if all(t <= d for t, (_, d) in zip(np.cumsum([s for s, _ in chosen]), chosen, strict=True)):
+            best = max(best, len(chosen))
+    assert keep.sum() == best
+
+
+@given(jobs, st.tuples(st.integers(1, 20), st.integers(1, 60)))
+def test_slack_tells_whether_a_newcomer_makes_another_late(
+    pairs: list[tuple[int, int]], newcomer: tuple[int, int]
+) -> None:
+    """Against Moore and Hodgson's count with the newcomer, for queues in which all are in time without it."""
+    per_token = number(of(view("w")), "per_token_s")
+    rest = number(of(view("w", load(pending=(pending(1.0, 1),)))), "rest_s")
+    queue = tuple(pending(rest + 100 * per_token * d, 100 * s) for s, d in sorted(pairs, key=lambda p: p[1]))
+    f = of(view("w", load(pending=queue)))
+    if len(f.due_s) < len(queue):
+        return
+    board = Board()
+    board.update([view("w", load(pending=queue))], 0.0)
+    due = rest + 100 * per_token * newcomer[1]
+    position = int(board.position(due)[0])
+    service = np.insert(np.diff(f.ahead_s), position, 100 * newcomer[0] * per_token)
+    limits = np.insert(f.due_s, position, due) - rest
+    behind = np.cumsum(service)[position + 1 :] > limits[position + 1 :]
+    assert (board.slack_s[0, position] < service[position]) == bool(behind.any())
+
+
+def test_a_board_follows_views_that_grow_shrink_and_change_places() -> None:
+    board = Board()
+    long = view("a", load(pending=tuple(pending(1.0 + i, 1) for i in range(64))), unreported=(request(),) * 100)
+    short = view("b", load(pending=(pending(1.0, 7),)))
+    for views in ([long, short], [short, long], [short], [long, short]):
+        board.update(views, 0.0)
+        fresh = Board()
+        fresh.update(views, 0.0)
+        for i, v in enumerate(views):
+            f = of(v)
+            assert board.ahead_s[i, len(f.due_s)] == f.ahead_s[-1]
+            assert board.position(float("inf"))[i] == len(f.due_s)
+            assert board.numbers[:, i].tolist() == fresh.numbers[:, i].tolist()
+            assert board.index[v.worker_id] == i
+            assert board.cached_tokens(request(cached_tokens={v.worker_id: 160}))[i] == 160  # type: ignore[index]
+
+
+def test_interactive_requests_are_due_before_batch_ones() -> None:
+    f = of(view("w", unreported=(request("b", slo=BATCH), request("i", slo=INTERACTIVE))))
+    assert f.due_s.tolist() == [0.5, 30.0]
