@@ -15,6 +15,7 @@ from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.errors import ModelLoadError
 from nexusengine.layers.ops import Map, Ops, TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.loading.gguf_file import Q4Blocks
 from nexusengine.loading.weights import WeightSource
 from nexusengine.model_config import ModelConfig
 
@@ -57,7 +58,7 @@ class LlamaForCausalLM:
         c = config
         self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.embedding = self._linear([("model.embed_tokens", c.vocab_size)], c.hidden_size, False)
+        self.embedding = self._linear([("model.embed_tokens", c.vocab_size)], c.hidden_size, False, head=True)
         self.layers = []
         for i in range(c.num_layers):
             name = f"model.layers.{i}"
@@ -80,7 +81,7 @@ class LlamaForCausalLM:
             self.head = self.embedding
             self._taken.add("lm_head.weight")
         else:
-            self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False)
+            self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False, head=True)
         self._refuse_surplus()
         self._source = None
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
@@ -126,12 +127,26 @@ class LlamaForCausalLM:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 yield from linear.tensors()
 
-    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool, gated: bool = False) -> Map:
+    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool, **kind: bool) -> Map:
         """One linear map of several checkpoint tensors, one below the other."""
-        weight = self._stack([(f"{name}.weight", (rows, inputs)) for name, rows in parts])
+        weight = self._blocks(parts, inputs) or self._stack(
+            [(f"{name}.weight", (rows, inputs)) for name, rows in parts]
+        )
         biases = self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None
-        packed: Map = self.ops.pack(weight, biases, gated=gated)
+        packed: Map = self.ops.pack(weight, biases, **kind)
         return packed
+
+    def _blocks(self, parts: list[tuple[str, int]], inputs: int) -> Q4Blocks | None:
+        """The parts in the 4-bit blocks they are stored in, if all are and the table of operations keeps such."""
+        if not self.ops.keeps_blocks or self._source is None:
+            return None
+        found = []
+        for name, rows in parts:
+            self._check(f"{name}.weight", (rows, inputs))
+            if (blocks := self._source.blocks(f"{name}.weight")) is None:
+                return None
+            found.append(blocks)
+        return Q4Blocks.join(found)
 
     def _stack(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)
@@ -146,17 +161,22 @@ class LlamaForCausalLM:
         return self._read(name, shape).to(self.device)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        self._taken.add(name)
+        self._check(name, shape)
         if self._source is None:
             if name.endswith("norm.weight"):
                 return torch.ones(shape, dtype=self.dtype)
             return torch.empty(shape).normal_(0.0, 0.02, generator=self._generator).to(self.dtype)
+        return self._source.get(name, self.dtype)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        self._taken.add(name)
+        if self._source is None:
+            return
         if name not in self._source.names():
             raise ModelLoadError(f"tensor {name} {list(shape)} is missing from the weights")
         found = self._source.shape(name)
         if found != shape:
             raise ModelLoadError(f"tensor {name} has the shape {list(found)}, the configuration asks for {list(shape)}")
-        return self._source.get(name, self.dtype)
 
     def _refuse_surplus(self) -> None:
         names = self._source.names() if self._source else frozenset()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -39,9 +38,10 @@ _stdin = _lines()
 
 
 def die_with(parent_pid: int) -> None:
-    """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`."""
+    """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`
+    (0: whatever it is)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the signal was armed
+    if parent_pid not in (0, os.getppid()):  # it died before the signal was armed
         os._exit(1)
 
 
@@ -51,8 +51,8 @@ def read_config() -> Message:
     if line is None:
         os._exit(1)
     config: Message = json.loads(line)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and service managers reach the whole group;
-        signal.signal(number, signal.SIG_IGN)  # the supervisor handles it
+    for number in (signal.SIGINT, signal.SIGTERM):  # service managers reach every process; the supervisor handles it
+        signal.signal(number, signal.SIG_IGN)
     if config["parent_death_signal"]:
         die_with(config["parent_pid"])
     return config
@@ -79,9 +79,10 @@ def emit(event: Message) -> None:
 # ---- in the parent --------------------------------------------------------------------------------------------------
 
 
-def tied(*module_and_arguments: str) -> list[str]:
-    """The command of a Python module that ends with the thread which runs it, for modules that are not ours."""
-    return [sys.executable, "-m", "nexusengine.child", str(os.getpid()), *module_and_arguments]
+def tied(*command: str, by_us: bool = True) -> list[str]:
+    """The command, for programs that are not ours: it ends with the thread that runs it. by_us: whether this process
+    will run it, or a program that it started."""
+    return [sys.executable, "-m", "nexusengine.child", str(os.getpid() if by_us else 0), *command]
 
 
 class Child:
@@ -108,6 +109,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environ or {})},
+            process_group=0,  # Ctrl-C is for the supervisor alone, also while this one is still being imported
         )
         main_thread = threading.current_thread() is threading.main_thread()
         self.send({**config, "parent_death_signal": main_thread, "parent_pid": os.getpid()})
@@ -167,5 +169,4 @@ class Child:
 
 if __name__ == "__main__":
     die_with(int(sys.argv[1]))
-    del sys.argv[:2]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    os.execvp(sys.argv[2], sys.argv[2:])

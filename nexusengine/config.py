@@ -20,6 +20,9 @@ from nexusengine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "NEXUSENGINE_"
+Quantization = Literal["none", "bf16", "int8", "int4"]
+"""How weights are stored: as they are, as bfloat16, with 8 bits, with 4 bits. Activations keep their dtype outside of
+the multiplication."""
 T = TypeVar("T")
 
 
@@ -185,6 +188,12 @@ class EngineConfig:
         parse=one_of("auto", "float32", "float16", "bfloat16"),
         group="model",
     )
+    quantization: str = setting(
+        "none",
+        "how weights are stored on a CPU: none, bf16, int8 or int4 (see docs/cpu.md for what each costs in quality)",
+        parse=one_of("none", "bf16", "int8", "int4"),
+        group="model",
+    )
     max_model_len: int | None = setting(
         None,
         "longest prompt + output in tokens; default: the model's, or what the KV cache holds",
@@ -230,7 +239,7 @@ class EngineConfig:
         metavar="FILE",
     )
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
-    seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
+    seed: int = setting(0, "seed of the noise of emulated devices", parse=whole(0), group="model")
 
 
 @dataclass(frozen=True, slots=True)

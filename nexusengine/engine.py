@@ -155,6 +155,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _sampling_list(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or DEFAULT_SAMPLING] * count
+    if not isinstance(sampling, Sequence) or not all(isinstance(s, SamplingParams) for s in sampling):
+        raise InvalidRequest(f"sampling must be SamplingParams, or a list of them, got {sampling!r}", param="sampling")
     if len(sampling) != count:
         raise InvalidRequest(f"{len(sampling)} sampling parameters for {count} prompts", param="sampling")
     return list(sampling)

@@ -33,6 +33,8 @@ def make_request(
     """Tokenise, draw a seed if there is none, and fix the promise for this prompt's length. Raises InvalidRequest."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
+    if not isinstance(sampling, SamplingParams):
+        raise InvalidRequest(f"sampling must be SamplingParams, got {sampling!r}", param="sampling")
     if isinstance(prompt, str):
         token_ids = tokenizer.encode(prompt)
     else:

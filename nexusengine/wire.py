@@ -17,6 +17,7 @@ from nexusengine.types import EngineRequest, TokenDelta
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
+MAX_DIGEST_BYTES = 32 * 2**10
 MAX_STEPS_IN_ANSWER = 512
 MAX_CHANGES_IN_ANSWER = 1024
 
@@ -198,13 +199,24 @@ class Ready(Message, frozen=True):
     protocol: int = PROTOCOL_VERSION
 
 
+class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
+    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last
+    has the number seq. A batch is names that came and names that went, 8 bytes each; all together at most
+    MAX_DIGEST_BYTES."""
+
+    round: int
+    seq: int
+    batches: tuple[tuple[bytes, bytes], ...]
+
+
 class Report(Message, frozen=True):
     """A worker's load, pushed every snapshot period by a thread that runs while a long step computes: the heartbeat.
-    seq rises with every report of an epoch."""
+    seq rises with every report of an epoch. prefixes: None where there is no prefix cache."""
 
     epoch: str
     seq: int
     load: WorkerLoad
+    prefixes: PrefixDigest | None = None
 
 
 class WorkerDeltas(Message, frozen=True):
@@ -247,6 +259,10 @@ class Cancel(Message, frozen=True):
     """Stop working on a request; no answer is expected."""
 
     request_id: str
+
+
+class RepeatPrefixes(Message, frozen=True):
+    """Batches of the digest of its prefix cache are missing: begin a new round."""
 
 
 class Reregister(Message, frozen=True):
@@ -294,7 +310,8 @@ class Deltas(Message, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
-    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger."""
+    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
+    barred: why it gets no requests although it is ready; None if it does."""
 
     info: WorkerInfo
     state: WorkerState
@@ -304,6 +321,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     load: WorkerLoad | None
     restarts: int = 0
     cause: str | None = None
+    barred: str | None = None
 
 
 class Cluster(Message, frozen=True):
@@ -322,7 +340,7 @@ class Cluster(Message, frozen=True):
 
 
 ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
-ToWorker = Dispatch | Cancel | Reregister | Ask
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask
 ToRouterFromClient = Hello | Submit | Abort | Ask
 ToClient = Deltas | Cluster | Findings
 

@@ -12,9 +12,11 @@ import zmq
 
 from nexusengine import child, wire
 from nexusengine.config import ServeConfig
+from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.router.core import Outgoing, RouterCore
 from nexusengine.router.policies import make_policy
+from nexusengine.types import EngineRequest
 
 _HIGH_WATER = 10_000
 _MOST_FRAMES_A_TURN = 256
@@ -125,12 +127,18 @@ def main() -> None:
     given = child.read_config()
     config = ServeConfig(**given["config"])
     setup(config.log_level)
+    hash_key = bytes.fromhex(given["hash_key"])
+
+    def block_names(request: EngineRequest, block_size: int) -> list[bytes]:
+        return block_hashes(request.prompt_token_ids, block_size, hash_key)
+
     core = RouterCore(
         make_policy(config.router),
         [wire.WorkerInfo(w["worker_id"], "", 0, w["device"], config.model) for w in given["workers"]],
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
         report_period_s=config.snapshot_period,
+        block_names=block_names,
     )
     broker = Broker(core, given["front"], given["back"], config.snapshot_period)
     child.listen(broker.control)

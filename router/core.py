@@ -7,17 +7,21 @@ its client saw a token is dispatched once more, with its old deadline.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from nexusengine.kv.digest import short_names
 from nexusengine.router.breaker import Answer, judge
 from nexusengine.router.ledger import Entry, Ledger, Stage
-from nexusengine.router.policy import Hold, Place, PlacementPolicy, Refuse
+from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
+from nexusengine.router.prefix import PrefixIndex
 from nexusengine.router.registry import Registry
 from nexusengine.router.trace import PlacementTrace
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
+    MAX_DIGEST_BYTES,
     Abort,
     Ask,
     Cancel,
@@ -28,7 +32,10 @@ from nexusengine.wire import (
     Hello,
     Leaving,
     Message,
+    PrefixDigest,
+    ProtocolError,
     Ready,
+    RepeatPrefixes,
     Report,
     Reregister,
     Starting,
@@ -49,6 +56,8 @@ MOST_ASKED_AGAIN = 256
 """Held requests that the policy is asked about at a time."""
 
 Side = Literal["client", "worker"]
+BlockNames = Callable[[EngineRequest, int], Sequence[bytes]]
+"""Names of the full KV blocks of a request's prompt, for a block size: those that workers give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,10 @@ class Outgoing:
 
 
 class RouterCore:
-    """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`."""
+    """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`.
+
+    report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked up.
+    """
 
     def __init__(
         self,
@@ -71,11 +83,14 @@ class RouterCore:
         epoch: str,
         max_held: int = 4096,
         report_period_s: float = 0.1,
+        block_names: BlockNames | None = None,
     ) -> None:
         self.policy, self.epoch, self.max_held = policy, epoch, max_held
         self.ledger = Ledger()
         self.registry = Registry(expected, report_period_s)
+        self.prefixes = PrefixIndex()
         self.trace = PlacementTrace()
+        self._block_names = block_names if policy.uses_prefixes else None
         self.draining = False
         self._clients: dict[bytes, float] = {}
         self._out: list[Outgoing] = []
@@ -146,6 +161,8 @@ class RouterCore:
         elif isinstance(message, Report):
             if not self.registry.report(identity, message.seq, message.load, self.ledger, now):
                 self._send("worker", identity, Reregister(self.epoch))
+            elif message.prefixes is not None:
+                self._follow(identity, message.prefixes, now)
         elif isinstance(message, WorkerDeltas):
             worker = self.registry.of(identity)
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
@@ -159,8 +176,10 @@ class RouterCore:
 
     def on_worker_gone(self, identity: bytes, cause: str | None, now: float) -> None:
         """Its process ended or cannot be reached: unseen requests go elsewhere, seen ones end with an error."""
-        if self.registry.disconnect(identity, cause) is None:
+        worker = self.registry.disconnect(identity, cause)
+        if worker is None:
             return
+        self.prefixes.forget(worker.info.worker_id)
         self._totals["workers_lost"] += 1
         self._deal_with_orphans(identity, cause, now)
         self._push_cluster()
@@ -175,6 +194,7 @@ class RouterCore:
     def _on_hello(self, identity: bytes, message: Starting | Ready, now: float) -> None:
         worker, replaced = self.registry.connect(identity, message.info, now)
         if replaced is not None:
+            self.prefixes.forget(message.info.worker_id)
             self._deal_with_orphans(replaced, "replaced by a newer process", now)
         before = worker.state
         if isinstance(message, Starting):
@@ -186,6 +206,19 @@ class RouterCore:
             self._place_held(now)
         if worker.state is not before:
             self._push_cluster()
+
+    def _follow(self, identity: bytes, digest: PrefixDigest, now: float) -> None:
+        worker = self.registry.of(identity)
+        size = sum(len(names) for batch in digest.batches for names in batch)
+        if worker is None or size > MAX_DIGEST_BYTES:
+            raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
+        try:
+            complete = self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now)
+        except ValueError as error:
+            raise ProtocolError(f"a digest that cannot be read: {error}") from None
+        if not complete:
+            self._totals["prefix_digests_lost"] += 1
+            self._send("worker", identity, RepeatPrefixes())
 
     def drain_worker(self, worker_id: str) -> bool:
         """It gets no new requests and finishes what it has. False if there is no such worker."""
@@ -249,6 +282,13 @@ class RouterCore:
     def _first_news(self, entry: Entry, delta: TokenDelta, now: float) -> None:
         """The first token: how good were the predictions?"""
         self.ledger.streams(entry)
+        if self._block_names is not None and entry.identity is not None and delta.token_ids:
+            worker = self.registry.of(entry.identity)
+            believed = entry.placement.cached_tokens.get(worker.info.worker_id, 0) if worker is not None else 0
+            self._totals["prefix_prompt_tokens"] += entry.placement.prompt_tokens
+            self._totals["prefix_predicted_tokens"] += believed
+            self._totals["prefix_hit_tokens"] += delta.cached_tokens
+            self._totals["prefix_error_tokens"] += abs(believed - delta.cached_tokens)
         if not delta.token_ids or entry.first_token_in_s is None:
             return
         self._totals["first_tokens_predicted"] += 1
@@ -296,7 +336,7 @@ class RouterCore:
 
     def _place(self, entry: Entry, now: float) -> Hold | None:
         """Ask the policy and do what it says; returns its answer if that is to hold."""
-        request = entry.placement
+        request = self._with_cached(entry)
         decision = self.policy.place(request, self.registry.views(self.ledger), now)
         self.trace.add(now, request, decision)
         if isinstance(decision, Hold):
@@ -307,6 +347,19 @@ class RouterCore:
             return None
         self._dispatch(entry, decision, now)
         return None
+
+    def _with_cached(self, entry: Entry) -> PlacementRequest:
+        """The request, with what the workers' prefix caches are now believed to hold of its prompt."""
+        if self._block_names is None or not len(self.prefixes):
+            return entry.placement
+        cached: dict[str, int] = {}
+        for size in self.registry.block_sizes():
+            if size not in entry.prefix:
+                entry.prefix[size] = short_names(self._block_names(entry.request, size), size)
+            cached |= self.prefixes.shared(entry.prefix[size], size)
+        if cached != entry.placement.cached_tokens:
+            entry.placement = replace(entry.placement, cached_tokens=cached)
+        return entry.placement
 
     def _dispatch(self, entry: Entry, decision: Place, now: float) -> None:
         worker = self.registry.workers[decision.worker_id]

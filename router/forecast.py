@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -320,7 +321,13 @@ def in_time(service_s: F8, room_s: F8) -> npt.NDArray[np.bool_]:
 
 
 def predictor_of(perf: PerfWeights | None) -> Predictor:
-    """The model a worker reported; an untaught one where it has reported none."""
+    """The model a worker reported; an untaught one where it has reported none. Raises ValueError for one it should not
+    have sent."""
     if perf is None:
-        return make_model()
-    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch))
+        return _untaught()
+    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
+
+
+@cache
+def _untaught() -> Predictor:
+    return make_model()

@@ -26,7 +26,8 @@ class Entry:
     """One request in flight. identity: the worker process it is at; seq: of its dispatch; attempts: dispatches.
 
     placed_s, first_token_in_s: when it was dispatched last, and the first token's delay predicted then.
-    prefix: names of its prompt's blocks, see kv.digest. probe: it tests whether a worker's breaker may close.
+    prefix: short names of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
+    probe: it tests whether a worker's breaker may close.
     """
 
     request: EngineRequest
@@ -38,7 +39,7 @@ class Entry:
     attempts: int = 0
     placed_s: float = 0.0
     first_token_in_s: float | None = None
-    prefix: tuple[int, ...] = ()
+    prefix: dict[int, tuple[int, ...]] = field(default_factory=dict)
     probe: bool = False
 
     @property

@@ -207,6 +207,10 @@ class Registry:
                 worker.may_have = may_have
                 worker.version += 1
 
+    def block_sizes(self) -> set[int]:
+        """Of the KV caches of all workers that have a process and have said."""
+        return {w.info.block_size for w in self._by_identity.values()} - {0}
+
     # ---- what others see -----------------------------------------------------------------------------------------
 
     def views(self, ledger: Ledger) -> list[WorkerView]:
@@ -233,12 +237,13 @@ class Registry:
                 state=w.state,
                 phase=w.phase,
                 fraction=w.fraction,
-                outstanding=len(ledger.share(w.identity).entries),
+                outstanding=view.outstanding,
                 load=w.load,
                 restarts=w.restarts,
                 cause=w.cause,
+                barred=view.barred if view.state is WorkerState.READY else None,
             )
-            for w in self.workers.values()
+            for w, view in zip(self.workers.values(), self.views(ledger), strict=True)
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nexusengine.perf import basis, online
+from nexusengine.perf.curve import Curve
 from nexusengine.router.policy import PlacementRequest, WorkerView
 from nexusengine.types import SLO
 from nexusengine.wire import PendingPrefill, PerfWeights, WorkerInfo, WorkerLoad, WorkerState
@@ -18,7 +19,7 @@ def perf(speed: float = 1.0, quantile: float = 1.0) -> PerfWeights:
     weights = [0.0] * basis.TERMS
     for term, seconds in ((basis.ONE, 0.005), (basis.SLOPE, 0.002), (basis.ATTENTION, 0.001), (basis.KV, 0.0004)):
         weights[term] = seconds / speed
-    return PerfWeights(online.KIND, (*weights, 8192.0, quantile, quantile, 0.0), quantile, 1000, 0)
+    return PerfWeights(online.KIND, Curve(weights, 8192.0, quantile, quantile).numbers, quantile, 1000, 0)
 
 
 def load(

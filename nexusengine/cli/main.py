@@ -14,6 +14,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP, on every device there is",
     "bench": "measure throughput and latency",
     "sim": "simulate a server on measured device profiles",
+    "plan": "say which mix of devices serves a load, at what cost, and what limits it",
+    "profiles": "list device profiles, and make one from a step log",
     "perf": "record step times, and replay them through the performance model",
     "explain": "say why a request was served as it was",
     "models": "list the short names of models",

@@ -18,6 +18,8 @@ from nexusengine.types import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     from nexusengine.core.core import EngineCore
+    from nexusengine.core.stats import StepRecord
+    from nexusengine.execute.batch import StepBatch
 
 _SECONDS = 60.0
 _LONGEST_OUTPUT = 256
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="F", help="the log to write, .jsonl.gz; must not exist")
     parser.add_argument("--load", type=_count, default=8, metavar="N", help="typical requests at a time (default: 8)")
     parser.add_argument("--max-prompt", type=_count, default=2048, metavar="N", help="longest prompt (default: 2048)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end; errors in percent")
     add_settings(parser, EngineConfig, skip=frozenset({"step_log"}))
 
 
@@ -61,7 +63,13 @@ def run(args: argparse.Namespace) -> int:
 
     core, _, vocab_size = make_local(config)
     recorder = StepRecorder(args.output)
-    core.on_step = recorder.write
+    errors: list[float] = []
+
+    def on_step(record: StepRecord, batch: StepBatch) -> None:
+        recorder.write(record, batch)
+        errors.append(100.0 * abs(record.predicted_s - record.device_s) / max(record.device_s, 1e-9))
+
+    core.on_step = on_step
     load_on = _Load(core, vocab_size, random.Random(config.seed), args.load, args.max_prompt)
     try:
         ended = load_on.run(None if args.requests is not None else seconds, args.requests)
@@ -79,12 +87,20 @@ def run(args: argparse.Namespace) -> int:
         "requests": ended,
         "computed_tokens": stats.computed_tokens,
         "device_s": round(stats.device_s, 3),
+        "live_mape": _mean(errors),
+        "live_mape_after_500": _mean(errors[500:]),
     }
+    after = "-" if result["live_mape_after_500"] is None else result["live_mape_after_500"]
     if args.json:
         print(json.dumps(result))
     else:
         print(f"{recorder.written} steps of {ended} requests in {args.output}; nexusengine perf replay {args.output}")
+        print(f"as they ran, predictions were off by {result['live_mape']} %, after 500 steps {after} %")
     return 0
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 2) if values else None
 
 
 class _Load:

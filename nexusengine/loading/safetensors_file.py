@@ -14,6 +14,8 @@ from nexusengine.loading.config_json import read_json
 if TYPE_CHECKING:
     import torch
 
+    from nexusengine.loading.gguf_file import Q4Blocks
+
 _MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -122,6 +124,10 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{path} is not a usable safetensors file: tensor {name}: {error}") from None
         return tensor.to(dtype).contiguous()
+
+    def blocks(self, name: str) -> Q4Blocks | None:
+        """None: no type of these files is made of 4-bit blocks."""
+        return None
 
     def close(self) -> None:
         """Unmaps the files."""

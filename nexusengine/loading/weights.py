@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.gguf_file import GGUFFile
+from nexusengine.loading.gguf_file import GGUFFile, Q4Blocks
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.safetensors_file import SafetensorsSource
 
@@ -22,6 +22,10 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def blocks(self, name: str) -> Q4Blocks | None:
+        """A matrix in the 4-bit blocks it is stored in; None if it is stored otherwise."""
+        ...
 
 
 class GGUFSource:
@@ -38,6 +42,9 @@ class GGUFSource:
 
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(self._file.array(name)).to(dtype).contiguous()
+
+    def blocks(self, name: str) -> Q4Blocks | None:
+        return self._file.blocks(name)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexusengine.child import tied
 from nexusengine.loading.cache import cache_dir
 
 SOURCES = Path(__file__).parent / "src"
@@ -127,8 +128,10 @@ def _compile(compiler: Compiler, runtime: Path, sets: dict[str, tuple[str, ...]]
 
 
 def _run(command: list[str]) -> None:
+    """Neither the compiler nor what it starts outlives this process."""
+    tied_command = tied(*command, "-wrapper", ",".join(tied(by_us=False)))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
+        done = subprocess.run(tied_command, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
     except subprocess.TimeoutExpired:
         raise NativeError(f"compiling the kernels took more than {_COMPILE_LIMIT_S} s") from None
     if done.returncode != 0:

@@ -22,6 +22,7 @@ REASONS = {
     "put_off": "is put off: serving it in its turn would make more requests late",
     "aged": "computes in the share kept for those relegated long ago",
     "leftover": "computes in what the others left of the step",
+    "wait_saving": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
 }
 """By the name of its lens.plan.Reason, in lower case."""
 _MISSED = {

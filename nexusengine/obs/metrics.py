@@ -100,6 +100,7 @@ def _total(name: str) -> Callable[[WorkerStatus], float | None]:
 
 WORKER_METRICS = (
     WorkerMetric("worker_ready", "gauge", "1 if the worker takes requests", lambda w: w.state is WorkerState.READY),
+    WorkerMetric("worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.barred is not None),
     WorkerMetric("worker_restarts", "gauge", "Restarts in the last five minutes", lambda w: w.restarts),
     WorkerMetric("worker_outstanding", "gauge", "Requests dispatched and not finished", lambda w: w.outstanding),
     WorkerMetric("worker_running", "gauge", "Sequences that hold KV blocks", _total("running")),
@@ -150,6 +151,25 @@ ROUTER_METRICS = {
     "router_ledger": "Requests in flight",
     "router_held": "Requests held because no worker can take them",
 }
+ROUTER_COUNTERS = {
+    "router_requests": ("requests", "Requests that came to the router"),
+    "router_dispatches": ("dispatches", "Requests sent to a worker, again included"),
+    "router_redispatches": ("redispatches", "Requests sent to a second worker, the first being lost, stalled or full"),
+    "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
+    "router_failed_requests": ("requests_error", "Requests that ended with an error"),
+    "router_backpressure": ("backpressure", "Answers of workers that had too much to do"),
+    "router_faults": ("faults", "Answers of workers that count against them: five in a row and they get a rest"),
+    "router_workers_lost": ("workers_lost", "Worker processes that ended or fell silent"),
+    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens of which the policy said when they come"),
+    "router_first_token_seconds": ("first_token_s", "Of those, time from dispatch to the first token"),
+    "router_first_token_error_seconds": ("first_token_error_s", "Of those, by how much the prediction was off"),
+    "router_prefix_prompt_tokens": ("prefix_prompt_tokens", "Prompt tokens of requests whose prefix was looked up"),
+    "router_prefix_predicted_tokens": ("prefix_predicted_tokens", "Of those, tokens believed to be cached there"),
+    "router_prefix_hit_tokens": ("prefix_hit_tokens", "Of those, tokens that were"),
+    "router_prefix_error_tokens": ("prefix_error_tokens", "Differences between the two, request by request"),
+    "router_prefix_digests_lost": ("prefix_digests_lost", "Times a worker was asked for its whole digest"),
+}
+"""Key in `Cluster.totals` and help."""
 
 
 class Metrics:
@@ -253,6 +273,8 @@ class _ClusterCollector(Collector):
             yield family
         for name, help in ROUTER_METRICS.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=getattr(cluster, name.removeprefix("router_")))
+        for name, (key, help) in ROUTER_COUNTERS.items():
+            yield CounterMetricFamily(PREFIX + name, help, value=cluster.totals.get(key, 0.0))
 
 
 class _WindowCollector(Collector):
@@ -275,6 +297,7 @@ def markdown() -> str:
     rows += [(name, "gauge", "class", help) for name, (help, _) in WINDOW_METRICS.items()]
     rows += [(m.name, m.kind, "worker, device", m.help) for m in WORKER_METRICS]
     rows += [(name, "gauge", "", help) for name, help in ROUTER_METRICS.items()]
+    rows += [(name, "counter", "", help) for name, (_, help) in ROUTER_COUNTERS.items()]
     lines = [
         "# Metrics",
         "",

@@ -14,31 +14,32 @@ import numpy as np
 
 from nexusengine.perf import basis
 from nexusengine.perf.basis import KV_TOKENS, PAIRS, TOKENS
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.features import SHORTEST_S, StepFeatures
 from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import F8, StepTime
 
-SHORTEST_S = 1e-6
 _FURTHEST = 1.5  # times the most tokens seen in a step: no chunk is offered beyond
 
 
 class _Tokens:
-    """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i]."""
+    """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i].
 
-    def __init__(self, weights: Sequence[float], mixed: bool, seen: float) -> None:
-        places: set[float] = {seen} if mixed else set()
-        constant = weights[basis.ONE] + (weights[basis.MIXED] if mixed else 0.0)
+    seen: the most tokens seen in a step; beyond, it rises by `slope_beyond` a token and what bends and jumps add.
+    """
+
+    def __init__(
+        self, weights: Sequence[float], jumps: dict[float, float], seen: float, slope_beyond: float | None = None
+    ) -> None:
         bends: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
-        jumps: dict[float, float] = (
-            {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)} if mixed else {}
-        )
         self.breaks: list[float] = []
-        self.starts, self.values, self.slopes = [0.0], [constant], [weights[basis.SLOPE] / TOKENS]
+        self.starts, self.slopes = [0.0], [weights[basis.SLOPE] / TOKENS]
+        self.values = [weights[basis.ONE] + jumps.get(0.0, 0.0)]
         slope = self.slopes[0]
-        for at in sorted(places.union(bends, jumps)):
+        for at in sorted({seen, *bends, *jumps} - {0.0}):
             value = self(at)
-            if mixed and at == seen:
-                slope = self._slope_beyond(seen, constant)
+            if at == seen:
+                slope = self._slope_beyond(seen) if slope_beyond is None else slope_beyond
+                self.slope_beyond = slope
             slope += bends.get(at, 0.0)
             self.breaks.append(at)
             self.starts.append(at)
@@ -46,7 +47,7 @@ class _Tokens:
             self.slopes.append(slope)
         self._arrays: tuple[F8, ...] = ()
 
-    def _slope_beyond(self, seen: float, constant: float) -> float:
+    def _slope_beyond(self, seen: float) -> float:
         """Seconds for each token beyond the most seen. Weights that were fitted up to there say little of it.
 
         On a roofline, time = overhead + max(moving weights, tokens * c), it is c; the secant from no tokens is below c
@@ -54,7 +55,7 @@ class _Tokens:
         two is one estimate, the secant of the last octave, kept between them, another; their geometric mean is taken.
         """
         end, half = self(seen), self(seen / 2)
-        low, high = (end - constant) / seen, end / seen
+        low, high = (end - self.values[0]) / seen, end / seen
         octave = min(max((end - half) / (seen / 2), low), high)
         return math.sqrt(math.sqrt(low * high) * octave)
 
@@ -72,11 +73,11 @@ class _Tokens:
 
 
 class Curve:
-    """Predictor. weights `[TERMS]` in the order of `basis`, not negative. seen: the most tokens seen in a step.
+    """Predictor. weights `[TERMS]` in the order of `basis`, not negative. seen: the most tokens seen in a step, > 0.
 
     factor_decode, factor_mixed: from the mean to the upper bound of decode-only and of mixed steps, >= 1.
-    offset_s: what decode-only steps take more, of late, than the weights say; a mixed step takes no less than the same
-    step without prompts.
+    offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter ones
+    a like share of it. A mixed step takes no less than the same step without prompts.
     """
 
     def __init__(
@@ -86,53 +87,70 @@ class Curve:
         factor_decode: float = 1.0,
         factor_mixed: float = 1.0,
         offset_s: float = 0.0,
+        offset_at_s: float = 1.0,
     ) -> None:
         self.weights, self.seen = tuple(weights), seen
-        self.factor_decode, self.factor_mixed, self.offset_s = factor_decode, factor_mixed, offset_s
-        self._decode, self._mixed = _Tokens(weights, False, seen), _Tokens(weights, True, seen)
+        self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
+        self.offset_s, self.offset_at_s = offset_s, offset_at_s
+        jumps = {0.0: weights[basis.MIXED]}
+        jumps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
+        self._mixed = _Tokens(weights, jumps, seen)
+        self._decode = _Tokens(weights, {}, seen, self._mixed.slope_beyond)
         self._mixed_s = weights[basis.MIXED]
         self._sequence_s, self._prefill_s = weights[basis.SEQUENCES], weights[basis.PREFILLS]
         self._pair_s, self._kv_s = weights[basis.ATTENTION] / PAIRS, weights[basis.KV] / KV_TOKENS
         self._mixed_kv_s = (weights[basis.KV] + weights[basis.MIXED_KV]) / KV_TOKENS
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What it was made from, in that order."""
+        factors = self.factor_decode, self.factor_mixed
+        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s)
 
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = self._mean_s(features)
         return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))
 
     def _mean_s(self, f: StepFeatures) -> float:
-        offset_s = self.offset_s
+        mean_s, offset_s = self.plain_s(f), self.offset_s
+        if mean_s < self.offset_at_s:
+            offset_s *= mean_s / self.offset_at_s
         if f.prefills:
-            mean_s = (
+            if offset_s > self._mixed_s:
+                mean_s += offset_s - self._mixed_s
+        else:
+            mean_s += offset_s
+        return mean_s if mean_s > SHORTEST_S else SHORTEST_S
+
+    def plain_s(self, f: StepFeatures) -> float:
+        """What the weights alone say."""
+        if f.prefills:
+            return (
                 self._mixed(f.tokens)
                 + self._sequence_s * f.sequences
                 + self._prefill_s * f.prefills
                 + self._pair_s * f.prefill_attention
                 + self._mixed_kv_s * f.decode_kv_tokens
             )
-            if offset_s > self._mixed_s:
-                mean_s += offset_s - self._mixed_s
-        else:
-            mean_s = (
-                self._decode(f.tokens) + self._sequence_s * f.sequences + self._kv_s * f.decode_kv_tokens + offset_s
-            )
-        return mean_s if mean_s > SHORTEST_S else SHORTEST_S
+        return self._decode(f.tokens) + self._sequence_s * f.sequences + self._kv_s * f.decode_kv_tokens
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         mixed = np.asarray(prefills) > 0
-        mean_s = (
+        plain_s = (
             np.where(mixed, self._mixed.many(tokens), self._decode.many(tokens))
             + self._sequence_s * sequences
             + np.where(mixed, self._prefill_s * prefills + self._pair_s * prefill_attention, 0.0)
             + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
-            + np.where(mixed, max(self.offset_s - self._mixed_s, 0.0), self.offset_s)
         )
+        offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
+        mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
         result: F8 = np.maximum(mean_s, SHORTEST_S)
         return result
 
     def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
         """Offers no chunk that makes the step larger than 1.5 times the largest seen: extrapolation is the model's weak
         spot, and a few steps later it has seen more."""
-        limit = min(limit, math.ceil(self.furthest - base.tokens))
+        limit = min(limit, math.floor(self.furthest) - base.tokens)
         return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+SHORTEST_S, LONGEST_S = 1e-6, 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +39,10 @@ class StepFeatures:
             prefill_attention=float((q * (ctx + 0.5 * q))[chunk].sum()),
             decode_kv_tokens=int((ctx + 1.0)[~chunk].sum()),
         )
+
+
+def duration(seconds: float) -> float | None:
+    """What a model learns from: within 1 microsecond and 10,000 seconds; None where it is no duration at all."""
+    if not (math.isfinite(seconds) and seconds > 0.0):
+        return None
+    return min(max(seconds, SHORTEST_S), LONGEST_S)

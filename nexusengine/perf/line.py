@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
 from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
@@ -22,7 +22,6 @@ from nexusengine.perf.residual import Bound
 
 KIND = "line-1"
 _TOKENS = 100.0
-_SHORTEST_S = 1e-6
 _FORGET, _PRIOR_WEIGHT = 0.998, 0.05
 _EVERY_STEP_UNTIL, _EVERY = 64, 8
 
@@ -36,13 +35,13 @@ class Line:
 
     def predict(self, features: StepFeatures) -> StepTime:
         w = self.weights
-        mean_s = max(w[0] + w[1] * (features.tokens / _TOKENS) + w[2] * features.sequences, _SHORTEST_S)
+        mean_s = max(w[0] + w[1] * (features.tokens / _TOKENS) + w[2] * features.sequences, SHORTEST_S)
         return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         w = self.weights
         shape = np.broadcast(tokens, sequences, prefills, prefill_attention, decode_kv_tokens).shape
-        mean_s = np.maximum(w[0] + w[1] * (tokens / _TOKENS) + w[2] * sequences, _SHORTEST_S)
+        mean_s = np.maximum(w[0] + w[1] * (tokens / _TOKENS) + w[2] * sequences, SHORTEST_S)
         return np.broadcast_to(mean_s, shape)
 
     def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
@@ -72,11 +71,12 @@ class LineModel:
         return self._line.max_tokens(budget_s, base, context, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
-        if not (math.isfinite(seconds) and seconds > 0.0 and features.tokens > 0):
+        took_s = duration(seconds)
+        if took_s is None or features.tokens < 1:
             return
         self.steps += 1
-        self._bounds[features.prefills > 0].learn(math.log(seconds / self.predict(features).mean_s))
-        row = self._row(features, seconds)
+        self._bounds[features.prefills > 0].learn(math.log(took_s / self.predict(features).mean_s))
+        row = self._row(features, took_s)
         self._gram = _FORGET * self._gram + row[:, None] * row
         self._moment = _FORGET * self._moment + row
         if self.steps <= _EVERY_STEP_UNTIL or self.steps % _EVERY == 0:

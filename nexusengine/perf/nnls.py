@@ -19,9 +19,7 @@ def solve(gram: F8, moment: F8, start: F8) -> F8:
     gram `[n, n]` with a positive diagonal, moment `[n]`, start `[n]` >= 0. Where rounding keeps it from an end it
     returns the best it has after 64 rounds; it never returns a negative or non-finite weight.
     """
-    scale = 1.0 / np.sqrt(np.diagonal(gram))
-    g = gram * scale[:, None] * scale
-    g.flat[:: len(g) + 1] += _CONDITION
+    g, scale = _scaled(gram)
     m = moment * scale
     x = start / scale
     passive = x > 0.0
@@ -50,3 +48,18 @@ def solve(gram: F8, moment: F8, start: F8) -> F8:
         passive[best] = True
     weights: F8 = np.maximum(x, 0.0) * scale
     return weights if np.isfinite(weights).all() else start
+
+
+def leverage(gram: F8, row: F8) -> float:
+    """row · gram^-1 · row: the share that one more observation `row` has in its own prediction, if it is small."""
+    g, scale = _scaled(gram)
+    r = row * scale
+    return float(r @ np.linalg.solve(g, r))
+
+
+def _scaled(gram: F8) -> tuple[F8, F8]:
+    """With a diagonal of ones, a little more of it than there was, and what rows and columns were multiplied with."""
+    scale = 1.0 / np.sqrt(np.diagonal(gram))
+    g = gram * scale[:, None] * scale
+    g.flat[:: len(g) + 1] += _CONDITION
+    return g, scale

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from nexusengine.perf import basis
-from nexusengine.perf.curve import SHORTEST_S, Curve
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.curve import Curve
+from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
-from nexusengine.perf.nnls import solve
+from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
 
 KIND = "online-1"
-OFFSET_AT = basis.TERMS + 3  # place of the offset in a snapshot's weights
+OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot's weights
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
@@ -98,17 +98,16 @@ class OnlineModel:
         return self._curve.max_tokens(budget_s, base, context, limit)
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of `basis`, then the arguments of Curve after them."""
+        """weights: `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
-        weights = (*c.weights, c.seen, c.factor_decode, c.factor_mixed, c.offset_s)
-        return PerfSnapshot(KIND, weights, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
+        return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
-        if not (math.isfinite(seconds) and seconds > 0.0 and features.tokens > 0):
-            return
-        self._learn(features, seconds)
+        took_s = duration(seconds)
+        if took_s is not None and features.tokens > 0:
+            self._learn(features, took_s)
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
         """A step that ran right after idle time, a graph capture or a start: it tells something only while its kind is
@@ -120,7 +119,7 @@ class OnlineModel:
         self.steps += 1
         curve, mixed, kind = self._curve, features.prefills > 0, stratum(features)
         predicted_s = curve.predict(features).mean_s
-        plain_s = predicted_s if mixed else max(predicted_s - curve.offset_s, SHORTEST_S)
+        plain_s = max(curve.plain_s(features), SHORTEST_S)
         if self.steps % _EVERY == 0:
             self._gram *= _FORGET_ALL**_EVERY
             self._moment *= _FORGET_ALL**_EVERY
@@ -158,13 +157,13 @@ class OnlineModel:
         curve.factor_decode, curve.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
         if not mixed:
             self._trend.learn(seconds - plain_s, plain_s)
-            curve.offset_s = self._trend.offset_s
+            curve.offset_s, curve.offset_at_s = self._trend.offset_s, self._trend.at_s
 
     def _is_known(self, features: StepFeatures, predicted_s: float) -> bool:
         """Whether what has been seen fixes this prediction: its leverage, the share that one more such observation
         would have in it, is that of a kind of step seen 32 times. A step that is off is news elsewhere."""
         row = np.array(basis.terms(features)) / predicted_s
-        return float(row @ np.linalg.solve(self._information, row)) < 1.0 / _TRUSTED_AFTER
+        return leverage(self._information, row) < 1.0 / _TRUSTED_AFTER
 
     def _accept(self, change: Change) -> None:
         """Take what is known of the kinds of step that showed the change to have become longer by its factor, and
@@ -201,9 +200,8 @@ class OnlineModel:
 
     def _renew(self) -> None:
         decode, mixed = self._bounds
-        self._curve = Curve(
-            self._weights.tolist(), self._tokens_seen, decode.factor, mixed.factor, self._trend.offset_s
-        )
+        factors, trend = (decode.factor, mixed.factor), self._trend
+        self._curve = Curve(self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s)
 
 
 def _pull(curve: Curve) -> tuple[F8, F8]:
@@ -224,8 +222,13 @@ def _pull(curve: Curve) -> tuple[F8, F8]:
 def rebuild_curve(weights: Sequence[float]) -> Curve:
     """From `OnlineModel.snapshot().weights`. Raises ValueError."""
     n = basis.TERMS
-    if len(weights) != n + 4:
-        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 4} are needed")
-    if not all(map(math.isfinite, weights)) or min(weights[: n + 1]) < 0.0 or min(weights[n + 1 : n + 3]) < 1.0:
+    if len(weights) != n + 5:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")
+    if (
+        not all(map(math.isfinite, weights))
+        or min(weights[: n + 1]) < 0.0
+        or min(weights[n + 1 : n + 3]) < 1.0
+        or weights[n + 4] <= 0.0
+    ):
         raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
     return Curve(weights[:n], *weights[n:])

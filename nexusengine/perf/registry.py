@@ -12,7 +12,7 @@ from nexusengine.perf.line import KIND as LINE_KIND
 from nexusengine.perf.line import LineModel, rebuild_line
 from nexusengine.perf.model import PerformanceModel, PerfSnapshot, Predictor
 from nexusengine.perf.online import KIND as ONLINE_KIND
-from nexusengine.perf.online import OFFSET_AT, OnlineModel, rebuild_curve
+from nexusengine.perf.online import OFFSETS, OnlineModel, rebuild_curve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.surface import KIND as SURFACE_KIND
 from nexusengine.perf.surface import SurfaceModel, rebuild_surface
@@ -24,7 +24,7 @@ MODELS: dict[str, Callable[[Prior], PerformanceModel]] = {
     "line2": partial(LineModel, by_sequences=True),
 }
 _TIMES = {  # which of a snapshot's weights are seconds
-    ONLINE_KIND: (*range(TERMS), OFFSET_AT),
+    ONLINE_KIND: (*range(TERMS), OFFSETS, OFFSETS + 1),
     SURFACE_KIND: range(5),
     LINE_KIND: range(3),
 }

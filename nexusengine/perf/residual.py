@@ -59,11 +59,12 @@ class Trend:
     """
 
     def __init__(self) -> None:
-        self._mean_s = 0.0
-        self._product = self._square = 0.0
+        self._mean_s = self._product = self._square = 0.0
+        self.at_s = 1.0
 
     @property
     def offset_s(self) -> float:
+        """Of steps of about `at_s` seconds."""
         return self._mean_s * min(max(self._product / self._square, 0.0), 1.0) if self._square > 0.0 else 0.0
 
     def learn(self, deviation_s: float, predicted_s: float) -> None:
@@ -71,6 +72,9 @@ class Trend:
         deviation_s = min(max(deviation_s, -_LARGEST * predicted_s), _LARGEST * predicted_s)
         self._product += _JUDGE * (deviation_s * self._mean_s - self._product)
         self._square += _JUDGE * (self._mean_s * self._mean_s - self._square)
+        if predicted_s < self.at_s:
+            self._mean_s *= predicted_s / self.at_s
+        self.at_s = predicted_s
         self._mean_s += _BLEND * (deviation_s - self._mean_s)
 
     def reset(self) -> None:

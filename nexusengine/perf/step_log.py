@@ -62,8 +62,6 @@ def read_steps(path: str | Path) -> Iterator[LoggedStep]:
         with _open(Path(path)) as lines:
             while line := lines.readline(_LONGEST_LINE_BYTES):
                 number += 1
-                if not line.endswith(b"\n"):
-                    raise ConfigError(f"{path}, line {number}: the file is cut off here, or the line is too long")
                 if line.isspace():
                     continue
                 step = _decode(line, f"{path}, line {number}")
@@ -87,6 +85,8 @@ def _decode(line: bytes, where: str) -> LoggedStep:
     try:
         step = _DECODER.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if not line.endswith(b"\n"):
+            raise ConfigError(f"{where}: the file is cut off here, or the line is too long") from None
         raise ConfigError(f"{where}: not a step: {error}") from None
     if len(step.q) != len(step.ctx):
         raise ConfigError(f"{where}: q has {len(step.q)} entries and ctx {len(step.ctx)}; one each is needed")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
 from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import F8, PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
@@ -25,7 +25,6 @@ KIND = "paper-surface-1"
 _WINDOW, _EVERY, _FIRST = 1000, 200, 50
 _K_SEQUENCES = np.geomspace(0.01, 3.0, 8)
 _K_TOKENS = np.geomspace(1e-4, 0.3, 12)
-_SHORTEST_S = 1e-6
 _TERMS = 5
 
 
@@ -41,13 +40,13 @@ class Surface:
         b, s = features.sequences, features.tokens
         filled = (1.0 - math.exp(-k_b * b)) * (1.0 - math.exp(-k_s * s))
         mean_s = tau0 + (w0 + w1 * s) / max(filled, 1e-9) + tau_b * b + tau_s * s
-        mean_s = max(mean_s, _SHORTEST_S)
+        mean_s = max(mean_s, SHORTEST_S)
         return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         shape = np.broadcast(tokens, sequences, prefills, prefill_attention, decode_kv_tokens).shape
         b, s = np.broadcast_to(sequences, shape), np.broadcast_to(tokens, shape)
-        result: F8 = np.maximum(_terms(b, s, *self.weights[_TERMS:]) @ np.array(self.weights[:_TERMS]), _SHORTEST_S)
+        result: F8 = np.maximum(_terms(b, s, *self.weights[_TERMS:]) @ np.array(self.weights[:_TERMS]), SHORTEST_S)
         return result
 
     def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
@@ -77,11 +76,12 @@ class SurfaceModel:
         return self._surface.max_tokens(budget_s, base, context, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
-        if not (math.isfinite(seconds) and seconds > 0.0 and features.tokens > 0):
+        took_s = duration(seconds)
+        if took_s is None or features.tokens < 1:
             return
         self.steps += 1
-        self._bounds[features.prefills > 0].learn(math.log(seconds / self.predict(features).mean_s))
-        self._window.append((features.sequences, features.tokens, seconds))
+        self._bounds[features.prefills > 0].learn(math.log(took_s / self.predict(features).mean_s))
+        self._window.append((features.sequences, features.tokens, took_s))
         if self.steps == _FIRST or self.steps % _EVERY == 0:
             self._fit(self._window)
         self._surface.factor_decode, self._surface.factor_mixed = self._bounds[0].factor, self._bounds[1].factor

@@ -94,8 +94,10 @@ class JointAttention:
         self._floor_s = prefill(shortest_chunk, 0)
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
-        at_mean = self._decodes(n, mean_kv)
-        return at_mean + self._skew(n, 0, at_mean, self._decodes(n, longest_kv))
+        decodes = self._decodes
+        row = decodes.row(n)
+        at_mean = decodes.in_row(row, mean_kv)
+        return at_mean + self._skew(n, 0, at_mean, decodes.in_row(row, longest_kv))
 
     def decode_run_s(self, n: int, mean_kv: F8, longest_kv: F8) -> F8:
         at_mean = self._decodes.along(n, mean_kv)
@@ -125,7 +127,7 @@ class SplitAttention:
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         del longest_kv
-        return self._decodes(n, mean_kv)
+        return self._decodes.in_row(self._decodes.row(n), mean_kv)
 
     def decode_run_s(self, n: int, mean_kv: F8, longest_kv: F8) -> F8:
         del longest_kv

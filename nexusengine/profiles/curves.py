@@ -16,6 +16,7 @@ import numpy as np
 from nexusengine.profiles.base import F8
 
 _TABULATED = 16384
+_FAR = 1e4
 
 
 class Curve:
@@ -56,8 +57,8 @@ class Surface:
         self._xs: list[float] = np.asarray(xs, np.float64).tolist()
         self._ys: list[float] = np.asarray(ys, np.float64).tolist()
         self._grid: list[list[float]] = np.asarray(grid, np.float64).tolist()
-        self._far_ys = np.array([*self._ys, self._ys[-1] * 64])
-        self._rows: dict[float, F8] = {}
+        self._rows: dict[float, list[float]] = {}
+        self._arrays: dict[float, tuple[F8, F8]] = {}
 
     def __call__(self, x: float, y: float) -> float:
         i, f = locate(self._xs, x)
@@ -66,13 +67,26 @@ class Surface:
         a = low[j] + g * (low[j + 1] - low[j])
         return a + f * (high[j] + g * (high[j + 1] - high[j]) - a)
 
-    def along(self, x: float, ys: F8) -> F8:
-        """The values at one `x` and many `ys`."""
+    def row(self, x: float) -> list[float]:
+        """The values at one `x` on the axis of y, kept: for the few `x` that are asked for again and again."""
         row = self._rows.get(x)
         if row is None:
-            row = np.array([self(x, y) for y in self._far_ys.tolist()])
-            self._rows[x] = row
-        return np.interp(ys, self._far_ys, row)
+            row = self._rows[x] = [self(x, y) for y in self._ys]
+        return row
+
+    def in_row(self, row: list[float], y: float) -> float:
+        j, g = locate(self._ys, y)
+        return row[j] + g * (row[j + 1] - row[j])
+
+    def along(self, x: float, ys: F8) -> F8:
+        """The values at one `x` and many `ys`."""
+        known = self._arrays.get(x)
+        if known is None:
+            row, (low, last) = self.row(x), self._ys[-2:]
+            far = last + _FAR * (last - low)
+            known = np.array([*self._ys, far]), np.array([*row, row[-1] + _FAR * (row[-1] - row[-2])])
+            self._arrays[x] = known
+        return np.interp(ys, *known)
 
 
 def locate(axis: list[float], x: float) -> tuple[int, float]:

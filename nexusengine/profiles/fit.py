@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.nnls import solve
 from nexusengine.profiles.base import F8
 
 KNEES = (128, 256, 512, 1024)
 FEATURES = 8 + len(KNEES)
 FEWEST_STEPS = 200
-_SWEEPS = 4000
 _WINDOW = 51
 _QUANTILES = 101
 _TRIM = 0.001
@@ -116,14 +116,9 @@ def quantiles(factors: F8) -> F8:
 
 
 def _non_negative(x: F8) -> F8:
-    """Non-negative least squares of x w = 1, by coordinate descent on the normal equations."""
-    gram, moment = x.T @ x, x.sum(axis=0)
+    """Non-negative least squares of x w = 1; terms that never occur stay 0."""
     weights = np.zeros(x.shape[1])
-    for _ in range(_SWEEPS):
-        before = weights.copy()
-        for i in range(len(weights)):
-            if gram[i, i] > 0.0:
-                weights[i] = max(weights[i] + (moment[i] - gram[i] @ weights) / gram[i, i], 0.0)
-        if np.abs(weights - before).max() < 1e-12:
-            break
+    occurs = np.flatnonzero(x.any(axis=0))
+    x = x[:, occurs]
+    weights[occurs] = solve(x.T @ x, x.sum(axis=0), np.zeros(len(occurs)))
     return weights

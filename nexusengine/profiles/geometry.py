@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nexusengine.model_config import ModelConfig
+
 _GIB = 2**30
 _MEMORY_SHARE = 0.9
 _RESERVE_BYTES = int(1.2 * _GIB)
@@ -50,6 +52,8 @@ class Geometry:
     def kv_bytes_per_token(self) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv
 
+
+DEFAULT_MODEL = "llama-3.1-8b"
 
 MODELS: dict[str, Geometry] = {
     "llama-3.1-8b": Geometry(4096, 14336, 32, 32, 8, 128, 128256),
@@ -100,3 +104,24 @@ def kv_capacity_tokens(device: str, geometry: Geometry) -> int:
     room = memory * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES
     tokens = int(room / (geometry.kv_bytes_per_token / shards))
     return max(tokens // 16 * 16, 0)
+
+
+def emulated_geometry(spec: str) -> ModelConfig | None:
+    """The shape of the model in a profile's name; None where it is not known, or has experts."""
+    g = MODELS.get(spec.partition("/")[2] or DEFAULT_MODEL)
+    if g is None or g.experts or spec.endswith(".json"):
+        return None
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=g.vocab,
+        hidden_size=g.hidden,
+        intermediate_size=g.intermediate,
+        num_layers=g.layers,
+        num_heads=g.heads,
+        num_kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        max_position=131_072,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tie_embeddings=g.tied,
+    )

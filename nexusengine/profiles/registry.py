@@ -16,10 +16,11 @@ from nexusengine.errors import ConfigError
 from nexusengine.profiles.assemble import SAME, assemble, scale_between
 from nexusengine.profiles.base import Confidence, DeviceProfile
 from nexusengine.profiles.composed import ProfileIdentity
-from nexusengine.profiles.geometry import MODELS, kv_capacity_tokens
+from nexusengine.profiles.fitted import FittedProfile
+from nexusengine.profiles.geometry import DEFAULT_MODEL, MODELS, kv_capacity_tokens
 from nexusengine.profiles.noise import Noise
+from nexusengine.profiles.user_file import UserProfile, entry_of, folder_profiles, read_profile
 
-DEFAULT_MODEL = "llama-3.1-8b"
 _DATA = Path(__file__).parent / "data"
 _REFERENCE = {
     "decode_1": ((1,), (1024,)),
@@ -51,19 +52,34 @@ class ProfileInfo:
 
 
 def load_profile(spec: str, model: str = DEFAULT_MODEL) -> DeviceProfile:
-    """`spec` is a device ("h100"), or "DEVICE/MODEL". A model that was not measured on the device is scaled from one of
-    similar shape that was.
+    """`spec` is a device ("h100"), "DEVICE/MODEL", or the path of a profile file (*.json).
+
+    A model that was not measured on the device is scaled from one of similar shape that was. Profiles in the folder
+    that NEXUSENGINE_PROFILES names come before those of the package.
 
     Raises ConfigError naming what is known.
     """
+    if spec.endswith(".json"):
+        return _of_user(read_profile(spec))
     device, slash, named = spec.partition("/")
     model = named if slash else model
+    for user in folder_profiles():
+        if (user.file.device, user.file.model) == (device, model):
+            return _of_user(user)
     entry = _entries().get((device, model))
     return _make(entry) if entry is not None else _scale(device, model)
 
 
 def list_profiles() -> list[ProfileInfo]:
-    return [_info(entry) for entry in _entries().values()]
+    """Those of the user's folder first."""
+    own = [_info(entry_of(user), _of_user(user)) for user in folder_profiles()]
+    return own + [_info(entry, _make(entry)) for entry in _entries().values()]
+
+
+def file_info(path: str | Path) -> ProfileInfo:
+    """Of a profile file. Raises ConfigError for what is wrong with it."""
+    user = read_profile(path)
+    return _info(entry_of(user), _of_user(user))
 
 
 @cache
@@ -77,8 +93,7 @@ def _entries() -> dict[tuple[str, str], dict[str, Any]]:
     return {(e["device"], e["model"]): e for e in _index()["profiles"]}
 
 
-def _info(entry: Mapping[str, Any]) -> ProfileInfo:
-    profile = _make(entry)
+def _info(entry: Mapping[str, Any], profile: DeviceProfile) -> ProfileInfo:
     steps = {
         name: 1e3 * profile.step_s(np.array(counts, np.int32), np.array(contexts, np.int32))
         for name, (counts, contexts) in _REFERENCE.items()
@@ -97,6 +112,12 @@ def _info(entry: Mapping[str, Any]) -> ProfileInfo:
 
 def _make(entry: Mapping[str, Any]) -> DeviceProfile:
     return assemble(_identity(entry), entry, _tables(entry), MODELS[entry["model"]], SAME, _noise(entry["noise"]))
+
+
+def _of_user(user: UserProfile) -> DeviceProfile:
+    entry, given = entry_of(user), user.file.noise
+    noise = _noise("pooled") if given is None else Noise(given.decode, given.mixed)
+    return FittedProfile(_identity(entry), weights_s=entry["weights_s"], noise=noise)
 
 
 def _scale(device: str, model: str) -> DeviceProfile:

@@ -16,14 +16,16 @@ from nexusengine.obs.step_recorder import StepRecorder
 from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
 from nexusengine.perf.prior import GENERIC, Prior, roofline
 from nexusengine.perf.registry import make_model
+from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.serve.calibrate import calibrate
 
 log = get_logger("worker")
 
 
-def executor_options(config: EngineConfig) -> ExecutorOptions:
+def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
+        quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
         max_model_len=config.max_model_len,
         kv_cache_bytes=config.kv_cache_memory,
         block_size=config.block_size,
@@ -31,13 +33,20 @@ def executor_options(config: EngineConfig) -> ExecutorOptions:
         max_running=config.max_running,
         attention_backend=config.attention_backend,
         seed=config.seed,
+        worker=worker,
     )
 
 
 def make_core(
-    executor: Executor, config: EngineConfig, clock: Clock, name: str = "w0", geometry: ModelConfig | None = None
+    executor: Executor,
+    config: EngineConfig,
+    clock: Clock,
+    name: str = "w0",
+    geometry: ModelConfig | None = None,
+    hash_key: bytes = b"",
 ) -> EngineCore:
-    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured.
+    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured. hash_key:
+    of the names of KV blocks, the same in a whole server so that its router can look prompts up; drawn here if empty.
 
     Takes up to two seconds for calibration. Raises ConfigError for an unknown policy or a log that cannot be written.
     """
@@ -50,7 +59,7 @@ def make_core(
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
-        hash_key=os.urandom(16),
+        hash_key=hash_key or os.urandom(16),
         name=name,
     )
     if config.step_log is not None:
@@ -62,7 +71,8 @@ def make_core(
 
 
 def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
-    """From the datasheet of the device, if it is known, and the geometry of the model."""
+    """From the datasheet of the device, if it is known, and the geometry of the model: of the one whose step times an
+    emulated device has, not of the one whose tokenizer is served."""
     if geometry is None:
         return GENERIC
     kind, _, rest = spec.device.partition(":")
@@ -70,7 +80,9 @@ def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
     if kind == "cpu":
         sheet = cpu_datasheet(parse_device(spec.device).threads or os.cpu_count() or 1)
     else:
-        sheet = DATASHEETS.get(rest) if kind == "emulated" else datasheet_of(spec.device_name)
+        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
+    if kind == "emulated":
+        geometry = emulated_geometry(rest) or geometry
     if sheet is None:
         return GENERIC
     element_bytes = 4 if spec.dtype == "float32" else 2

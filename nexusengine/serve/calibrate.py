@@ -48,7 +48,7 @@ _SHAPES = (
     _Shape(0, chunk=1024, chunk_context=3072),
     _Shape(0, chunk=2048),
 )
-_RUNS = 3  # of each; the first chooses kernels and fills caches, and teaches nothing
+_RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and teaches nothing
 
 
 def calibrate(
@@ -67,7 +67,7 @@ def calibrate(
         if batch is None:
             continue
         features = StepFeatures.of(batch.counts, batch.starts)
-        for run in range(_RUNS):
+        for run in range(_RUNS if features.tokens < _LARGE else _RUNS_OF_LARGE):
             if timer() + 1.5 * model.predict(features).upper_s > ends_s:
                 return taught
             executor.submit(batch)

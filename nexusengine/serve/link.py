@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from nexusengine import wire
+from nexusengine.kv.digest import DigestSender
 from nexusengine.router.core import identity_of
 from nexusengine.types import TokenDelta
 
@@ -29,6 +30,7 @@ class RouterLink:
         self._info, self._period_s = info, period_s
         self._load: Callable[[], wire.WorkerLoad] | None = None
         self._in_flight: Callable[[], list[str]] = list
+        self._prefixes: DigestSender | None = None
         self._phase, self._fraction = "starting", 0.0
         self._outbox: deque[bytes] = deque()
         self._arrived = threading.Event()
@@ -50,10 +52,15 @@ class RouterLink:
         self._phase, self._fraction = phase, fraction
 
     def ready(
-        self, info: wire.WorkerInfo, load: Callable[[], wire.WorkerLoad], in_flight: Callable[[], list[str]]
+        self,
+        info: wire.WorkerInfo,
+        load: Callable[[], wire.WorkerLoad],
+        in_flight: Callable[[], list[str]],
+        prefixes: DigestSender | None = None,
     ) -> None:
-        """From now on requests may come. in_flight: ids of those it works on, for a router that was restarted."""
-        self._info, self._in_flight, self._load = info, in_flight, load
+        """From now on requests may come. in_flight: ids of those it works on, for a router that was restarted.
+        prefixes: of the prefix cache; used by the link's thread alone from now on."""
+        self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
         self._post(wire.encode(wire.Ready(info)))
 
     def send(self, deltas: list[TokenDelta]) -> None:
@@ -103,7 +110,8 @@ class RouterLink:
         if self._load is None:
             return wire.Starting(self._info, self._phase, self._fraction)
         self._seq += 1
-        return wire.Report(self._info.epoch, self._seq, self._load())
+        digest = None if self._prefixes is None else wire.PrefixDigest(*self._prefixes.take())
+        return wire.Report(self._info.epoch, self._seq, self._load(), digest)
 
     def _receive(self) -> None:
         while True:
@@ -111,6 +119,10 @@ class RouterLink:
                 message = wire.decode_for_worker(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            if self._prefixes is not None and isinstance(message, wire.Reregister | wire.RepeatPrefixes):
+                self._prefixes.start_over()
+            if isinstance(message, wire.RepeatPrefixes):
+                continue
             if isinstance(message, wire.Reregister):
                 # A router that does not know us was restarted; it cancels what we name as in flight.
                 again = self._heartbeat() if self._load is None else wire.Ready(self._info, tuple(self._in_flight()))

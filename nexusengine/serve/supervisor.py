@@ -89,7 +89,11 @@ class Supervisor:
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
-        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**common, "workers": names})}
+        inside: Message = {
+            **common,
+            "hash_key": secrets.token_hex(16),
+        }  # workers' and router's names of KV blocks agree
+        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**inside, "workers": names})}
         if with_server:
             # started again, it takes the port it had, also where 0 was asked for
             self._roles["server"] = _Role(
@@ -100,7 +104,7 @@ class Supervisor:
         for name, device in zip(names, self.devices, strict=True):
             role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
-                **common,
+                **inside,
                 **name,
                 "epoch": role.epoch,
                 "model_path": str(self._files.path) if self._files else "",

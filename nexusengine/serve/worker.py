@@ -11,6 +11,7 @@ from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import InternalError, NexusError
 from nexusengine.execute.base import make_executor
+from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.serve.build import executor_options, make_core
@@ -67,8 +68,9 @@ def main() -> None:
 
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config), progress)
-        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config)
+        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
+        hash_key = bytes.fromhex(given["hash_key"])
+        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
     except (NexusError, MemoryError) as error:
         message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
@@ -85,8 +87,14 @@ def main() -> None:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
     )
-    link.ready(info, core.load, core.request_ids)
+    prefixes = None
+    if core.kv.prefix_caching:
+        core.kv.journal = CacheJournal(core.kv.block_size)
+        prefixes = DigestSender(core.kv.journal)
+    link.ready(info, core.load, core.request_ids, prefixes)
     child.emit({"type": "ready"})
     try:
         serve_requests(core, link)

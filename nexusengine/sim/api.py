@@ -38,10 +38,10 @@ class SimSpec:
     """As the options of `nexusengine sim run`.
 
     trace, arrivals, rate_rps, duration_s, classes, scale, stated_limit: see WorkloadSpec. devices: "h100,a100,2xl4".
-    perf: online, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step; None: as measured while
-    simulating. request_timeout_s: after which a request is given up, as by the server: so every overload ends.
-    max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see faults.parse_fault.
-    timeline: keep samples of the load.
+    perf: a performance model by name, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step;
+    None: as measured while simulating. request_timeout_s: after which a request is given up, as by the server: so
+    every overload ends. max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see
+    faults.parse_fault. timeline: keep samples of the load.
     """
 
     trace: str
@@ -143,6 +143,8 @@ def simulate(
     workload_spec = spec.workload(longest)
     builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
     workload = builder.build()
+    if spec.prefix_caching:
+        _check_blocks(workload, spec.block_size)
     makers = [_Maker(spec, settings, profiles[name], i) for i, name in enumerate(names)]
     sampler = Sampler(workload.duration_s) if spec.timeline else None
     cluster = Cluster(
@@ -189,6 +191,16 @@ def _longest(spec: SimSpec, profile: DeviceProfile) -> int:
     return min(spec.max_model_len, kv_tokens // spec.block_size * spec.block_size)
 
 
+def _check_blocks(workload: Workload, block_size: int) -> None:
+    sizes = {job.blocks.tokens for job in workload.jobs if job.blocks is not None}
+    for size in sizes:
+        if size % block_size:
+            raise ConfigError(
+                f"the trace names blocks of {size} tokens, which are not made of KV blocks of {block_size} tokens",
+                param="block_size",
+            )
+
+
 def _check(spec: SimSpec) -> None:
     for name, low, high in (
         ("link_delay_s", 0.0, 10.0),
@@ -205,6 +217,8 @@ def _check(spec: SimSpec) -> None:
         value = getattr(spec, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise ConfigError(f"{name} must be between {low} and {high}, got {value}", param=name)
+    if spec.kv_tokens is not None and spec.kv_tokens < spec.block_size:
+        raise ConfigError(f"kv_tokens must be at least one block, {spec.block_size}, got {spec.kv_tokens}")
     if spec.scheduler_cost_s is not None and not 0.0 <= spec.scheduler_cost_s <= 1.0:
         raise ConfigError(
             f"scheduler cost must be 0 to 1 s a step, got {spec.scheduler_cost_s}", param="scheduler_cost"

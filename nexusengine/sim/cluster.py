@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import InternalError
+from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.router.core import RouterCore, identity_of
 from nexusengine.router.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
@@ -29,7 +30,9 @@ from nexusengine.wire import (
     Dispatch,
     Hello,
     Message,
+    PrefixDigest,
     Ready,
+    RepeatPrefixes,
     Report,
     Starting,
     Submit,
@@ -96,6 +99,12 @@ class Worker:
         self.report_seq = 0
         self._describe()
 
+    def report(self, now: float) -> Report:
+        """Its load, and what has changed in its prefix cache."""
+        self.report_seq += 1
+        digest = None if self.prefixes is None else PrefixDigest(*self.prefixes.take())
+        return Report(self.info.epoch, self.report_seq, self.engine.load(now), digest)
+
     def _describe(self) -> None:
         e = self.engine
         self.info = WorkerInfo(
@@ -109,8 +118,14 @@ class Worker:
             block_size=e.settings.block_size,
             kv_total_blocks=e.kv.total_blocks,
             weights_bytes=e.profile.weights_bytes,
+            scheduler=e.policy.name,
+            max_waiting=e.settings.max_waiting,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
+        self.prefixes: DigestSender | None = None
+        if e.settings.prefix_caching:
+            e.kv.journal = CacheJournal(e.settings.block_size)
+            self.prefixes = DigestSender(e.kv.journal)
 
 
 class Cluster:
@@ -142,7 +157,14 @@ class Cluster:
         self._rng, self._progress, self._enough = rng, progress, enough
         self._sample, self._sample_period_s = sample, sample_period_s
         self.workers = [Worker(i, make_engine) for i, make_engine in enumerate(engines)]
-        self.core = RouterCore(policy, [w.info for w in self.workers], epoch=_EPOCH, max_held=max_held)
+        self.core = RouterCore(
+            policy,
+            [w.info for w in self.workers],
+            epoch=_EPOCH,
+            max_held=max_held,
+            report_period_s=link.snapshot_period_s,
+            block_names=lambda request, size: self._jobs[request.request_id].block_names(size),
+        )
         self.outcomes: dict[str, Outcome] = {}
         self.placing_s: list[float] = []
         self.now = 0.0
@@ -181,6 +203,9 @@ class Cluster:
             count += 1
             if count % _PROGRESS_EVERY_EVENTS == 0:
                 self._progress(at_s, self._ended)
+        for at_s, _, call, args in sorted(self._events, key=lambda event: event[:2]):
+            if call == self._to_worker:  # what is on its way still arrives, so that nothing is left behind
+                call(at_s, *args)
         for job in jobs:
             if job.request.request_id not in self.outcomes:
                 if not self.stopped_early:
@@ -229,12 +254,16 @@ class Cluster:
                     self._streams(now, request_id)
                 for delta in message.full:
                     self._answered(now, delta)
-            elif isinstance(message, Dispatch | Cancel):
+            elif isinstance(message, Dispatch | Cancel | RepeatPrefixes):
                 self._at(now + self.link.link_delay_s, self._to_worker, out.identity, message)
 
     def _to_worker(self, now: float, identity: bytes, message: Message) -> None:
         worker = self._by_identity.get(identity)
         if worker is None:  # that process has ended
+            return
+        if isinstance(message, RepeatPrefixes):
+            assert worker.prefixes is not None
+            worker.prefixes.start_over()
             return
         engine = worker.engine
         engine.advance(now)
@@ -274,8 +303,7 @@ class Cluster:
             return
         first, engine.first_tokens = engine.first_tokens, []
         ended, engine.ended = engine.ended, []
-        plain = tuple((job.request.request_id, (0,)) for job, _ in first)
-        full = []
+        full = [TokenDelta(job.request.request_id, (0,), cached_tokens=cached) for job, _, cached in first]
         for end in ended:
             request_id = end.job.request.request_id
             self._sent[request_id] = end, worker.info.worker_id
@@ -283,7 +311,7 @@ class Cluster:
                 full.append(TokenDelta(request_id, finish_reason="error", error_code="overloaded"))
             else:
                 full.append(TokenDelta(request_id, finish_reason="length"))
-        message = WorkerDeltas(worker.info.epoch, plain, tuple(full))
+        message = WorkerDeltas(worker.info.epoch, (), tuple(full))
         self._at(now + self.link.link_delay_s, self._to_router, worker.identity, message)
 
     def _streams(self, now: float, request_id: str) -> None:
@@ -292,7 +320,10 @@ class Cluster:
         self.outcomes[request_id] = replace(outcome, first_token_s=now + self.link.link_delay_s)
 
     def _answered(self, now: float, delta: TokenDelta) -> None:
-        """The client gets a last delta: from an engine, or from the router itself."""
+        """The client gets a last delta, from an engine or from the router itself; or a first one that says more."""
+        if delta.finish_reason is None:
+            self._streams(now, delta.request_id)
+            return
         job = self._jobs.pop(delta.request_id, None)
         if job is None:
             raise InternalError(f"{delta.request_id} was ended twice")
@@ -336,9 +367,8 @@ class Cluster:
             return
         worker.engine.advance(now)
         self._report_tokens(now, worker)
-        worker.report_seq += 1
+        report = worker.report(now)
         if self.link.loss == 0.0 or self._rng.random() >= self.link.loss:
-            report = Report(worker.info.epoch, worker.report_seq, worker.engine.load(now))
             self._at(now + self.link.link_delay_s, self._to_router, identity, report)
         self._at(now + self.link.snapshot_period_s, self._report, worker, identity)
 

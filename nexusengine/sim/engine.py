@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from nexusengine.core.core import COLD_AFTER_S
 from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
 from nexusengine.core.stats import CoreStats
@@ -119,7 +120,7 @@ class SimEngine:
         self.profile, self.policy, self.model, self.settings = profile, policy, model, settings
         self.slowdown = 1.0
         self.covers = 0
-        self.first_tokens: list[tuple[Job, float]] = []
+        self.first_tokens: list[tuple[Job, float, int]] = []  # when, and prompt tokens found in the prefix cache
         self.ended: list[Ended] = []
         self.planning_s: list[float] = []
         self.stats = CoreStats()
@@ -147,7 +148,7 @@ class SimEngine:
         self._run: _Run | None = None
         self._aborted: set[int] = set()
         self._every_step = not settings.runs or bool(getattr(policy, "plans_every_step", False))
-        self._idle_since_s = 0.0
+        self._idle_since_s = self._stepped_s = 0.0
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
@@ -366,6 +367,7 @@ class SimEngine:
                 self.kv.commit(int(slots[i]), self._live[int(slots[i])].names, int(ends[i]))
         sampled = slots if steps > 1 else slots[ends == c.known_tokens[slots]]
         self._sampled(sampled, run.ends_s[run.done : until], now)
+        self._stepped_s = now
         self.stats.computed_tokens += int(run.counts.sum()) * steps
         self.stats.generated_tokens += len(sampled) * steps
         self.stats.device_s += float(run.took_s[run.done : until].sum())
@@ -377,11 +379,15 @@ class SimEngine:
         newcomers = slots[np.isnan(c.first_token_s[slots])]
         if len(newcomers):
             c.first_token_s[newcomers] = at_s[0]
-            self.first_tokens += [(self._live[s].job, float(at_s[0])) for s in newcomers.tolist()]
+            live = [self._live[s] for s in newcomers.tolist()]
+            self.first_tokens += [(one.job, float(at_s[0]), one.cached_tokens) for one in live]
         due_s = c.arrival_s[slots] + c.ttft_s[slots] + c.generated_tokens[slots] * c.tpot_s[slots]
         due_s -= self.settings.answer_delay_s
-        late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
-        self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
+        if steps == 1:
+            self._strict[slots] &= ~(at_s[0] > due_s)  # NaN, no promise, is never late
+        else:
+            late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
+            self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
         c.known_tokens[slots] += steps
         c.generated_tokens[slots] += steps
         c.last_token_s[slots] = now
@@ -391,7 +397,8 @@ class SimEngine:
     def _observe(self, run: _Run, until: int) -> None:
         features = StepFeatures.of(run.counts, run.starts + run.done)
         for i in range(run.done, until, _OBSERVED_OF_A_RUN):
-            self.model.observe(features, float(run.took_s[i]))
+            cold = i == 0 and run.began_s - self._stepped_s > COLD_AFTER_S
+            (self.model.observe_cold if cold else self.model.observe)(features, float(run.took_s[i]))
             grown = features.decode_kv_tokens + features.sequences * _OBSERVED_OF_A_RUN
             features = StepFeatures(
                 features.tokens, features.sequences, features.prefills, features.prefill_attention, grown

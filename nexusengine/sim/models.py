@@ -10,7 +10,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
 from nexusengine.perf.prior import probes
-from nexusengine.perf.registry import make_model, scaled
+from nexusengine.perf.registry import MODELS, make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
 
 _QUANTILE = 0.95
@@ -18,12 +18,11 @@ _LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192
 
 
 def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
-    """`online`; `oracle`: answers the profile's own mean; `scaled:F`: the online one, wrong by the factor F.
-
-    Raises ConfigError.
+    """A model by its name (see perf.registry); `oracle`: answers the profile's own mean; `scaled:F`: the online one,
+    wrong by the factor F. Raises ConfigError.
     """
-    if spec == "online":
-        return make_online(profile)
+    if spec in MODELS:
+        return make_ready(spec, profile)
     if spec == "oracle":
         return Oracle(profile)
     kind, _, value = spec.partition(":")
@@ -32,13 +31,15 @@ def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
     except ValueError:
         factor = math.nan
     if not 0.01 <= factor <= 100:
-        raise ConfigError(f"perf is online, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf")
-    return Scaled(make_online(profile), factor)
+        raise ConfigError(
+            f"perf is {', '.join(MODELS)}, oracle or scaled:F with F from 0.01 to 100, got {spec!r}", param="perf"
+        )
+    return Scaled(make_ready("online", profile), factor)
 
 
-def make_online(profile: DeviceProfile) -> PerformanceModel:
-    """As a worker has it when it is ready: taught by the steps of start-up calibration, here without scatter."""
-    model, oracle = make_model(), Oracle(profile)
+def make_ready(name: str, profile: DeviceProfile) -> PerformanceModel:
+    """As a worker has it when it is ready: taught by some steps of the device at start-up, here without scatter."""
+    model, oracle = make_model(name), Oracle(profile)
     for features in probes():
         model.observe(features, oracle.predict(features).mean_s)
     return model
@@ -99,15 +100,15 @@ class Oracle:
     def _mean(self, tokens: float, sequences: float, prefills: float, attention: float, kv_tokens: float) -> float:
         decodes = max(round(sequences - prefills), 0)
         chunks = max(round(prefills), 0)
-        counts = np.ones(decodes + chunks, np.int32)
-        contexts = np.zeros(decodes + chunks, np.int32)
+        rows = max(decodes + chunks, 1)  # a step of nothing costs what one token costs: the weights are read
+        counts, contexts = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         if decodes:
             contexts[:decodes] = max(kv_tokens / decodes - 1.0, 0.0)
         if chunks:
             size = max((tokens - decodes) / chunks, 1.0)
             counts[decodes:] = np.diff(np.rint(np.arange(chunks + 1) * size)).astype(np.int32)
             contexts[decodes:] = max(attention / chunks / size - 0.5 * size, 0.0)
-        return self._profile.step_s(counts, contexts) if len(counts) else 0.0
+        return self._profile.step_s(counts, contexts)
 
 
 class Scaled:

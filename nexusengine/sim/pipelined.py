@@ -32,7 +32,7 @@ class PipelinedEngine(SimEngine):
         ahead: bool,
     ) -> None:
         super().__init__(
-            profile, policy, make_model(), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
+            profile, policy, make_model("line"), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
         )
         self._every_step, self._ahead = True, ahead
         self._leaving: list[int] = []

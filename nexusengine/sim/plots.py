@@ -11,6 +11,7 @@ import numpy as np
 from nexusengine.errors import ConfigError
 from nexusengine.sim.api import SimResult
 from nexusengine.sim.goodput import Goodput
+from nexusengine.sim.plan import Plan
 from nexusengine.sim.sweep import Point
 from nexusengine.sim.verdicts import Table, tabulate
 
@@ -78,6 +79,34 @@ def plot_tried(found: Goodput, target: float, longest_decile: float, path: str) 
     if found.rate_rps > 0:
         axis.axvline(found.rate_rps, color="0.5", linewidth=1)
     _attainment_axis(axis, f"goodput {found.rate_rps:.3g} requests/s")
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_plan(plan: Plan, path: str) -> None:
+    """Highest rate at each target against cost an hour, a point a candidate; those whose price is not known at 0. Where
+    no rates were searched for: attainment at the offered rate."""
+    figure, axes = _figure(1, 1, (7.5, 5.0))
+    axis = axes[0][0]
+    cost = [c.price_per_hour or 0.0 for c in plan.candidates]
+    searched = any(rate is not None for c in plan.candidates for rate in c.goodput_rps)
+    for i, target in enumerate(plan.targets if searched else ()):
+        rates = [c.goodput_rps[i] or 0.0 for c in plan.candidates]
+        axis.plot(cost, rates, "o", color=f"C{i}", label=f"{100 * target:g} % of promises kept")
+    if searched:
+        axis.axhline(plan.rate_rps, color="0.5", linewidth=1, linestyle="--")
+        axis.set_ylabel("highest rate (requests/s); dashed: offered")
+        heights = [max(rate or 0.0 for rate in c.goodput_rps) for c in plan.candidates]
+    else:
+        heights = [100 * c.attainment for c in plan.candidates]
+        axis.plot(cost, heights, "o", label="at the offered rate")
+        axis.set_ylabel("attainment (%)")
+    for c, x, y in zip(plan.candidates, cost, heights, strict=True):
+        axis.annotate(c.devices, (x, y), textcoords="offset points", xytext=(4, 6), fontsize=8)
+    axis.set_xlabel("cost ($/h)")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.grid(**_GRID)
     axis.legend(frameon=False)
     _save(figure, path)
 

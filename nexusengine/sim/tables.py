@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nexusengine.sim.api import SimResult
 from nexusengine.sim.goodput import Goodput
+from nexusengine.sim.plan import Plan
 from nexusengine.sim.sweep import Point
 
 _WIDTH = 140
@@ -106,6 +107,28 @@ def print_goodput(found: Goodput, target: float, longest_decile: float) -> None:
         f"goodput {_number(found.rate_rps)} requests/s with {_percent(target)} of all requests and "
         f"{_percent(longest_decile)} of the longest tenth in time"
     )
+
+
+def print_plan(plan: Plan) -> None:
+    console = _console()
+    highest = [name for t in plan.targets for name in (f"rate at {100 * t:g} %", "head-room")]
+    table = Table("devices", "$/h", "attainment", "longest tenth", *highest, "first bottleneck")
+    for c in plan.candidates:
+        cells = []
+        for rate in c.goodput_rps:
+            cells += [_number(rate), "-" if rate is None else _percent(rate / plan.rate_rps - 1.0)]
+        price = "?" if c.price_per_hour is None else f"{c.price_per_hour:.2f}"
+        shares = _percent(c.attainment), _percent(c.longest_decile)
+        table.add_row(c.devices, price, *shares, *cells, c.bottleneck)
+    console.print(f"offered: {_number(plan.rate_rps)} requests/s")
+    console.print(table)
+    for target in plan.targets:
+        best = plan.cheapest(target)
+        served = [c for c in plan.candidates if c.serves(target, plan.longest_decile)]
+        if best is not None:
+            console.print(f"{100 * target:g} %: cheapest is {best.devices}, {best.price_per_hour:.2f} $/h")
+        else:
+            console.print(f"{100 * target:g} %: {'prices are missing' if served else 'no candidate serves this load'}")
 
 
 def _number(value: float | None) -> str:

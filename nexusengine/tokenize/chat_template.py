@@ -53,6 +53,8 @@ class ChatTemplate:
 
 def _joined(message: Message) -> dict[str, Any]:
     """The message with a list of text parts joined into one string, which is what templates expect."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"a message is an object with role and content, got {message!r}", param="messages")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:

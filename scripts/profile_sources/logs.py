@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.step_log import read_steps
 from nexusengine.profiles.fit import Fit, fit_steps, quantiles, scatter_of
 from profile_sources.common import SHARED
 
@@ -26,13 +25,8 @@ def logs_of(device: str, model: str) -> list[Path]:
 
 
 def read_log(path: Path) -> tuple[list[StepFeatures], np.ndarray]:
-    features, took_s = [], []
-    with gzip.open(path, "rt") as file:
-        for line in file:
-            step = json.loads(line)
-            features.append(StepFeatures.of(np.array(step["q"], np.int32), np.array(step["ctx"], np.int32)))
-            took_s.append(step["ms"] / 1e3)
-    return features, np.array(took_s)
+    steps = list(read_steps(path))
+    return [step.features for step in steps], np.array([step.ms / 1e3 for step in steps])
 
 
 def pooled_noise(logs: list[Path]) -> dict[str, list[float]]:

@@ -95,7 +95,15 @@ def start_server() -> Iterator[Callable[..., Running]]:
     def start(*, real_s: float = 0.0, with_engine: bool = True, **settings: Any) -> Running:
         executor = SlowExecutor(num_blocks=512, max_model_len=400, max_batch_tokens=512)
         executor.real_s = real_s
-        core = EngineCore(executor, FCFS(), make_model(), clock=MonotonicClock(), max_running=32, max_waiting=256)
+        core = EngineCore(
+            executor,
+            FCFS(),
+            make_model(),
+            clock=MonotonicClock(),
+            max_running=32,
+            max_waiting=256,
+            check_every_step=True,
+        )
         state = ServerState(ServeConfig(**settings), MODEL)
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off"))

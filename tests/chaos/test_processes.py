@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import Served, free_port
+from tests.conftest import Served, free_port, runs
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 TEXT = "/v1/completions"
@@ -75,14 +75,6 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < until_s, "waited in vain"
         time.sleep(0.02)
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether it is there; one that has ended and that nobody asked for its exit status yet is not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def at_rest(served: Served) -> bool:

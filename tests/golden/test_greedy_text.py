@@ -28,6 +28,13 @@ def mismatches(reference: Reference, answers: list[list[int]]) -> list[int]:
     ]
 
 
+def checked(settings: dict[str, Any]) -> Engine:
+    """An engine in this process that verifies every invariant after each step."""
+    engine = Engine("smollm2-135m", **SETTINGS | settings)
+    engine._runner.core._check_every_step = True  # type: ignore[union-attr]
+    return engine
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -38,14 +45,14 @@ def mismatches(reference: Reference, answers: list[list[int]]) -> list[int]:
     ],
 )
 def test_greedy_text_does_not_depend_on_the_schedule(reference: Reference, settings: dict[str, Any]) -> None:
-    with Engine("smollm2-135m", **SETTINGS | settings) as engine:
+    with checked(settings) as engine:
         outputs = engine.generate(reference.prompts, GREEDY, progress=False)
     assert mismatches(reference, [list(o.token_ids) for o in outputs]) == []
     assert [o.text for o in outputs] == reference.texts
 
 
 def test_greedy_text_does_not_depend_on_the_prefix_cache(reference: Reference) -> None:
-    with Engine("smollm2-135m", **SETTINGS | {"prefix_caching": True}) as engine:
+    with checked({"prefix_caching": True}) as engine:
         first = engine.generate(reference.prompts, GREEDY, progress=False)
         second = engine.generate(reference.prompts, GREEDY, progress=False)
     assert mismatches(reference, [list(o.token_ids) for o in first]) == []
@@ -72,7 +79,7 @@ class Preempting:
 
 
 def test_greedy_text_survives_preemption(reference: Reference) -> None:
-    with Engine("smollm2-135m", **SETTINGS | {"prefix_caching": True}) as engine:
+    with checked({"prefix_caching": True}) as engine:
         engine._runner.core.policy = Preempting()  # type: ignore[union-attr]
         outputs = engine.generate(reference.prompts, GREEDY, progress=False)
         assert engine.stats()["preemptions"] >= 5
@@ -80,12 +87,22 @@ def test_greedy_text_survives_preemption(reference: Reference) -> None:
 
 
 def test_greedy_text_is_the_same_over_http(reference: Reference, serve: Any) -> None:
-    """The whole stack, two workers; prompts as token ids so that the comparison is exact."""
+    """The whole stack, two workers, whole and streamed; prompts as token ids so that the comparison is exact."""
     url = serve("--devices", "cpu:1,cpu:1", "--dtype", "float32", "--kv-cache-memory", "1GiB").url
     body = {"model": "smollm2-135m", "prompt": reference.prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as reply:
+
+    def post(**more: Any) -> Any:
+        content = json.dumps(body | {"ignore_eos": True} | more).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", content, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=600)
+
+    with post() as reply:
         choices = json.load(reply)["choices"]
     assert [c["text"] for c in sorted(choices, key=lambda c: c["index"])] == reference.texts
+    streamed = [""] * len(reference.texts)
+    with post(stream=True) as reply:
+        events = [line.removeprefix(b"data: ") for line in reply if line.strip()]
+    assert events.pop().strip() == b"[DONE]"
+    for choice in (json.loads(event)["choices"][0] for event in events):
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == reference.texts

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nexusengine.lens.plan import SchedulerPolicy
 from nexusengine.lens.registry import make_policy
-from nexusengine.perf.registry import make_model
+from nexusengine.router.candidates import Unprepared
 from nexusengine.router.policies import make_policy as make_router
 from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.faults import parse_fault
 from nexusengine.sim.job import Job, make_job
+from nexusengine.sim.models import make_sim_model
 from nexusengine.types import SLO
 from tests.sim.fakes import FormulaProfile
 
@@ -25,20 +27,22 @@ LINK = LinkSettings(link_delay_s=0.001, snapshot_period_s=0.05)
 def make_cluster(
     workers: int = 2,
     *,
-    engine: str = "fcfs",
+    engine: str | SchedulerPolicy = "fcfs",
     router: str | PlacementPolicy = "least-outstanding",
     settings: EngineSettings = QUIET,
     link: LinkSettings = LINK,
     faults: Sequence[str] = (),
     seed: int = 0,
     kv_tokens: int = 20_000,
+    perf: str = "online",
     **more: object,
 ) -> Cluster:
     def maker(index: int) -> SimEngine:
+        profile = FormulaProfile(kv_tokens)
         return SimEngine(
-            FormulaProfile(kv_tokens),
-            make_policy(engine),
-            make_model(),
+            profile,
+            make_policy(engine) if isinstance(engine, str) else engine,
+            make_sim_model(perf, profile),
             settings,
             max_model_len=MAX_LEN,
             rng=np.random.default_rng([seed, index]),
@@ -80,10 +84,11 @@ def assert_nothing_left(cluster: Cluster, jobs: Sequence[Job], outcomes: Sequenc
         assert worker.engine.kv.used_blocks == 0
 
 
-class Watching:
+class Watching(Unprepared):
     """A placement policy that keeps what it was shown."""
 
     name = "watching"
+    uses_prefixes = False
 
     def __init__(self, policy: PlacementPolicy | None = None) -> None:
         self.policy = policy or make_router("least-outstanding")

@@ -122,7 +122,7 @@ def test_plots_are_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     [
         (["--engine", "magic"], "unknown engine policy 'magic'"),
         (["--router", "magic"], "unknown placement policy 'magic'"),
-        (["--devices", "abacus"], "no profile of 'llama-3.1-8b' on 'abacus'"),
+        (["--devices", "abacus"], "no profile of a device 'abacus'"),
         (["--devices", ","], "names 0 devices"),
         (["--classes", "gold"], "classes are"),
         (["--perf", "magic"], "perf is online"),
@@ -134,6 +134,7 @@ def test_plots_are_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         (["--rate", "-1"], "rate must be a number above 0"),
         (["--trace", "nowhere.csv"], "cannot read nowhere.csv"),
         (["--seed", "-1"], "seed must be between"),
+        (["--kv-tokens", "10"], "kv_tokens must be at least one block"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -154,3 +155,15 @@ def test_a_plot_without_matplotlib_is_refused_before_the_simulation(
     assert main(["sim", "run", *QUICK, "--rate", "5", "--plot", str(tmp_path / "x.png")]) == 1
     assert "nexusengine[plot]" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_kv_blocks_that_do_not_fit_into_the_traces_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival_s": 0, "input_tokens": 700, "output_tokens": 5, "hash_ids": [4, 9]}\n')
+    words = ["sim", "run", "--trace", str(trace), "--devices", "rtx4090", "--block-size", "48"]
+    assert main([*words, "--json"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--prefix-caching"]) == 1
+    assert "not made of KV blocks of 48" in capsys.readouterr().err

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError, InternalError
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.registry import POLICIES
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings
 from nexusengine.sim.faults import parse_fault
@@ -22,9 +24,9 @@ def run(cluster: Cluster, jobs: list[Job]) -> dict[str, Outcome]:
     return {o.job.request.request_id: o for o in cluster.run(jobs)}
 
 
-@pytest.mark.parametrize("router", ["least-outstanding", "round-robin"])
+@pytest.mark.parametrize("router", ["least-outstanding", "round-robin", "prism:hold=1"])
 @pytest.mark.parametrize("faults", [(), ("crash:0:1:0.5", "slow:1:0.5:4", "join:2:1.5")])
-@pytest.mark.parametrize(("count", "gap_s", "kv_tokens"), [(150, 0.02, 20_000), (300, 0.003, 3_000)])
+@pytest.mark.parametrize(("count", "gap_s", "kv_tokens"), [(150, 0.02, 20_000), (400, 0.003, 3_000)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_job_has_exactly_one_outcome_and_nothing_is_left(
     router: str, faults: tuple[str, ...], count: int, gap_s: float, kv_tokens: int, seed: int
@@ -33,7 +35,15 @@ def test_every_job_has_exactly_one_outcome_and_nothing_is_left(
     settings = replace(QUIET, noise=True, max_waiting=30)
     link = LinkSettings(0.004, 0.05, loss=0.3)
     cluster = make_cluster(
-        3, router=router, settings=settings, link=link, faults=faults, seed=seed, kv_tokens=kv_tokens, timeout_s=3.0
+        3,
+        router=router,
+        settings=settings,
+        link=link,
+        faults=faults,
+        seed=seed,
+        kv_tokens=kv_tokens,
+        timeout_s=1.5,
+        max_held=60,
     )
     outcomes = cluster.run(jobs)
     assert_nothing_left(cluster, jobs, outcomes)
@@ -57,15 +67,37 @@ def test_a_request_that_comes_during_a_run_of_decodes_starts_at_the_next_step() 
     assert outcomes["late"].first_token_s - 1.0 < 4 * LINK.link_delay_s + 2 * step_s
 
 
-def test_runs_of_like_steps_change_nothing() -> None:
-    jobs = make_jobs(150, 0.03, 3)
-    for kv_tokens in (20_000, 1_500):
-        one = run(make_cluster(2, kv_tokens=kv_tokens), jobs)
-        other = run(make_cluster(2, kv_tokens=kv_tokens, settings=replace(QUIET, runs=False)), jobs)
-        for name, outcome in one.items():
-            assert outcome.last_s == pytest.approx(other[name].last_s, abs=1e-9)
-            assert outcome.first_token_s == pytest.approx(other[name].first_token_s, abs=1e-9)
-            assert outcome.worker == other[name].worker
+@pytest.mark.parametrize("engine", sorted(POLICIES))
+@pytest.mark.parametrize("kv_tokens", [20_000, 2_500])
+def test_runs_of_like_steps_change_nothing_for_any_policy(engine: str, kv_tokens: int) -> None:
+    rng = np.random.default_rng(1)
+    jobs = [
+        replace(job, request=replace(job.request, slo=SLO(rng.choice([0.1, 0.5, 2.0]), rng.choice([0.006, 0.02, 0.1]))))
+        for job in make_jobs(40, 0.08, 1, prompt=400, output=50)
+    ]
+    settings = replace(QUIET, max_batch_tokens=1024)
+
+    def ends(runs: bool) -> list[tuple[float, float]]:
+        cluster = make_cluster(
+            1, engine=engine, settings=replace(settings, runs=runs), kv_tokens=kv_tokens, perf="oracle"
+        )
+        return [(o.first_token_s, o.last_s) for o in cluster.run(jobs)]
+
+    assert np.allclose(ends(True), ends(False), rtol=0, atol=1e-9)
+
+
+def test_a_policy_can_ask_to_plan_every_step() -> None:
+    class Thorough(FCFS):
+        plans_every_step = True
+
+    job = [make_job("r", 0.0, 10, 50)]
+    plans = []
+    for policy in (FCFS(), Thorough()):
+        cluster = make_cluster(1, engine=policy)
+        cluster.run(job)
+        plans.append(len(cluster.workers[0].engine.planning_s))
+    assert plans[0] < 5
+    assert plans[1] == 50
 
 
 def test_scheduler_time_is_charged_to_every_step() -> None:
@@ -190,7 +222,7 @@ def test_what_has_not_ended_by_the_end_is_unfinished() -> None:
 
 def test_a_full_queue_and_an_impossible_request_are_refused() -> None:
     jobs = [make_job(f"r{i}", 0.0, 1500, 100) for i in range(30)]
-    outcomes = run(make_cluster(1, settings=replace(QUIET, max_waiting=4, max_running=2)), jobs)
+    outcomes = run(make_cluster(1, settings=replace(QUIET, max_waiting=4, max_running=2), max_held=4), jobs)
     assert sum(o.error == "overloaded" for o in outcomes.values()) > 10
     long = [make_job("r", 0.0, MAX_LEN, 1)]
     assert run(make_cluster(1), long)["r"].error == "context_length_exceeded"

@@ -82,5 +82,5 @@ def test_an_online_model_starts_calibrated() -> None:
 
 @pytest.mark.parametrize("spec", ["scaled", "scaled:0", "scaled:x", "perfect", ""])
 def test_an_unknown_model_is_refused(spec: str) -> None:
-    with pytest.raises(ConfigError, match="online, oracle or scaled:F"):
+    with pytest.raises(ConfigError, match="oracle or scaled:F"):
         make_sim_model(spec, FormulaProfile())

@@ -175,6 +175,14 @@ def test_what_has_no_rate_or_no_arrivals_asks_for_them(tmp_path: Path) -> None:
             build(path, arrivals="poisson", **wrong)
 
 
+def test_requests_that_all_arrive_at_once_have_no_rate(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n7,5,6\n7,7,8\n")
+    assert arrivals(build(path)).tolist() == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="they have no rate"):
+        build(path, rate_rps=2.0)
+
+
 # ---- lengths -----------------------------------------------------------------------------------------------------
 
 

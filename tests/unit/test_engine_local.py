@@ -86,6 +86,11 @@ def test_nothing_starts_if_one_of_the_prompts_is_wrong(engine: Engine, core: Eng
             engine.generate(prompts, GREEDY)  # type: ignore[call-overload]
     with pytest.raises(InvalidRequest, match="1 sampling parameters for 2 prompts"):
         engine.generate(["a", "b"], [GREEDY])
+    for sampling in ({"max_tokens": 3}, [{"max_tokens": 3}], 3):
+        with pytest.raises(InvalidRequest, match="sampling must be SamplingParams"):
+            engine.generate("a", sampling)  # type: ignore[call-overload]
+    with pytest.raises(InvalidRequest, match="an object with role and content, got 'h'"):
+        engine.chat("hi")  # type: ignore[arg-type]
     assert core.stats().requests == 0
 
 

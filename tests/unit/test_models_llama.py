@@ -30,6 +30,9 @@ class Tensors:
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self.tensors[name].to(dtype)
 
+    def blocks(self, name: str) -> None:
+        return None
+
 
 def checkpoint() -> dict[str, torch.Tensor]:
     """What a file of CONFIG's model holds, in Hugging Face's names."""

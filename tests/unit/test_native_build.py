@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.conftest import runs
 
 pytest.importorskip("torch")
 
@@ -102,3 +107,21 @@ def test_an_instruction_set_that_cannot_run_here_is_refused() -> None:
         pytest.skip(reason)
     with pytest.raises(NativeError, match=r"'sse9' cannot run here; those that can: \w+"):
         library().use("sse9")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_no_compiler_outlives_the_process_that_builds(tmp_path: Path) -> None:
+    environ = {**os.environ, "NEXUSENGINE_CACHE": str(tmp_path)}
+    code = "from nexusengine.native.build import build; build()"
+    with subprocess.Popen([sys.executable, "-c", code], env=environ) as building_process:
+        builder = psutil.Process(building_process.pid)
+        until_s = time.monotonic() + 60
+        compilers: list[psutil.Process] = []
+        while not any(p.name() == "cc1plus" for p in compilers):
+            assert time.monotonic() < until_s, "no compiler was seen"
+            compilers = builder.children(recursive=True)
+        builder.kill()
+    until_s = time.monotonic() + 2.0
+    while any(map(runs, compilers)):
+        assert time.monotonic() < until_s, "a compiler still runs"
+        time.sleep(0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nexusengine.core.stats import CoreStats
 from nexusengine.obs.metrics import (
     PREFIX,
+    ROUTER_COUNTERS,
     ROUTER_METRICS,
     SERVER_METRICS,
     WINDOW_METRICS,
@@ -18,8 +21,9 @@ from nexusengine.obs.metrics import (
     markdown,
 )
 from nexusengine.obs.window import WINDOW_S, SlidingWindow
+from nexusengine.router import core
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
-from nexusengine.wire import Cluster, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
 LOADED = WorkerStatus(
     WorkerInfo("w0", "e", 1, "cuda:0", "m"),
@@ -27,11 +31,15 @@ LOADED = WorkerStatus(
     "ready",
     1.0,
     outstanding=3,
-    load=WorkerLoad(0, totals=CoreStats(steps=7, device_s=1.5).totals()),
+    load=WorkerLoad(
+        0,
+        perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals(),
+    ),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
-CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5)
+CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5, totals={"faults": 6.0})
 
 
 def values(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -52,6 +60,7 @@ def test_every_worker_metric_is_there_for_a_worker_that_reports() -> None:
     assert seen["worker_device_seconds_total", "w0"] == 1.5
     assert (seen["worker_ready", "w0"], seen["worker_outstanding", "w0"], seen["worker_restarts", "w0"]) == (1, 3, 2)
     assert (seen["router_held", ""], seen["router_ledger", ""]) == (4, 5)
+    assert (seen["router_faults_total", ""], seen["router_dispatches_total", ""]) == (6, 0)
 
 
 def test_a_worker_that_has_not_reported_has_a_state_and_no_invented_numbers() -> None:
@@ -64,6 +73,12 @@ def test_without_a_cluster_the_servers_own_metrics_remain() -> None:
     seen = values(Metrics(lambda: None))
     assert seen["requests_in_progress", ""] == 0
     assert not any(name.startswith(("worker_", "router_")) for name, _ in seen)
+
+
+def test_every_counter_of_the_router_is_one_that_it_keeps() -> None:
+    kept = set(re.findall(r'_totals\["(\w+)"', inspect.getsource(core)))
+    kept |= {"requests_error", "backpressure", "faults"}
+    assert {key for key, _ in ROUTER_COUNTERS.values()} <= kept
 
 
 def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
@@ -79,7 +94,7 @@ def test_a_finished_generation_counts_its_tokens_and_latencies() -> None:
 
 
 def test_names_are_unique_and_on_the_page() -> None:
-    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *WINDOW_METRICS]
+    names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *ROUTER_COUNTERS, *WINDOW_METRICS]
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
     assert set(asdict(CoreStats())) == set(CoreStats().totals())
@@ -167,3 +182,10 @@ def test_a_window_is_bounded_however_much_ends() -> None:
         window.add("gold", True, True, i / 50)
     assert len(window._rows) <= WINDOW_S / 5 + 2
     assert window.totals(2000.0)["gold"].ended == pytest.approx(50 * WINDOW_S, rel=0.02)
+
+
+def test_a_bias_of_more_than_ten_percent_to_either_side_raises_the_drift_alarm() -> None:
+    seen = values(Metrics(lambda: CLUSTER))
+    assert seen["worker_step_prediction_bias", "w0"] == -0.2
+    assert seen["worker_step_prediction_drift", "w0"] == 1.0
+    assert seen["worker_performance_epoch", "w0"] == 1.0

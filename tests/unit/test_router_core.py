@@ -7,12 +7,13 @@ import pytest
 
 from nexusengine import wire
 from nexusengine.errors import ConfigError
+from nexusengine.kv.digest import pack, short_names
 from nexusengine.router.baselines import LeastRequests
 from nexusengine.router.breaker import FAULTS_TO_OPEN
 from nexusengine.router.core import RouterCore, identity_of
 from nexusengine.router.policies import make_policy
 from nexusengine.router.registry import WARMING_REQUESTS
-from nexusengine.types import SLO, EngineRequest, SamplingParams, TokenDelta
+from nexusengine.types import SLO, EngineRequest, SamplingParams, Timings, TokenDelta
 
 CLIENT = b"client"
 
@@ -479,3 +480,76 @@ def test_a_new_process_of_a_worker_that_failed_starts_with_a_clean_slate() -> No
     assert router.dispatched() == {}
     router.ready("w0", "e2")
     assert router.dispatched() == {"b": "w0"}
+
+
+def names(request: EngineRequest, block_size: int) -> list[bytes]:
+    ids = request.prompt_token_ids
+    return [bytes([ids[0]]) * 8 + i.to_bytes(8, "little") for i in range(len(ids) // block_size)]
+
+
+def with_prefixes(policy: str, *workers: str) -> Router:
+    router = Router()
+    router.core = RouterCore(make_policy(policy), [], epoch="r", block_names=names)
+    for w in workers:
+        who = msgspec.structs.replace(info(w, longest=100_000), block_size=16)
+        router.core.on_worker(identity_of(w, "e1"), wire.Ready(who), 0.0)
+    return router
+
+
+def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: int = 1, digest_seq: int = 0) -> None:
+    request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
+    packed = pack(short_names(names(request, 16), 16))
+    digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
+    report = wire.Report("e1", seq, wire.WorkerLoad(0), digest)
+    router.core.on_worker(identity_of(worker, "e1"), report, router.now)
+
+
+@pytest.mark.parametrize("policy", ["prism", "cache-aware", "lmetric"])
+def test_requests_go_where_their_beginning_is_cached_and_hits_are_compared_with_what_was_believed(policy: str) -> None:
+    router = with_prefixes(policy, "w0", "w1", "w2")
+    tell_digest(router, "w1", 1, 100)
+    for n in range(4):
+        router.submit(f"a{n}", prompt=1610)
+    assert set(router.dispatched().values()) == {"w1"}
+    first = TokenDelta("a0", (5,), cached_tokens=1584, timings=Timings(0.0))
+    router.deltas("w1", first)
+    router.deltas("w1", TokenDelta("a0", (6,)))
+    totals = router.core.cluster().totals
+    assert (totals["prefix_prompt_tokens"], totals["prefix_predicted_tokens"]) == (1610, 1600)
+    assert (totals["prefix_hit_tokens"], totals["prefix_error_tokens"]) == (1584, 16)
+    router.core.on_worker_exited("w1", "e1", "killed", 1, 0.0)
+    assert len(router.core.prefixes) == 0
+
+
+def test_a_digest_with_a_gap_is_asked_for_anew_and_an_absurd_one_is_an_error() -> None:
+    router = with_prefixes("prism", "w0")
+    tell_digest(router, "w0", 1, 10)
+    router.sent()
+    tell_digest(router, "w0", 2, 10, digest_seq=5)
+    assert router.sent() == {identity_of("w0", "e1"): [wire.RepeatPrefixes()]}
+    for wrong in (b"123", b"x" * 8 * 5000):
+        report = wire.Report("e1", 3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
+        with pytest.raises(wire.ProtocolError, match="digest"):
+            router.core.on_worker(identity_of("w0", "e1"), report, 0.0)
+
+
+def test_prefixes_are_not_looked_up_for_a_policy_that_does_not_ask() -> None:
+    router = with_prefixes("least-requests", "w0")
+    tell_digest(router, "w0", 1, 10)
+    router.submit("a", prompt=200)
+    assert router.core.ledger.get("a").prefix == {}  # type: ignore[union-attr]
+
+
+def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_who_asked() -> None:
+    router = Router("w0", "w1", "w2")
+    for w in ("w0", "w1"):  # w2 is not there yet
+        router.ready(w)
+    router.core.on_client(CLIENT, wire.Hello(), 0.0)
+    router.sent()
+    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    asked = router.sent()
+    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
+        findings = wire.Findings(client, 5, "w0")
+        router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
+        assert router.sent() == ({client: [findings]} if passed_on else {})

@@ -82,6 +82,8 @@ def test_a_template_may_refuse_messages_and_the_reason_is_passed_on() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {}, "m")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         template.render([{"role": "user", "content": "x"}])
+    with pytest.raises(InvalidRequest, match="an object with role and content, got 'x'"):
+        template.render("x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,8 @@ namespace {
 
 static constexpr float LOWEST = -__builtin_inff();
 static constexpr int TOKENS = 64;       // of a tile of keys
-static constexpr int QUERY_ROWS = 96;   // about so many rows of (query, head) a task
+static constexpr int QUERY_ROWS = 192;  // about so many rows of (query, head) a task, fewer if threads would be idle
 static constexpr int SPLIT_TOKENS = 512;  // least keys a task of a row that is split
-
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Where token `position` of a row lies, in bytes from the base.
 INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
@@ -40,57 +38,46 @@ INLINE void score(const float* q, int64_t padded, const T* key, int64_t dim, flo
     vf acc[G] = {};
     int64_t d = 0;
     for (; d + W <= dim; d += W) {
-        vf k = load(key + d);
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) acc[g] += load(q + g * padded + d) * k;
+        const vf k = load(key + d);
+        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
     }
     if (d < dim) {
-        vf k = load_first(key + d, int(dim - d));
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) acc[g] += load(q + g * padded + d) * k;
+        const vf k = load_first(key + d, int(dim - d));
+        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
     }
     const float scale = row_scale(key, dim);
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) scores[g * TOKENS] = sum(acc[g]) * scale;
+    each<G>(EACH(g) { scores[g * TOKENS] = sum(acc[g]) * scale; });
 }
 
-// out [G][padded] += weights [G][TOKENS] times `count` values.
+// out [G][padded] += weights [G][TOKENS] times `count` values, each `offset` bytes behind its token's.
 template <int G, class T>
-INLINE void mix(const float* weights, const T* const* values, int count, int64_t dim, int64_t padded, float* out) {
+INLINE void mix(const float* weights, const char* const* values, int64_t offset, int count, int64_t dim, int64_t padded,
+                float* out) {
+    auto value = [&](int t) __attribute__((always_inline)) { return reinterpret_cast<const T*>(values[t] + offset); };
     constexpr int D = W == 16 ? 4 : 2;
     int64_t d = 0;
     for (; d + D * W <= dim; d += D * W) {
         vf acc[G][D];
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g)
-#pragma GCC unroll 4
-            for (int i = 0; i < D; ++i) acc[g][i] = load(out + g * padded + d + i * W);
+        each<G>(EACH(g) { each<D>(EACH(i) { acc[g][i] = load(out + g * padded + d + i * W); }); });
         for (int t = 0; t < count; ++t) {
             vf v[D];
-#pragma GCC unroll 4
-            for (int i = 0; i < D; ++i) v[i] = load(values[t] + d + i * W);
-#pragma GCC unroll 8
-            for (int g = 0; g < G; ++g)
-#pragma GCC unroll 4
-                for (int i = 0; i < D; ++i) acc[g][i] += splat(weights[g * TOKENS + t]) * v[i];
+            each<D>(EACH(i) { v[i] = load(value(t) + d + i * W); });
+            each<G>(EACH(g) {
+                const vf weight = splat(weights[g * TOKENS + t]);
+                each<D>(EACH(i) { acc[g][i] += weight * v[i]; });
+            });
         }
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g)
-#pragma GCC unroll 4
-            for (int i = 0; i < D; ++i) store(out + g * padded + d + i * W, acc[g][i]);
+        each<G>(EACH(g) { each<D>(EACH(i) { store(out + g * padded + d + i * W, acc[g][i]); }); });
     }
     for (; d < dim; d += W) {
         const int n = dim - d < W ? int(dim - d) : W;
         vf acc[G];
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) acc[g] = load(out + g * padded + d);
+        each<G>(EACH(g) { acc[g] = load(out + g * padded + d); });
         for (int t = 0; t < count; ++t) {
-            vf v = n < W ? load_first(values[t] + d, n) : load(values[t] + d);
-#pragma GCC unroll 8
-            for (int g = 0; g < G; ++g) acc[g] += splat(weights[g * TOKENS + t]) * v;
+            const vf v = n < W ? load_first(value(t) + d, n) : load(value(t) + d);
+            each<G>(EACH(g) { acc[g] += splat(weights[g * TOKENS + t]) * v; });
         }
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) store(out + g * padded + d, acc[g]);
+        each<G>(EACH(g) { store(out + g * padded + d, acc[g]); });
     }
 }
 
@@ -114,53 +101,55 @@ INLINE float soften(float* scores, int count, float& maximum, float& total) {
     return factor;
 }
 
-// One tile of one KV head for G of its query heads.
-template <int G, class T>
-INLINE void decode_tile(const float* q, int64_t padded, const T* const* keys, const T* const* values, int count, int64_t dim,
-                        float* out, float* maxima, float* totals) {
-    alignas(64) float scores[G * TOKENS];
-    for (int t = 0; t < count; ++t) score<G>(q, padded, keys[t], dim, scores + t);
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-        const float factor = soften(scores + g * TOKENS, count, maxima[g], totals[g]);
-        if (factor != 1.0f)
-            for (int64_t d = 0; d < padded; d += W) store(out + g * padded + d, load(out + g * padded + d) * factor);
-        if (sizeof(T) == 1)
-            for (int t = 0; t < count; ++t) scores[g * TOKENS + t] *= row_scale(values[t], dim);
-    }
-    mix<G>(scores, values, count, dim, padded, out);
+// f(constant count, first head) for the query heads of each KV head, at most four at a time.
+template <class F>
+INLINE void head_groups(int64_t kv_heads, int64_t group, F f) {
+    for (int64_t kv = 0; kv < kv_heads; ++kv)
+        for (int64_t left = group, h = kv * group; left > 0; left -= 4, h += 4) {
+            if (left >= 4) f(std::integral_constant<int, 4>{}, kv, h);
+            else if (left == 3) f(std::integral_constant<int, 3>{}, kv, h);
+            else if (left == 2) f(std::integral_constant<int, 2>{}, kv, h);
+            else f(std::integral_constant<int, 1>{}, kv, h);
+        }
 }
 
-// A share of a row's keys against all heads. state: [heads] maxima, [heads] totals, [heads][padded] values.
+// A share of a row's keys against all heads. state: [heads] maxima, [heads] totals, [heads][padded] values; scores
+// [heads][TOKENS]. Keys are read token by token, all heads of each, in the order they lie; the values of the same tokens
+// are asked for meanwhile, since they are read head by head.
 template <class T>
-static void decode_share(const NexAttention& a, const float* q, int64_t row, int64_t begin, int64_t end, float* state) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+static void decode_share(const NexAttention& a, const float* q, int64_t row, int64_t begin, int64_t end, float* scores,
+                         float* state) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads, head_bytes = a.cache.head_bytes;
     const int32_t* blocks = a.table + row * a.table_stride;
     float *maxima = state, *totals = state + a.heads, *out = state + 2 * a.heads;
     for (int64_t h = 0; h < a.heads; ++h) maxima[h] = LOWEST, totals[h] = 0.0f;
     std::memset(out, 0, size_t(a.heads * padded) * 4);
     for (int64_t at = begin; at < end; at += TOKENS) {
         const int count = end - at < TOKENS ? int(end - at) : TOKENS;
-        int64_t offsets[TOKENS];
-        for (int t = 0; t < count; ++t) offsets[t] = place(a.cache, blocks, at + t);
-        for (int64_t kv = 0; kv < a.kv_heads; ++kv) {
-            const T *keys[TOKENS], *values[TOKENS];
-            for (int t = 0; t < count; ++t) {
-                const int64_t offset = offsets[t] + kv * a.cache.head_bytes;
-                keys[t] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.k) + offset);
-                values[t] = reinterpret_cast<const T*>(static_cast<const char*>(a.cache.v) + offset);
-            }
-            for (int64_t h = kv * group, last = h + group; h < last;) {
-                const float* query = q + h * padded;
-                float* mixed = out + h * padded;
-                switch (last - h) {
-                    case 1: decode_tile<1>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 1; break;
-                    case 2: decode_tile<2>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 2; break;
-                    case 3: decode_tile<3>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 3; break;
-                    default: decode_tile<4>(query, padded, keys, values, count, dim, mixed, maxima + h, totals + h); h += 4;
-                }
-            }
+        const char *keys[TOKENS], *values[TOKENS];
+        for (int t = 0; t < count; ++t) {
+            const int64_t offset = place(a.cache, blocks, at + t);
+            keys[t] = static_cast<const char*>(a.cache.k) + offset;
+            values[t] = static_cast<const char*>(a.cache.v) + offset;
         }
+        for (int t = 0; t < count; ++t) {
+            for (int64_t line = 0; line < a.kv_heads * head_bytes; line += 64) __builtin_prefetch(values[t] + line);
+            head_groups(a.kv_heads, group, [&](auto g, int64_t kv, int64_t h) __attribute__((always_inline)) {
+                const T* key = reinterpret_cast<const T*>(keys[t] + kv * head_bytes);
+                score<g>(q + h * padded, padded, key, dim, scores + h * TOKENS + t);
+            });
+        }
+        for (int64_t h = 0; h < a.heads; ++h) {
+            const float factor = soften(scores + h * TOKENS, count, maxima[h], totals[h]);
+            if (factor != 1.0f)
+                for (int64_t d = 0; d < padded; d += W) store(out + h * padded + d, load(out + h * padded + d) * factor);
+            if (sizeof(T) == 1)
+                for (int t = 0; t < count; ++t)
+                    scores[h * TOKENS + t] *= row_scale(reinterpret_cast<const T*>(values[t] + h / group * head_bytes), dim);
+        }
+        head_groups(a.kv_heads, group, [&](auto g, int64_t kv, int64_t h) __attribute__((always_inline)) {
+            mix<g, T>(scores + h * TOKENS, values, kv * head_bytes, count, dim, padded, out + h * padded);
+        });
     }
 }
 
@@ -191,25 +180,16 @@ template <int ROWS, int VECTORS>
 INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, float* sums,
                          int64_t stride, bool add) {
     vf acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = add ? load(sums + r * stride + v * W) : vf{};
+    each<ROWS>(EACH(r) { each<VECTORS>(EACH(v) { acc[r][v] = add ? load(sums + r * stride + v * W) : vf{}; }); });
     for (int64_t i = 0; i < k; ++i) {
         vf line[VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) line[v] = load(b + i * b_stride + v * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            vf x = splat(a[r * a_stride + i]);
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) acc[r][v] += x * line[v];
-        }
+        each<VECTORS>(EACH(v) { line[v] = load(b + i * b_stride + v * W); });
+        each<ROWS>(EACH(r) {
+            const vf x = splat(a[r * a_stride + i]);
+            each<VECTORS>(EACH(v) { acc[r][v] += x * line[v]; });
+        });
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) store(sums + r * stride + v * W, acc[r][v]);
+    each<ROWS>(EACH(r) { each<VECTORS>(EACH(v) { store(sums + r * stride + v * W, acc[r][v]); }); });
 }
 
 template <int VECTORS>
@@ -321,13 +301,19 @@ template <class T>
 static void attention_of(const NexAttention& a, int threads) {
     const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
     const int64_t state_size = round_up(2 * a.heads + a.heads * padded, 16);
-    const int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
+    int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
     int64_t decode_keys = 0, tasks = 0, shares = 0, chunks = 0;
-    for (int64_t r = 0; r < a.rows; ++r) {
-        const int64_t count = a.starts[r + 1] - a.starts[r];
-        if (count == 1) decode_keys += a.lengths[r];
-        else if (count > 1) chunks += (count + queries - 1) / queries * a.kv_heads;
+    auto chunks_of = [&](int64_t row) {
+        const int64_t count = a.starts[row + 1] - a.starts[row];
+        return count > 1 ? (count + queries - 1) / queries * a.kv_heads : 0;
+    };
+    for (;; queries /= 2) {
+        chunks = 0;
+        for (int64_t r = 0; r < a.rows; ++r) chunks += chunks_of(r);
+        if (chunks == 0 || chunks >= 4 * threads || queries < 16) break;
     }
+    for (int64_t r = 0; r < a.rows; ++r)
+        if (a.starts[r + 1] - a.starts[r] == 1) decode_keys += a.lengths[r];
     int64_t share = decode_keys / (4 * threads);
     share = round_up(share > SPLIT_TOKENS ? share : SPLIT_TOKENS, TOKENS);
     for (int64_t r = 0; r < a.rows; ++r)
@@ -350,7 +336,8 @@ static void attention_of(const NexAttention& a, int threads) {
             list[tasks++] = {int32_t(r), -1, int32_t(at), int32_t(at + share < a.lengths[r] ? at + share : a.lengths[r]), states_used};
     }
     const int64_t most_rows = queries * group;
-    const size_t local = size_t(most_rows * (dim + TOKENS + padded + 2) + 2 * TOKENS * padded + a.heads * padded + 8 * 16);
+    const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
+    const size_t local = size_t(score_rows * TOKENS + most_rows * (dim + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
 #pragma omp parallel num_threads(tasks > 1 ? threads : 1)
     {
         float* memory = local_memory.get<float>(local);
@@ -360,7 +347,7 @@ static void attention_of(const NexAttention& a, int threads) {
             memory += round_up(size, 16);
             return taken;
         };
-        s.scores = take(most_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * dim);
+        s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * dim);
         s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
         s.maxima = take(most_rows), s.totals = take(most_rows);
         float* query = take(a.heads * padded);
@@ -374,7 +361,7 @@ static void attention_of(const NexAttention& a, int threads) {
             const float* from = a.q + a.starts[task.row] * a.q_stride;
             for (int64_t h = 0; h < a.heads; ++h)
                 for (int64_t d = 0; d < padded; ++d) query[h * padded + d] = d < dim ? from[h * dim + d] * a.scale : 0.0f;
-            decode_share<T>(a, query, task.row, task.first, task.last, states + task.state);
+            decode_share<T>(a, query, task.row, task.first, task.last, s.scores, states + task.state);
             if (task.first == 0 && task.last == a.lengths[task.row])
                 merge(a, a.starts[task.row], states + task.state, 1, state_size);
         }

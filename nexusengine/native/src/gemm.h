@@ -21,34 +21,27 @@ template <int ROWS, int PANELS>
 static void multiply(const float* tile, int64_t k, const float* first, const float* second, float* sums, bool add) {
     constexpr int N = PANELS * PANEL_VECTORS;
     vf acc[ROWS][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{};
+    each<ROWS>(EACH(r) { each<N>(EACH(v) { acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{}; }); });
     for (int64_t i = 0; i < k; ++i) {
         vf b[N];
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v)
+        each<N>(EACH(v) {
             b[v] = v < PANEL_VECTORS ? load(first + i * PANEL + v * W) : load(second + i * PANEL + (v - PANEL_VECTORS) * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            vf x = splat(tile[i * ROWS + r]);
-#pragma GCC unroll 16
-            for (int v = 0; v < N; ++v) acc[r][v] += x * b[v];
-        }
+        });
+        each<ROWS>(EACH(r) {
+            const vf x = splat(tile[i * ROWS + r]);
+            each<N>(EACH(v) { acc[r][v] += x * b[v]; });
+        });
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) store(sums + r * 2 * PANEL + v * W, acc[r][v]);
+    each<ROWS>(EACH(r) { each<N>(EACH(v) { store(sums + r * 2 * PANEL + v * W, acc[r][v]); }); });
 }
 
 typedef void (*Multiply)(const float*, int64_t, const float*, const float*, float*, bool);
 
-template <int PANELS>
+static constexpr int TOGETHER = W == 16 ? 2 : 1;  // panels that the registers hold
+
 static Multiply multiply_for(int rows) {
 #define NEX_CASE(R) \
-    case R: return multiply<(R <= TILE_ROWS ? R : 1), PANELS>;
+    case R: return multiply<(R <= TILE_ROWS ? R : 1), TOGETHER>;
     switch (rows) {
         NEX_CASE(1) NEX_CASE(2) NEX_CASE(3) NEX_CASE(4) NEX_CASE(5) NEX_CASE(6)
         NEX_CASE(7) NEX_CASE(8) NEX_CASE(9) NEX_CASE(10) NEX_CASE(11) NEX_CASE(12)
@@ -57,24 +50,28 @@ static Multiply multiply_for(int rows) {
     return nullptr;
 }
 
-// Both panels of a pair; two passes where the registers do not hold two.
+// Both panels of a pair. second null: there is one, and what is in the other's columns does not matter.
 static void multiply_pair(int rows, const float* tile, int64_t k, const float* first, const float* second, float* sums,
                           bool add) {
-    if (second != nullptr && W == 16) {
-        multiply_for<W == 16 ? 2 : 1>(rows)(tile, k, first, second, sums, add);
-        return;
-    }
-    multiply_for<1>(rows)(tile, k, first, first, sums, add);
-    if (second != nullptr) multiply_for<1>(rows)(tile, k, second, second, sums + PANEL, add);
+    const Multiply kernel = multiply_for(rows);
+    kernel(tile, k, first, second != nullptr ? second : first, sums, add);
+    if (second != nullptr && TOGETHER == 1) kernel(tile, k, second, second, sums + PANEL, add);
 }
 
 // Rows in tiles of nearly equal height.
 struct Tiles {
     int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count((rows + TILE_ROWS - 1) / TILE_ROWS) {}
+    Tiles(int64_t rows, int most) : rows(rows), count((rows + most - 1) / most) {}
     int64_t begin(int64_t t) const { return t * (rows / count) + (t < rows % count ? t : rows % count); }
     int height(int64_t t) const { return int(begin(t + 1) - begin(t)); }
 };
+
+// Into how many shares the tiles are split, so that there are tasks for every thread, and room for a task's sums.
+static int64_t shares_of(const Tiles& tiles, int64_t pairs, int threads) {
+    int64_t shares = (tiles.count + TASK_TILES - 1) / TASK_TILES;
+    while (shares < tiles.count && pairs * shares < 4 * threads && tiles.count / shares > 2) ++shares;
+    return shares;
+}
 
 // One tile of x as [k][height].
 static void copy_tile(const NexLinear& op, int64_t row, int height, float* out) {
@@ -152,11 +149,9 @@ static void linear_task(const NexLinear& op, const Tiles& tiles, const float* co
 
 static void linear_float(const NexLinear& op, int threads) {
     const NexWeight& w = *op.weight;
-    const Tiles tiles(op.rows);
+    const Tiles tiles(op.rows, TILE_ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
-    // enough tasks for every thread, but no more rows a task than its sums have room for
-    int64_t shares = (tiles.count + TASK_TILES - 1) / TASK_TILES;
-    while (shares < tiles.count && pairs * shares < 4 * threads && tiles.count / shares > 2) ++shares;
+    const int64_t shares = shares_of(tiles, pairs, threads);
     const bool shared = op.rows > PRIVATE_ROWS;
     static thread_local Scratch copies, locals;
     float* common = shared ? copies.get<float>(size_t(op.rows * w.k)) : nullptr;

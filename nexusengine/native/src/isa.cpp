@@ -1,6 +1,7 @@
 // Every kernel for one instruction set: compiled once for each, with NEX_ISA naming it.
 #include "attention.h"
 #include "gemm.h"
+#include "gemm_int8.h"
 #include "rows.h"
 
 #define NEX_JOIN2(a, b) a##b
@@ -9,7 +10,10 @@
 #define NEX_TEXT(a) NEX_TEXT2(a)
 
 static void linear(const NexLinear* op, int threads) {
-    if (op->rows > 0) linear_float(*op, threads);
+    if (op->rows <= 0) return;
+    if (!op->weight->int8_activations) linear_float(*op, threads);
+    else if (op->weight->kind == NEX_INT8) linear_integers<Dot8, false>(*op, threads);
+    else linear_integers<Dot4, true>(*op, threads);
 }
 
 extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {

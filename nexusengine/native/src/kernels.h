@@ -20,11 +20,11 @@ enum NexFinish : int32_t {
     NEX_GATED = 2,  // out = silu(g) * u, where g and u are the first and second half of x W^T + b
 };
 
-// A packed weight `[n, k]`; see gemm.h for the layouts. scale, minimum: by kind. bias `[n]` or null.
+// A packed weight `[n, k]`; see weights.h for the layouts. scale, minimum: by kind. bias `[n]` or null.
 struct NexWeight {
     const void* data;
-    const float* scale;
-    const float* minimum;
+    const void* scale;
+    const void* minimum;
     const float* bias;
     int64_t n, k;
     int32_t kind;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -30,6 +31,15 @@ typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 
+// f(0), f(1), ... f(N - 1) with constants for arguments. An array indexed so is a set of registers from the start; in a
+// loop with a pragma it becomes one late, and sometimes not at all.
+template <class F, int... I>
+INLINE void each_of(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class F>
+INLINE void each(F f) { each_of(f, std::make_integer_sequence<int, N>{}); }
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
@@ -54,6 +64,18 @@ INLINE vf widen(vh h) { return from_bits(reinterpret_cast<vi>(__builtin_convertv
 INLINE vf widen(vb b) { return __builtin_convertvector(__builtin_convertvector(b, vi), vf); }
 INLINE vf load(const bf16* p) { return widen(*reinterpret_cast<const vh_any*>(p)); }
 INLINE vf load(const int8_t* p) { return widen(*reinterpret_cast<const vb_any*>(p)); }
+struct half {
+    uint16_t bits;
+};
+INLINE vf load(const half* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__ARM_NEON)
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+#endif
+}
 INLINE vf load_first(const bf16* p, int n) {
     vh h{};
     std::memcpy(&h, p, size_t(n) * 2);

@@ -1,9 +1,10 @@
 // Packed weights: rows (outputs) in panels of 16, so that 16 outputs are computed side by side; the last panel is filled
 // up with zeros. Layout of a panel, k running first:
 //   F32, BF16   [k][16]
-//   INT8        [k / 4][16][4], k filled up to a multiple of 4; scale [n]
+//   INT8        [k / 4][16][4], k filled up to a multiple of 4; scale float [n]; minimum: the sum of each row's integers
+//               as float [n]
 //   Q4          [k / 8][16][4] bytes: the low half of byte j is number 8 i + j, the high half number 8 i + 4 + j;
-//               scale and minimum [k / 32][16]: number = scale * q + minimum. k is a multiple of 32.
+//               scale and minimum half precision [k / 32][16]: number = scale * q + minimum. k is a multiple of 32.
 // A weight used with NEX_GATED is two halves, each in panels of its own.
 #pragma once
 #include "kernels.h"
@@ -34,7 +35,7 @@ static void unpack(const NexWeight& w, int64_t panel, int64_t k0, int64_t count,
         for (int64_t i = 0; i < count * PANEL; i += W) store(out + i, load(from + i));
     } else if (w.kind == NEX_INT8) {
         for (int v = 0; v < PANEL_VECTORS; ++v) {
-            vf scale = load(w.scale + panel * PANEL + v * W);
+            vf scale = load(static_cast<const float*>(w.scale) + panel * PANEL + v * W);
             for (int64_t k = 0; k < count; k += 4) {
                 vi four = bits(load(reinterpret_cast<const float*>(base + (k0 + k) * PANEL) + v * W));
                 for (int j = 0; j < 4 && k + j < count; ++j)
@@ -45,7 +46,8 @@ static void unpack(const NexWeight& w, int64_t panel, int64_t k0, int64_t count,
         for (int v = 0; v < PANEL_VECTORS; ++v) {
             for (int64_t k = 0; k < count; k += 32) {
                 int64_t at = (panel * (w.k / 32) + (k0 + k) / 32) * PANEL + v * W;
-                vf scale = load(w.scale + at), minimum = load(w.minimum + at);
+                vf scale = load(static_cast<const half*>(w.scale) + at);
+                vf minimum = load(static_cast<const half*>(w.minimum) + at);
                 for (int64_t i = k; i < k + 32; i += 8) {
                     vi eight = bits(load(reinterpret_cast<const float*>(base + (k0 + i) / 2 * PANEL) + v * W));
                     for (int j = 0; j < 4; ++j) {

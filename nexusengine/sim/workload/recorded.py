@@ -36,10 +36,14 @@ class Recorded:
         return self._pick(picked[:count].astype(np.int64), np.zeros(count))
 
     def with_arrivals(self, rate_rps: float | None, duration_s: float | None, seed: int) -> Drawn:
-        if self.rate_rps is None:
+        if not self._trace.timed:
             raise ConfigError(
                 f"{self.name} has no arrival times: give --arrivals poisson or gamma:CV", param="arrivals"
             )
+        if self.rate_rps is None:
+            if rate_rps is None and duration_s is None:
+                return self._pick(np.arange(len(self._inputs)), np.zeros(len(self._inputs)))
+            raise ConfigError(f"all requests of {self.name} arrive at one instant: they have no rate", param="rate")
         scale = 1.0 if rate_rps is None else self.rate_rps / rate_rps
         instants = np.array([e.arrival_s for e in self._trace.entries], np.float64) * scale
         length_s = self._trace.length_s * scale

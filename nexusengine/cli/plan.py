@@ -1,0 +1,158 @@
+"""`nexusengine plan`: which mix of devices serves a load, at what cost, and what limits it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexusengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nexusengine.sim.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--trace", required=True, metavar="F", help="CSV or JSONL, gzipped or not, or lengths:input=DIST,output=DIST")
+    add("--candidates", required=True, metavar="LIST", help="e.g. '2xh100; h100+4xl4; 4xl40s'")
+    add("--rate", type=float, metavar="R", help="requests a second to be served; default: the trace's")
+    add("--arrivals", default="trace", metavar="trace|poisson|gamma:CV", help="(default trace)")
+    add("--duration", type=float, metavar="S", help="seconds to simulate; default: the trace's, or 600")
+    add("--model", default="llama-3.1-8b", metavar="M", help="model served (default llama-3.1-8b)")
+    add("--classes", default="mixed", metavar="NAME|mixed|FILE.toml", help="SLO classes (default mixed)")
+    add(
+        "--slo",
+        metavar="TTFT:TPOT[:PER_TOKEN]",
+        help="one promise for all instead: milliseconds to the first token, a further token, and a prompt token more",
+    )
+    add("--targets", default="0.9,0.99", metavar="A,...", help="shares of promises to be kept (default 0.9,0.99)")
+    add("--longest-decile", type=float, default=0.75, metavar="A", help="and of the longest tenth (default 0.75)")
+    add("--prices", metavar="NAME=P,...|FILE.toml", help="dollars an hour; default: an indicative list")
+    add("--engine", default="lens", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
+    add("--router", default="prism", metavar="NAME", help="router policy (default prism)")
+    add("--prefix-caching", action="store_true", help="reuse KV of equal prompt beginnings, by the trace's block ids")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
+    add("--seeds", type=int, default=1, metavar="N", help="seeds from --seed on; means count (default 1)")
+    add("--head-room", action=argparse.BooleanOptionalAction, default=True, help="search for the highest rates")
+    add("--precision", type=float, default=0.05, metavar="P", help="of that search, relative (default 0.05)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--plot", metavar="FILE.png", help="highest rates against cost")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nexusengine.cli.sim import _Progress
+    from nexusengine.sim.api import SimSpec
+    from nexusengine.sim.plan import parse_candidates, plan
+    from nexusengine.sim.plots import plot_plan, require_matplotlib
+    from nexusengine.sim.tables import print_plan
+
+    if args.plot:
+        require_matplotlib()
+    candidates, targets = parse_candidates(args.candidates), _targets(args.targets)
+    prices = _prices(args.prices)
+    with _classes(args) as classes, _Progress("planning") as bar:
+        spec = SimSpec(
+            trace=args.trace,
+            devices=candidates[0],
+            arrivals=args.arrivals,
+            rate_rps=args.rate,
+            duration_s=args.duration,
+            model=args.model,
+            engine=args.engine,
+            router=args.router,
+            classes=classes,
+            seed=args.seed,
+            prefix_caching=args.prefix_caching,
+        )
+        made = plan(
+            spec,
+            candidates,
+            targets=targets,
+            longest_decile=args.longest_decile,
+            seeds=range(args.seed, args.seed + max(args.seeds, 1)),
+            prices=prices,
+            head_room=args.head_room,
+            precision=args.precision,
+            progress=bar.say,
+        )
+    if args.plot:
+        plot_plan(made, args.plot)
+    if args.json:
+        print(json.dumps(_as_dict(made) | {"spec": asdict(spec)}))
+    else:
+        print_plan(made)
+    return 0
+
+
+def _as_dict(made: Plan) -> dict[str, Any]:
+    told = asdict(made)
+    for target in made.targets:
+        best = made.cheapest(target)
+        told.setdefault("cheapest", {})[f"{target:g}"] = best.devices if best is not None else None
+    return told
+
+
+def _targets(text: str) -> list[float]:
+    try:
+        targets = sorted(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        targets = []
+    if not targets or not all(0.0 < t <= 1.0 for t in targets):
+        raise ConfigError(f"targets are shares such as 0.9,0.99, got {text!r}", param="targets")
+    return targets
+
+
+def _prices(text: str | None) -> dict[str, float]:
+    """The list that is shipped, with what the user says over it. Raises ConfigError."""
+    from nexusengine.profiles.prices import PRICES_PER_HOUR
+
+    if text is None:
+        return dict(PRICES_PER_HOUR)
+    if text.endswith(".toml"):
+        try:
+            given: dict[str, Any] = tomllib.loads(Path(text).read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read {text}: {error.strerror}", param="prices") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{text} is not TOML: {error}", param="prices") from None
+    else:
+        given = dict(item.partition("=")[::2] for item in text.split(",") if item.strip())
+    prices = dict(PRICES_PER_HOUR)
+    for device, price in given.items():
+        try:
+            prices[device.strip()] = float(price)
+        except (TypeError, ValueError):
+            raise ConfigError(f"the price of {device} must be a number, got {price!r}", param="prices") from None
+        if not 0.0 <= prices[device.strip()] < 1e6:
+            raise ConfigError(f"the price of {device} must be 0 or more, got {price!r}", param="prices")
+    return prices
+
+
+@contextmanager
+def _classes(args: argparse.Namespace) -> Iterator[str]:
+    """The SLO classes by name or file; a file of one class while a promise was given in numbers."""
+    if args.slo is None:
+        yield args.classes
+        return
+    try:
+        ttft_ms, tpot_ms, *more = map(float, args.slo.split(":"))
+        (per_token_ms,) = more or (0.0,)
+    except ValueError:
+        raise ConfigError(f"--slo is TTFT:TPOT or TTFT:TPOT:PER_TOKEN in milliseconds, got {args.slo!r}") from None
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        values = {
+            "ttft_s": ttft_ms / 1e3,
+            "tpot_s": tpot_ms / 1e3,
+            "ttft_per_token_s": per_token_ms / 1e3,
+            "share": 1.0,
+        }
+        file.write("[promised]\n" + "".join(f"{key} = {value!r}\n" for key, value in values.items()))
+        file.flush()
+        yield file.name

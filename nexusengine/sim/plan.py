@@ -1,0 +1,177 @@
+"""Which mix of devices serves a load: candidates simulated with the policies of the server, and what limits each.
+
+For every candidate: attainment at the offered rate, the highest rate at which each target holds (see sim.goodput), what
+that leaves as head-room, and the first bottleneck: what misses promises a little above that rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from nexusengine.errors import ConfigError
+from nexusengine.sim.api import LoadProfile, SimSpec, parse_devices, simulate
+from nexusengine.sim.goodput import goodput
+from nexusengine.sim.workload.build import Builder
+
+_ABOVE = 1.1
+_FULL = 0.98
+_NEXT_SEARCH = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A candidate. price_per_hour: None if the price of one of its devices is not known. attainment, longest_decile: at
+    the offered rate, means over seeds. goodput_rps: for each target; None if it was not searched for. bottleneck: in
+    words. metrics: of the first seed at the offered rate."""
+
+    devices: str
+    price_per_hour: float | None
+    attainment: float
+    longest_decile: float
+    goodput_rps: tuple[float | None, ...]
+    bottleneck: str
+    metrics: dict[str, Any]
+
+    def serves(self, target: float, longest_decile: float) -> bool:
+        """Whether the offered load is served at this target."""
+        return self.attainment >= target and self.longest_decile >= longest_decile
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """rate_rps: offered. candidates in the order they were given."""
+
+    rate_rps: float
+    targets: tuple[float, ...]
+    longest_decile: float
+    candidates: tuple[Planned, ...]
+
+    def cheapest(self, target: float) -> Planned | None:
+        """Of those that serve the load at this target and whose price is known."""
+        serving = [c for c in self.candidates if c.price_per_hour is not None and c.serves(target, self.longest_decile)]
+        return min(serving, key=lambda c: c.price_per_hour or 0.0, default=None)
+
+
+def parse_candidates(text: str) -> list[str]:
+    """`2xh100; h100+4xl4` is ["2xh100", "h100,4xl4"]. Raises ConfigError."""
+    candidates = [",".join(w.strip() for w in c.replace("+", ",").split(",")) for c in text.split(";") if c.strip()]
+    if not candidates:
+        raise ConfigError(f"no candidate in {text!r}; write e.g. '2xh100; h100+4xl4'", param="candidates")
+    for candidate in candidates:
+        parse_devices(candidate)
+    return candidates
+
+
+def price_of(devices: str, prices: Mapping[str, float]) -> float | None:
+    """Of an hour of all of them; None if one is not known."""
+    found = [prices.get(device.partition("/")[0]) for device in parse_devices(devices)]
+    return None if None in found else sum(p for p in found if p is not None)
+
+
+def plan(
+    spec: SimSpec,
+    candidates: Sequence[str],
+    *,
+    targets: Sequence[float] = (0.9, 0.99),
+    longest_decile: float = 0.75,
+    seeds: Sequence[int] = (0,),
+    prices: Mapping[str, float],
+    head_room: bool = True,
+    precision: float = 0.05,
+    load_profile: LoadProfile | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """spec: the load and the policies; its devices are not looked at. head_room: whether to search for the rates that
+    the targets allow. Raises ConfigError."""
+    planned: list[Planned] = []
+    builder: Builder | None = None
+    rate_rps = spec.rate_rps or 0.0
+    for devices in candidates:
+        mine = replace(spec, devices=devices)
+        results = []
+        for seed in seeds:
+            progress(f"{devices}: the offered load")
+            result = simulate(replace(mine, seed=seed), load_profile=load_profile, builder=builder)
+            builder = result.builder
+            results.append(result.metrics)
+        rate_rps = rate_rps or float(results[0]["offered_rps"])
+        found: list[float | None] = [None] * len(targets)
+        limit_rps = _ABOVE * rate_rps
+        if head_room:
+            found, limit_rps = _search(
+                mine, rate_rps, targets, longest_decile, seeds, precision, load_profile, progress
+            )
+        progress(f"{devices}: {limit_rps:.3g} requests/s, to see what limits it")
+        above = simulate(replace(mine, rate_rps=limit_rps, seed=seeds[0]), load_profile=load_profile, builder=builder)
+        planned.append(
+            Planned(
+                devices=devices,
+                price_per_hour=price_of(devices, prices),
+                attainment=fmean(m["attainment"] for m in results),
+                longest_decile=fmean(m["attainment_longest_decile"] for m in results),
+                goodput_rps=tuple(found),
+                bottleneck=bottleneck(above.metrics),
+                metrics=results[0],
+            )
+        )
+    return Plan(rate_rps, tuple(targets), longest_decile, tuple(planned))
+
+
+def _search(
+    spec: SimSpec,
+    rate_rps: float,
+    targets: Sequence[float],
+    longest_decile: float,
+    seeds: Sequence[int],
+    precision: float,
+    load_profile: LoadProfile | None,
+    progress: Callable[[str], None],
+) -> tuple[list[float | None], float]:
+    """Goodput for each target, the search for a stricter one beginning a little below what the one before found; and
+    the lowest rate that was seen not to hold for the first, or the offered one if it is higher."""
+    found: list[float | None] = []
+    first_rps, limit_rps = rate_rps, rate_rps
+    for target in targets:
+        result = goodput(
+            spec,
+            target=target,
+            longest_decile=longest_decile,
+            seeds=seeds,
+            precision=precision,
+            first_rate_rps=first_rps,
+            load_profile=load_profile,
+            progress=lambda tried, target=target: progress(  # type: ignore[misc]
+                f"{spec.devices}: {tried.rate_rps:.3g} requests/s at {100 * target:g} %"
+            ),
+        )
+        if not found:
+            limit_rps = max(min(t.rate_rps for t in result.tried if not t.holds), rate_rps)
+        found.append(result.rate_rps)
+        first_rps = _NEXT_SEARCH * result.rate_rps or rate_rps
+    return found, limit_rps
+
+
+def bottleneck(metrics: dict[str, Any]) -> str:
+    """What most of the missed promises of a simulation were missed by, in a few words."""
+    missed: dict[str, int] = metrics["missed"]
+    if not missed:
+        return "none seen"
+    why = max(missed, key=lambda name: missed[name])
+    share = missed[why] / metrics["offered"]
+    worst = min(metrics["attainment_by_class"].items(), key=lambda item: item[1])[0]
+    full = [w["device"] for w in metrics["workers"] if w["kv_peak"] >= _FULL]
+    busiest = max(metrics["workers"], key=lambda w: w["busy"])
+    if why in ("ttft", "unfinished", "deadline_exceeded") and full:
+        what = f"KV memory of {', '.join(dict.fromkeys(full))}"
+    elif why in ("ttft", "unfinished", "deadline_exceeded"):
+        what = f"prompt computation, {busiest['device']} {100 * busiest['busy']:.0f} % busy"
+    elif why == "tpot":
+        what = "decode steps, too long for the promised TPOT"
+    elif why in ("refused", "overloaded"):
+        what = "full queues"
+    else:
+        what = why.replace("_", " ")
+    return f"{what} ({100 * share:.0f} % missed by {why}, most in class {worst})"

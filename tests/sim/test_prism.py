@@ -1,0 +1,169 @@
+"""PRISM in small simulated clusters: unlike devices, alike ones, stale reports, shared prefixes, faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nexusengine.lens.registry import make_policy
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import PerformanceModel
+from nexusengine.perf.registry import make_model
+from nexusengine.router.policies import make_policy as make_router
+from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
+from nexusengine.sim.engine import EngineSettings, SimEngine
+from nexusengine.sim.faults import parse_fault
+from nexusengine.sim.job import Job, TraceBlocks, make_job
+from nexusengine.sim.verdicts import verdict
+from nexusengine.types import SLO
+from tests.sim.clusters import assert_nothing_left
+from tests.sim.fakes import FormulaProfile
+
+SETTINGS = EngineSettings(noise=False, max_running=64, max_batch_tokens=512)
+LINK = LinkSettings(link_delay_s=0.0005, snapshot_period_s=0.1)
+QUICK, SLACK = SLO(0.3, 0.02), SLO(3.0, 0.2)
+
+
+def taught(profile: FormulaProfile) -> PerformanceModel:
+    """As after calibration."""
+    model = make_model()
+    for q in (1, 8, 64, 256, 512):
+        for decodes in (0, 8, 32):
+            kv = decodes * 300
+            mixed = StepFeatures(decodes + q, decodes + 1, int(q > 1), 0.5 * q * q if q > 1 else 0.0, kv)
+            counts = np.array([1] * decodes + [q], np.int32)
+            contexts = np.array([300] * decodes + [0], np.int32)
+            model.observe(mixed, profile.step_s(counts, contexts))
+    return model
+
+
+def make_cluster(
+    speeds: Sequence[float],
+    router: str,
+    *,
+    link: LinkSettings = LINK,
+    faults: Sequence[str] = (),
+    caching: bool = False,
+) -> Cluster:
+    def maker(i: int) -> SimEngine:
+        profile = FormulaProfile(30_000, speeds[i])
+        settings = replace(SETTINGS, prefix_caching=caching)
+        rng = np.random.default_rng(i)
+        return SimEngine(profile, make_policy("lens"), taught(profile), settings, max_model_len=8192, rng=rng)
+
+    return Cluster(
+        [lambda i=i: maker(i) for i in range(len(speeds))],
+        make_router(router),
+        link,
+        np.random.default_rng(0),
+        faults=[parse_fault(text, len(speeds)) for text in faults],
+        timeout_s=30.0,
+    )
+
+
+def make_jobs(rate: float, count: int = 200, seed: int = 1) -> list[Job]:
+    """Two classes of promises; prompts of some hundred tokens, outputs of some dozen."""
+    rng = np.random.default_rng(seed)
+    at_s = np.cumsum(rng.exponential(1 / rate, count))
+    return [
+        make_job(
+            f"r{i}",
+            float(t),
+            int(rng.integers(50, 1500)),
+            int(rng.integers(5, 80)),
+            slo=QUICK if rng.random() < 0.6 else SLACK,
+        )
+        for i, t in enumerate(at_s)
+    ]
+
+
+def attainment(outcomes: Sequence[Outcome]) -> float:
+    return float(np.mean([verdict(o).met for o in outcomes]))
+
+
+def simulated(speeds: Sequence[float], router: str, jobs: list[Job], **more: object) -> float:
+    cluster = make_cluster(speeds, router, **more)  # type: ignore[arg-type]
+    outcomes = cluster.run(jobs)
+    assert_nothing_left(cluster, jobs, outcomes)
+    return attainment(outcomes)
+
+
+def test_requests_a_device_cannot_serve_in_time_go_to_one_that_can() -> None:
+    """A decode step takes the slow devices 25 ms, and the quick class was promised 20."""
+    jobs = make_jobs(rate=40.0)
+    prism = simulated((1.0, 1.0, 0.2, 0.2), "prism", jobs)
+    assert prism > 0.97
+    assert prism > simulated((1.0, 1.0, 0.2, 0.2), "least-requests", jobs) + 0.05
+    assert prism >= simulated((1.0, 1.0, 0.2, 0.2), "capacity-weighted", jobs)
+
+
+@pytest.mark.parametrize("rate", [40.0, 110.0])
+def test_among_alike_devices_it_is_as_good_as_any(rate: float) -> None:
+    jobs = make_jobs(rate, count=250)
+    prism = simulated((1.0,) * 4, "prism", jobs)
+    for other in ("rr-veto", "least-requests"):
+        assert prism >= simulated((1.0,) * 4, other, jobs) - 0.02, other
+
+
+def test_lightly_loaded_alike_devices_get_equal_shares() -> None:
+    cluster = make_cluster((1.0,) * 4, "prism")
+    outcomes = cluster.run(make_jobs(rate=8.0, count=120))
+    counts = Counter(o.worker for o in outcomes)
+    assert max(counts.values()) <= 1.3 * 120 / 4
+    assert attainment(outcomes) == 1.0
+
+
+def test_rare_and_lost_reports_cost_little_because_own_dispatches_are_counted() -> None:
+    jobs = make_jobs(rate=60.0)
+    speeds = (1.0, 1.0, 0.4, 0.4)
+    fresh = simulated(speeds, "prism", jobs, link=LinkSettings(0.0005, 0.02))
+    stale = simulated(speeds, "prism", jobs, link=LinkSettings(0.0005, 1.0, loss=0.2))
+    assert fresh > 0.9
+    assert stale > fresh - 0.05
+
+
+def test_a_slow_a_crashing_and_a_joining_worker_leave_nothing_behind() -> None:
+    jobs = make_jobs(rate=50.0, count=250)
+    faults = ("slow:0:1:1.4", "crash:1:2:1.5", "join:3:3")
+    link = LinkSettings(0.002, 0.1, loss=0.1)
+    for router in ("prism", "prism:hold=2"):
+        assert simulated((1.0, 1.0, 0.5, 1.0), router, jobs, link=link, faults=faults) > 0.6
+
+
+def conversations(count: int = 30, turns: int = 5) -> list[Job]:
+    """Each turn's prompt is all that was said before and some more; the next comes when the reply has been read."""
+    rng = np.random.default_rng(3)
+    firsts = []
+    for c in range(count):
+        job: Job | None = None
+        for t in reversed(range(turns)):
+            prompt = 640 * (t + 1) + int(rng.integers(0, 64))
+            blocks = TraceBlocks(tuple(range(10 * (t + 1))), 64, prompt, scope=c)
+            made = make_job(f"c{c}t{t}", 0.15 * c, prompt, 20, slo=SLO(0.5, 0.05), blocks=blocks)
+            job = replace(made, then=job, think_s=float(rng.exponential(1.0)))
+        assert job is not None
+        firsts.append(job)
+    return firsts
+
+
+def test_conversations_go_back_to_where_their_beginning_is_cached() -> None:
+    results = {}
+    for router in ("prism", "cache-aware", "least-requests"):
+        cluster = make_cluster((1.0, 1.0, 0.6, 0.6), router, caching=True)
+        outcomes = cluster.run(conversations())
+        engines = [w.engine for w in cluster.workers]
+        cached, prompts = (sum(getattr(e.stats, k) for e in engines) for k in ("cached_tokens", "prompt_tokens"))
+        results[router] = attainment(outcomes), cached / prompts
+        if router != "least-requests":
+            totals = cluster.core.cluster().totals
+            assert totals["prefix_prompt_tokens"] == prompts
+            assert totals["prefix_hit_tokens"] == cached
+            assert totals["prefix_error_tokens"] < 0.1 * cached, "hits are predicted"
+            assert cluster.core.registry.block_sizes() == {16}
+    assert results["prism"][1] >= 0.9 * results["cache-aware"][1]
+    assert results["prism"][0] >= results["cache-aware"][0]
+    assert results["prism"][1] > 1.3 * results["least-requests"][1]
