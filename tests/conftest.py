@@ -20,6 +20,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell without job control starts what is in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def free_port() -> int:
