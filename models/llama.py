@@ -97,15 +97,15 @@ class LlamaForCausalLM:
         """token_ids, positions i8 `[T]`; kv `[2, L, num_blocks, block_size, H_kv, D]` -> normed hidden `[T, C]`."""
         c, ops = self.config, self.ops
         heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        cos_sin = self.rotary.at(positions)
+        angles = ops.angles(self.rotary, positions)
         x = ops.embed(token_ids, self.embedding)
-        mixed = torch.empty(len(x), c.num_heads, c.head_dim, dtype=x.dtype, device=x.device)
+        mixed = ops.memory("mixed", x, c.num_heads * c.head_dim)
         for i, layer in enumerate(self.layers):
             k_cache, v_cache = kv[0, i], kv[1, i]
             qkv = ops.linear(layer.qkv, x, norm=layer.input_norm)
-            q = ops.rotate_and_store(qkv, cos_sin, attention, k_cache, v_cache, meta, heads)
-            attention.run(q, k_cache, v_cache, meta, mixed)
-            x = ops.add_linear(layer.output, mixed.view(len(x), -1), into=x)
+            q = ops.rotate_and_store(qkv, angles, attention, k_cache, v_cache, meta, heads)
+            attention.run(q, k_cache, v_cache, meta, mixed.view(q.shape))
+            x = ops.add_linear(layer.output, mixed, into=x)
             x = ops.add_linear(layer.down, ops.gated(layer.gate_up, x, norm=layer.post_norm), into=x)
         return ops.norm(x, self.norm)
 

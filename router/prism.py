@@ -51,10 +51,7 @@ class Prism:
     name = "prism"
     uses_prefixes = True
 
-    def __init__(
-        self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0, relegate: float = 0
-    ) -> None:
-        self._relegate_by = relegate
+    def __init__(self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0) -> None:
         if delay <= 0.0 or tie < 0.0 or not 0.0 <= roll <= 1.0 or hold < 0.0:
             raise ConfigError(
                 f"prism: delay must be above 0, tie and hold at least 0, roll in 0..1, got delay={delay}, tie={tie}, "
@@ -93,17 +90,9 @@ class Prism:
             latest_s = request.first_token_due_s - float(lone_s[may].min())
             if now < min(latest_s, request.arrival_s + self._hold_s):
                 return Hold(latest_s, "nobody can serve it in time yet", everyone=False)
-        if self._relegate_by == 0:
-            score = np.where(may, board.rest_s + board.ahead_s[:, -1] + board.late_s, _INF)
-        elif self._relegate_by == 1:
-            able = may & (costs.decode < 1.0)
-            score = np.where(able if able.any() else may, board.rest_s + board.ahead_s[:, -1] + board.late_s, _INF)
-        elif self._relegate_by == 2:
-            missed = costs.late + costs.decode + costs.kv + costs.harm
-            score = np.where(may, missed + self._delay * costs.spent, _INF)
-        else:
-            able = may & (costs.decode < 1.0)
-            score = np.where(able if able.any() else may, costs.first_token_s, _INF)
+        able = may & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
+        wait_s = board.rest_s + board.ahead_s[:, -1] + board.late_s
+        score = np.where(able if able.any() else may, wait_s, _INF)
         return self._choose(workers, costs, score, 0.0, "relegated: nobody can serve it in time")
 
     def _choose(self, workers: Sequence[WorkerView], costs: Costs, score: F8, tie: float, reason: str) -> Place:

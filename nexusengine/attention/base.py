@@ -23,7 +23,8 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCaps:
-    """block_sizes: sizes it can use, preferred first. dtypes it computes in. graphs: can run in a CUDA graph."""
+    """block_sizes: sizes it can use, preferred first. dtypes it computes in. graphs: can run in a CUDA graph, or have
+    its calls recorded and replayed (layers.ops.Ops.step)."""
 
     block_sizes: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSpec
-from nexusengine.native import library, probe, structs
+from nexusengine.native import Prepared, library, probe, structs
 from nexusengine.native.cache import cache_of
+
+_CAPS = AttentionCaps((16, *(size for size in range(1, 1025) if size != 16)), (torch.float32,), graphs=True)
 
 
 class NativeCpuBackend:
@@ -16,7 +16,7 @@ class NativeCpuBackend:
 
     @classmethod
     def caps(cls) -> AttentionCaps:
-        return AttentionCaps((16, *(size for size in range(1, 1025) if size != 16)), (torch.float32,))
+        return _CAPS
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -38,7 +38,7 @@ class NativeCpuBackend:
         self._call = structs.Attention(
             heads=spec.num_heads, kv_heads=spec.num_kv_heads, dim=spec.head_dim, scale=spec.scale
         )
-        self._reference = ctypes.byref(self._call)
+        self._prepared = Prepared(self._call)
 
     def plan(self, meta: AttentionMeta) -> None:
         call = self._call
@@ -67,4 +67,4 @@ class NativeCpuBackend:
         call.q, call.q_stride = q.data_ptr(), q.stride(0)
         call.out, call.out_stride = out.data_ptr(), out.stride(0)
         call.cache = cache_of(k_cache, v_cache, self._dim)
-        self._library.attention(self._reference)
+        self._library.run(self._prepared)

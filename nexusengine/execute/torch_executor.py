@@ -54,6 +54,7 @@ class TorchExecutor:
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
         self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
+        self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._in_flight: tuple[torch.Tensor | None, DeviceLogprobs | None, Callable[[], float]] | None = None
 
@@ -157,7 +158,7 @@ class TorchExecutor:
         rows = np.nonzero(batch.sampled)[0]
         inputs = self._inputs(batch, rows)
         self._attention.plan(inputs.meta)
-        hidden = self._model.forward(inputs.token_ids, inputs.positions, self._kv, self._attention, inputs.meta)
+        hidden = self._hidden(inputs, self._kv)
         tokens, logprobs = None, None
         if len(rows):
             slots, table = batch.slots[rows], batch.sampling
@@ -177,6 +178,18 @@ class TorchExecutor:
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         self._in_flight = (tokens, logprobs, elapsed_s())
 
+    def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
+        """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
+        meta = inputs.meta
+
+        def compute() -> torch.Tensor:
+            return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta)
+
+        if meta.max_query_len > 1 or not self._attention.caps().graphs:
+            return compute()
+        tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
+        return self._model.ops.step(compute, (*tensors, meta.slot_mapping))
+
     def collect(self) -> StepResult:
         if self._in_flight is None:
             raise RuntimeError("no step is in flight")
@@ -191,35 +204,54 @@ class TorchExecutor:
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
-    def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """Arrays of one type to the device in one copy, without waiting for it."""
-        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
-        if self._device.type == "cuda":
-            flat = flat.pin_memory().to(self._device, non_blocking=True)
-        ends = np.cumsum([a.size for a in arrays])
-        return [flat[end - a.size : end].view(a.shape) for end, a in zip(ends.tolist(), arrays, strict=True)]
+    def _upload(self, **arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays of one type to the device. On CUDA in one copy, without waiting for it; on a CPU each to the place
+        that is always its own, so that steps of the same shape find their inputs at the same addresses."""
+        if self._device.type == "cpu":
+            return [self._place(name, array) for name, array in arrays.items()]
+        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays.values()]))
+        flat = flat.pin_memory().to(self._device, non_blocking=True)
+        ends = np.cumsum([a.size for a in arrays.values()])
+        return [flat[end - a.size : end].view(a.shape) for end, a in zip(ends.tolist(), arrays.values(), strict=True)]
+
+    def _place(self, name: str, array: np.ndarray) -> torch.Tensor:
+        """Rows of the place of this name, which grows; one with columns is as wide as it ever needs to be."""
+        place = self._places.get(name)
+        if place is None or len(place) < len(array) or place.shape[1:] < array.shape[1:]:
+            shape = [2 ** max(len(array) - 1, 1).bit_length()]
+            if array.ndim == 2:
+                widest = -(-self.spec.max_model_len // self._block_size)
+                shape.append(max(widest, array.shape[1]))
+            place = self._places[name] = np.zeros(shape, array.dtype)
+        place[tuple(slice(size) for size in array.shape)] = array
+        return torch.from_numpy(place[: len(array)])
 
     def _inputs(self, batch: StepBatch, sampled_rows: np.ndarray) -> _Inputs:
         size, total = self._block_size, len(batch.token_ids)
         self._hold_slots(len(batch.block_tables))
         seq_lens = batch.starts + batch.counts
         ends = np.cumsum(batch.counts, dtype=np.int64)
-        positions = np.arange(total) - np.repeat(ends - seq_lens, batch.counts)
-        rows = np.repeat(np.arange(len(batch.slots)), batch.counts)
-        tables = batch.block_tables[batch.slots, : -(-int(seq_lens.max()) // size)]
+        longest, most = int(seq_lens.max()), int(batch.counts.max())
+        if most == 1:
+            rows, positions = np.arange(total), batch.starts.astype(np.int64)
+        else:
+            rows = np.repeat(np.arange(len(batch.slots)), batch.counts)
+            positions = np.arange(total) - np.repeat(ends - seq_lens, batch.counts)
+        tables = batch.block_tables[batch.slots, : -(-longest // size)]
         slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
-        cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
         ids, places, mapping, token_slots, last, sampled_slots = self._upload(
-            batch.token_ids.astype(np.int64),
-            positions,
-            slot_mapping,
-            batch.slots[rows].astype(np.int64),
-            ends[sampled_rows] - 1,
-            batch.slots[sampled_rows].astype(np.int64),
+            token_ids=batch.token_ids.astype(np.int64),
+            positions=positions,
+            slot_mapping=slot_mapping,
+            token_slots=batch.slots[rows].astype(np.int64),
+            last=ends[sampled_rows] - 1,
+            sampled_slots=batch.slots[sampled_rows].astype(np.int64),
         )
-        block_table, lengths, cu = self._upload(tables, seq_lens, cu_seqlens)
+        starts = np.zeros(len(ends) + 1, np.int32)
+        starts[1:] = ends
+        block_table, lengths, cu = self._upload(block_table=tables, seq_lens=seq_lens, cu_seqlens_q=starts)
         if (batch.token_ids < 0).any():
-            ids = torch.where(ids < 0, self._last_tokens[token_slots], ids)
+            ids.copy_(torch.where(ids < 0, self._last_tokens[token_slots], ids))
         meta = AttentionMeta(
             block_table=block_table,
             seq_lens=lengths,
@@ -228,8 +260,8 @@ class TorchExecutor:
             seq_lens_host=seq_lens.tolist(),
             query_lens_host=batch.counts.tolist(),
             num_decodes=int((batch.counts == 1).sum()),
-            max_seq_len=int(seq_lens.max()),
-            max_query_len=int(batch.counts.max()),
+            max_seq_len=longest,
+            max_query_len=most,
         )
         return _Inputs(ids, places, last, sampled_slots, meta)
 

@@ -7,36 +7,39 @@ that a layer is six calls.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.config import Quantization
 from nexusengine.layers.ops import TorchOps
+from nexusengine.layers.rotary import RotaryEmbedding
 from nexusengine.loading.gguf_file import Q4Blocks
-from nexusengine.native import Library, structs
+from nexusengine.native import Calls, Library, Prepared, structs
 from nexusengine.native.cache import cache_of
 from nexusengine.native.pack import PackedWeight, pack_float, pack_int8, pack_q4, q4_blocks
 
+_STEPS = 512
+"""Most recorded steps kept; there is one for each number of rows."""
+
 
 class PackedMap:
-    """A packed weight and the arguments of its call, filled in once."""
+    """A packed weight and the arguments of its calls, filled in once."""
 
     def __init__(self, packed: PackedWeight, gated: bool) -> None:
         self.packed = packed
         self.outputs = packed.n // 2 if gated else packed.n
         self.weight = packed.struct()
-        self.weight_reference = ctypes.byref(self.weight)
-        self.call = structs.Linear(weight=ctypes.pointer(self.weight))
-        self.reference = ctypes.byref(self.call)
+        self.arguments = structs.Linear(weight=ctypes.pointer(self.weight))
+        self.call = Prepared(self.arguments)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from self.packed.tensors()
 
 
 class NativeOps:
-    """One thread calls it. Results of `linear` and `gated` lie in memory that is used again for the next layer."""
+    """One thread calls it."""
 
     def __init__(self, eps: float, library: Library, quantization: Quantization = "none") -> None:
         self.name = f"native ({library.isa})"
@@ -45,8 +48,11 @@ class NativeOps:
         self._eps, self._library = eps, library
         self._torch = TorchOps(eps)
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
-        self._store = structs.RotateStore()
-        self._store_reference = ctypes.byref(self._store)
+        self._views: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._steps: dict[tuple[int, ...], tuple[Calls, torch.Tensor]] = {}
+        self._embed, self._norm, self._store = structs.Embed(), structs.Norm(eps=eps), structs.RotateStore()
+        self._embed_call, self._norm_call = Prepared(self._embed), Prepared(self._norm)
+        self._store_call = Prepared(self._store)
 
     def pack(
         self,
@@ -69,17 +75,22 @@ class NativeOps:
         return PackedMap(pack_q4(q4_blocks(weight), bias, gated), gated)
 
     def embed(self, ids: torch.Tensor, table: PackedMap) -> torch.Tensor:
-        out = torch.empty(len(ids), table.packed.k)
-        self._library.embed(table.weight_reference, ids.data_ptr(), len(ids), out.data_ptr())
+        out = self.memory("embed", ids, table.packed.k)
+        a = self._embed
+        a.weight, a.ids, a.out, a.rows = ctypes.pointer(table.weight), ids.data_ptr(), out.data_ptr(), out.shape[0]
+        self._library.run(self._embed_call)
         return out
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), self._eps, len(x), x.shape[1], out.data_ptr())
+        out = self.memory("norm", x, x.shape[1])
+        a = self._norm
+        a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        a.rows, a.dim = x.shape
+        self._library.run(self._norm_call)
         return out
 
     def linear(self, to: PackedMap, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        out = self._memory("linear", len(x), to.outputs)
+        out = self.memory("linear", x, to.outputs)
         self._run(to, x, norm, out, structs.STORE)
         return out
 
@@ -88,7 +99,7 @@ class NativeOps:
         return into
 
     def gated(self, to: PackedMap, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        out = self._memory("gated", len(x), to.outputs)
+        out = self.memory("gated", x, to.outputs)
         self._run(to, x, norm, out, structs.GATED)
         return out
 
@@ -97,39 +108,64 @@ class NativeOps:
         self._run(to, x, None, out, structs.STORE)
         return out
 
+    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[RotaryEmbedding, torch.Tensor]:
+        return rotary, positions
+
+    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+        """The same place for the same use and number of rows, until more rows are asked for than ever before."""
+        rows = like.shape[0]
+        view = self._views.get((use, rows, columns))
+        if view is not None:
+            return view
+        have = self._rows.get((use, columns))
+        if have is None or have.shape[0] < rows:
+            have = self._rows[use, columns] = torch.empty(rows, columns)
+            self._views = {key: kept for key, kept in self._views.items() if (key[0], key[2]) != (use, columns)}
+            self._steps.clear()
+        view = self._views[use, rows, columns] = have[:rows]
+        return view
+
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Steps are told apart by their inputs' addresses, rows and distances between rows: nothing else goes into the
+        arguments of their calls."""
+        key = tuple([number for t in inputs for number in (t.data_ptr(), t.shape[0], t.stride(0))])
+        if (known := self._steps.get(key)) is not None:
+            self._library.replay(known[0])
+            return known[1]
+        with self._library.recording() as recorded:
+            result = compute()
+        if len(self._steps) == _STEPS:
+            self._steps.clear()
+        self._steps[key] = Calls(recorded), result
+        return result
+
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        angles: tuple[RotaryEmbedding, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         meta: AttentionMeta,
         heads: tuple[int, int, int],
     ) -> torch.Tensor:
+        rotary, positions = angles
         if attention.name != "cpu":  # another backend may keep K and V in a way of its own
+            cos_sin = rotary.at(positions)
             return self._torch.rotate_and_store(qkv, cos_sin, attention, k_cache, v_cache, meta, heads)
         count, kv_count, dim = heads
-        s = self._store
-        s.qkv, s.cos, s.sin = qkv.data_ptr(), cos_sin[0].data_ptr(), cos_sin[1].data_ptr()
-        s.slots = meta.slot_mapping.data_ptr()
-        s.tokens, s.heads, s.kv_heads, s.dim = len(qkv), count, kv_count, dim
-        s.cache = cache_of(k_cache, v_cache, dim)
-        self._library.rotate_store(self._store_reference)
+        a = self._store
+        a.qkv, a.cos, a.sin = qkv.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr()
+        a.positions, a.slots = positions.data_ptr(), meta.slot_mapping.data_ptr()
+        a.tokens, a.heads, a.kv_heads, a.dim = qkv.shape[0], count, kv_count, dim
+        a.cache = cache_of(k_cache, v_cache, dim)
+        self._library.run(self._store_call)
         return qkv[:, : count * dim].view(-1, count, dim)
 
     def _run(self, to: PackedMap, x: torch.Tensor, norm: torch.Tensor | None, out: torch.Tensor, finish: int) -> None:
-        call = to.call
-        call.x, call.x_stride, call.rows = x.data_ptr(), x.stride(0), len(x)
-        call.norm = None if norm is None else norm.data_ptr()
-        call.out, call.out_stride = out.data_ptr(), out.stride(0)
-        call.eps, call.finish = self._eps, finish
-        self._library.linear(to.reference)
-
-    def _memory(self, use: str, rows: int, columns: int) -> torch.Tensor:
-        """Rows of the memory for this use, which grows to the most rows asked for."""
-        key = (use, columns)
-        have = self._rows.get(key)
-        if have is None or len(have) < rows:
-            have = self._rows[key] = torch.empty(rows, columns)
-        return have[:rows]
+        a = to.arguments
+        a.x, a.x_stride, a.rows = x.data_ptr(), x.stride(0), x.shape[0]
+        a.norm = None if norm is None else norm.data_ptr()
+        a.out, a.out_stride = out.data_ptr(), out.stride(0)
+        a.eps, a.finish = self._eps, finish
+        self._library.run(to.call)

@@ -6,15 +6,15 @@ operations and never asks which table it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.layers.basic import Linear, rms_norm, silu_mul
-from nexusengine.layers.rotary import rotate
+from nexusengine.layers.rotary import RotaryEmbedding, rotate
 from nexusengine.loading.gguf_file import Q4Blocks
 
 
@@ -30,8 +30,8 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results are the table's own
-    memory and hold until the operation is called again with another x, unless said otherwise."""
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results but logits may lie in the
+    table's own memory, where they hold until the same operation is called again."""
 
     name: str
     keeps_blocks: bool
@@ -50,11 +50,11 @@ class Ops(Protocol[M]):
         ...
 
     def embed(self, ids: torch.Tensor, table: M) -> torch.Tensor:
-        """Rows of `table` by token ids i8 `[T]`, in new memory."""
+        """Rows of `table` by token ids i8 `[T]`."""
         ...
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm, in new memory."""
+        """RMS norm."""
         ...
 
     def linear(self, to: M, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor: ...
@@ -71,10 +71,23 @@ class Ops(Protocol[M]):
         """float32 `[N, V]` in new memory."""
         ...
 
+    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
+        """What `rotate_and_store` needs of the positions i8 `[T]`; once a step."""
+        ...
+
+    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+        """Uninitialised `[T, columns]` for a use, with rows, type and device of `like`."""
+        ...
+
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """compute(): operations on `inputs` and on what never moves. A table may remember what they come to, and do
+        just that for inputs of the same shapes at the same places."""
+        ...
+
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        angles: Any,
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -125,10 +138,19 @@ class TorchOps:
     def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
         return to(x).float()
 
+    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotary.at(positions)
+
+    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+        return like.new_empty(len(like), columns)
+
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return compute()
+
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -137,7 +159,7 @@ class TorchOps:
     ) -> torch.Tensor:
         count, kv_count, dim = heads
         q, k, v = torch.split(qkv, [count * dim, kv_count * dim, kv_count * dim], dim=-1)
-        q = rotate(q.view(-1, count, dim), cos_sin)
-        k = rotate(k.view(-1, kv_count, dim), cos_sin)
+        q = rotate(q.view(-1, count, dim), angles)
+        k = rotate(k.view(-1, kv_count, dim), angles)
         attention.store(k, v.view(-1, kv_count, dim), k_cache, v_cache, meta)
         return q

@@ -62,17 +62,17 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 class RotaryEmbedding:
-    """Tables of cos and sin for positions below `max_positions`."""
+    """Tables of cos and sin `[max_positions, D / 2]`."""
 
     def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         inverse, factor = inverse_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse)
-        self._cos = (angles.cos() * factor).to(device, dtype)
-        self._sin = (angles.sin() * factor).to(device, dtype)
+        self.cos = (angles.cos() * factor).to(device, dtype)
+        self.sin = (angles.sin() * factor).to(device, dtype)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin `[T, 1, D / 2]` of int64 positions `[T]`; looked up once a step."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def rotate(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -30,7 +30,8 @@ from nexusengine.perf.features import StepFeatures
 I8 = npt.NDArray[np.int64]
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
 _COSTS_EVERY = 16  # plans, after the first ones
-_NONE, _WAIT_BLOCKS, _WAIT_SEATS = Reason.NONE, int(Reason.WAIT_BLOCKS), int(Reason.WAIT_SEATS)
+_NONE = Reason.NONE
+_WAIT_BLOCKS, _WAIT_SEATS, _WAIT_TPOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_SEATS), int(Reason.WAIT_TPOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class LensOptions:
     admit: float = 0.95
     goal: float = 0.9
     goal_long: float = 0.75
-    share: float = 0.05
+    share: float = 0.03
     patience_s: float = 20
     give_up_s: float = 60
     chunk: float = 8192
@@ -298,7 +299,7 @@ class Lens:
             self._take_back(fill, view, kept, now)
         if fill.open and len(off):
             self._serve(fill, prompts[np.isin(prompts.slots, off)], newcomers)
-        if fill.open and len(behind):
+        if fill.open and len(behind) and not self._decodes_hold_up(step, kept):
             self._behind.leftover(fill, view, behind, newcomers)
         if step.empty:
             self._force(step, [*kept.slots.tolist(), *off.tolist(), *behind.tolist()])
@@ -322,6 +323,11 @@ class Lens:
                     waiting = ~np.isin(rest, step.prompts)
                     step.reasons[rest[waiting]] = reason
                     newcomers = False
+
+    def _decodes_hold_up(self, step: Step, kept: Prompts) -> bool:
+        """Whether one who is to be in time waits for decodes to end: then the step had better be short."""
+        waits = step.reasons[kept.slots]
+        return bool(((waits == _WAIT_SEATS) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
 
     def _take_back(self, fill: Fill, view: EngineView, kept: Prompts, now: float) -> None:
         """If the first of those to serve cannot start for lack of KV or seats, a relegated prompt that has begun gives

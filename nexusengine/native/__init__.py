@@ -6,7 +6,8 @@ runtime it has loaded, so that both share one pool of threads.
 
 from __future__ import annotations
 
+from nexusengine.native import structs
 from nexusengine.native.build import NativeError
-from nexusengine.native.library import Library, library, probe
+from nexusengine.native.library import Calls, Library, Prepared, library, loaded, probe
 
-__all__ = ["Library", "NativeError", "library", "probe"]
+__all__ = ["Calls", "Library", "NativeError", "Prepared", "library", "loaded", "probe", "structs"]

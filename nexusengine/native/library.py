@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 
 from nexusengine.native import structs
 from nexusengine.native.build import NativeError, build
 
-ABI = 1
+ABI = 2
 _loaded: Library | NativeError | None = None
 _loading = threading.Lock()
 
@@ -41,11 +43,9 @@ class Library:
             raise NativeError("this processor has none of the instruction sets that there are kernels for")
         dll.nex_choose.argtypes = [c_char_p]
         dll.nex_set_threads.argtypes, dll.nex_set_threads.restype = [c_int], None
-        self.linear = self._function("nex_linear", POINTER(structs.Linear))
-        self.embed = self._function("nex_embed", POINTER(structs.Weight), c_void_p, c_int64, c_void_p)
-        self.rms_norm = self._function("nex_rms_norm", c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)
-        self.rotate_store = self._function("nex_rotate_store", POINTER(structs.RotateStore))
-        self.attention = self._function("nex_attention", POINTER(structs.Attention))
+        self._run = dll.nex_run
+        self._run.argtypes, self._run.restype = [c_void_p, c_int64], None
+        self._local = threading.local()
         self.use(isa or self.isas[0])
 
     def use(self, isa: str) -> None:
@@ -58,10 +58,46 @@ class Library:
         """Threads of every later call in the process."""
         self._dll.nex_set_threads(count)
 
-    def _function(self, name: str, *arguments: type) -> ctypes._NamedFuncPointer:
-        function = self._dll[name]
-        function.argtypes, function.restype = list(arguments), None
-        return function
+    def run(self, one: Prepared) -> None:
+        """Compute now; while this thread records, also keep a copy of the call."""
+        recorded: list[ctypes.Structure] | None = getattr(self._local, "recorded", None)
+        if recorded is not None:
+            recorded.append(type(one.arguments).from_buffer_copy(one.arguments))
+        self._run(one.address, 1)
+
+    def replay(self, calls: Calls) -> None:
+        """Compute what was recorded, in its order. What its pointers name must be there still."""
+        self._run(calls.address, calls.count)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[ctypes.Structure]]:
+        """Within the block, the arguments of every call of this thread are collected, as they are at the call."""
+        recorded: list[ctypes.Structure] = []
+        self._local.recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._local.recorded = None
+
+
+class Prepared:
+    """A call whose arguments are filled in from time to time, and run."""
+
+    def __init__(self, arguments: ctypes.Structure) -> None:
+        self.arguments = arguments
+        self._call = structs.Call(ctypes.addressof(arguments), structs.KINDS[type(arguments)])
+        self.address = ctypes.addressof(self._call)
+
+
+class Calls:
+    """Recorded calls, to be replayed at once."""
+
+    def __init__(self, recorded: list[ctypes.Structure]) -> None:
+        self._recorded = recorded
+        self.count = len(recorded)
+        each = (structs.Call(ctypes.addressof(one), structs.KINDS[type(one)]) for one in recorded)
+        self._calls = (structs.Call * self.count)(*each)
+        self.address = ctypes.addressof(self._calls)
 
 
 def library() -> Library:
@@ -78,6 +114,11 @@ def library() -> Library:
     if isinstance(_loaded, NativeError):
         raise _loaded
     return _loaded
+
+
+def loaded() -> Library | None:
+    """The library if this process uses it already; nothing is built or loaded."""
+    return _loaded if isinstance(_loaded, Library) else None
 
 
 def probe() -> tuple[bool, str]:

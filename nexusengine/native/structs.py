@@ -48,11 +48,31 @@ class Cache(ctypes.Structure):
     ]
 
 
+class Embed(ctypes.Structure):
+    _fields_ = [("weight", POINTER(Weight)), ("ids", c_void_p), ("out", c_void_p), ("rows", c_int64)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("dim", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class Largest(ctypes.Structure):
+    _fields_ = [("x", c_void_p), ("out", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+
+
 class RotateStore(ctypes.Structure):
     _fields_ = [
         ("qkv", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("positions", c_void_p),
         ("slots", c_void_p),
         ("cache", Cache),
         ("tokens", c_int64),
@@ -79,3 +99,11 @@ class Attention(ctypes.Structure):
         ("dim", c_int64),
         ("scale", c_float),
     ]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("arguments", c_void_p), ("kind", c_int64)]
+
+
+KINDS: dict[type[ctypes.Structure], int] = {Linear: 0, Embed: 1, Norm: 2, RotateStore: 3, Attention: 4, Largest: 5}
+"""NexCallKind of each struct that is an argument."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nexusengine import native
 from nexusengine.execute.batch import I4, SampledLogprobs
 from nexusengine.sampling.noise import exponential, row_keys
 
@@ -49,7 +50,7 @@ class DeviceLogprobs:
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, DeviceLogprobs | None]:
     """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite."""
-    tokens = logits.argmax(dim=-1)
+    tokens, finite = _most_likely(logits)
     random = rows.temperature >= _COLDEST
     filtered = random & ((rows.top_k > 0) | (rows.top_p < 1.0))
     for chosen, draw in ((random & ~filtered, _draw_all), (filtered, _draw_filtered)):
@@ -57,8 +58,18 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, Devi
         if len(index):
             part = torch.from_numpy(index).to(logits.device)
             tokens[part] = draw(logits[part], _take(rows, index))
-    finite = torch.isfinite(logits).all(dim=-1)
     return torch.where(finite, tokens, -1), _logprobs(logits, tokens, rows.logprobs)
+
+
+def _most_likely(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids i8 `[N]`, whether all of a row's logits are finite)."""
+    kernels = native.loaded() if logits.device.type == "cpu" else None
+    if kernels is None or logits.dtype != torch.float32 or not logits.is_contiguous():
+        return logits.argmax(dim=-1), torch.isfinite(logits).all(dim=-1)
+    places = torch.empty(logits.shape[0], dtype=torch.long)
+    call = native.Prepared(native.structs.Largest(logits.data_ptr(), places.data_ptr(), *logits.shape))
+    kernels.run(call)
+    return places.clamp_min(0), places >= 0
 
 
 def _take(rows: SamplingRows, index: npt.NDArray[np.int64]) -> SamplingRows:

@@ -15,11 +15,13 @@ extern "C" {
 const char* nex_available(int);
 int nex_choose(const char*);
 void nex_set_threads(int);
-void nex_linear(const NexLinear*);
-void nex_embed(const NexWeight*, const int64_t*, int64_t, float*);
-void nex_rms_norm(const float*, const float*, float, int64_t, int64_t, float*);
-void nex_rotate_store(const NexRotateStore*);
-void nex_attention(const NexAttention*);
+void nex_run(const NexCall*, int64_t);
+}
+
+template <class T>
+static void run(NexCallKind kind, const T& arguments) {
+    const NexCall call{&arguments, kind};
+    nex_run(&call, 1);
 }
 
 static std::mt19937 source(7);
@@ -125,7 +127,7 @@ static void linear(const char* isa, int kind, int finish, int64_t rows, int64_t 
     if (bias) p.w.bias = b.data();
     p.w.int8_activations = integers;
     NexLinear op{&p.w, x.data(), k, rows, norm ? weights.data() : nullptr, out.data(), outputs, 1e-5f, finish};
-    nex_linear(&op);
+    run(NEX_LINEAR, op);
     for (int64_t r = 0; r < rows; ++r) {
         std::vector<double> y(static_cast<size_t>(n)), size(y);
         double squares = 0, largest = 0;
@@ -157,7 +159,7 @@ static void embedding(const char* isa, int kind) {
     Packed p = packed(kind, n, k, false);
     std::vector<int64_t> ids = {36, 0, 17, 16, 36};
     std::vector<float> out(ids.size() * size_t(k));
-    nex_embed(&p.w, ids.data(), int64_t(ids.size()), out.data());
+    run(NEX_EMBED, NexEmbed{&p.w, ids.data(), out.data(), int64_t(ids.size())});
     for (size_t r = 0; r < ids.size(); ++r)
         for (int64_t i = 0; i < k; ++i) check("embed", isa, out[r * size_t(k) + size_t(i)], p.plain[size_t(ids[r] * k + i)], 1e-5);
 }
@@ -196,18 +198,19 @@ static void attention(const char* isa, int kind, int64_t heads, int64_t kv_heads
         const int64_t n = rows[r].length;
         std::vector<float> qkv = noise(size_t(n * width)), angles = noise(size_t(n * dim / 2)), cos, sin;
         for (float a : angles) cos.push_back(std::cos(a)), sin.push_back(std::sin(a));
-        std::vector<int64_t> slots;
+        std::vector<int64_t> slots, positions;
+        for (int64_t t = 0; t < n; ++t) positions.push_back(n - 1 - t);  // rows of the tables in any order
         for (int64_t t = 0; t < n; ++t) slots.push_back(table[r * size_t(widest) + size_t(t / size)] * size + t % size);
         std::vector<float> turned(qkv);
         for (int64_t t = 0; t < n; ++t)
             for (int64_t h = 0; h < heads + kv_heads; ++h)
                 for (int64_t i = 0; i < dim / 2; ++i) {
-                    const size_t a = size_t(t * width + h * dim + i), b = a + size_t(dim / 2), c = size_t(t * dim / 2 + i);
+                    const size_t a = size_t(t * width + h * dim + i), b = a + size_t(dim / 2), c = size_t((n - 1 - t) * (dim / 2) + i);
                     turned[a] = qkv[a] * cos[c] - qkv[b] * sin[c];
                     turned[b] = qkv[b] * cos[c] + qkv[a] * sin[c];
                 }
-        NexRotateStore op{qkv.data(), cos.data(), sin.data(), slots.data(), cache, n, heads, kv_heads, dim};
-        nex_rotate_store(&op);
+        NexRotateStore op{qkv.data(), cos.data(), sin.data(), positions.data(), slots.data(), cache, n, heads, kv_heads, dim};
+        run(NEX_ROTATE_STORE, op);
         for (size_t i = 0; i < qkv.size(); ++i) check("rotate", isa, qkv[i], turned[i], 1e-5);
         for (int64_t t = 0; t < n; ++t) {
             const float* row = &qkv[size_t(t * width)];
@@ -220,7 +223,7 @@ static void attention(const char* isa, int kind, int64_t heads, int64_t kv_heads
     std::vector<float> out(size_t(tokens * heads * dim), nan);
     NexAttention op{queries.data(), heads * dim, out.data(), heads * dim, cache, table.data(), widest, lengths.data(), starts.data(),
                     int64_t(rows.size()), heads, kv_heads, dim, 1 / std::sqrt(float(dim))};
-    nex_attention(&op);
+    run(NEX_ATTENTION, op);
     const double tolerance = kind == NEX_F32 ? 2e-5 : kind == NEX_BF16 ? 2e-2 : 3e-2;
     for (size_t r = 0; r < rows.size(); ++r)
         for (int64_t i = 0; i < rows[r].queries; ++i)
@@ -268,8 +271,19 @@ int main() {
                 for (int64_t kv_heads : {1, 2, 6})
                     attention(isa, kind, 6, kv_heads, dim, dim == 80 ? 1 : 16, {{1, 1}, {1, 17}, {1, 64}, {5, 5}, {40, 70}});
         attention(isa, NEX_F32, 3, 1, 256, 16, {{1, 1200}, {130, 130}, {1, 600}});
+        for (int64_t columns : {1, 63, 64, 200}) {
+            std::vector<float> scores = noise(size_t(4 * columns));
+            std::vector<int64_t> places(4), expected(4);
+            for (int64_t r = 0; r < 3; ++r) {
+                auto begin = scores.begin() + r * columns;
+                expected[size_t(r)] = std::max_element(begin, begin + columns) - begin;
+            }
+            scores[size_t(4 * columns - 1)] = columns % 2 ? INFINITY : NAN, expected[3] = -1;
+            run(NEX_LARGEST, NexLargest{scores.data(), places.data(), 4, columns});
+            for (size_t r = 0; r < 4; ++r) check("largest", isa, double(places[r]), double(expected[r]), 0);
+        }
         std::vector<float> x = noise(5 * 19), w = noise(19), out(x.size());
-        nex_rms_norm(x.data(), w.data(), 1e-6f, 5, 19, out.data());
+        run(NEX_NORM, NexNorm{x.data(), w.data(), out.data(), 5, 19, 1e-6f});
         for (size_t r = 0; r < 5; ++r) {
             double squares = 0;
             for (size_t i = 0; i < 19; ++i) squares += double(x[r * 19 + i]) * x[r * 19 + i];

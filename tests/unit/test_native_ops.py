@@ -10,9 +10,12 @@ torch = pytest.importorskip("torch")
 
 from nexusengine import native  # noqa: E402
 from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
+from nexusengine.attention.registry import backend_class  # noqa: E402
 from nexusengine.layers.basic import Linear  # noqa: E402
 from nexusengine.layers.native_ops import NativeOps  # noqa: E402
 from nexusengine.layers.ops import TorchOps  # noqa: E402
+from nexusengine.layers.rotary import RotaryEmbedding  # noqa: E402
+from nexusengine.model_config import ModelConfig  # noqa: E402
 
 EPS = 1e-5
 AVAILABLE, REASON = native.probe()
@@ -89,32 +92,63 @@ def test_embeddings_are_rows_of_the_table(ops: NativeOps) -> None:
 def test_rotation_and_store(ops: NativeOps, heads: tuple[int, int, int]) -> None:
     count, kv_count, dim = heads
     torch.manual_seed(1)
-    qkv, angles = torch.randn(11, (count + 2 * kv_count) * dim), torch.randn(11, 1, dim // 2)
+    qkv = torch.randn(11, (count + 2 * kv_count) * dim)
     slots = torch.randperm(40)[:11]
     slots[4] = -1
     one = torch.tensor([1], dtype=torch.int32)
     meta = AttentionMeta(one, one, one, slots, [1], [1], 1, 1, 1)
     found, expected = (torch.full((2, 10, 4, kv_count, dim), torch.nan) for _ in range(2))
-    cos_sin = (angles.cos(), angles.sin())
+    config = ModelConfig("LlamaForCausalLM", 8, 8, 8, 1, count, kv_count, dim, 64, EPS, 10_000.0)
+    rotary, positions = RotaryEmbedding(config, 64, torch.float32, torch.device("cpu")), torch.randperm(64)[:11]
     names = {"cpu": (ops, found), "sdpa": (TorchOps(EPS), expected)}
     rotated = {}
-    from nexusengine.attention.registry import backend_class
-
     for name, (table, cache) in names.items():
         spec = AttentionSpec(count, kv_count, dim, torch.float32, torch.device("cpu"), 4, 1.0)
-        attention = backend_class(name)(spec)
-        rotated[name] = table.rotate_and_store(qkv.clone(), cos_sin, attention, cache[0], cache[1], meta, heads)
+        attention, angles = backend_class(name)(spec), table.angles(rotary, positions)
+        rotated[name] = table.rotate_and_store(qkv.clone(), angles, attention, cache[0], cache[1], meta, heads)
     assert close(rotated["cpu"], rotated["sdpa"])
     expected[:, 0, 0] = torch.nan  # torch's way with a token that is skipped: the null block takes it
     assert torch.equal(found.isnan(), expected.isnan())
     assert close(found.nan_to_num(), expected.nan_to_num())
 
 
-def test_memory_is_reused_but_not_that_of_logits_and_norms(ops: NativeOps) -> None:
+def test_a_step_is_remembered_and_replayed(ops: NativeOps) -> None:
+    """The same inputs' places, other numbers in them: nothing but the kernels runs, and the result is right."""
+    torch.manual_seed(4)
+    table, norm = ops.pack(torch.randn(50, 32)), torch.rand(32)
+    inner, outer = ops.pack(torch.randn(64, 32), gated=True), ops.pack(torch.randn(32, 32))
+    ids = torch.tensor([3, 1, 4, 1])
+    computed: list[int] = []
+
+    def compute() -> torch.Tensor:
+        computed.append(1)
+        x = ops.embed(ids, table)
+        return ops.norm(ops.add_linear(outer, ops.gated(inner, x, norm=norm), into=x), norm)
+
+    first = ops.step(compute, (ids,)).clone()
+    assert torch.equal(ops.step(compute, (ids,)), first)
+    ids.copy_(torch.tensor([0, 49, 7, 3]))
+    replayed = ops.step(compute, (ids,)).clone()
+    assert len(computed) == 1
+    assert torch.equal(replayed, compute())
+    ids = ids[:3]
+    assert torch.allclose(ops.step(compute, (ids,)), replayed[:3])
+    assert len(computed) == 3, "another number of rows is another step"
+
+
+def test_a_remembered_step_is_forgotten_when_its_memory_moves(ops: NativeOps) -> None:
+    torch.manual_seed(5)
+    to, few, many = ops.pack(torch.randn(48, 32)), torch.randn(3, 32), torch.randn(200, 32)
+    expected = ops.step(lambda: ops.linear(to, few), (few,)).clone()
+    ops.linear(to, many)
+    assert torch.equal(ops.step(lambda: ops.linear(to, few), (few,)), expected)
+
+
+def test_memory_is_reused_but_not_that_of_logits(ops: NativeOps) -> None:
     to = ops.pack(torch.randn(32, 16))
     a, b = torch.randn(9, 16), torch.randn(5, 16)
     assert ops.linear(to, a).data_ptr() == ops.linear(to, b).data_ptr()
-    kept = ops.logits(to, a), ops.norm(a, torch.ones(16)), ops.embed(torch.arange(9), to)
-    before = [t.clone() for t in kept]
-    ops.logits(to, b), ops.norm(b, torch.ones(16)), ops.embed(torch.arange(3), to)
-    assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
+    kept = ops.logits(to, a)
+    before = kept.clone()
+    ops.logits(to, b)
+    assert torch.equal(kept, before)

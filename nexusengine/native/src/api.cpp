@@ -41,7 +41,7 @@ int threads = 1;
 #define NEX_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Version of the structs and functions here; library.py refuses another.
-NEX_EXPORT int nex_abi() { return 1; }
+NEX_EXPORT int nex_abi() { return 2; }
 
 // The n-th best instruction set that was compiled in and runs here, or null behind the last.
 NEX_EXPORT const char* nex_available(int n) {
@@ -65,16 +65,7 @@ NEX_EXPORT int nex_choose(const char* name) {
 // Threads of every later call; they are those of the OpenMP runtime that torch uses too.
 NEX_EXPORT void nex_set_threads(int count) { threads = count > 0 ? count : 1; }
 
-NEX_EXPORT void nex_linear(const NexLinear* op) { chosen->linear(op, threads); }
-
-NEX_EXPORT void nex_embed(const NexWeight* weight, const int64_t* ids, int64_t rows, float* out) {
-    chosen->embed(weight, ids, rows, out, threads);
+// Calls in order, each done before the next begins.
+NEX_EXPORT void nex_run(const NexCall* calls, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) chosen->calls[calls[i].kind](calls[i].arguments, threads);
 }
-
-NEX_EXPORT void nex_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out) {
-    chosen->rms_norm(x, weight, eps, rows, dim, out, threads);
-}
-
-NEX_EXPORT void nex_rotate_store(const NexRotateStore* op) { chosen->rotate_store(op, threads); }
-
-NEX_EXPORT void nex_attention(const NexAttention* op) { chosen->attention(op, threads); }

@@ -376,10 +376,10 @@ static void attention_of(const NexAttention& a, int threads) {
     }
 }
 
-static void attention(const NexAttention* a, int threads) {
-    if (a->cache.kind == NEX_F32) attention_of<float>(*a, threads);
-    else if (a->cache.kind == NEX_BF16) attention_of<bf16>(*a, threads);
-    else attention_of<int8_t>(*a, threads);
+static void attention(const NexAttention& a, int threads) {
+    if (a.cache.kind == NEX_F32) attention_of<float>(a, threads);
+    else if (a.cache.kind == NEX_BF16) attention_of<bf16>(a, threads);
+    else attention_of<int8_t>(a, threads);
 }
 
 }  // namespace

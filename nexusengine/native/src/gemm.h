@@ -178,11 +178,12 @@ static void linear_float(const NexLinear& op, int threads) {
     }
 }
 
-static void embed(const NexWeight* weight, const int64_t* ids, int64_t rows, float* out, int threads) {
-    const NexWeight& w = *weight;
-#pragma omp parallel for num_threads(rows > 16 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t panel = ids[r] / PANEL, lane = ids[r] % PANEL;
+static void embed(const NexEmbed& op, int threads) {
+    const NexWeight& w = *op.weight;
+    float* out = op.out;
+#pragma omp parallel for num_threads(op.rows > 16 ? threads : 1) schedule(static)
+    for (int64_t r = 0; r < op.rows; ++r) {
+        const int64_t panel = op.ids[r] / PANEL, lane = op.ids[r] % PANEL;
         float piece[32 * PANEL];
         if (w.kind == NEX_F32) {
             const float* from = static_cast<const float*>(w.data) + panel * w.k * PANEL + lane;

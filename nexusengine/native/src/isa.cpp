@@ -9,13 +9,30 @@
 #define NEX_TEXT2(a) #a
 #define NEX_TEXT(a) NEX_TEXT2(a)
 
-static void linear(const NexLinear* op, int threads) {
-    if (op->rows <= 0) return;
-    if (!op->weight->int8_activations) linear_float(*op, threads);
-    else if (op->weight->kind == NEX_INT8) linear_integers<Dot8, false>(*op, threads);
-    else linear_integers<Dot4, true>(*op, threads);
+namespace {
+
+static void linear(const NexLinear& op, int threads) {
+    if (op.rows <= 0) return;
+    if (!op.weight->int8_activations) linear_float(op, threads);
+    else if (op.weight->kind == NEX_INT8) linear_integers<Dot8, false>(op, threads);
+    else linear_integers<Dot4, true>(op, threads);
 }
 
+template <class T, void (*FUNCTION)(const T&, int)>
+static void call(const void* arguments, int threads) {
+    FUNCTION(*static_cast<const T*>(arguments), threads);
+}
+
+}  // namespace
+
 extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {
-    NEX_TEXT(NEX_ISA), linear, embed, rms_norm, rotate_store, attention,
+    NEX_TEXT(NEX_ISA),
+    {
+        call<NexLinear, linear>,
+        call<NexEmbed, embed>,
+        call<NexNorm, rms_norm>,
+        call<NexRotateStore, rotate_store>,
+        call<NexAttention, attention>,
+        call<NexLargest, largest_of>,
+    },
 };

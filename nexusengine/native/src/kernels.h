@@ -54,12 +54,36 @@ struct NexCache {
     int32_t block_size;
 };
 
+// Rows of a weight by number, as float.
+struct NexEmbed {
+    const NexWeight* weight;
+    const int64_t* ids;  // [rows]
+    float* out;          // [rows, k]
+    int64_t rows;
+};
+
+struct NexNorm {
+    const float* x;  // [rows, dim]
+    const float* weight;
+    float* out;
+    int64_t rows, dim;
+    float eps;
+};
+
+// The largest number's place in each row; -1 where a number of the row is not finite.
+struct NexLargest {
+    const float* x;  // [rows, columns]
+    int64_t* out;    // [rows]
+    int64_t rows, columns;
+};
+
 // Rotate q in place, rotate k, and write k and v into the cache.
 struct NexRotateStore {
     float* qkv;  // [tokens, (heads + 2 kv_heads) * dim]
     const float* cos;
-    const float* sin;      // [tokens, dim / 2]
-    const int64_t* slots;  // [tokens], -1 is skipped
+    const float* sin;          // [positions, dim / 2]
+    const int64_t* positions;  // [tokens]
+    const int64_t* slots;      // [tokens], -1 is skipped
     NexCache cache;
     int64_t tokens, heads, kv_heads, dim;
 };
@@ -79,12 +103,23 @@ struct NexAttention {
     float scale;
 };
 
+// What a call is, and the struct it is called with.
+enum NexCallKind : int32_t {
+    NEX_LINEAR = 0,
+    NEX_EMBED = 1,
+    NEX_NORM = 2,
+    NEX_ROTATE_STORE = 3,
+    NEX_ATTENTION = 4,
+    NEX_LARGEST = 5,
+};
+struct NexCall {
+    const void* arguments;
+    int64_t kind;
+};
+
+// One instruction set's functions, by NexCallKind.
 struct NexKernels {
     const char* name;
-    void (*linear)(const NexLinear*, int threads);
-    void (*embed)(const NexWeight*, const int64_t* ids, int64_t rows, float* out, int threads);
-    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out, int threads);
-    void (*rotate_store)(const NexRotateStore*, int threads);
-    void (*attention)(const NexAttention*, int threads);
+    void (*calls[6])(const void* arguments, int threads);
 };
 }

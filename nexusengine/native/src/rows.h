@@ -20,14 +20,47 @@ INLINE float inverse_rms(const float* x, int64_t n, float eps) {
     return 1.0f / __builtin_sqrtf(squares / float(n) + eps);
 }
 
-static void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t dim, float* out, int threads) {
-#pragma omp parallel for num_threads(rows > 16 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* from = x + r * dim;
-        float* to = out + r * dim;
-        const float factor = inverse_rms(from, dim, eps);
-        for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * factor * weight[i];
+static void rms_norm(const NexNorm& op, int threads) {
+#pragma omp parallel for num_threads(op.rows > 16 ? threads : 1) schedule(static)
+    for (int64_t r = 0; r < op.rows; ++r) {
+        const float* from = op.x + r * op.dim;
+        float* to = op.out + r * op.dim;
+        const float factor = inverse_rms(from, op.dim, op.eps);
+        for (int64_t i = 0; i < op.dim; ++i) to[i] = from[i] * factor * op.weight[i];
     }
+}
+
+// In one pass: a number that is not finite times 0 is a NaN, and shows in the sum. Of equal ones the first counts.
+static int64_t largest_place(const float* x, int64_t n) {
+    constexpr int64_t STEP = 64;
+    float highest = -__builtin_inff();
+    int64_t block = 0;
+    vf strange{};
+    int64_t at = 0;
+    for (; at + STEP <= n; at += STEP) {
+        vf peak = load(x + at);
+        strange += peak * 0.0f;
+        for (int i = W; i < STEP; i += W) {
+            vf v = load(x + at + i);
+            strange += v * 0.0f;
+            peak = larger(v, peak);
+        }
+        const float found = largest(peak);
+        if (found > highest) highest = found, block = at;
+    }
+    float odd = sum(strange);
+    int64_t place = block;
+    while (place < n && place < block + STEP && x[place] != highest) ++place;
+    for (; at < n; ++at) {
+        odd += x[at] * 0.0f;
+        if (x[at] > highest) highest = x[at], place = at;
+    }
+    return odd == 0.0f ? place : -1;
+}
+
+static void largest_of(const NexLargest& op, int threads) {
+#pragma omp parallel for num_threads(op.rows > 1 ? threads : 1) schedule(static)
+    for (int64_t r = 0; r < op.rows; ++r) op.out[r] = largest_place(op.x + r * op.columns, op.columns);
 }
 
 // Pairs are (i, i + dim / 2): x may be out.
@@ -68,13 +101,12 @@ INLINE void put_row(const float* x, int64_t dim, int32_t kind, char* to) {
     }
 }
 
-static void rotate_store(const NexRotateStore* p, int threads) {
-    const NexRotateStore& op = *p;
+static void rotate_store(const NexRotateStore& op, int threads) {
     const int64_t width = (op.heads + 2 * op.kv_heads) * op.dim, half = op.dim / 2;
 #pragma omp parallel for num_threads(op.tokens > 8 ? threads : 1) schedule(static)
     for (int64_t t = 0; t < op.tokens; ++t) {
         float* row = op.qkv + t * width;
-        const float *cos = op.cos + t * half, *sin = op.sin + t * half;
+        const float *cos = op.cos + op.positions[t] * half, *sin = op.sin + op.positions[t] * half;
         for (int64_t h = 0; h < op.heads + op.kv_heads; ++h) rotate(row + h * op.dim, cos, sin, op.dim, row + h * op.dim);
         const int64_t slot = op.slots[t];
         if (slot < 0) continue;
