@@ -58,7 +58,7 @@ class LensOptions:
     catch_up: float = 0.7
     bank: float = 1
     saving: float = 10
-    margin: float = 0.5
+    margin: float = 0.25
     answer_ms: float = 3
     admit: float = 0.95
     goal: float = 0.9
