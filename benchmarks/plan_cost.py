@@ -27,10 +27,10 @@ from nexusengine.profiles.registry import load_profile
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.workload.build import Builder, WorkloadSpec
 
-SIZES = ((32, 32, 30.0), (256, 1000, 50.0))
+SIZES = ((32, 32, 25.0), (256, 1000, 50.0))
 """Running, waiting, and requests a second that lead there."""
 _SPREAD = 0.2
-_APART = 7  # plans between two states
+_APART = 5  # plans between two states
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Behind:
         although much is owed, because they would take the place that it waits for."""
         passed_s, self._last_s = min(now - self._last_s, 1.0), now
         aged = deadlines.first_due_s[behind] < now - self._patience_s
-        if not self._share or not aged.any():
+        if not self._share or not np.count_nonzero(aged):
             self._owed_s = 0.0
             return newcomers
         most_s = max(pace.first_prompts_s, _CHUNK * costs.token_s)

@@ -30,8 +30,10 @@ from nexusengine.perf.features import StepFeatures
 I8 = npt.NDArray[np.int64]
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
 _COSTS_EVERY = 16  # plans, after the first ones
-_NONE = Reason.NONE
+_NONE = Reason.NONE  # members of an enum are slow to look up
 _WAIT_BLOCKS, _WAIT_SEATS, _WAIT_TPOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_SEATS), int(Reason.WAIT_TPOT)
+_WAIT_TIME, _WAIT_ORDER, _WAIT_SAVING = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER), int(Reason.WAIT_SAVING)
+_PUT_OFF, _RELEGATED = int(Reason.PUT_OFF), int(Reason.RELEGATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class LensOptions:
     catch_up: float = 0.7
     bank: float = 1
     saving: float = 10
-    margin: float = 0.5
+    margin: float = 0.25
     answer_ms: float = 3
     admit: float = 0.95
     goal: float = 0.9
@@ -68,7 +70,7 @@ class LensOptions:
     crumb: float = 16
     tile: float = 0
     headroom: float = 2
-    lookahead: float = 256
+    lookahead: float = 128
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -125,22 +127,25 @@ class Lens:
             return step.plan(restore=self._resumed(view, step, limit), notes=_notes(limit, decode_s))
         pace = self._pace(view, step, limit, decode_s)
         prompts, behind = self._prompts(view, step, costs)
-        kept, off, late = self._order(view, prompts, pace, now)
+        can_serve = step.seats > 0 or len(step.prompts) > 0
+        kept, off, late = self._order(view, prompts, pace, now, choose=can_serve)
         if len(late):
             behind = np.concatenate([behind, late])
         done_s = kept.work_s.cumsum()
-        save = pace.saves and not step.empty and self._can_wait(kept, done_s, pace, len(behind) + len(off) > 0, now)
+        more = len(behind) + len(off.slots) > 0
+        save = can_serve and pace.saves and not step.empty and self._can_wait(kept, done_s, pace, more, now)
 
-        step.reasons[kept.slots] = Reason.WAIT_SAVING if save else Reason.WAIT_TIME
-        step.reasons[off] = Reason.PUT_OFF
-        step.reasons[behind] = Reason.RELEGATED
-        if not save:
+        step.reasons[kept.slots] = (_WAIT_SAVING if save else _WAIT_TIME) if can_serve else _WAIT_SEATS
+        if more:
+            step.reasons[off.slots] = _PUT_OFF
+            step.reasons[behind] = _RELEGATED
+        if can_serve and not save:
             started_s = decode_s
             if step.prompts:
                 started_s += len(step.prompts) * costs.sequence_s
                 started_s += costs.kv_token_s * int(view.columns.known_tokens[step.prompts].sum())
             fill = Fill(step, pace.step_s, started_s, costs, limit.tightest_tpot_s, self._seen_tokens, self._chunks)
-            self._fill(fill, view, kept, prompts, off, behind, costs, pace, now)
+            self._fill(fill, view, kept, off, behind, costs, pace, now)
         back = self._resumed(view, step, limit)
         refused: list[int] = []
         if len(behind):
@@ -149,10 +154,15 @@ class Lens:
         self._seen_tokens = max(self._seen_tokens, step.taken)
         self._learn(view, step, late)
         first_token_s = np.full(len(step.reasons), np.nan)
-        first_token_s[kept.slots] = now + pace.time_for(done_s)
+        if can_serve:
+            first_token_s[kept.slots] = now + pace.time_for(done_s)
         notes = _notes(limit, decode_s)
         notes["saving"], notes["extra_ms"], notes["dilution"] = float(save), 1000 * pace.extra_s, pace.dilution
-        notes["kept"], notes["put_off"], notes["relegated"] = float(len(done_s)), float(len(off)), float(len(behind))
+        notes["kept"], notes["put_off"], notes["relegated"] = (
+            float(len(done_s)),
+            float(len(off.slots)),
+            float(len(behind)),
+        )
         return step.plan(
             relegate=tuple(late.tolist()), restore=back, refuse=tuple(refused), notes=notes, first_token_s=first_token_s
         )
@@ -183,7 +193,7 @@ class Lens:
     def _renewed_costs(self, view: EngineView, step: Step) -> Costs:
         """Marginal costs change slowly: they are asked for anew only now and then."""
         self._plans += 1
-        if self._costs is None or self._plans < 4 * _COSTS_EVERY or self._plans % _COSTS_EVERY == 0:
+        if self._costs is None or self._plans <= 2 * _COSTS_EVERY or self._plans % _COSTS_EVERY == 0:
             self._costs = costs_of(view.model, step.features, min(self._seen_tokens, 1024))
         return self._costs
 
@@ -204,25 +214,26 @@ class Lens:
         """Prompts that are not relegated, in the order to serve them; and the slots of those that are."""
         o, c, queue = self.options, view.columns, self._queue
         behind: I4 = queue[:0]
-        step.reasons[queue] = Reason.WAIT_ORDER
         slots = queue
+        if len(queue) > o.lookahead:
+            step.reasons[queue] = _WAIT_ORDER
         if o.order:
             for_later = c.relegated[queue]
-            if for_later.any():
+            if np.count_nonzero(for_later):
                 behind, slots = queue[for_later], queue[~for_later]
         slots = slots[: int(o.lookahead)]
         if step.prompts:
             begun = np.array(step.prompts, np.int32)
             if o.order:
                 for_later = c.relegated[begun]
-                if for_later.any():
+                if np.count_nonzero(for_later):
                     behind, begun = np.concatenate([begun[for_later], behind]), begun[~for_later]
             slots = np.concatenate([begun, slots])
         due_s = self._deadlines.prefill_due_s[slots]
         if o.order:
             order = due_s.argsort(kind="stable").astype(np.int32)
             priority = c.priority[slots]
-            if priority.any():
+            if np.count_nonzero(priority):
                 order = by_priority(order, self._deadlines.tpot_s[slots], priority)
             slots, due_s = slots[order], due_s[order]
         computed = c.computed_tokens[slots]
@@ -230,26 +241,30 @@ class Lens:
         left = c.known_tokens[slots] - context
         return Prompts(slots, context, left, costs.work_s(context, left), due_s), behind
 
-    def _order(self, view: EngineView, prompts: Prompts, pace: Pace, now: float) -> tuple[Prompts, I4, I4]:
-        """Those to serve; slots to put off; slots that are late whatever is done."""
+    def _order(
+        self, view: EngineView, prompts: Prompts, pace: Pace, now: float, *, choose: bool
+    ) -> tuple[Prompts, Prompts, I4]:
+        """Those to serve; those to put off (nobody, unless it is to `choose`); slots that are late whatever is done."""
         o, c = self.options, view.columns
-        nobody = prompts.slots[:0]
+        nobody = prompts[:0]
+        late = nobody.slots
         if not o.order or not len(prompts.slots):
-            return prompts, nobody, nobody
+            return prompts, nobody, late
         slack_s = prompts.due_s - (now + o.answer_ms / 1000)
         doomed = prompts.work_s > slack_s - (pace.decode_s + pace.extra_s)
-        late = nobody
-        if doomed.any():
+        if np.count_nonzero(doomed):
             late = prompts.slots[doomed]
             prompts, slack_s = prompts[~doomed], slack_s[~doomed]
+        if not choose:
+            return prompts, nobody, late
         allowed_s = pace.work_until(slack_s - o.margin * pace.first_s)
-        if not (prompts.work_s.cumsum() > allowed_s).any():
+        if not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
             return prompts, nobody, late
         rank = 2 * c.priority[prompts.slots]
         if o.goal_long and self._guard.active:
             rank = rank + self._guard.protected(c.prompt_tokens[prompts.slots])
         off = put_off(prompts.work_s, allowed_s, rank.tolist())
-        return prompts[~off], prompts.slots[off], late
+        return prompts[~off], prompts[off], late
 
     def _can_wait(self, kept: Prompts, done_s: F8, pace: Pace, more: bool, now: float) -> bool:
         """Whether prompts can wait for a decode-only step: there is more to do than fits now, and none of those that
@@ -263,7 +278,7 @@ class Lens:
         """Slots that were relegated when they had been preempted, and decode in time all the same."""
         c, decodes = view.columns, step.decodes
         again = c.relegated[decodes]
-        if not again.any():
+        if not np.count_nonzero(again):
             return ()
         return tuple(decodes[again & ~limit.lost & (c.generated_tokens[decodes] > 0)].tolist())
 
@@ -283,8 +298,7 @@ class Lens:
         fill: Fill,
         view: EngineView,
         kept: Prompts,
-        prompts: Prompts,
-        off: I4,
+        off: Prompts,
         behind: I4,
         costs: Costs,
         pace: Pace,
@@ -297,12 +311,12 @@ class Lens:
         self._serve(fill, kept, newcomers)
         if newcomers and len(kept.slots):
             self._take_back(fill, view, kept, now)
-        if fill.open and len(off):
-            self._serve(fill, prompts[np.isin(prompts.slots, off)], newcomers)
+        if fill.open and len(off.slots):
+            self._serve(fill, off, newcomers)
         if fill.open and len(behind) and not self._decodes_hold_up(step, kept):
             self._behind.leftover(fill, view, behind, newcomers)
         if step.empty:
-            self._force(step, [*kept.slots.tolist(), *off.tolist(), *behind.tolist()])
+            self._force(step, [*kept.slots.tolist(), *off.slots.tolist(), *behind.tolist()])
 
     def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
         step, tpot_s = fill.step, self._deadlines.tpot_s
@@ -320,8 +334,7 @@ class Lens:
                 step.reasons[slot] = reason
                 if reason is Reason.WAIT_SEATS:
                     rest = prompts.slots[n:]
-                    waiting = ~np.isin(rest, step.prompts)
-                    step.reasons[rest[waiting]] = reason
+                    step.reasons[rest[step.columns.blocks[rest] == 0]] = reason
                     newcomers = False
 
     def _decodes_hold_up(self, step: Step, kept: Prompts) -> bool:

@@ -65,7 +65,7 @@ def step_limit(
         asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
     asked_s = np.maximum(asked_s, rules.catch_up * tpot_s)
     bound = ~lost & (tpot_s > rules.possible * single_s) & (generated > 0)
-    if not bound.all():
+    if np.count_nonzero(bound) < len(bound):
         asked_s, tpot_s = np.where(bound, asked_s, _INF), np.where(bound, tpot_s, _INF)
     tightest = int(asked_s.argmin())
     limit_s = float(asked_s[tightest])

@@ -70,7 +70,8 @@ class Pace:
     step_s: what the mean duration of this step must stay within; prompts_s: of it for prompts. gain_s: what each
     decode-only step adds to the next step's limit. target_s: the step worth saving up for.
     first_s, first_prompts_s: how long until a step with prompts has ended if time is saved up, and its time for
-    prompts. dilution: seconds that pass for one second of prompts' work in the long run after that.
+    prompts. dilution: seconds that pass for one second of prompts' work in the long run after that; hasty_dilution:
+    the same if nothing is saved up.
     """
 
     decode_s: float
@@ -82,6 +83,7 @@ class Pace:
     first_s: float
     first_prompts_s: float
     dilution: float
+    hasty_dilution: float
 
     @property
     def saves(self) -> bool:
@@ -89,10 +91,14 @@ class Pace:
         return self.gain_s > _LEAST_GAIN_S and self.step_s + 0.5 * self.gain_s < self.target_s
 
     def work_until(self, slack_s: F8) -> F8:
-        """How much of prompts' work can be done within `slack_s [N]` from now: in a step right now, or in the one that
-        is saved up for and those that follow."""
-        at_once_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
-        work_s: F8 = np.maximum(at_once_s, (slack_s - self.first_s) / self.dilution + self.first_prompts_s)
+        """How much of prompts' work can be done within `slack_s [N]` from now: in steps from right now on, or in the
+        one that is saved up for and those that follow."""
+        hasty_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
+        hasty_s += np.maximum(slack_s - self.step_s, 0.0) / self.hasty_dilution
+        late_s = slack_s - self.first_s
+        work_s: F8 = np.maximum(
+            hasty_s, np.where(late_s >= 0.0, late_s / self.dilution + self.first_prompts_s, hasty_s)
+        )
         return work_s
 
     def time_for(self, work_s: F8) -> F8:
@@ -123,16 +129,16 @@ def pace_of(
     prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
     tpot_s = keep * min(limit.tightest_tpot_s, cap_s)
     gain_s = tpot_s - decode_s
-    dilution = tpot_s / max(gain_s - extra_s, _LEAST_SHARE * tpot_s)
+    hasty = dilution = tpot_s / max(gain_s - extra_s, _LEAST_SHARE * tpot_s)
     target_s = min(keep * cap_s, decode_s + saving * extra_s)
     if not saving or gain_s < _LEAST_GAIN_S or limit.tightest_tpot_s == float("inf") or target_s <= tpot_s:
-        return Pace(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, dilution)
+        return Pace(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, hasty, hasty)
     target_prompts_s = target_s - decode_s - extra_s
     dilution = min(dilution, tpot_s * (target_s - decode_s) / (gain_s * target_prompts_s))
     if step_s + 0.5 * gain_s >= target_s:
-        return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, dilution)
+        return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, dilution, hasty)
     first_s = (target_s - step_s) / gain_s * decode_s + target_s
-    return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, first_s, target_prompts_s, dilution)
+    return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, first_s, target_prompts_s, dilution, hasty)
 
 
 def fixed_pace(model: Predictor, base: StepFeatures, tokens: int, decode_s: float, extra_s: float) -> Pace:
@@ -140,4 +146,5 @@ def fixed_pace(model: Predictor, base: StepFeatures, tokens: int, decode_s: floa
     full = StepFeatures(base.tokens + max(tokens, 1), base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
     step_s = model.predict(full).mean_s
     prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
-    return Pace(decode_s, extra_s, float("inf"), prompts_s, 0.0, 0.0, step_s, prompts_s, step_s / prompts_s)
+    dilution = step_s / prompts_s
+    return Pace(decode_s, extra_s, float("inf"), prompts_s, 0.0, 0.0, step_s, prompts_s, dilution, dilution)

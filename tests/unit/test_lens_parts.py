@@ -1,0 +1,328 @@
+"""The parts of LENS one by one: deadlines, step limit, pace, order, guard, chunks, victims."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexusengine.lens.deadlines import NO_PROMISE, Deadlines, attainable
+from nexusengine.lens.fill import largest_chunk
+from nexusengine.lens.guard import LengthGuard
+from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
+from nexusengine.lens.order import by_priority, put_off
+from nexusengine.lens.pace import costs_of, extra_of, pace_of
+from nexusengine.lens.pressure import victims
+from nexusengine.lens.view import EngineView
+from nexusengine.perf.features import StepFeatures
+from tests.unit.lens_views import NAN, Bench, Straight
+
+CAP_S = 0.12
+
+
+def deadlines_of(view: EngineView) -> Deadlines:
+    deadlines = Deadlines(len(view.columns.known_tokens))
+    deadlines.look_at(view, view.running)
+    deadlines.look_at(view, view.waiting)
+    return deadlines
+
+
+def limit_of(bench: Bench, now: float, *, decode_s: float = 0.01, **rules: float) -> StepLimit:
+    view = bench.view()
+    return step_limit(view, deadlines_of(view), view.running, now, decode_s, 0.006, LimitRules(**rules))
+
+
+# ---- deadlines ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_token_is_due_a_ttft_after_arrival() -> None:
+    bench = Bench()
+    slot = bench.wait(100, arrival_s=3.0, ttft_s=0.5)
+    deadlines = deadlines_of(bench.view())
+    assert deadlines.first_due_s[slot] == deadlines.prefill_due_s[slot] == 3.5
+    assert deadlines.tpot_s[slot] == 0.05
+
+
+def test_a_request_without_a_promise_is_served_as_one_of_class_batch() -> None:
+    bench = Bench()
+    slot = bench.wait(1000, arrival_s=3.0, ttft_s=NAN, tpot_s=NAN)
+    deadlines = deadlines_of(bench.view())
+    assert deadlines.first_due_s[slot] == pytest.approx(3.0 + 30.0 + 1000 * 0.004)
+    assert deadlines.tpot_s[slot] == NO_PROMISE.tpot_s
+
+
+def test_a_promise_the_device_cannot_keep_even_alone_is_marked_and_served_as_none() -> None:
+    bench = Bench()
+    tight_ttft = bench.wait(1000, ttft_s=0.001)
+    tight_tpot = bench.wait(1000, tpot_s=0.001)
+    fine = bench.wait(1000)
+    deadlines = deadlines_of(bench.view())
+    assert deadlines.attainable[[tight_ttft, tight_tpot, fine]].tolist() == [False, False, True]
+    assert deadlines.first_due_s[tight_ttft] > 30.0
+    assert deadlines.tpot_s[tight_tpot] == NO_PROMISE.tpot_s
+
+
+def test_attainable_asks_the_model_for_the_whole_prompt_and_for_one_decode() -> None:
+    prompts = np.array([1000.0, 1000.0, 1000.0])
+    met = attainable(Straight(), prompts, np.array([0.0294, 0.0296, 1.0]), np.array([1.0, 1.0, 0.005]))
+    assert met.tolist() == [False, True, False]  # 5 + 4 + 20 ms and 0.5 ms of attention; a decode takes 5.06 ms
+
+
+def test_a_resumed_request_is_due_with_its_next_token_and_some_grace() -> None:
+    bench = Bench()
+    slot = bench.wait(100, arrival_s=0.0)
+    bench.c.generated_tokens[slot], bench.c.first_token_s[slot] = 40, 1.0
+    deadlines = deadlines_of(bench.view())
+    assert deadlines.prefill_due_s[slot] == pytest.approx(1.0 + 40 * 0.05 + 0.25 * 0.05 * (40 + 64))
+
+
+def test_a_slot_that_is_used_again_gets_new_deadlines() -> None:
+    bench = Bench()
+    slot = bench.wait(100, arrival_s=0.0)
+    view = bench.view()
+    deadlines = deadlines_of(view)
+    bench.c.arrival_s[slot] = 7.0
+    deadlines.look_at(view, view.waiting)
+    assert deadlines.first_due_s[slot] == 17.0
+
+
+# ---- step limit ---------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_is_on_time_allows_what_is_left_until_its_token_is_due() -> None:
+    bench = Bench()
+    slot = bench.decode(first_s=1.0, generated=3)
+    limit = limit_of(bench, now=1.1)  # token 3 is due at 1.15
+    assert limit.limit_s == pytest.approx(0.05)
+    assert (limit.slot, limit.tightest_tpot_s) == (slot, 0.05)
+
+
+def test_a_request_that_is_ahead_gives_what_it_has_saved() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=3)
+    assert limit_of(bench, now=1.06).limit_s == pytest.approx(0.09)
+    assert limit_of(bench, now=1.06, bank=0.5).limit_s == pytest.approx(0.07)
+
+
+def test_a_request_that_is_behind_asks_for_shorter_steps_but_never_freezes_prefill() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=3)
+    assert limit_of(bench, now=1.11).limit_s == pytest.approx(0.04)
+    assert limit_of(bench, now=1.16).limit_s == pytest.approx(0.7 * 0.05)
+
+
+def test_the_tightest_request_sets_the_limit() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=1, tpot_s=0.1)
+    tight = bench.decode(first_s=1.0, generated=2, tpot_s=0.04)
+    limit = limit_of(bench, now=1.01)
+    assert limit.slot == tight
+    assert limit.limit_s == pytest.approx(0.07)
+
+
+def test_no_step_is_longer_than_the_cap_even_if_nobody_minds() -> None:
+    bench = Bench()
+    assert limit_of(bench, now=1.0) == StepLimit(CAP_S, -1, pytest.approx(np.zeros(0)), float("inf"))
+    bench.decode(first_s=1.0, generated=100)
+    assert (limit_of(bench, now=1.0).limit_s, limit_of(bench, now=1.0).slot) == (CAP_S, -1)
+    slow = LimitRules().longest_s(single_s=0.2)
+    assert slow == pytest.approx(0.5)
+
+
+def test_lost_requests_constrain_nobody() -> None:
+    bench = Bench()
+    bench.decode(first_s=11.0, generated=2, ttft_s=10.0)  # its first token was late
+    bench.decode(first_s=1.0, generated=2, arrival_s=0.0)  # ten seconds behind
+    fine = bench.decode(first_s=11.0, generated=2, arrival_s=5.0)
+    limit = limit_of(bench, now=11.06)
+    assert limit.lost.tolist() == [True, True, False]
+    assert limit.slot == fine
+
+
+def test_a_request_that_is_behind_but_can_make_it_good_is_not_lost() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=100)
+    assert not limit_of(bench, now=9.0).lost[0]  # 3 s behind, 200 tokens at 40 ms each make 8 s good
+    assert limit_of(bench, now=15.0).lost[0]
+    assert limit_of(bench, now=7.0, decode_s=0.06).lost[0]  # decodes alone are too slow: nothing is made good
+
+
+def test_a_last_prompt_token_has_no_pace_to_keep() -> None:
+    bench = Bench()
+    bench.begun(100, 99)
+    limit = limit_of(bench, now=1.0)
+    assert (limit.slot, limit.limit_s, limit.tightest_tpot_s) == (-1, CAP_S, float("inf"))
+
+
+def test_a_tpot_that_is_not_possible_constrains_nobody() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=2)
+    view = bench.view()
+    limit = step_limit(view, deadlines_of(view), view.running, 1.0, 0.06, 0.055, LimitRules())
+    assert limit.slot == -1
+
+
+# ---- pace ---------------------------------------------------------------------------------------------------------
+
+
+def pace(limit_s: float, *, tpot_s: float = 0.05, decode_s: float = 0.02, extra_s: float = 0.01, saving: float = 8):  # type: ignore[no-untyped-def]
+    limit = StepLimit(limit_s, 0, np.zeros(1, np.bool_), tpot_s)
+    return pace_of(limit, decode_s, extra_s, factor=1.0, slack=0.0, saving=saving, cap_s=CAP_S)
+
+
+def test_costs_are_what_the_model_charges_at_the_margin() -> None:
+    base = StepFeatures(10, 10, 0, 0.0, 10_000)
+    costs = costs_of(Straight(), base, 512)
+    assert costs.single_s == pytest.approx(0.005 + 20e-6 + 1024 * 40e-9)
+    assert costs.token_s == pytest.approx(20e-6)
+    assert costs.pair_s == pytest.approx(1e-9)
+    assert costs.kv_token_s == pytest.approx(40e-9)
+    work_s = costs.work_s(np.array([0, 1000], np.int32), np.array([100, 100], np.int32))
+    assert work_s == pytest.approx([2e-3 + 5e-6, 2e-3 + 105e-6])
+    assert extra_of(Straight(extra_s=0.004), base, Straight().predict(base).mean_s) == pytest.approx(0.004 + 16 * 20e-6)
+
+
+def test_without_saving_a_step_gives_prompts_what_decodes_and_mixing_leave() -> None:
+    p = pace(0.05, saving=0)
+    assert (p.step_s, p.prompts_s) == (0.05, pytest.approx(0.02))
+    assert p.dilution == pytest.approx(2.5)
+    assert not p.saves
+
+
+def test_time_is_saved_up_where_mixed_steps_are_dear() -> None:
+    p = pace(0.05)
+    assert p.saves
+    assert p.target_s == pytest.approx(0.10)
+    # 8/3 decode-only steps leave 30 ms each; cycles of 8/3 * 50 ms have 70 ms for prompts
+    assert p.dilution == pytest.approx(8 / 3 * 0.05 / 0.07)
+    assert p.first_s == pytest.approx(5 / 3 * 0.02 + 0.10)
+
+
+def test_nothing_is_saved_up_where_mixing_is_cheap_or_the_target_is_reached() -> None:
+    assert not pace(0.05, extra_s=0.001).saves
+    assert not pace(0.095).saves
+    assert not pace(0.05, decode_s=0.049).saves
+
+
+def test_work_until_and_time_for_are_inverses_behind_the_first_step() -> None:
+    p = pace(0.05)
+    work_s = np.array([0.08, 0.2, 1.0])
+    assert p.work_until(p.time_for(work_s)) == pytest.approx(work_s)
+
+
+def test_work_until_a_near_deadline_is_that_of_a_step_right_now() -> None:
+    p = pace(0.05)
+    assert p.work_until(np.array([0.04, 0.05, 0.06])) == pytest.approx([0.01, 0.02, 0.02 + 0.01 / 2.5])
+
+
+# ---- order --------------------------------------------------------------------------------------------------------
+
+jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60)), max_size=9)
+
+
+@given(jobs)
+def test_no_choice_keeps_more_in_time_than_put_off_does(jobs: list[tuple[int, int]]) -> None:
+    jobs = sorted(jobs, key=lambda job: job[1])
+    work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
+    kept = ~put_off(work, allowed)
+    assert (np.cumsum(work[kept]) <= allowed[kept]).all()
+    best = 0
+    for size in range(len(jobs), -1, -1):
+        if any(feasible(choice) for choice in itertools.combinations(jobs, size)):
+            best = size
+            break
+    assert kept.sum() == best
+
+
+def feasible(jobs: tuple[tuple[int, int], ...]) -> bool:
+    done = 0
+    for work, allowed in jobs:
+        done += work
+        if done > allowed:
+            return False
+    return True
+
+
+def test_the_largest_of_the_lowest_rank_is_put_off() -> None:
+    work, allowed = np.array([5.0, 4.0, 1.0]), np.array([10.0, 10.0, 6.0])
+    assert put_off(work, allowed).tolist() == [True, False, False]
+    assert put_off(work, allowed, [1, 0, 0]).tolist() == [False, True, False]
+
+
+def test_priority_counts_within_a_class_only() -> None:
+    order = np.array([0, 1, 2, 3], np.int32)
+    tpot_s, priority = np.array([0.05, 0.5, 0.05, 0.5]), np.array([0, 0, 5, 9], np.int32)
+    assert by_priority(order, tpot_s, priority).tolist() == [2, 3, 0, 1]
+    assert by_priority(order, tpot_s, np.zeros(4, np.int32)).tolist() == [0, 1, 2, 3]
+
+
+# ---- guard --------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_learns_where_the_longest_tenth_begins() -> None:
+    guard = LengthGuard(0.9, 0.75)
+    lengths = np.random.default_rng(1).permutation(np.arange(1, 1001)).tolist() * 3
+    for tokens in lengths:
+        guard.decided(tokens, False)
+    assert guard.long_tokens == pytest.approx(900, rel=0.1)
+    assert guard.protected(np.array([500, 990], np.int32)).tolist() == [False, True]
+
+
+def test_the_guard_protects_the_longest_when_they_are_lost_and_few_are() -> None:
+    guard = LengthGuard(0.9, 0.75)
+    for i in range(400):
+        guard.decided(i % 100 + 1, lost=i % 100 >= 96)
+    assert guard.active
+    assert guard.lost == pytest.approx(0.04, abs=0.02)
+
+
+def test_the_guard_lets_go_when_too_many_are_lost_or_none_of_the_longest_is() -> None:
+    many, short = LengthGuard(0.9, 0.75), LengthGuard(0.9, 0.75)
+    for i in range(400):
+        many.decided(i % 100 + 1, lost=i % 100 >= 70)
+        short.decided(i % 100 + 1, lost=i % 100 < 5)
+    assert not many.active
+    assert not short.active
+
+
+# ---- chunks -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    limit_ms=st.floats(1, 200),
+    rows=st.integers(0, 200),
+    context=st.integers(0, 10_000),
+    most=st.integers(1, 8192),
+)
+def test_a_chunk_fits_its_limit_and_leaves_little_of_it(limit_ms: float, rows: int, context: int, most: int) -> None:
+    model, base, limit_s = Straight(), StepFeatures(rows, rows, 0, 0.0, rows * 500), limit_ms / 1000
+    count = largest_chunk(model, limit_s, base, context, most)
+
+    def step_s(q: int) -> float:
+        pairs = q * (context + 0.5 * q)
+        return 0.005 + 20e-6 * (rows + q) + 40e-9 * rows * 500 + (0.004 + 1e-9 * pairs if q > 1 else 0.0)
+
+    assert 0 <= count <= most
+    if count > 1:
+        assert step_s(count) <= limit_s + 1e-9
+    if 1 < count < most:
+        assert step_s(count + 1) > limit_s or step_s(count) >= 0.979 * limit_s
+
+
+# ---- victims ------------------------------------------------------------------------------------------------------
+
+
+def test_lost_ones_give_way_first_then_the_loosest_then_prompts_then_the_newest() -> None:
+    bench = Bench()
+    old = bench.decode(first_s=0.5, arrival_s=0.0)
+    new = bench.decode(first_s=0.5, arrival_s=0.2)
+    prompt = bench.begun(100, 50, arrival_s=0.1)
+    loose = bench.decode(first_s=0.5, arrival_s=0.0, tpot_s=0.5)
+    lost = bench.decode(first_s=2.0, arrival_s=0.0, ttft_s=1.0)
+    relegated = bench.begun(100, 50, arrival_s=0.3)
+    bench.c.relegated[relegated] = True
+    view = bench.view()
+    assert list(victims(view, deadlines_of(view), 2.5)) == [relegated, lost, loose, prompt, new, old]
