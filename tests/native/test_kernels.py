@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 from nexusengine.native.build import SETS, SOURCES
 
 CHECK = Path(__file__).parent / "check.cpp"
-SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DNEX_MOST_ROWS=3")
 
 
 def built(folder: Path, compiler: str, sets: dict[str, tuple[str, ...]], flags: tuple[str, ...]) -> Path:

@@ -22,7 +22,7 @@ static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpa
 struct Dot8 {
     typedef int32_t Group;
     typedef __m512i Sum;
-    static constexpr int LANES = 1, ROWS = 12, PANELS = 2, GROUPS = 16;
+    static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2, GROUPS = 16;
     INLINE Sum begin(int32_t x_sum) { return _mm512_set1_epi32(-128 * x_sum); }
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
@@ -42,7 +42,7 @@ struct Dot8 {
     static constexpr int GROUPS = 16;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
-    static constexpr int LANES = 2, ROWS = 12, PANELS = 1;
+    static constexpr int LANES = 2, ROWS = at_most(12), PANELS = 1;
     INLINE __m512i weights(const int8_t* p, int lane) {
         return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + lane));
     }
@@ -56,7 +56,7 @@ struct Dot8 {
     }
 #else
     typedef __m256i Sum;
-    static constexpr int LANES = 4, ROWS = 3, PANELS = 1;
+    static constexpr int LANES = 4, ROWS = at_most(2), PANELS = 1;
     INLINE __m256i weights(const int8_t* p, int lane) {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + lane));
     }
@@ -74,14 +74,14 @@ struct Dot4 {
     static constexpr int GROUPS = 8;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
-    static constexpr int LANES = 1, ROWS = 12, PANELS = 2;
+    static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2;
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_add_epi16(s, _mm512_maddubs_epi16(w, x)); }
     INLINE vi total(const Sum* s, int) { return reinterpret_cast<vi>(_mm512_madd_epi16(s[0], _mm512_set1_epi16(1))); }
 #else
     typedef __m256i Sum;
-    static constexpr int LANES = 2, ROWS = 6, PANELS = 1;
+    static constexpr int LANES = 2, ROWS = at_most(6), PANELS = 1;
     INLINE __m256i weights(const int8_t* p, int lane) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + lane);
     }
@@ -95,7 +95,7 @@ struct Dot4 {
 struct Dot8 {
     typedef int32_t Group;
     typedef vi Sum;
-    static constexpr int LANES = 4, ROWS = 6, PANELS = 1, GROUPS = 16;
+    static constexpr int LANES = 4, ROWS = at_most(6), PANELS = 1, GROUPS = 16;
     INLINE Sum begin(int32_t) { return Sum{}; }
     INLINE vi weights(const int8_t* p, int lane) { return bits(load(reinterpret_cast<const float*>(p) + lane * W)); }
     INLINE vi numbers(Group g) { return vi{} + g; }
