@@ -70,7 +70,7 @@ class Peer:
 
     def __init__(self, python: str, system: str, variant: str, work: dict[str, Any]) -> None:
         worker = HERE / "cpu_peer_worker.py"
-        self._said = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it meanwhile
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (not a pipe: nobody reads it meanwhile)
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or system == "nexusengine"}
         self._process = subprocess.Popen(
             [python, str(worker), system, variant, json.dumps(work)],

@@ -4,9 +4,9 @@
         [--devices rtxpro6000,rtx4090] [--duration 180] [--classes mixed] [--engine lens] [--router prism] [--json FILE]
 
 Both sides see the same requests at the same instants, made by one seed, and judge them by the same contract; the client
-is an open loop. Step times scatter independently on both sides. Two simulations are shown: one of ideal schedulers, and
-one that charges each step what the workers of the emulated run say that planning and bookkeeping took them (their
-counters nexusengine_worker_scheduler_seconds and _steps), which is what a real worker adds to each step of its device.
+is an open loop. Step times scatter independently on both sides. Two simulations are shown: one of workers that lose no
+time between steps, and one that charges each step what the workers of the emulated run were seen to lose: the time from
+the beginning of a step to the beginning of the next less the device's own, from /debug/steps at two thirds of the run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
+import time
 import urllib.request
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nexusengine.loadgen.http import Target
@@ -26,7 +29,9 @@ from nexusengine.loadgen.run import offer
 from nexusengine.loadgen.server import ask, own_server
 from nexusengine.sim.api import SimSpec, parse_devices, simulate
 from nexusengine.sim.workload.build import Builder
+from nexusengine.wire import MAX_STEPS_IN_ANSWER
 
+IDLE_MS = 200.0  # a worker that begins no step for so long had no work
 MOST_ATTAINMENT_POINTS, MOST_MEDIAN_PERCENT = 3.0, 10.0
 
 
@@ -57,16 +62,17 @@ def main() -> None:
         stated_limit="exact",  # as the client does
     )
     busy_before = os.getloadavg()[0]
-    emulated, max_model_len, step_cost_s = run_emulated(spec)
+    emulated, max_model_len, host = run_emulated(spec)
     spec = replace(spec, max_model_len=max_model_len)
     ideal = simulate(spec).metrics
-    charged = simulate(replace(spec, scheduler_cost_s=step_cost_s)).metrics
+    charged = simulate(replace(spec, scheduler_cost_s=host.between_s)).metrics
     result = {
         "load_average": [busy_before, os.getloadavg()[0]],
-        "scheduler_ms_per_step": 1e3 * step_cost_s,
+        "between_steps_ms": 1e3 * host.between_s,
+        "of_it_scheduler_ms": 1e3 * host.scheduler_s,
         "emulated": emulated,
         "simulated": ideal,
-        "simulated_with_scheduler_cost": charged,
+        "simulated_with_host_time": charged,
         "off": off_by(emulated, charged),
         "off_ideal": off_by(emulated, ideal),
     }
@@ -75,34 +81,42 @@ def main() -> None:
     show(result)
 
 
-def run_emulated(spec: SimSpec) -> tuple[dict[str, Any], int, float]:
-    """Figures of the client, longest sequence of the server, and its workers' CPU seconds a step outside the device."""
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Means over steps. between_s: from the end of a step on the device to the beginning of the next, in a worker that
+    had work all the time; scheduler_s: of it, planning and bookkeeping as the worker counts it."""
+
+    between_s: float
+    scheduler_s: float
+
+
+def run_emulated(spec: SimSpec) -> tuple[dict[str, Any], int, Host]:
+    """Figures of the client, the server's longest sequence, and what its workers lose between steps."""
     options = ["--devices", ",".join(f"emulated:{d}" for d in parse_devices(spec.devices))]
     options += ["--scheduler", spec.engine, "--router", spec.router, "--seed", str(spec.seed)]
     options += ["--max-batch-tokens", str(spec.max_batch_tokens), "--max-running", str(spec.max_running)]
     options += ["--no-prefix-caching", "--snapshot-period", str(spec.snapshot_period_s), "--log-level", "warning"]
-    with own_server(options) as url:
+    with own_server([*options, "--debug-endpoints"]) as url, ThreadPoolExecutor(1) as pool:
         info = ask(url)
         assert info.max_model_len is not None
-        items = items_of(Builder(spec.workload(info.max_model_len)).build())
-        before = counters(url)
-        figures = offer(Target(url), items, info, seed=spec.seed, timeout_s=spec.request_timeout_s).figures
-        after = counters(url)
-    steps = after["worker_steps"] - before["worker_steps"]
-    cost_s = (after["worker_scheduler_seconds"] - before["worker_scheduler_seconds"]) / steps
-    return figures, info.max_model_len, cost_s
+        workload = Builder(spec.workload(info.max_model_len)).build()
+        host = pool.submit(look_at_steps, url, 2 / 3 * workload.duration_s)
+        figures = offer(Target(url), items_of(workload), info, seed=spec.seed, timeout_s=spec.request_timeout_s).figures
+        return figures, info.max_model_len, host.result()
 
 
-def counters(url: str) -> dict[str, float]:
-    """Sums over workers."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
-    sums: dict[str, float] = {}
-    for name, value in re.findall(
-        r"^nexusengine_(worker_(?:scheduler_seconds|steps))_total\{[^}]*\} (\S+)$", text, re.M
-    ):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+def look_at_steps(url: str, after_s: float) -> Host:
+    time.sleep(after_s)
+    with urllib.request.urlopen(f"{url}/debug/steps?last={MAX_STEPS_IN_ANSWER}", timeout=30) as reply:
+        workers = json.load(reply)["workers"]
+    between_ms, scheduler_ms = [], []
+    for steps in workers.values():
+        for one, following in pairwise(steps):
+            gap_ms = one["age_ms"] - following["age_ms"] - one["device_ms"]
+            if gap_ms < IDLE_MS:
+                between_ms.append(gap_ms)
+                scheduler_ms.append(one["scheduler_ms"])
+    return Host(fmean(between_ms) / 1e3, fmean(scheduler_ms) / 1e3)
 
 
 def off_by(emulated: dict[str, Any], simulated: dict[str, Any]) -> dict[str, float]:
@@ -120,7 +134,7 @@ def off_by(emulated: dict[str, Any], simulated: dict[str, Any]) -> dict[str, flo
 
 
 def show(result: dict[str, Any]) -> None:
-    columns = ("emulated", "simulated", "simulated_with_scheduler_cost")
+    columns = ("emulated", "simulated", "simulated_with_host_time")
     shares = ("offered", "completed", "attainment", "attainment_strict", "attainment_longest_decile")
     rows: list[tuple[str, list[float | None]]] = [(key, [result[c][key] for c in columns]) for key in shares]
     for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
@@ -128,12 +142,15 @@ def show(result: dict[str, Any]) -> None:
     server = result["emulated"]["server"]
     if server is not None:
         rows += [(f"{k} p50 by the server's clock", [server[k]["p50"], None, None]) for k in ("ttft_ms", "tpot_ms")]
-    print(f"{'':34}{'emulated':>12}{'simulated':>12}{'with cost':>12}")
+    print(f"{'':34}{'emulated':>12}{'simulated':>12}{'with host':>12}")
     for name, values in rows:
         print(f"{name:34}" + "".join(f"{'' if v is None else format(v, '.4g'):>12}" for v in values))
     print(f"late sending p99 {result['emulated']['late_ms']['p99']:.2f} ms; load average {result['load_average']}")
-    print(f"planning and bookkeeping {result['scheduler_ms_per_step']:.3f} ms a step, charged in the last column")
-    for name, off in (("with cost", result["off"]), ("ideal", result["off_ideal"])):
+    print(
+        f"between steps {result['between_steps_ms']:.2f} ms, charged in the last column; of it planning and bookkeeping"
+        f" {result['of_it_scheduler_ms']:.2f} ms"
+    )
+    for name, off in (("with host time", result["off"]), ("ideal", result["off_ideal"])):
         within = (
             abs(off["attainment_points"]) <= MOST_ATTAINMENT_POINTS
             and abs(off["ttft_p50_percent"]) <= MOST_MEDIAN_PERCENT

@@ -239,7 +239,7 @@ class EngineConfig:
         metavar="FILE",
     )
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
-    seed: int = setting(0, "seed of random-initialised weights and made-up tokens", parse=whole(0), group="model")
+    seed: int = setting(0, "seed of the noise of emulated devices", parse=whole(0), group="model")
 
 
 @dataclass(frozen=True, slots=True)

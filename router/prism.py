@@ -90,8 +90,9 @@ class Prism:
             latest_s = request.first_token_due_s - float(lone_s[may].min())
             if now < min(latest_s, request.arrival_s + self._hold_s):
                 return Hold(latest_s, "nobody can serve it in time yet", everyone=False)
+        able = may & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
         wait_s = board.rest_s + board.ahead_s[:, -1] + board.late_s
-        score = np.where(may, wait_s, _INF)
+        score = np.where(able if able.any() else may, wait_s, _INF)
         return self._choose(workers, costs, score, 0.0, "relegated: nobody can serve it in time")
 
     def _choose(self, workers: Sequence[WorkerView], costs: Costs, score: F8, tie: float, reason: str) -> Place:

@@ -6,22 +6,27 @@ import numpy as np
 
 from nexusengine.lens.deadlines import Deadlines
 from nexusengine.lens.fill import Fill
-from nexusengine.lens.pace import Outlook, Pace, look_ahead
+from nexusengine.lens.pace import Costs, Pace
 from nexusengine.lens.plan import Reason
 from nexusengine.lens.step import Step
-from nexusengine.lens.view import F8, I4, EngineView
+from nexusengine.lens.view import F8, I4, Bools, EngineView
 
 _INF = float("inf")
+_NONE, _AGED, _LEFTOVER = Reason.NONE, Reason.AGED, Reason.LEFTOVER
+_RELEGATED = int(Reason.RELEGATED)
 _WRONGED = 1.2
+_LOOK_EVERY_S = 0.1
 _GIVE_UP_TTFTS = 3.0
 _FULL_QUEUE = 0.9
 _SPARE = 0.1
 _LOOKAHEAD = 64
+_CHUNK = 128  # tokens, the smallest piece that is computed out of the share
 
 
 class Behind:
     """share: of the time for prompts, that goes to the oldest of those who are `patience_s` past their deadline.
-    give_up_s: one that has not begun is refused when it is 3 TTFTs and this old, or when the queue is nearly full.
+    give_up_s: one that has not begun is refused when it is older than 3 TTFTs and this, or when the queue is nearly
+    full; 0: never.
 
     taken_back_s `[S]`: when a slot's KV was last taken back in favour of others.
     """
@@ -29,7 +34,7 @@ class Behind:
     def __init__(self, share: float, patience_s: float, give_up_s: float) -> None:
         self._share, self._patience_s, self._give_up_s = share, patience_s, give_up_s
         self._owed_s = 0.0
-        self._last_s = _INF
+        self._last_s = self._looked_s = -_INF
         self.taken_back_s: F8 = np.zeros(0)
 
     def reset(self, slots: int) -> None:
@@ -41,40 +46,39 @@ class Behind:
         view: EngineView,
         deadlines: Deadlines,
         behind: I4,
+        costs: Costs,
         pace: Pace,
-        outlook: Outlook,
         newcomers: bool,
         now: float,
     ) -> bool:
         """The oldest computes from what its kind is owed. True if newcomers may start: not if the oldest cannot
         although much is owed, because they would take the place that it waits for."""
-        aged = behind[deadlines.first_due_s[behind] + self._patience_s < now]
-        passed_s, self._last_s = max(now - self._last_s, 0.0), now
-        if not len(aged) or not self._share:
+        passed_s, self._last_s = min(now - self._last_s, 1.0), now
+        aged = deadlines.first_due_s[behind] < now - self._patience_s
+        if not self._share or not aged.any():
             self._owed_s = 0.0
             return newcomers
-        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, pace.prompts_s)
+        most_s = max(pace.first_prompts_s, _CHUNK * costs.token_s)
+        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, most_s)
         c, step = view.columns, fill.step
-        slot = int(aged[c.arrival_s[aged].argmin()])
-        limit_s = outlook.decode_s + outlook.extra_s + self._owed_s
-        before = step.features
-        if slot in step.prompts:
-            context = int(c.computed_tokens[slot])
-            got = fill.go_on(slot, context, int(c.known_tokens[slot]) - context, limit_s) > 0
-        elif newcomers:
-            context = int(c.cached_tokens[slot])
-            reason = fill.start(slot, context, int(c.known_tokens[slot]) - context, _INF, limit_s)
-            got = reason is Reason.NONE
-            if not got and reason is not Reason.WAIT_TIME:
-                step.reasons[slot] = reason
-                return self._owed_s < pace.prompts_s
-        else:
+        old = behind[aged]
+        slot = int(old[c.arrival_s[old].argmin()])
+        context, left = _rest(view, slot)
+        per_token_s = costs.token_s + costs.pair_s * context
+        count = left if left * per_token_s <= self._owed_s else int(self._owed_s / per_token_s)
+        if count < min(left, _CHUNK):
             return newcomers
-        if got:
-            step.reasons[slot] = Reason.AGED
-            model = view.model
-            cost_s = model.predict(step.features).mean_s - model.predict(before).mean_s - outlook.extra_s
-            self._owed_s = max(self._owed_s - max(cost_s, 0.0), 0.0)
+        before = step.taken
+        if slot in step.prompts:
+            fill.go_on(slot, context, left, count)
+        elif newcomers:
+            reason = fill.start(slot, context, left, _INF, count)
+            if reason is not _NONE:
+                step.reasons[slot] = reason
+                return reason is Reason.WAIT_TIME or self._owed_s < most_s
+        if step.taken > before:
+            step.reasons[slot] = _AGED
+            self._owed_s -= (step.taken - before) * per_token_s
         return newcomers
 
     def leftover(self, fill: Fill, view: EngineView, behind: I4, newcomers: bool) -> None:
@@ -89,50 +93,63 @@ class Behind:
         for slot in behind[c.arrival_s[behind].argsort(kind="stable")[:_LOOKAHEAD]].tolist():
             if not fill.open:
                 return
-            if step.reasons[slot] != Reason.RELEGATED:
+            if step.reasons[slot] != _RELEGATED:
                 continue
             if slot in begun:
-                context = int(c.computed_tokens[slot])
-                if fill.go_on(slot, context, int(c.known_tokens[slot]) - context):
-                    step.reasons[slot] = Reason.LEFTOVER
+                if fill.go_on(slot, *_rest(view, slot)):
+                    step.reasons[slot] = _LEFTOVER
             elif step.seats > spare_seats and step.free_blocks > spare_blocks:
-                context = int(c.cached_tokens[slot])
-                reason = fill.start(slot, context, int(c.known_tokens[slot]) - context, _INF)
-                step.reasons[slot] = Reason.LEFTOVER if reason is Reason.NONE else reason
+                reason = fill.start(slot, *_rest(view, slot), _INF)
+                step.reasons[slot] = _LEFTOVER if reason is _NONE else reason
 
-    def give_up(self, step: Step, view: EngineView, deadlines: Deadlines, behind: I4, now: float) -> tuple[int, ...]:
-        """Slots to refuse."""
+    def review(
+        self, step: Step, view: EngineView, deadlines: Deadlines, behind: I4, costs: Costs, pace: Pace, now: float
+    ) -> tuple[list[int], list[int]]:
+        """Slots whose promise can be kept after all, and slots to refuse. Looks only every tenth of a second."""
+        if now - self._looked_s < _LOOK_EVERY_S:
+            return [], []
+        self._looked_s = now
+        behind = behind[view.columns.relegated[behind]]
+        return self._wronged(view, deadlines, behind, costs, pace, now), self._give_up(
+            step, view, deadlines, behind, now
+        )
+
+    def _wronged(
+        self, view: EngineView, deadlines: Deadlines, behind: I4, costs: Costs, pace: Pace, now: float
+    ) -> list[int]:
+        """The prediction that relegated them was wrong: they could be in time, with something to spare."""
+        c = view.columns
+        slack_s = deadlines.prefill_due_s[behind] - (now + pace.decode_s + pace.extra_s)
+        hopeful = slack_s > 0.0
+        if not hopeful.any():
+            return []
+        slots = behind[hopeful]
+        context = np.where(c.blocks[slots] > 0, c.computed_tokens[slots], c.cached_tokens[slots])
+        work_s = costs.work_s(context, c.known_tokens[slots] - context)
+        back: list[int] = slots[_WRONGED * work_s < slack_s[hopeful]].tolist()
+        return back
+
+    def _give_up(self, step: Step, view: EngineView, deadlines: Deadlines, behind: I4, now: float) -> list[int]:
         c = view.columns
         if not self._give_up_s:
-            return ()
-        arrival_s = c.arrival_s[behind]
-        bound_s = arrival_s + _GIVE_UP_TTFTS * (deadlines.first_due_s[behind] - arrival_s) + self._give_up_s
-        hopeless = behind[now > bound_s]
-        places = len(c.known_tokens) - view.max_running
-        too_many = len(view.waiting) - int(_FULL_QUEUE * places)
-        if too_many > len(hopeless):
-            hopeless = behind[np.argsort(-arrival_s, kind="stable")[:too_many]]
-        if not len(hopeless):
-            return ()
-        waiting = hopeless[(c.blocks[hopeless] == 0) & (c.generated_tokens[hopeless] == 0)]
-        refused = [
-            s for s in waiting.tolist() if step.reasons[s] not in (Reason.AGED, Reason.LEFTOVER, Reason.PREEMPTED)
-        ]
-        step.reasons[refused] = Reason.REFUSED
-        return tuple(refused)
-
-    def wronged(
-        self, step: Step, view: EngineView, deadlines: Deadlines, behind: I4, outlook: Outlook, now: float
-    ) -> list[int]:
-        """Slots that could get their first token in time after all, with something to spare."""
-        c = view.columns
-        slack_s = deadlines.prefill_due_s[behind] - (now + outlook.decode_s + outlook.extra_s)
-        hopeful = behind[slack_s > 0.0]
-        hopeful = hopeful[c.relegated[hopeful]]
-        if not len(hopeful):
             return []
-        context = np.where(c.blocks[hopeful] > 0, c.computed_tokens[hopeful], c.cached_tokens[hopeful])
-        work_s = look_ahead(view.model, step.features, 0, 0, context, c.known_tokens[hopeful] - context).work_s
-        slack_s = slack_s[slack_s > 0.0][c.relegated[behind[slack_s > 0.0]]]
-        back: list[int] = hopeful[_WRONGED * work_s < slack_s].tolist()
-        return back
+        arrival_s = c.arrival_s[behind]
+        age_s = now - arrival_s
+        out: Bools = age_s > _GIVE_UP_TTFTS * (deadlines.first_due_s[behind] - arrival_s) + self._give_up_s
+        too_many = len(view.waiting) - int(_FULL_QUEUE * (len(c.known_tokens) - view.max_running))
+        if too_many > 0:
+            out[np.argsort(age_s, kind="stable")[:too_many]] = True
+        if not out.any():
+            return []
+        slots = behind[out]
+        idle = (c.blocks[slots] == 0) & (c.generated_tokens[slots] == 0) & (step.reasons[slots] == _RELEGATED)
+        refused: list[int] = slots[idle].tolist()
+        step.reasons[refused] = Reason.REFUSED
+        return refused
+
+
+def _rest(view: EngineView, slot: int) -> tuple[int, int]:
+    """Tokens in the KV cache when a slot computes next, and tokens left."""
+    c = view.columns
+    context = int(c.computed_tokens[slot] if c.blocks[slot] else c.cached_tokens[slot])
+    return context, int(c.known_tokens[slot]) - context

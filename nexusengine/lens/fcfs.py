@@ -30,7 +30,9 @@ class FCFS:
         step.take_decodes(view.running[::-1].tolist())
         for slot in step.prompts:
             step.extend(slot)
-        if not step.preempted:
+        if step.preempted:
+            step.reasons[view.waiting] = Reason.WAIT_BLOCKS
+        else:
             admit_in_order(step, self.order(view, now))
         if step.empty and step.prompts:
             make_room_for_the_oldest(step)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexusengine.lens.pace import Outlook
+from nexusengine.lens.pace import Costs
 from nexusengine.lens.plan import Reason
-from nexusengine.lens.step import Step
+from nexusengine.lens.step import CHUNK_MAX, Step
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import Predictor
@@ -16,6 +16,7 @@ _INF = float("inf")
 _TRIALS = 4
 _CLOSE = 0.98
 _FURTHEST = 1.5
+_NONE, _WAIT_TIME = Reason.NONE, Reason.WAIT_TIME  # members of an enum are slow to look up
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,60 +33,60 @@ class ChunkRules:
 
 class Fill:
     """limit_s: what the mean duration of the step must stay within; inf where only the token budget counts.
-    tightest_tpot_s: of those who run and can still keep their promise. seen_tokens: of the largest step so far; none is
-    planned that is much larger, because the model knows nothing of it. open: whether time is left."""
+    started_s: predicted decode step with everyone who runs started. tightest_tpot_s: of those who run and can still
+    keep their promise. seen_tokens: of the largest step so far; none is planned that is much larger, because the model
+    knows nothing of it. open: whether time is left."""
 
     def __init__(
         self,
         step: Step,
         limit_s: float,
-        outlook: Outlook,
+        started_s: float,
+        costs: Costs,
         tightest_tpot_s: float,
         seen_tokens: int,
         rules: ChunkRules,
     ) -> None:
         self.step, self.limit_s, self.rules = step, limit_s, rules
         self.open = True
-        self._outlook, self._decode_s, self._tightest_tpot_s = outlook, outlook.started_s, tightest_tpot_s
+        self._costs, self._decode_s, self._tightest_tpot_s = costs, started_s, tightest_tpot_s
         self._largest = int(_FURTHEST * seen_tokens) if limit_s < _INF else step.view.max_batch_tokens
 
-    def go_on(self, slot: int, context: int, left: int, limit_s: float | None = None) -> int:
-        """The next chunk of a prompt that has begun; its tokens. limit_s: in place of the step's own."""
-        count = self._chunk(context, left, limit_s)
+    def go_on(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
+        """The next chunk of a prompt that has begun; its tokens."""
+        count = self._chunk(context, left, at_most)
         if count:
             return self.step.extend(slot, count)
-        self.step.reasons[slot] = Reason.WAIT_TIME
+        self.step.reasons[slot] = _WAIT_TIME
         return 0
 
-    def start(self, slot: int, context: int, left: int, tpot_s: float, limit_s: float | None = None) -> Reason:
+    def start(self, slot: int, context: int, left: int, tpot_s: float, at_most: int = CHUNK_MAX) -> Reason:
         """The first chunk of a newcomer; NONE, or why it gets none. tpot_s: its promise; inf if it is lost."""
-        step, o = self.step, self._outlook
+        step, costs = self.step, self._costs
         reason = step.admissible(slot)
-        if reason is not Reason.NONE:
+        if reason is not _NONE:
             return reason
         tightest_s = min(self._tightest_tpot_s, tpot_s)
-        decode_s = self._decode_s + o.per_sequence_s + o.per_kv_token_s * (context + left)
+        decode_s = self._decode_s + costs.sequence_s + costs.kv_token_s * (context + left)
         if decode_s > self.rules.admit * tightest_s and step.seats < step.view.max_running:
             return Reason.WAIT_TPOT
-        count = self._chunk(context, left, limit_s)
+        count = self._chunk(context, left, at_most)
         if not count:
-            return Reason.WAIT_TIME
+            return _WAIT_TIME
         step.admit(slot, count)
         self._decode_s, self._tightest_tpot_s = decode_s, tightest_s
-        return Reason.NONE
+        return _NONE
 
-    def _chunk(self, context: int, left: int, limit_s: float | None) -> int:
-        """Tokens that fit into what is left of the step; where that is less than `left`, the step is full."""
+    def _chunk(self, context: int, left: int, at_most: int) -> int:
+        """Tokens that fit into what is left of the step; where they are less than wanted, the step is full."""
         step, rules = self.step, self.rules
-        most = min(left, rules.most, step.tokens, self._largest - step.taken)
-        count = most
+        wanted = min(left, rules.most, at_most)
+        count = most = min(wanted, step.tokens, self._largest - step.taken)
         if most > 0 and self.limit_s < _INF:
-            count = largest_chunk(
-                step.view.model, self.limit_s if limit_s is None else limit_s, step.features, context, most
-            )
+            count = largest_chunk(step.view.model, self.limit_s, step.features, context, most)
         if count == left:
             return count
-        if limit_s is None and count < rules.most:
+        if count < wanted:
             self.open = False
         if rules.tile and count > rules.tile:
             count -= count % rules.tile

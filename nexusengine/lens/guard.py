@@ -28,7 +28,7 @@ class LengthGuard:
 
     @property
     def active(self) -> bool:
-        return self.lost_long > 0.8 * self._lost_of_long and self.lost < 1.2 * self._lost_of_all
+        return self.lost_long > 0.5 * self._lost_of_long and self.lost < 0.8 * self._lost_of_all
 
     @property
     def long_tokens(self) -> float:

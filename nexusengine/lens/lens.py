@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 
 from nexusengine.errors import ConfigError
 from nexusengine.lens.behind import Behind
@@ -18,16 +19,19 @@ from nexusengine.lens.deadlines import Deadlines
 from nexusengine.lens.fill import ChunkRules, Fill
 from nexusengine.lens.guard import LengthGuard
 from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
-from nexusengine.lens.order import by_deadline, put_off
-from nexusengine.lens.pace import Outlook, Pace, look_ahead, pace_of
+from nexusengine.lens.order import by_priority, put_off
+from nexusengine.lens.pace import Costs, Pace, costs_of, extra_of, fixed_pace, pace_of
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.pressure import to_take_back, victims
 from nexusengine.lens.step import Step
 from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
 
-_INF = float("inf")
+I8 = npt.NDArray[np.int64]
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
+_COSTS_EVERY = 16  # plans, after the first ones
+_NONE = Reason.NONE
+_WAIT_BLOCKS, _WAIT_SEATS, _WAIT_TPOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_SEATS), int(Reason.WAIT_TPOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,11 @@ class LensOptions:
     bank: float = 1
     saving: float = 10
     margin: float = 0.5
-    commit: float = 0
     answer_ms: float = 3
     admit: float = 0.95
     goal: float = 0.9
     goal_long: float = 0.75
-    share: float = 0.02
+    share: float = 0.03
     patience_s: float = 20
     give_up_s: float = 60
     chunk: float = 8192
@@ -70,31 +73,24 @@ class LensOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not 0 <= value < _INF:
+            if not 0 <= value < float("inf"):
                 raise ConfigError(f"lens: {field.name} must be a number >= 0, got {value}", param="scheduler")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """Prompts to compute, in the order to serve them. `[N]`: slot, tokens in the KV cache when it computes next, tokens
-    left, whether it holds KV already, predicted seconds that the whole rest adds to a step, instant by which it must be
-    done."""
+    left, predicted seconds that the whole rest adds to a step, instant by which it must be done."""
 
     slots: I4
     context: I4
     left: I4
-    begun: Bools
     work_s: F8
     due_s: F8
 
-    def __getitem__(self, chosen: I4 | Bools | slice) -> Prompts:
+    def __getitem__(self, chosen: I8 | Bools | slice) -> Prompts:
         return Prompts(
-            self.slots[chosen],
-            self.context[chosen],
-            self.left[chosen],
-            self.begun[chosen],
-            self.work_s[chosen],
-            self.due_s[chosen],
+            self.slots[chosen], self.context[chosen], self.left[chosen], self.work_s[chosen], self.due_s[chosen]
         )
 
 
@@ -113,78 +109,52 @@ class Lens:
         self._arrivals = -1
         self._queue: I4 = np.zeros(0, np.int32)  # waiting slots by deadline
         self._seen_tokens = _SEEN_TOKENS
+        self._costs: Costs | None = None
+        self._plans = 0
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
-        o, c = self.options, view.columns
+        o, model = self.options, view.model
         deadlines = self._look(view)
         step = Step(view, int(o.budget) or None, headroom=int(o.headroom))
         step.take_decodes(victims(view, deadlines, now))
         base = step.features
-
-        prompts, behind = self._prompts(view, step)
-        outlook = look_ahead(
-            view.model,
-            base,
-            len(step.prompts),
-            int(c.known_tokens[step.prompts].sum()) if step.prompts else 0,
-            prompts.context,
-            prompts.left,
-        )
-        limit = step_limit(view, deadlines, step.decodes, now, outlook.decode_s, outlook.single_s, self._limits)
-        pace = self._pace(view, step, limit, outlook)
-        prompts = Prompts(
-            prompts.slots,
-            prompts.context,
-            prompts.left,
-            prompts.begun,
-            outlook.work_s,
-            deadlines.prefill_due_s[prompts.slots],
-        )
-        kept, off, late = self._order(view, prompts, pace, outlook, now)
-        behind = np.concatenate([behind, late]) if len(late) else behind
+        costs = self._renewed_costs(view, step)
+        decode_s = model.predict(base).mean_s
+        limit = step_limit(view, deadlines, step.decodes, now, decode_s, costs.single_s, self._limits)
+        if not len(self._queue) and not step.prompts:
+            return step.plan(restore=self._resumed(view, step, limit), notes=_notes(limit, decode_s))
+        pace = self._pace(view, step, limit, decode_s)
+        prompts, behind = self._prompts(view, step, costs)
+        kept, off, late = self._order(view, prompts, pace, now)
+        if len(late):
+            behind = np.concatenate([behind, late])
         done_s = kept.work_s.cumsum()
-        save = pace.saves and self._can_wait(kept, done_s, pace, outlook, len(behind) + len(off.slots) > 0, now)
+        save = pace.saves and not step.empty and self._can_wait(kept, done_s, pace, len(behind) + len(off) > 0, now)
 
         step.reasons[kept.slots] = Reason.WAIT_SAVING if save else Reason.WAIT_TIME
-        step.reasons[off.slots] = Reason.PUT_OFF
+        step.reasons[off] = Reason.PUT_OFF
         step.reasons[behind] = Reason.RELEGATED
-        refuse: tuple[int, ...] = ()
-        if not save or step.empty:
-            fill = Fill(step, pace.step_s, outlook, limit.tightest_tpot_s, self._seen_tokens, self._chunks)
-            newcomers = not step.preempted
-            if len(behind):
-                newcomers = self._behind.share(fill, view, deadlines, behind, pace, outlook, newcomers, now)
-            self._serve(fill, kept, newcomers)
-            if newcomers and len(kept.slots):
-                self._take_back(fill, view, kept, now)
-            if fill.open:
-                self._serve(fill, off, newcomers)
-            if fill.open and len(behind):
-                self._behind.leftover(fill, view, behind, newcomers)
-            if step.empty:
-                self._force(step, [*kept.slots.tolist(), *off.slots.tolist(), *behind.tolist()])
+        if not save:
+            started_s = decode_s
+            if step.prompts:
+                started_s += len(step.prompts) * costs.sequence_s
+                started_s += costs.kv_token_s * int(view.columns.known_tokens[step.prompts].sum())
+            fill = Fill(step, pace.step_s, started_s, costs, limit.tightest_tpot_s, self._seen_tokens, self._chunks)
+            self._fill(fill, view, kept, prompts, off, behind, costs, pace, now)
+        back = self._resumed(view, step, limit)
+        refused: list[int] = []
         if len(behind):
-            refuse = self._behind.give_up(step, view, deadlines, behind, now)
+            wronged, refused = self._behind.review(step, view, deadlines, behind, costs, pace, now)
+            back = (*back, *wronged)
         self._seen_tokens = max(self._seen_tokens, step.taken)
-        first_token_s = np.full(len(c.known_tokens), np.nan)
-        first_token_s[kept.slots] = now + outlook.decode_s + outlook.extra_s + done_s * pace.dilution
         self._learn(view, step, late)
+        first_token_s = np.full(len(step.reasons), np.nan)
+        first_token_s[kept.slots] = now + pace.time_for(done_s)
+        notes = _notes(limit, decode_s)
+        notes["saving"], notes["extra_ms"], notes["dilution"] = float(save), 1000 * pace.extra_s, pace.dilution
+        notes["kept"], notes["put_off"], notes["relegated"] = float(len(done_s)), float(len(off)), float(len(behind))
         return step.plan(
-            relegate=tuple(late.tolist()),
-            restore=self._restore(view, step, limit, behind, outlook, now),
-            refuse=refuse,
-            first_token_s=first_token_s,
-            notes={
-                "limit_ms": 1000 * limit.limit_s,
-                "limit_slot": float(limit.slot),
-                "decode_ms": 1000 * outlook.decode_s,
-                "extra_ms": 1000 * outlook.extra_s,
-                "dilution": pace.dilution,
-                "saving": float(save),
-                "kept": float(len(kept.slots)),
-                "put_off": float(len(off.slots)),
-                "relegated": float(len(behind)),
-            },
+            relegate=tuple(late.tolist()), restore=back, refuse=tuple(refused), notes=notes, first_token_s=first_token_s
         )
 
     # ---- what there is to do -------------------------------------------------------------------------------------
@@ -210,94 +180,92 @@ class Lens:
             self._queue = self._queue[waits[self._queue]]
         return deadlines
 
-    def _prompts(self, view: EngineView, step: Step) -> tuple[Prompts, I4]:
-        """Prompts that are not relegated, those that have begun first; and the slots of those that are."""
-        c, queue = view.columns, self._queue
-        begun: I4 = np.array(step.prompts, np.int32)
-        behind: I4 = begun[:0]
-        step.reasons[queue] = Reason.WAIT_ORDER
-        if self.options.order:
-            for_later = c.relegated[queue]
-            if for_later.any():
-                behind, queue = queue[for_later], queue[~for_later]
-            if len(begun):
-                for_later = c.relegated[begun]
-                behind, begun = np.concatenate([begun[for_later], behind]), begun[~for_later]
-        queue = queue[: int(self.options.lookahead)]
-        slots = np.concatenate([begun, queue])
-        context = np.concatenate([c.computed_tokens[begun], c.cached_tokens[queue]])
-        holds_kv = np.zeros(len(slots), np.bool_)
-        holds_kv[: len(begun)] = True
-        nothing = np.zeros(0)
-        return Prompts(slots, context, c.known_tokens[slots] - context, holds_kv, nothing, nothing), behind
+    def _renewed_costs(self, view: EngineView, step: Step) -> Costs:
+        """Marginal costs change slowly: they are asked for anew only now and then."""
+        self._plans += 1
+        if self._costs is None or self._plans < 4 * _COSTS_EVERY or self._plans % _COSTS_EVERY == 0:
+            self._costs = costs_of(view.model, step.features, min(self._seen_tokens, 1024))
+        return self._costs
 
-    def _pace(self, view: EngineView, step: Step, limit: StepLimit, outlook: Outlook) -> Pace:
-        o = self.options
+    def _pace(self, view: EngineView, step: Step, limit: StepLimit, decode_s: float) -> Pace:
+        o, model, base = self.options, view.model, step.features
+        extra_s = extra_of(model, base, decode_s)
         if not o.limit:
-            rows = step.features.sequences
-            full = StepFeatures(rows + max(step.tokens, 1), rows + 1, 1, 0.0, step.features.decode_kv_tokens)
-            step_s = view.model.predict(full).mean_s
-            prompts_s = max(step_s - outlook.decode_s - outlook.extra_s, 0.05 * step_s)
-            return Pace(_INF, prompts_s, 0.0, 0.0, step_s / prompts_s, prompts_s)
+            return fixed_pace(model, base, step.tokens, decode_s, extra_s)
         factor = 1.0
         if o.quantile:
-            f = step.features
-            mixed = view.model.predict(StepFeatures(f.tokens + 16, f.sequences + 1, 1, 0.0, f.decode_kv_tokens))
-            factor += o.quantile * (mixed.upper_s / mixed.mean_s - 1.0)
-        return pace_of(limit, outlook, factor, o.slack, o.saving, self._limits.cap_s)
+            small = StepFeatures(base.tokens + 16, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
+            time = model.predict(small)
+            factor += o.quantile * (time.upper_s / time.mean_s - 1.0)
+        cap_s = self._limits.cap_s
+        return pace_of(limit, decode_s, extra_s, factor=factor, slack=o.slack, saving=o.saving, cap_s=cap_s)
 
-    def _order(
-        self, view: EngineView, prompts: Prompts, pace: Pace, outlook: Outlook, now: float
-    ) -> tuple[Prompts, Prompts, I4]:
-        """Those to serve, in order; those to put off; slots that are late whatever is done."""
+    def _prompts(self, view: EngineView, step: Step, costs: Costs) -> tuple[Prompts, I4]:
+        """Prompts that are not relegated, in the order to serve them; and the slots of those that are."""
+        o, c, queue = self.options, view.columns, self._queue
+        behind: I4 = queue[:0]
+        step.reasons[queue] = Reason.WAIT_ORDER
+        slots = queue
+        if o.order:
+            for_later = c.relegated[queue]
+            if for_later.any():
+                behind, slots = queue[for_later], queue[~for_later]
+        slots = slots[: int(o.lookahead)]
+        if step.prompts:
+            begun = np.array(step.prompts, np.int32)
+            if o.order:
+                for_later = c.relegated[begun]
+                if for_later.any():
+                    behind, begun = np.concatenate([begun[for_later], behind]), begun[~for_later]
+            slots = np.concatenate([begun, slots])
+        due_s = self._deadlines.prefill_due_s[slots]
+        if o.order:
+            order = due_s.argsort(kind="stable").astype(np.int32)
+            priority = c.priority[slots]
+            if priority.any():
+                order = by_priority(order, self._deadlines.tpot_s[slots], priority)
+            slots, due_s = slots[order], due_s[order]
+        computed = c.computed_tokens[slots]
+        context = np.where(computed > 0, computed, c.cached_tokens[slots])
+        left = c.known_tokens[slots] - context
+        return Prompts(slots, context, left, costs.work_s(context, left), due_s), behind
+
+    def _order(self, view: EngineView, prompts: Prompts, pace: Pace, now: float) -> tuple[Prompts, I4, I4]:
+        """Those to serve; slots to put off; slots that are late whatever is done."""
         o, c = self.options, view.columns
-        late = prompts.slots[:0]
+        nobody = prompts.slots[:0]
         if not o.order or not len(prompts.slots):
-            return prompts, prompts[:0], late
-        slack_s = prompts.due_s - (now + outlook.decode_s + outlook.extra_s + o.answer_ms / 1000)
-        doomed = prompts.work_s > slack_s
+            return prompts, nobody, nobody
+        slack_s = prompts.due_s - (now + o.answer_ms / 1000)
+        doomed = prompts.work_s > slack_s - (pace.decode_s + pace.extra_s)
+        late = nobody
         if doomed.any():
             late = prompts.slots[doomed]
             prompts, slack_s = prompts[~doomed], slack_s[~doomed]
-        if len(prompts.slots) > 1:
-            order, ranked = by_deadline(prompts.due_s, self._deadlines.tpot_s[prompts.slots], c.priority[prompts.slots])
-            prompts, slack_s = prompts[order], slack_s[order]
-        else:
-            ranked = False
-        allowed_s = slack_s / pace.dilution - o.margin * pace.margin_s
+        allowed_s = pace.work_until(slack_s - o.margin * pace.first_s)
         if not (prompts.work_s.cumsum() > allowed_s).any():
-            return prompts, prompts[:0], late
-        rank = c.priority[prompts.slots] * 2 if ranked else np.zeros(len(prompts.slots), np.int32)
-        if o.commit:
-            rank = rank + prompts.begun
+            return prompts, nobody, late
+        rank = 2 * c.priority[prompts.slots]
         if o.goal_long and self._guard.active:
             rank = rank + self._guard.protected(c.prompt_tokens[prompts.slots])
         off = put_off(prompts.work_s, allowed_s, rank.tolist())
-        return prompts[~off], prompts[off], late
+        return prompts[~off], prompts.slots[off], late
 
-    def _can_wait(self, kept: Prompts, done_s: F8, pace: Pace, outlook: Outlook, more: bool, now: float) -> bool:
+    def _can_wait(self, kept: Prompts, done_s: F8, pace: Pace, more: bool, now: float) -> bool:
         """Whether prompts can wait for a decode-only step: there is more to do than fits now, and none of those that
         would be done in this step would be late."""
-        if not len(done_s):
+        if not len(done_s) or (done_s[-1] < pace.prompts_s and not more):
             return more
-        if done_s[-1] < pace.prompts_s and not more:
-            return False
-        done_later_s = now + pace.step_s + pace.gain_s + outlook.decode_s + self.options.answer_ms / 1000
-        return not (kept.due_s[done_s <= pace.prompts_s] < done_later_s).any()
+        later_s = now + pace.step_s + pace.gain_s + pace.decode_s + self.options.answer_ms / 1000
+        return not (kept.due_s[: int(done_s.searchsorted(pace.prompts_s, side="right"))] < later_s).any()
 
-    def _restore(
-        self, view: EngineView, step: Step, limit: StepLimit, behind: I4, outlook: Outlook, now: float
-    ) -> tuple[int, ...]:
-        """Relegated slots whose promise can be kept after all: decodes that were resumed in time, and prompts that the
-        prediction wronged."""
-        if not self.options.order:
-            return ()
+    def _resumed(self, view: EngineView, step: Step, limit: StepLimit) -> tuple[int, ...]:
+        """Slots that were relegated when they had been preempted, and decode in time all the same."""
         c, decodes = view.columns, step.decodes
-        again = c.relegated[decodes] & ~limit.lost
-        back = decodes[again & (c.generated_tokens[decodes] > 0)].tolist() if again.any() else []
-        if len(behind):
-            back += self._behind.wronged(step, view, self._deadlines, behind, outlook, now)
-        return tuple(back)
+        again = c.relegated[decodes]
+        if not again.any():
+            return ()
+        return tuple(decodes[again & ~limit.lost & (c.generated_tokens[decodes] > 0)].tolist())
 
     def _learn(self, view: EngineView, step: Step, late: I4) -> None:
         c = view.columns
@@ -310,40 +278,70 @@ class Lens:
 
     # ---- who gets it ---------------------------------------------------------------------------------------------
 
-    def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
+    def _fill(
+        self,
+        fill: Fill,
+        view: EngineView,
+        kept: Prompts,
+        prompts: Prompts,
+        off: I4,
+        behind: I4,
+        costs: Costs,
+        pace: Pace,
+        now: float,
+    ) -> None:
         step = fill.step
-        if not step.seats or not newcomers:
-            waiting = ~prompts.begun
-            if not step.seats:
-                step.reasons[prompts.slots[waiting]] = Reason.WAIT_SEATS
-            prompts = prompts[prompts.begun]
-        tpot_s = self._deadlines.tpot_s
-        rows = zip(*(a.tolist() for a in (prompts.slots, prompts.context, prompts.left, prompts.begun)), strict=True)
-        for n, (slot, context, left, begun) in enumerate(rows):
+        newcomers = not step.preempted
+        if len(behind):
+            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, now)
+        self._serve(fill, kept, newcomers)
+        if newcomers and len(kept.slots):
+            self._take_back(fill, view, kept, now)
+        if fill.open and len(off):
+            self._serve(fill, prompts[np.isin(prompts.slots, off)], newcomers)
+        if fill.open and len(behind) and not self._decodes_hold_up(step, kept):
+            self._behind.leftover(fill, view, behind, newcomers)
+        if step.empty:
+            self._force(step, [*kept.slots.tolist(), *off.tolist(), *behind.tolist()])
+
+    def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
+        step, tpot_s = fill.step, self._deadlines.tpot_s
+        begun = set(step.prompts)
+        rows = zip(prompts.slots.tolist(), prompts.context.tolist(), prompts.left.tolist(), strict=True)
+        for n, (slot, context, left) in enumerate(rows):
             if not fill.open:
                 return
-            if begun:
+            if slot in begun:
                 fill.go_on(slot, context, left)
-                continue
-            reason = fill.start(slot, context, left, float(tpot_s[slot]))
-            if reason is Reason.WAIT_SEATS:
-                self._serve(fill, prompts[n:], newcomers)
-                return
-            if reason is not Reason.NONE:
+            elif newcomers:
+                reason = fill.start(slot, context, left, float(tpot_s[slot]))
+                if reason is _NONE:
+                    continue
                 step.reasons[slot] = reason
+                if reason is Reason.WAIT_SEATS:
+                    rest = prompts.slots[n:]
+                    waiting = ~np.isin(rest, step.prompts)
+                    step.reasons[rest[waiting]] = reason
+                    newcomers = False
+
+    def _decodes_hold_up(self, step: Step, kept: Prompts) -> bool:
+        """Whether one who is to be in time waits for decodes to end: then the step had better be short."""
+        waits = step.reasons[kept.slots]
+        return bool(((waits == _WAIT_SEATS) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
 
     def _take_back(self, fill: Fill, view: EngineView, kept: Prompts, now: float) -> None:
         """If the first of those to serve cannot start for lack of KV or seats, a relegated prompt that has begun gives
         way."""
-        first = int(kept.begun.argmin())
-        lacks = fill.step.reasons[kept.slots[first]]
-        if kept.begun[first] or lacks not in (Reason.WAIT_BLOCKS, Reason.WAIT_SEATS):
+        step = fill.step
+        if len(step.prompts) == 0:
             return
-        victim = to_take_back(fill.step, view, self._behind.taken_back_s, now)
+        waits = step.reasons[kept.slots]
+        lacking = np.nonzero((waits == _WAIT_BLOCKS) | (waits == _WAIT_SEATS))[0]
+        victim = to_take_back(step, view, self._behind.taken_back_s, now) if len(lacking) else None
         if victim is not None:
-            fill.step.preempt(victim)
+            step.preempt(victim)
             self._behind.taken_back_s[victim] = now
-            self._serve(fill, kept[first : first + 1], True)
+            self._serve(fill, kept[lacking[:1]], True)
 
     def _force(self, step: Step, order: list[int]) -> None:
         """Nothing fits the limit, or KV is full of prompts that have begun: the first that can run gets a small chunk,
@@ -353,7 +351,7 @@ class Lens:
         for slot in order:
             if slot in begun:
                 step.extend(slot, crumb)
-            elif not step.preempted and step.admissible(slot) is Reason.NONE:
+            elif not step.preempted and step.admissible(slot) is _NONE:
                 step.admit(slot, crumb)
             if not step.empty:
                 return
@@ -361,3 +359,7 @@ class Lens:
         while step.empty and len(step.prompts) > 1:
             step.preempt(last_first.pop(0))
             step.extend(last_first[-1], crumb)
+
+
+def _notes(limit: StepLimit, decode_s: float) -> dict[str, float]:
+    return {"limit_ms": 1000 * limit.limit_s, "limit_slot": float(limit.slot), "decode_ms": 1000 * decode_s}

@@ -9,6 +9,7 @@ import numpy as np
 from nexusengine.lens.deadlines import Deadlines
 from nexusengine.lens.view import I4, Bools, EngineView
 
+_INF = float("inf")
 _RECOVERY_TOKENS = 100
 
 
@@ -22,8 +23,11 @@ class LimitRules:
     cap_s: float = 0.120
     cap_steps: float = 2.5
     catch_up: float = 0.7
-    bank: float = 0.5
+    bank: float = 1.0
     possible: float = 1.02
+
+    def longest_s(self, single_s: float) -> float:
+        return max(self.cap_s, self.cap_steps * single_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +52,23 @@ def step_limit(
     it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full speed.
     """
     c = view.columns
-    cap_s = max(rules.cap_s, rules.cap_steps * single_s)
+    cap_s = rules.longest_s(single_s)
     if not len(decodes):
-        return StepLimit(cap_s, -1, np.zeros(0, np.bool_), np.inf)
+        return StepLimit(cap_s, -1, np.zeros(0, np.bool_), _INF)
     first_s, generated, tpot_s = c.first_token_s[decodes], c.generated_tokens[decodes], deadlines.tpot_s[decodes]
-    slack_s = first_s + (generated * tpot_s - now)
-    recoverable_s = (tpot_s - decode_s) * (generated + _RECOVERY_TOKENS)
-    lost = (first_s > deadlines.first_due_s[decodes]) | (slack_s - decode_s < -np.maximum(recoverable_s, 0.0))
-    asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
+    slack_s = first_s + (generated * tpot_s - now)  # NaN before the first token
+    lost: Bools = first_s > deadlines.first_due_s[decodes]
+    if np.fmin.reduce(slack_s) < decode_s:
+        lost |= slack_s - decode_s < np.minimum((decode_s - tpot_s) * (generated + _RECOVERY_TOKENS), 0.0)
+    asked_s = slack_s
+    if rules.bank < 1.0:
+        asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
     asked_s = np.maximum(asked_s, rules.catch_up * tpot_s)
-    bound = (generated > 0) & ~lost & (tpot_s > rules.possible * single_s)
-    asked_s = np.where(bound, asked_s, np.inf)
+    bound = ~lost & (tpot_s > rules.possible * single_s) & (generated > 0)
+    if not bound.all():
+        asked_s, tpot_s = np.where(bound, asked_s, _INF), np.where(bound, tpot_s, _INF)
     tightest = int(asked_s.argmin())
     limit_s = float(asked_s[tightest])
-    tightest_tpot_s = float(np.where(bound, tpot_s, np.inf).min())
     if limit_s >= cap_s:
-        return StepLimit(cap_s, -1, lost, tightest_tpot_s)
-    return StepLimit(limit_s, int(decodes[tightest]), lost, tightest_tpot_s)
+        return StepLimit(cap_s, -1, lost, float(tpot_s.min()))
+    return StepLimit(limit_s, int(decodes[tightest]), lost, float(tpot_s.min()))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
 from nexusengine.lens.view import F8, I4, Bools
 
 
-def put_off(work_s: F8, allowed_s: F8, rank: list[int] | None = None) -> Bools:
+def put_off(work_s: F8, allowed_s: F8, rank: Sequence[int] | None = None) -> Bools:
     """Whom to leave out, so that as many as possible of the others end in time (Moore and Hodgson, Management Science
     15(1), 1968): take them in order; when one would be late, put off the largest taken so far, of the lowest rank.
 
     work_s `[N]`: service time of each, in the order they are served. allowed_s `[N]`: until when each must be done.
     """
     out = np.zeros(len(work_s), np.bool_)
-    if not (work_s.cumsum() > allowed_s).any():
-        return out
     taken: list[tuple[int, float, int]] = []
     done_s = 0.0
     for i, (work, allowed) in enumerate(zip(work_s.tolist(), allowed_s.tolist(), strict=True)):
@@ -30,16 +29,13 @@ def put_off(work_s: F8, allowed_s: F8, rank: list[int] | None = None) -> Bools:
     return out
 
 
-def by_deadline(due_s: F8, tpot_s: F8, priority: I4) -> tuple[I4, bool]:
-    """Positions of requests in order of their deadlines, and whether any priority differs from the others. Among those
-    of one class (equal tpot_s) the places are given out anew by priority, highest first."""
-    order = due_s.argsort(kind="stable")
-    if not len(priority) or (priority == priority[0]).all():
-        return order.astype(np.int32), False
-    classes = tpot_s[order]
+def by_priority(order: I4, tpot_s: F8, priority: I4) -> I4:
+    """`order`, with the places of each class (equal tpot_s) given out anew by priority, highest first. order `[N]`:
+    indices into the other two."""
     result = order.copy()
+    classes = tpot_s[order]
     for value in np.unique(classes):
         places = np.nonzero(classes == value)[0]
         members = order[places]
         result[places] = members[np.argsort(-priority[members].astype(np.int64), kind="stable")]
-    return result.astype(np.int32), True
+    return result

@@ -16,107 +16,128 @@ from nexusengine.lens.view import F8, I4
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import Predictor
 
-_KV_PROBE_TOKENS = 1000.0
-_SMALL_CHUNK = 16.0
+_SMALL_CHUNK = 16
+_PROBE_CONTEXT = 1024
+_PROBE_PAIRS = 1e6
 _LEAST_SHARE = 0.05  # of a step that is reckoned to be left for prompts, however many decodes there are
 _LEAST_GAIN_S = 0.002  # of one decode-only step, below which saving up is not worth a step
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """Predicted seconds. single_s: a step with one decode. decode_s: the decodes of this step alone. extra_s: what
-    prompts cost beside their own work. work_s `[N]`: what the rest of each prompt adds to a mixed step.
-
-    started_s, per_sequence_s, per_kv_token_s: the decode step with everyone who runs started, and what one more
-    sequence and one more KV token add to it.
-    """
+class Costs:
+    """What things cost at the margin of steps like the present ones, in seconds. single_s: a step with one decode.
+    token_s, pair_s, prompt_s: one more prompt token, token pair, and prompt in a mixed step. sequence_s, kv_token_s:
+    one more sequence, and one more KV token read, in a decode step."""
 
     single_s: float
-    decode_s: float
-    extra_s: float
-    work_s: F8
-    started_s: float
-    per_sequence_s: float
-    per_kv_token_s: float
+    token_s: float
+    pair_s: float
+    prompt_s: float
+    sequence_s: float
+    kv_token_s: float
+
+    def work_s(self, context: I4, left: I4) -> F8:
+        """Of the rest of prompts: `left [N]` tokens behind `context [N]` tokens in the KV cache."""
+        work: F8 = left * (self.token_s + self.pair_s * (context + 0.5 * left)) + self.prompt_s
+        return work
 
 
-def look_ahead(
-    model: Predictor, base: StepFeatures, started: int, started_kv_tokens: int, context: I4, left: I4
-) -> Outlook:
-    """base: the decodes of this step. started, started_kv_tokens: prompts that have begun and their known tokens.
-    context, left `[N]`: of prompts, tokens in their KV cache when they compute next and tokens left. One call of the
-    model for everything."""
-    n = len(left)
-    rows = float(base.sequences)
-    kv_tokens = float(base.decode_kv_tokens)
-    all_rows, all_kv = rows + started, kv_tokens + started_kv_tokens
-    tokens, sequences, prefills, attention, kv = columns = np.empty((5, n + 6))
-    columns[:, :6] = (
-        (1.0, rows, all_rows, all_rows + 1.0, all_rows, rows + _SMALL_CHUNK),
-        (1.0, rows, all_rows, all_rows + 1.0, all_rows, rows + 1.0),
-        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
-        (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-        (1.0, kv_tokens, all_kv, all_kv, all_kv + _KV_PROBE_TOKENS, kv_tokens),
-    )
-    tokens[6:] = left
-    attention[6:] = (0.5 * tokens[6:] + context) * tokens[6:]
-    tokens[6:] += rows + _SMALL_CHUNK
-    sequences[6:] = rows + 2.0
-    prefills[6:] = 2.0
-    kv[6:] = kv_tokens
-    seconds = model.mean_s(tokens, sequences, prefills, attention, kv)
-    single_s, decode_s, started_s, one_more_s, longer_s, mixed_s = seconds[:6].tolist()
-    return Outlook(
-        single_s=single_s,
-        decode_s=decode_s,
-        extra_s=max(mixed_s - decode_s, 0.0),
-        work_s=seconds[6:] - mixed_s,
-        started_s=started_s,
-        per_sequence_s=one_more_s - started_s,
-        per_kv_token_s=(longer_s - started_s) / _KV_PROBE_TOKENS,
+def costs_of(model: Predictor, base: StepFeatures, chunk: int) -> Costs:
+    """base: the decodes of a step. chunk: tokens of prompts in a step, about."""
+    rows, kv = base.sequences, base.decode_kv_tokens
+
+    def mixed_s(q: int, prompts: int, pairs: float) -> float:
+        return model.predict(StepFeatures(rows + q, rows + prompts, prompts, pairs, kv)).mean_s
+
+    def decode_s(n: int, kv_tokens: int) -> float:
+        return model.predict(StepFeatures(n, n, 0, 0.0, kv_tokens)).mean_s
+
+    small_s, all_s = mixed_s(_SMALL_CHUNK, 1, 0.0), decode_s(rows, kv)
+    return Costs(
+        single_s=decode_s(1, _PROBE_CONTEXT),
+        token_s=(mixed_s(_SMALL_CHUNK + chunk, 1, 0.0) - small_s) / chunk,
+        pair_s=(mixed_s(_SMALL_CHUNK, 1, _PROBE_PAIRS) - small_s) / _PROBE_PAIRS,
+        prompt_s=max(mixed_s(_SMALL_CHUNK, 2, 0.0) - small_s, 0.0),
+        sequence_s=decode_s(rows + 1, kv) - all_s,
+        kv_token_s=(decode_s(rows, kv + 16 * _PROBE_CONTEXT) - all_s) / (16 * _PROBE_CONTEXT),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """step_s: what the mean duration of this step must stay within; prompts_s: of it for prompts. gain_s: what each
-    decode-only step adds to the next step's limit. target_s: the step worth saving up for. dilution: seconds that pass
-    for one second of prompts' work. margin_s: prompts' work in one cycle of steps."""
+    """Seconds. decode_s: predicted, of this step's decodes alone. extra_s: what prompts cost beside their own work.
 
+    step_s: what the mean duration of this step must stay within; prompts_s: of it for prompts. gain_s: what each
+    decode-only step adds to the next step's limit. target_s: the step worth saving up for.
+    first_s, first_prompts_s: how long until a step with prompts has ended if time is saved up, and its time for
+    prompts. dilution: seconds that pass for one second of prompts' work in the long run after that.
+    """
+
+    decode_s: float
+    extra_s: float
     step_s: float
     prompts_s: float
     gain_s: float
     target_s: float
+    first_s: float
+    first_prompts_s: float
     dilution: float
-    margin_s: float
 
     @property
     def saves(self) -> bool:
         """Whether the limit would grow much towards the target if this step were decode-only."""
         return self.gain_s > _LEAST_GAIN_S and self.step_s + 0.5 * self.gain_s < self.target_s
 
+    def work_until(self, slack_s: F8) -> F8:
+        """How much of prompts' work can be done within `slack_s [N]` from now: in a step right now, or in the one that
+        is saved up for and those that follow."""
+        at_once_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
+        work_s: F8 = np.maximum(at_once_s, (slack_s - self.first_s) / self.dilution + self.first_prompts_s)
+        return work_s
 
-def pace_of(limit: StepLimit, outlook: Outlook, factor: float, slack: float, saving: float, cap_s: float) -> Pace:
+    def time_for(self, work_s: F8) -> F8:
+        """When `work_s [N]` of prompts' work is done, from now, if time is saved up."""
+        rest_s = np.maximum(work_s - self.first_prompts_s, 0.0)
+        time_s: F8 = self.first_s + rest_s * self.dilution
+        return time_s
+
+
+def extra_of(model: Predictor, base: StepFeatures, decode_s: float) -> float:
+    small = StepFeatures(base.tokens + _SMALL_CHUNK, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
+    return max(model.predict(small).mean_s - decode_s, 0.0)
+
+
+def pace_of(
+    limit: StepLimit, decode_s: float, extra_s: float, *, factor: float, slack: float, saving: float, cap_s: float
+) -> Pace:
     """factor: limits are divided by it, for the sake of steps that take longer than predicted. slack: share of every
     limit that is kept. saving: steps with prompts are saved up for until extra_s is at most 1 / saving of what they
     have beyond the decodes; 0: never.
 
-    In the long run decode-only steps of decode_s and steps of target_s alternate so that a token takes tightest_tpot_s
-    in the mean; `cycle` decode-only steps and one with prompts make one cycle.
+    In the long run, decode-only steps and steps of target_s alternate so that a token takes tightest_tpot_s in the
+    mean: each decode-only step leaves gain_s, and the step with prompts takes target_s - decode_s out of them. Without
+    saving, every step takes tightest_tpot_s.
     """
-    decode_s, extra_s = outlook.decode_s, outlook.extra_s
     keep = (1.0 - slack) / factor
     step_s = keep * limit.limit_s
     prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
-    dilution = step_s / prompts_s
-    if not saving or limit.tightest_tpot_s == float("inf"):
-        return Pace(step_s, prompts_s, 0.0, 0.0, dilution, prompts_s)
-    gain_s = keep * limit.tightest_tpot_s - decode_s
+    tpot_s = keep * min(limit.tightest_tpot_s, cap_s)
+    gain_s = tpot_s - decode_s
+    dilution = tpot_s / max(gain_s - extra_s, _LEAST_SHARE * tpot_s)
     target_s = min(keep * cap_s, decode_s + saving * extra_s)
-    margin_s = prompts_s
-    if gain_s > _LEAST_GAIN_S:
-        cycle_steps = (target_s - decode_s) / gain_s
-        long_run = cycle_steps * keep * limit.tightest_tpot_s / max(target_s - decode_s - extra_s, 1e-9)
-        if cycle_steps > 1.0 and long_run < dilution:
-            dilution, margin_s = long_run, target_s - decode_s - extra_s
-    return Pace(step_s, prompts_s, gain_s, target_s, dilution, margin_s)
+    if not saving or gain_s < _LEAST_GAIN_S or limit.tightest_tpot_s == float("inf") or target_s <= tpot_s:
+        return Pace(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, dilution)
+    target_prompts_s = target_s - decode_s - extra_s
+    dilution = min(dilution, tpot_s * (target_s - decode_s) / (gain_s * target_prompts_s))
+    if step_s + 0.5 * gain_s >= target_s:
+        return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, dilution)
+    first_s = (target_s - step_s) / gain_s * decode_s + target_s
+    return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, first_s, target_prompts_s, dilution)
+
+
+def fixed_pace(model: Predictor, base: StepFeatures, tokens: int, decode_s: float, extra_s: float) -> Pace:
+    """Of steps that are limited by their tokens alone; tokens: those left for prompts."""
+    full = StepFeatures(base.tokens + max(tokens, 1), base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
+    step_s = model.predict(full).mean_s
+    prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
+    return Pace(decode_s, extra_s, float("inf"), prompts_s, 0.0, 0.0, step_s, prompts_s, step_s / prompts_s)

@@ -54,7 +54,7 @@ class PaperLens:
             if slot in begun:
                 step.extend(slot, count)
                 continue
-            reason = Reason.WAIT_ORDER if step.preempted else step.admissible(slot)
+            reason = Reason.WAIT_BLOCKS if step.preempted else step.admissible(slot)
             if reason is Reason.NONE:
                 step.admit(slot, count)
             else:

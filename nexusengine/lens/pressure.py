@@ -28,11 +28,7 @@ def to_take_back(step: Step, view: EngineView, taken_back_s: F8, now: float) -> 
     """The relegated prompt that gives its KV back to one whose promise can be kept: the newest that has begun, computes
     nothing in this step, and was not taken back within 10 s."""
     c = view.columns
-    candidates = [
-        slot
-        for slot in step.prompts
-        if step.reasons[slot] == Reason.RELEGATED
-        and not c.generated_tokens[slot]
-        and now - taken_back_s[slot] > _PAUSE_S
-    ]
-    return max(candidates, key=lambda slot: float(c.arrival_s[slot])) if candidates else None
+    begun = np.array(step.prompts, np.int32)
+    free = (step.reasons[begun] == Reason.RELEGATED) & (c.generated_tokens[begun] == 0)
+    candidates = begun[free & (taken_back_s[begun] < now - _PAUSE_S)]
+    return int(candidates[c.arrival_s[candidates].argmax()]) if len(candidates) else None

@@ -57,7 +57,7 @@ class Ordered(FCFS):
     def _fill(self, step: Step, order: list[int]) -> None:
         """The first newcomer that cannot start holds back the newcomers behind it."""
         begun = set(step.prompts)
-        held = Reason.WAIT_ORDER if step.preempted else Reason.NONE
+        held = Reason.WAIT_BLOCKS if step.preempted else Reason.NONE
         for slot in order:
             if slot in begun:
                 step.extend(slot)

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from nexusengine.lens.plan import Reason, StepPlan
-from nexusengine.lens.view import F8, I4, EngineView
+from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
 
 CHUNK_MAX = 2**31 - 1
+_NONE, _DECODE = Reason.NONE, int(Reason.DECODE)  # members of an enum are slow to look up
 
 
 class Step:
@@ -32,13 +33,15 @@ class Step:
         self.free_blocks = view.free_blocks
         self.seats = view.max_running - len(running)
         left = c.known_tokens[running] - c.computed_tokens[running]
-        self.decodes: I4 = running[left == 1]
-        prompts = running[left > 1]
-        self.prompts: list[int] = prompts.tolist()
+        decodes = left == 1
+        self.decodes: I4 = running[decodes]
+        self.prompts: list[int] = []
         self.preempted: list[int] = []
         self.reasons = np.zeros(len(c.known_tokens), np.int8)
         self._reserved = 0  # blocks that prompts which have begun will still take
-        if self.prompts:
+        if len(self.decodes) < len(running):
+            prompts = running[~decodes]
+            self.prompts = prompts.tolist()
             whole = -(-c.known_tokens[prompts] // view.block_size)
             self._reserved = int(np.maximum(whole - c.blocks[prompts], 0).sum())
         self._decode_rows: I4 = self.decodes[:0]
@@ -74,32 +77,36 @@ class Step:
 
     def take_decodes(self, victims: Iterable[int]) -> None:
         """Every decode; while blocks are missing, `victims` give way one after the other, but never the last."""
-        c, size = self.columns, self.view.block_size
-        short = c.computed_tokens[self.decodes] + 1 > c.blocks[self.decodes] * size
-        missing = int(short.sum())
+        rows, computed, short = self._short()
+        missing = int(np.count_nonzero(short))
         if missing > self.free_blocks:
             for victim in victims:
                 if missing <= self.free_blocks or len(self.decodes) + len(self.prompts) <= 1:
                     break
                 self.preempt(victim)
-                short = c.computed_tokens[self.decodes] + 1 > c.blocks[self.decodes] * size
-                missing = int(short.sum())
-        rows = self.decodes
+                rows, computed, short = self._short()
+                missing = int(np.count_nonzero(short))
         if missing > self.free_blocks:
-            out = rows[short][self.free_blocks :]
-            self.reasons[out] = Reason.WAIT_BLOCKS
-            rows = rows[~np.isin(rows, out)]
+            lacking = np.nonzero(short)[0][self.free_blocks :]
+            self.reasons[rows[lacking]] = Reason.WAIT_BLOCKS
+            rows, computed, short = np.delete(rows, lacking), np.delete(computed, lacking), np.delete(short, lacking)
             missing = self.free_blocks
         if len(rows) > self.tokens:
             self.reasons[rows[self.tokens :]] = Reason.WAIT_TOKENS
-            rows = rows[: self.tokens]
-            missing = int((c.computed_tokens[rows] + 1 > c.blocks[rows] * size).sum())
+            rows, computed = rows[: self.tokens], computed[: self.tokens]
+            missing = int(np.count_nonzero(short[: self.tokens]))
         self.free_blocks -= missing
         self.tokens -= len(rows)
-        self.reasons[rows] = Reason.DECODE
+        self.reasons[rows] = _DECODE
         self._decode_rows = rows
         self._taken += len(rows)
-        self._decode_kv_tokens += int(c.computed_tokens[rows].sum()) + len(rows)
+        self._decode_kv_tokens += int(computed.sum()) + len(rows)
+
+    def _short(self) -> tuple[I4, I4, Bools]:
+        """Decodes, their computed tokens, and which of them need a new block."""
+        c, rows = self.columns, self.decodes
+        computed = c.computed_tokens[rows]
+        return rows, computed, computed >= c.blocks[rows] * self.view.block_size
 
     def preempt(self, slot: int) -> None:
         """Take the KV of a running slot that is not in the step yet."""
@@ -206,16 +213,16 @@ class Step:
         notes: dict[str, float] | None = None,
         first_token_s: F8 | None = None,
     ) -> StepPlan:
-        slots = np.array(self._slots, np.int32)
-        counts = np.array(self._counts, np.int32)
-        if 1 in self._counts:
-            order = np.argsort(counts > 1, kind="stable")
-            slots, counts = slots[order], counts[order]
-        rows = self._decode_rows
+        slots, counts = self._decode_rows, np.ones(len(self._decode_rows), np.int32)
+        if self._slots:
+            chunks = np.array((self._slots, self._counts), np.int32)
+            if 1 in self._counts:
+                chunks = chunks[:, np.argsort(chunks[1] > 1, kind="stable")]
+            slots, counts = np.concatenate([slots, chunks[0]]), np.concatenate([counts, chunks[1]])
         time = self.view.model.predict(self.features)
         return StepPlan(
-            slots=np.concatenate([rows, slots]),
-            counts=np.concatenate([np.ones(len(rows), np.int32), counts]),
+            slots=slots,
+            counts=counts,
             predicted_s=time.mean_s,
             upper_s=time.upper_s,
             reasons=self.reasons,

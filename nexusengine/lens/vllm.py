@@ -38,7 +38,9 @@ class Vllm:
         step.take_decodes(view.running[::-1].tolist())
         for slot in step.prompts:
             step.extend(slot, self.longest_chunk)
-        if not step.preempted:
+        if step.preempted:
+            step.reasons[view.waiting] = Reason.WAIT_BLOCKS
+        else:
             self._admit(step, view)
         while step.empty and len(step.prompts) > 1:
             step.preempt(step.prompts[-1])

@@ -89,7 +89,7 @@ def outstanding(served: Served) -> dict[str, float]:
 
 def test_a_killed_worker_costs_only_what_it_was_streaming_and_comes_back(serve: Serve) -> None:
     served = serve("--devices", "emulated:t4,emulated:t4", "--max-running", "1")
-    streams = [Stream(served.url, 1500), Stream(served.url, 1500)]
+    streams = [Stream(served.url, 700), Stream(served.url, 700)]
     for stream in streams:
         stream.wait_for_tokens()
     waiting = Stream(served.url, 20)
@@ -111,7 +111,7 @@ def test_a_killed_worker_costs_only_what_it_was_streaming_and_comes_back(serve: 
 
 def test_an_answer_sent_whole_survives_the_worker_that_was_writing_it(serve: Serve) -> None:
     served = serve("--devices", "emulated:t4,emulated:t4")
-    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "seed": 7}
+    body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "seed": 7}
     expected = httpx.post(served.url + TEXT, json=body, timeout=60).json()["choices"][0]["text"]
     replies: list[httpx.Response] = []
     client = threading.Thread(target=lambda: replies.append(httpx.post(served.url + TEXT, json=body, timeout=120)))
@@ -130,7 +130,7 @@ def test_an_answer_sent_whole_survives_the_worker_that_was_writing_it(serve: Ser
     client.join(120)
     assert [r.status_code for r in replies] == [200]
     assert replies[0].json()["choices"][0]["text"] == expected
-    assert replies[0].json()["usage"]["completion_tokens"] == 400
+    assert replies[0].json()["usage"]["completion_tokens"] == 200
     wait_until(lambda: at_rest(served))
 
 
