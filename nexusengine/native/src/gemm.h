@@ -167,7 +167,8 @@ static void linear_float(const NexLinear& op, int threads) {
             for (int64_t t = 0; t < tiles.count; ++t)
                 copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
         } else {
-            copy_tile(op, 0, int(op.rows), copied);
+            for (int64_t t = 0; t < tiles.count; ++t)
+                copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < pairs * shares; ++task) {
