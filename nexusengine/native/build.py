@@ -25,7 +25,11 @@ from nexusengine.child import tied
 from nexusengine.loading.cache import cache_dir
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-ffp-contract=fast")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-ffp-contract=fast"),
+    # these two passes move loads out of the loops over registers and then spill the sums inside them
+    *("-fno-gcse", "-fno-tree-pre"),
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 SETS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -60,10 +60,9 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> P
     n, k = weight.shape
     scale = weight.abs().amax(dim=1) / 127
     q = torch.where(scale[:, None] > 0, weight / scale[:, None], 0.0).round().to(torch.int8)
-    totals = q.sum(dim=1, dtype=torch.float32)
     data = _groups(panels(F.pad(q, (0, -k % 4)), gated))
-    scales, sums = (panels(t, gated).flatten().contiguous() for t in (scale, totals))
-    return PackedWeight(n, k, structs.INT8, data, scales, sums, bias, int8_activations=True)
+    scales = panels(scale, gated).flatten().contiguous()
+    return PackedWeight(n, k, structs.INT8, data, scales, bias=bias, int8_activations=True)
 
 
 def pack_q4(blocks: Q4Blocks, bias: torch.Tensor | None, gated: bool) -> PackedWeight:

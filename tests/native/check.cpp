@@ -56,7 +56,7 @@ static double from_half(uint16_t h) {  // normal numbers only
 struct Packed {
     std::vector<double> plain;
     std::vector<char> data;
-    std::vector<float> scale, minimum;            // INT8: scales and sums of integers
+    std::vector<float> scale;                        // INT8
     std::vector<uint16_t> half_scale, half_minimum;  // Q4
     NexWeight w{};
 };
@@ -77,7 +77,7 @@ static Packed packed(int kind, int64_t n, int64_t k, bool gated) {
     if (kind == NEX_BF16) p.data.resize(size_t(panels * k * 32));
     if (kind == NEX_INT8) {
         p.data.resize(size_t(panels * groups * 64));
-        p.scale = noise(size_t(panels * 16)), p.minimum.resize(p.scale.size());
+        p.scale = noise(size_t(panels * 16));
     }
     if (kind == NEX_Q4) {
         p.data.resize(size_t(panels * k * 8));
@@ -101,7 +101,6 @@ static Packed packed(int kind, int64_t n, int64_t k, bool gated) {
                 } else if (kind == NEX_INT8) {
                     const int q = row < 0 ? 0 : byte(source);
                     p.data[size_t(((panel * groups + i / 4) * 16 + lane) * 4 + i % 4)] = char(q);
-                    p.minimum[size_t(panel * 16 + lane)] += float(q);
                     value = double(p.scale[size_t(panel * 16 + lane)]) * q;
                 } else {
                     const int q = row < 0 ? 0 : nibble(source);
@@ -114,7 +113,7 @@ static Packed packed(int kind, int64_t n, int64_t k, bool gated) {
             }
     const bool q4 = kind == NEX_Q4;
     p.w = {p.data.data(), q4 ? static_cast<const void*>(p.half_scale.data()) : p.scale.data(),
-           q4 ? static_cast<const void*>(p.half_minimum.data()) : p.minimum.data(), nullptr, n, k, kind, 0};
+           q4 ? p.half_minimum.data() : nullptr, nullptr, n, k, kind, 0};
     return p;
 }
 

@@ -11,7 +11,7 @@
 
 namespace {
 
-static constexpr int TILE_ROWS = W == 16 ? 12 : 6;
+static constexpr int TILE_ROWS = at_most(W == 16 ? 12 : 6);
 static constexpr int TASK_TILES = 20;        // most tiles a task: its sums fit the first-level cache
 static constexpr int PRIVATE_ROWS = 4;       // up to here every thread copies x for itself and none waits
 static constexpr int64_t WIDE = 1024, PIECE = 128;  // numbers of k at a time: float weights, unpacked weights
@@ -167,7 +167,8 @@ static void linear_float(const NexLinear& op, int threads) {
             for (int64_t t = 0; t < tiles.count; ++t)
                 copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
         } else {
-            copy_tile(op, 0, int(op.rows), copied);
+            for (int64_t t = 0; t < tiles.count; ++t)
+                copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < pairs * shares; ++task) {

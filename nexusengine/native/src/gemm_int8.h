@@ -1,9 +1,9 @@
 // Linear maps with integer arithmetic: rows of x are quantised to 8 bits on the fly and multiplied by weights of 8 or 4
 // bits. Same tasks and tiles as gemm.h, other inner loops.
 //
-//   INT8: x = a * scale of the row; sums over all of k stay integers, the scales of row and output come at the end.
-//   Q4:   x = a * scale of a block of 32 numbers; a block's integers are summed, then scaled into float sums. The
-//         minimum of a weight's block is multiplied by the sum of x's block.
+// x = a * scale of a block of 64 (INT8) or 32 (Q4) numbers of a row: one scale a row would lose what lies beside an
+// outlier. A block's products are summed as integers, then scaled into float sums. INT8 has one scale an output, which
+// comes at the end; Q4 has one a block, and a minimum that is multiplied by the sum of x's block.
 //
 // Four numbers of k go together: one 32-bit lane of an output's weights times four bytes of x.
 #pragma once
@@ -14,94 +14,104 @@ namespace {
 static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpacked at a time
 
 // ---- four products at a time, by instruction set -------------------------------------------------------------------
-// Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. LANES: accumulators a panel; Group: four numbers of x as they are
-// kept in a tile; OFFSET: added to x, taken off again through the sums of the weights.
+// Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. GROUPS: of four numbers in a block. LANES: accumulators a panel.
+// Group: four numbers of x as they are kept in a tile. begin: a sum before the first product, from the sum of x.
 
 #if defined(__AVX512VNNI__)
+// One side of the products is without sign: weights are moved up by 128, which is taken off again before it is added.
 struct Dot8 {
     typedef int32_t Group;
     typedef __m512i Sum;
-    static constexpr int LANES = 1, ROWS = 12, PANELS = 2, OFFSET = 128;
-    INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
+    static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2, GROUPS = 16;
+    INLINE Sum begin(int32_t x_sum) { return _mm512_set1_epi32(-128 * x_sum); }
+    INLINE __m512i weights(const int8_t* p, int) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
-    INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(s, x, w); }
-    INLINE void put(const Sum* s, int32_t* out) { _mm512_storeu_si512(out, s[0]); }
+    INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
+    INLINE vi total(const Sum* s, int) { return reinterpret_cast<vi>(s[0]); }
 };
 struct Dot4 : Dot8 {
-    static constexpr int ROWS = 10, OFFSET = 0;  // with 12 rows, sums would not stay in registers
-    INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
-    INLINE vi total(Sum s) { return reinterpret_cast<vi>(s); }
+    static constexpr int GROUPS = 8;
+    INLINE Sum begin(int32_t) { return Sum{}; }
+    INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
 };
 #elif defined(__AVX2__)
-// 8 bits by 8 bits do not fit the 16-bit sums of maddubs, so these are widened to 16 first.
+// 8 bits by 8 bits do not fit the 16-bit sums of maddubs, so these are widened to 16 first. Every sum is of two of the
+// four products: `total` adds neighbours.
 struct Dot8 {
     typedef int64_t Group;
-    static constexpr int OFFSET = 0;
+    static constexpr int GROUPS = 16;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
-    static constexpr int LANES = 2, ROWS = 12, PANELS = 1;
+    static constexpr int LANES = 2, ROWS = at_most(12), PANELS = 1;
     INLINE __m512i weights(const int8_t* p, int lane) {
         return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + lane));
     }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi64(g); }
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_add_epi32(s, _mm512_madd_epi16(w, x)); }
+    INLINE vi total(const Sum* s, int) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        return reinterpret_cast<vi>(_mm512_add_epi32(_mm512_permutex2var_epi32(s[0], even, s[1]),
+                                                     _mm512_permutex2var_epi32(s[0], odd, s[1])));
+    }
 #else
     typedef __m256i Sum;
-    static constexpr int LANES = 4, ROWS = 3, PANELS = 1;
+    static constexpr int LANES = 4, ROWS = at_most(2), PANELS = 1;
     INLINE __m256i weights(const int8_t* p, int lane) {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + lane));
     }
     INLINE __m256i numbers(Group g) { return _mm256_set1_epi64x(g); }
     INLINE Sum add(Sum s, __m256i w, __m256i x) { return _mm256_add_epi32(s, _mm256_madd_epi16(w, x)); }
-#endif
-    INLINE void put(const Sum* s, int32_t* out) {
-        int32_t pairs[2 * PANEL];
-        std::memcpy(pairs, s, sizeof(pairs));
-        for (int i = 0; i < PANEL; ++i) out[i] = pairs[2 * i] + pairs[2 * i + 1];
+    INLINE vi total(const Sum* s, int v) {
+        return reinterpret_cast<vi>(_mm256_permute4x64_epi64(_mm256_hadd_epi32(s[2 * v], s[2 * v + 1]), 0xd8));
     }
+#endif
+    INLINE Sum begin(int32_t) { return Sum{}; }
 };
 // 4 bits by 8 bits do fit: a whole block is summed in 16 bits (8 * 2 * 15 * 127 < 2^15).
 struct Dot4 {
     typedef int32_t Group;
-    static constexpr int OFFSET = 0;
+    static constexpr int GROUPS = 8;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
-    static constexpr int LANES = 1, ROWS = 12, PANELS = 2;
+    static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2;
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_add_epi16(s, _mm512_maddubs_epi16(w, x)); }
-    INLINE vi total(Sum s) { return reinterpret_cast<vi>(_mm512_madd_epi16(s, _mm512_set1_epi16(1))); }
+    INLINE vi total(const Sum* s, int) { return reinterpret_cast<vi>(_mm512_madd_epi16(s[0], _mm512_set1_epi16(1))); }
 #else
     typedef __m256i Sum;
-    static constexpr int LANES = 2, ROWS = 6, PANELS = 1;
+    static constexpr int LANES = 2, ROWS = at_most(6), PANELS = 1;
     INLINE __m256i weights(const int8_t* p, int lane) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + lane);
     }
     INLINE __m256i numbers(Group g) { return _mm256_set1_epi32(g); }
     INLINE Sum add(Sum s, __m256i w, __m256i x) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(w, x)); }
-    INLINE vi total(Sum s) { return reinterpret_cast<vi>(_mm256_madd_epi16(s, _mm256_set1_epi16(1))); }
+    INLINE vi total(const Sum* s, int v) { return reinterpret_cast<vi>(_mm256_madd_epi16(s[v], _mm256_set1_epi16(1))); }
 #endif
+    INLINE Sum begin(int32_t) { return Sum{}; }
 };
 #else
 struct Dot8 {
     typedef int32_t Group;
     typedef vi Sum;
-    static constexpr int LANES = 4, ROWS = 6, PANELS = 1, OFFSET = 0;
+    static constexpr int LANES = 4, ROWS = at_most(6), PANELS = 1, GROUPS = 16;
+    INLINE Sum begin(int32_t) { return Sum{}; }
     INLINE vi weights(const int8_t* p, int lane) { return bits(load(reinterpret_cast<const float*>(p) + lane * W)); }
     INLINE vi numbers(Group g) { return vi{} + g; }
     INLINE Sum add(Sum s, vi w, vi x) {
 #if defined(__ARM_FEATURE_DOTPROD)
         return vdotq_s32(s, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
 #else
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) s += ((w << (24 - 8 * j)) >> 24) * ((x << (24 - 8 * j)) >> 24);
+        each<4>(EACH(j) { s += ((w << (24 - 8 * j)) >> 24) * ((x << (24 - 8 * j)) >> 24); });
         return s;
 #endif
     }
-    INLINE void put(const Sum* s, int32_t* out) { std::memcpy(out, s, PANEL * 4); }
-    INLINE vi total(Sum s) { return s; }
+    INLINE vi total(const Sum* s, int v) { return s[v]; }
 };
-typedef Dot8 Dot4;
+struct Dot4 : Dot8 {
+    static constexpr int GROUPS = 8;
+};
 #endif
 
 // acc [ROWS][N] += tile [ROWS] times a group of panels [16][4], as many panels as the registers hold.
@@ -128,41 +138,50 @@ INLINE void add_group(const typename D::Group* tile, const int8_t* first, const 
     }
 }
 
-// sums [ROWS][32] = tile [groups][ROWS] times panels [groups][16][4].
-template <class D, int ROWS>
-static void multiply_integers(const typename D::Group* tile, int64_t groups, const int8_t* first, const int8_t* second,
-                              int32_t* sums) {
-    typename D::Sum acc[ROWS][D::PANELS * D::LANES] = {};
-    for (int64_t g = 0; g < groups; ++g)
-        add_group<D, ROWS>(tile + g * ROWS, first + g * 4 * PANEL, second + g * 4 * PANEL, acc);
-    each<ROWS>(EACH(r) {
-        each<D::PANELS>(EACH(p) {
-            typename D::Sum part[D::LANES];
-            each<D::LANES>(EACH(i) { part[i] = acc[r][p * D::LANES + i]; });
-            D::put(part, sums + r * 2 * PANEL + p * PANEL);
-        });
-    });
-}
+// What a tile of rows is multiplied by, for one or two panels. scales [blocks][16] of Q4, null for INT8.
+struct Panels {
+    const int8_t *first, *second;
+    const float *first_scales, *second_scales;
+};
 
-// sums [ROWS][32] += `blocks` blocks of 8 groups, each block scaled: by scale [blocks][16] of its outputs, by x_scale
-// [blocks][ROWS] of its rows.
+// sums [ROWS][32] += groups of x [groups][ROWS] times panels [groups][16][4], block by block: each scaled by x_scales
+// [blocks][ROWS], and by the panels' scales where they have any. x_sums [blocks][ROWS]: of the integers, for `begin`.
 template <class D, int ROWS>
-static void multiply_blocks(const typename D::Group* tile, int64_t blocks, const int8_t* first, const int8_t* second,
-                            const float* first_scale, const float* second_scale, const float* x_scale, float* sums) {
+static void multiply_blocks(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
+                            const float* x_sums, float* sums) {
     constexpr int N = D::PANELS * D::LANES;
-    for (int64_t b = 0; b < blocks; ++b) {
-        typename D::Sum acc[ROWS][N] = {};
-        for (int64_t g = 8 * b; g < 8 * b + 8; ++g)
-            add_group<D, ROWS>(tile + g * ROWS, first + g * 4 * PANEL, second + g * 4 * PANEL, acc);
-        each<N>(EACH(v) {
-            const vf scale = v < D::LANES ? load(first_scale + b * PANEL + v * W)
-                                          : load(second_scale + b * PANEL + (v - D::LANES) * W);
-            each<ROWS>(EACH(r) {
-                float* sum = sums + r * 2 * PANEL + v * W;
-                const vf found = __builtin_convertvector(D::total(acc[r][v]), vf) * scale;
-                store(sum, load(sum) + found * splat(x_scale[b * ROWS + r]));
+    for (int64_t from = 0, b = 0; from < groups; from += D::GROUPS, ++b) {
+        typename D::Sum acc[ROWS][N];
+        each<ROWS>(EACH(r) {
+            const auto start = D::begin(int32_t(x_sums[b * ROWS + r]));
+            each<N>(EACH(v) { acc[r][v] = start; });
+        });
+        const int64_t past = from + D::GROUPS < groups ? from + D::GROUPS : groups;
+        for (int64_t g = from; g < past; ++g)
+            add_group<D, ROWS>(tile + g * ROWS, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
+        // through memory: else the compiler has too few registers for what follows and takes them from the loop above
+        alignas(64) int32_t found[ROWS][D::PANELS * PANEL];
+        each<ROWS>(EACH(r) {
+            each<D::PANELS>(EACH(p) {
+                typename D::Sum part[D::LANES];
+                each<D::LANES>(EACH(i) { part[i] = acc[r][p * D::LANES + i]; });
+                each<PANEL_VECTORS>(EACH(v) {
+                    const vi total = D::total(part, v);
+                    std::memcpy(found[r] + p * PANEL + v * W, &total, sizeof(total));
+                });
             });
         });
+        __asm__ volatile("" ::: "memory");
+        for (int v = 0; v < D::PANELS * PANEL; v += W) {
+            const float* scales = v < PANEL ? w.first_scales + v : w.second_scales + v - PANEL;
+            const vf scale = D::GROUPS == 8 ? load(scales + b * PANEL) : vf{};
+            for (int r = 0; r < ROWS; ++r) {
+                vf value = __builtin_convertvector(bits(load(reinterpret_cast<const float*>(found[r] + v))), vf);
+                if (D::GROUPS == 8) value *= scale;
+                float* sum = sums + r * 2 * PANEL + v;
+                store(sum, load(sum) + value * splat(x_scales[b * ROWS + r]));
+            }
+        }
     }
 }
 
@@ -174,15 +193,8 @@ static void multiply_blocks(const typename D::Group* tile, int64_t blocks, const
     case R: return FUNCTION<D, (R <= D::ROWS ? R : 1)>;
 
 template <class D>
-static auto multiply_integers_for(int rows)
-    -> void (*)(const typename D::Group*, int64_t, const int8_t*, const int8_t*, int32_t*) {
-    switch (rows) { NEX_CASES(multiply_integers) }
-    return nullptr;
-}
-
-template <class D>
-static auto multiply_blocks_for(int rows) -> void (*)(const typename D::Group*, int64_t, const int8_t*, const int8_t*,
-                                                      const float*, const float*, const float*, float*) {
+static auto multiply_blocks_for(int rows)
+    -> void (*)(const typename D::Group*, int64_t, const Panels&, const float*, const float*, float*) {
     switch (rows) { NEX_CASES(multiply_blocks) }
     return nullptr;
 }
@@ -199,18 +211,18 @@ INLINE void put_group(int64_t* to, const int32_t* four) {
     std::memcpy(to, narrow, 8);
 }
 
-// Where a tile's integers, scales and block sums lie. blocks: 1 for INT8, k / 32 for Q4.
+// Where a tile's integers, scales and block sums lie.
 template <class D>
 struct IntegerTile {
     typename D::Group* groups;  // [k / 4][height]
     float* scales;              // [blocks][height]
-    float* totals;              // [blocks][height]: scale times the sum of the integers
+    float* totals;              // [blocks][height]: the sum of the integers; Q4: times the scale
 };
 
 // Rows of x, normalised, as integers of `block` numbers a scale. A block with a NaN or an infinity gets a NaN for a scale.
 template <class D>
-static void quantise_tile(const NexLinear& op, int64_t row, int height, int64_t block, float* line, const IntegerTile<D>& to) {
-    const int64_t k = op.weight->k, filled = round_up(k, 64);
+static void quantise_tile(const NexLinear& op, int64_t row, int height, float* line, const IntegerTile<D>& to) {
+    const int64_t k = op.weight->k, filled = round_up(k, 64), block = 4 * D::GROUPS;
     for (int r = 0; r < height; ++r) {
         const float* x = op.x + (row + r) * op.x_stride;
         const float factor = op.norm == nullptr ? 1.0f : inverse_rms(x, k, op.eps);
@@ -235,12 +247,11 @@ static void quantise_tile(const NexLinear& op, int64_t row, int height, int64_t 
                 vi q = bits(v * inverse + round) - bits(round);
                 total += q;
                 int32_t numbers[W];
-                q += D::OFFSET;
                 std::memcpy(numbers, &q, sizeof(q));
                 for (int j = 0; j < W && i + j < end; j += 4) put_group(to.groups + (i + j) / 4 * height + r, numbers + j);
             }
             to.scales[b * height + r] = scale;
-            to.totals[b * height + r] = sum(__builtin_convertvector(total, vf)) * scale;
+            to.totals[b * height + r] = sum(__builtin_convertvector(total, vf)) * (D::GROUPS == 8 ? scale : 1.0f);
         }
     }
 }
@@ -268,30 +279,37 @@ struct IntegerScratch {
     int8_t* numbers;
 };
 
+// sums of a tile += its integers times a pair of panels; one panel at a time where the registers hold no more.
+template <class D>
+static void multiply_panels(int height, const typename D::Group* tile, int64_t groups, Panels w, const float* x_scales,
+                            const float* x_sums, float* sums) {
+    auto kernel = multiply_blocks_for<D>(height);
+    const Panels other{w.second, w.second, w.second_scales, w.second_scales};
+    if (w.second == nullptr) w.second = w.first, w.second_scales = w.first_scales;  // into columns that do not matter
+    kernel(tile, groups, w, x_scales, x_sums, sums);
+    if (other.first != nullptr && D::PANELS == 1) kernel(tile, groups, other, x_scales, x_sums, sums + PANEL);
+}
+
 template <class D>
 static void int8_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t first, int64_t second,
                       int64_t t0, int64_t t1, float* sums) {
     const NexWeight& w = *op.weight;
     const int64_t groups = (w.k + 3) / 4;
-    const int8_t *a = static_cast<const int8_t*>(w.data) + first * groups * 4 * PANEL, *b = nullptr;
-    if (second >= 0) b = static_cast<const int8_t*>(w.data) + second * groups * 4 * PANEL;
-    const float *scale = static_cast<const float*>(w.scale), *total = static_cast<const float*>(w.minimum);
+    const int8_t* data = static_cast<const int8_t*>(w.data);
+    const float* scales = static_cast<const float*>(w.scale);
+    const Panels panels{data + first * groups * 4 * PANEL, second >= 0 ? data + second * groups * 4 * PANEL : nullptr,
+                        nullptr, nullptr};
     for (int64_t t = t0; t < t1; ++t) {
         const int height = tiles.height(t);
         float* out = sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
-        alignas(64) int32_t found[12 * 2 * PANEL];
-        auto kernel = multiply_integers_for<D>(height);
-        kernel(copied[t].groups, groups, a, b != nullptr ? b : a, found);
-        if (b != nullptr && D::PANELS == 1) kernel(copied[t].groups, groups, b, b, found + PANEL);
-        for (int p = 0; p < (b != nullptr ? 2 : 1); ++p)
+        std::memset(out, 0, size_t(height) * 2 * PANEL * 4);
+        multiply_panels<D>(height, copied[t].groups, groups, panels, copied[t].scales, copied[t].totals, out);
+        for (int p = 0; p < (second >= 0 ? 2 : 1); ++p)
             for (int v = 0; v < PANEL; v += W) {
-                const int64_t at = (p == 0 ? first : second) * PANEL + v;
-                const vf factor = load(scale + at), off = load(total + at) * float(D::OFFSET);
+                const vf scale = load(scales + (p == 0 ? first : second) * PANEL + v);
                 for (int r = 0; r < height; ++r) {
-                    const int64_t i = r * 2 * PANEL + p * PANEL + v;
-                    // both are whole numbers, exact in 32 bits; only their difference is rounded
-                    vi whole = bits(load(reinterpret_cast<const float*>(found) + i)) - __builtin_convertvector(off, vi);
-                    store(out + i, __builtin_convertvector(whole, vf) * factor * copied[t].scales[r]);
+                    float* sum = out + r * 2 * PANEL + p * PANEL + v;
+                    store(sum, load(sum) * scale);
                 }
             }
     }
@@ -302,27 +320,23 @@ static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D
                     int64_t t0, int64_t t1, const IntegerScratch& s) {
     const NexWeight& w = *op.weight;
     constexpr int64_t BLOCKS = BLOCK_PIECE / 32 * PANEL;
+    const bool two = second >= 0;
+    const Panels panels{s.numbers, two ? s.numbers + BLOCK_PIECE * PANEL : nullptr, s.scales, two ? s.scales + BLOCKS : nullptr};
     for (int64_t k = 0; k < w.k; k += BLOCK_PIECE) {
         const int64_t count = w.k - k < BLOCK_PIECE ? w.k - k : BLOCK_PIECE, block = k / 32, blocks = count / 32;
-        for (int p = 0; p < (second >= 0 ? 2 : 1); ++p) {
+        for (int p = 0; p < (two ? 2 : 1); ++p) {
             const int64_t panel = p == 0 ? first : second, at = (panel * (w.k / 32) + block) * PANEL;
             unpack_integers(w, panel, k, count, s.numbers + p * BLOCK_PIECE * PANEL);
             unpack_halves(w.scale, at, blocks * PANEL, s.scales + p * BLOCKS);
             unpack_halves(w.minimum, at, blocks * PANEL, s.minima + p * BLOCKS);
         }
-        const int8_t *a = s.numbers, *b = second >= 0 ? a + BLOCK_PIECE * PANEL : nullptr;
         for (int64_t t = t0; t < t1; ++t) {
             const int height = tiles.height(t);
             float* out = s.sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
+            const float *scales = copied[t].scales + block * height, *totals = copied[t].totals + block * height;
             // the minima times the sums of x: an ordinary product over blocks
-            multiply_pair(height, copied[t].totals + block * height, blocks, s.minima, b != nullptr ? s.minima + BLOCKS : nullptr,
-                          out, k > 0);
-            auto kernel = multiply_blocks_for<D>(height);
-            const auto* groups = copied[t].groups + k / 4 * height;
-            const float* scales = copied[t].scales + block * height;
-            kernel(groups, blocks, a, b != nullptr ? b : a, s.scales, b != nullptr ? s.scales + BLOCKS : s.scales, scales, out);
-            if (b != nullptr && D::PANELS == 1)
-                kernel(groups, blocks, b, b, s.scales + BLOCKS, s.scales + BLOCKS, scales, out + PANEL);
+            multiply_pair(height, totals, blocks, s.minima, two ? s.minima + BLOCKS : nullptr, out, k > 0);
+            multiply_panels<D>(height, copied[t].groups + k / 4 * height, count / 4, panels, scales, totals, out);
         }
     }
 }
@@ -333,8 +347,7 @@ static void linear_integers(const NexLinear& op, int threads) {
     const Tiles tiles(op.rows, D::ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
     const int64_t shares = shares_of(tiles, pairs, threads);
-    const int64_t block = Q4 ? 32 : w.k, blocks = Q4 ? w.k / 32 : 1;
-    const int64_t groups = (w.k + 3) / 4;
+    const int64_t groups = (w.k + 3) / 4, blocks = (groups + D::GROUPS - 1) / D::GROUPS;
     const bool shared = op.rows > PRIVATE_ROWS;
     // every tile: its groups, then scales and totals
     const int64_t row_bytes = round_up(groups * int64_t(sizeof(typename D::Group)) + 8 * blocks, 8);
@@ -366,11 +379,11 @@ static void linear_integers(const NexLinear& op, int threads) {
         if (shared) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tiles.count; ++t)
-                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), block, line, mine[t]);
+                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, mine[t]);
         } else {
             mine = lay_out(memory + 4 * floats + numbers);
             for (int64_t t = 0; t < tiles.count; ++t)
-                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), block, line, mine[t]);
+                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, mine[t]);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < pairs * shares; ++task) {

@@ -39,6 +39,12 @@ template <int N, class F>
 INLINE void each(F f) { each_of(f, std::make_integer_sequence<int, N>{}); }
 #define EACH(i) [&](auto i) __attribute__((always_inline))
 
+// Rows of a tile; a build with sanitizers, where every variant takes long to compile, has tiles of fewer.
+#ifndef NEX_MOST_ROWS
+#define NEX_MOST_ROWS 12
+#endif
+constexpr int at_most(int rows) { return rows < NEX_MOST_ROWS ? rows : NEX_MOST_ROWS; }
+
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }

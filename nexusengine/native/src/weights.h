@@ -1,8 +1,7 @@
 // Packed weights: rows (outputs) in panels of 16, so that 16 outputs are computed side by side; the last panel is filled
 // up with zeros. Layout of a panel, k running first:
 //   F32, BF16   [k][16]
-//   INT8        [k / 4][16][4], k filled up to a multiple of 4; scale float [n]; minimum: the sum of each row's integers
-//               as float [n]
+//   INT8        [k / 4][16][4], k filled up to a multiple of 4; scale float [n]
 //   Q4          [k / 8][16][4] bytes: the low half of byte j is number 8 i + j, the high half number 8 i + 4 + j;
 //               scale and minimum half precision [k / 32][16]: number = scale * q + minimum. k is a multiple of 32.
 // A weight used with NEX_GATED is two halves, each in panels of its own.
