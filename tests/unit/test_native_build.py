@@ -121,7 +121,7 @@ def test_no_compiler_outlives_the_process_that_builds(tmp_path: Path) -> None:
             assert time.monotonic() < until_s, "no compiler was seen"
             compilers = builder.children(recursive=True)
         builder.kill()
-    until_s = time.monotonic() + 2.0
+    until_s = time.monotonic() + 10.0
     while any(map(runs, compilers)):
         assert time.monotonic() < until_s, "a compiler still runs"
         time.sleep(0.02)
