@@ -35,12 +35,12 @@ LONG_SHARE, LONG_TOKENS = 0.1, (8_000, 64_000)  # of the long-prompt mix: log-un
 MAX_BATCH_TOKENS = 8192
 
 STATIC: dict[str, tuple[str, ...]] = {
-    "fcfs": tuple(f"fcfs:budget={b}" for b in (256, 512, 768, 1024, 2048, 4096, 8192)),
+    "fcfs": tuple(f"fcfs:budget={b}" for b in (256, 512, 1024, 2048, 4096, 8192)),
     "prefill-first": tuple(f"prefill-first:budget={b}" for b in (2048, 8192)),
 }
-"""Policies that know neither promises nor step times; chunked prefill with a budget of 256 to 768 is Sarathi's."""
+"""Policies that know neither promises nor step times; chunked prefill with a budget of 256 or 512 is Sarathi's."""
 ORDERED: dict[str, tuple[str, ...]] = {
-    "edf": tuple(f"edf:budget={b},relegate={r}" for b in (512, 1024, 2048) for r in (0, 1)),
+    "edf": tuple(f"edf:budget={b},relegate=1" for b in (512, 1024, 2048)),
     "srpt": tuple(f"srpt:budget={b}" for b in (512, 1024, 2048)),
 }
 ABLATIONS: dict[str, tuple[str, str]] = {
@@ -82,12 +82,14 @@ KEPT = (
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """make: writes the trace into a folder, from the folder of traces, and returns its path."""
+    """make: writes the trace into a folder, from the folder of traces, and returns its path. guess_rps: where searches
+    for a goodput begin."""
 
     make: Callable[[Path, Path], Path]
+    guess_rps: float
     arrivals: str = "poisson"
     classes: str = "interactive"
-    duration_s: float = 180.0
+    duration_s: float = 120.0
 
 
 def _given(name: str) -> Callable[[Path, Path], Path]:
@@ -135,21 +137,21 @@ def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 DEVELOPMENT = {
-    "azure": Workload(_half(False), "trace"),
-    "bursty": Workload(_half(False), "gamma:2.5"),
-    "sharegpt": Workload(_given(SHAREGPT)),
-    "long": Workload(_long(False), duration_s=600.0),
-    "mixed": Workload(_half(False), classes="mixed"),
-    "servegen": Workload(_given("servegen/m_small.jsonl.gz"), "trace"),
+    "azure": Workload(_half(False), 10.0, "trace"),
+    "bursty": Workload(_half(False), 8.0, "gamma:2.5"),
+    "sharegpt": Workload(_given(SHAREGPT), 20.0),
+    "long": Workload(_long(False), 3.0, duration_s=480.0),
+    "mixed": Workload(_half(False), 10.0, classes="mixed"),
+    "servegen": Workload(_given("servegen/m_small.jsonl.gz"), 100.0, "trace", duration_s=60.0),
 }
 UNSEEN = {
-    "azure-2": Workload(_half(True), "trace"),
-    "bursty-2": Workload(_half(True), "gamma:2.5"),
-    "arxiv": Workload(_given("arxiv_summarization_lengths_llama2.csv.gz")),
-    "long-2": Workload(_long(True), duration_s=600.0),
-    "mixed-2": Workload(_half(True), classes="mixed"),
-    "mooncake": Workload(_given("mooncake_conversation.jsonl.gz"), "trace", duration_s=600.0),
-    "servegen-large": Workload(_given("servegen/m_large.jsonl.gz"), "trace"),
+    "azure-2": Workload(_half(True), 10.0, "trace"),
+    "bursty-2": Workload(_half(True), 8.0, "gamma:2.5"),
+    "arxiv": Workload(_given("arxiv_summarization_lengths_llama2.csv.gz"), 2.0),
+    "long-2": Workload(_long(True), 3.0, duration_s=480.0),
+    "mixed-2": Workload(_half(True), 10.0, classes="mixed"),
+    "mooncake": Workload(_given("mooncake_conversation.jsonl.gz"), 1.0, "trace", duration_s=480.0),
+    "servegen-large": Workload(_given("servegen/m_large.jsonl.gz"), 50.0, "trace", duration_s=60.0),
 }
 WORKLOADS = {**DEVELOPMENT, **UNSEEN}
 
@@ -159,8 +161,8 @@ WORKLOADS = {**DEVELOPMENT, **UNSEEN}
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """key: of its result in the JSON file. rates: of single simulations; None: search for the goodput from
-    first_rate_rps."""
+    """key: of its result in the JSON file. rate_rps: of single simulations; None: search for the goodput from
+    first_rate_rps by `growth`, see sim.goodput."""
 
     key: tuple[str, ...]
     spec: SimSpec
@@ -168,11 +170,18 @@ class Task:
     rate_rps: float | None
     precision: float = 0.02
     first_rate_rps: float = 1.0
+    growth: float = 2.0
 
 
 def run(task: Task) -> dict[str, Any]:
     if task.rate_rps is None:
-        found = goodput(task.spec, seeds=task.seeds, precision=task.precision, first_rate_rps=task.first_rate_rps)
+        found = goodput(
+            task.spec,
+            seeds=task.seeds,
+            precision=task.precision,
+            first_rate_rps=task.first_rate_rps,
+            growth=task.growth,
+        )
         return {"goodput_rps": found.rate_rps, "tried": len(found.tried), "seeds": list(task.seeds)}
     runs = [simulate(replace(task.spec, rate_rps=task.rate_rps, seed=seed)).metrics for seed in task.seeds]
     result: dict[str, Any] = {"rate_rps": task.rate_rps, "seeds": list(task.seeds)}
@@ -228,6 +237,20 @@ class Bench:
         short = {k: v for k, v in result.items() if isinstance(v, int | float)}
         print("|".join(task.key), {k: float(f"{v:.4g}") for k, v in short.items()}, flush=True)
 
+    def _search(
+        self,
+        stage: str,
+        device: str,
+        workload: str,
+        engine: str,
+        seeds: tuple[int, ...],
+        guess_rps: float,
+        growth: float,
+        precision: float,
+    ) -> Task:
+        spec = self.spec(device, workload, engine)
+        return Task((stage, device, workload, engine), spec, seeds, None, precision, guess_rps, growth)
+
     def tuned(self, device: str, workload: str, family: str) -> str:
         """The options with the highest goodput; of equals the first."""
         specs = {**STATIC, **ORDERED}[family]
@@ -255,14 +278,16 @@ class Bench:
 
         if name == "tune":
             return [
-                Task((name, device, workload, s), self.spec(device, workload, s), args.tune_seeds, None, 0.05)
+                self._search(name, device, workload, s, args.tune_seeds, WORKLOADS[workload].guess_rps, 1.5, 0.05)
                 for specs in (STATIC | ORDERED).values()
                 for s in specs
             ]
         if name == "goodput":
+            tuned = {s: self.found("tune", device, workload, s) for s in self.policies(device, workload)}
+            rates = {s: t["goodput_rps"] for s, t in tuned.items() if t}
+            other = max(*rates.values(), WORKLOADS[workload].guess_rps / 10)
             return [
-                Task((name, device, workload, s), self.spec(device, workload, s), args.seeds, None)
-                for s in self.policies(device, workload)
+                self._search(name, device, workload, s, args.seeds, rates.get(s) or other, 1.1, 0.02) for s in tuned
             ]
         best, rate_rps = self.best_static(device, workload)
         lens_rps = self.found("goodput", device, workload, "lens")["goodput_rps"]

@@ -3,9 +3,10 @@
 The rule: a rate holds if at least `target` of all offered requests meet their SLO AND at least `longest_decile` of the
 tenth with the longest prompts do (means over the seeds). Goodput is the highest rate tried that holds, with none among
 those tried below it that does not. So where attainment rises again after a fall, only what lies before the fall counts.
-From a first rate the search doubles until a rate does not hold (or halves until one does), then bisects until the two
-ends of the bracket differ by less than `precision` of the lower; the lower one is the answer. All rates of a seed see
-the same lengths and the same pattern of arrivals, faster or slower.
+From a first rate the search doubles until a rate does not hold (or halves until one does; in smaller steps at first
+where that rate is a good guess), then bisects until the two ends of the bracket differ by less than `precision` of the
+lower; the lower one is the answer. All rates of a seed see the same lengths and the same pattern of arrivals, faster or
+slower.
 """
 
 from __future__ import annotations
@@ -82,26 +83,32 @@ def goodput(
     seeds: Sequence[int] | None = None,
     precision: float = 0.02,
     first_rate_rps: float | None = None,
+    growth: float = 2.0,
     load_profile: LoadProfile | None = None,
     progress: Callable[[Tried], None] = lambda tried: None,
 ) -> Goodput:
-    """Search from `first_rate_rps`, by default half a request a second and device. Raises ConfigError."""
+    """Search from `first_rate_rps`, by default half a request a second and device. growth: the first
+    factor, 1.1 say where that rate is a good guess; each further one is the square of the one before, at most 2. Raises
+    ConfigError."""
     for name, share in (("target", target), ("longest_decile", longest_decile)):
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"{name} must be between 0 and 1, got {share}", param=name)
     if not 0.001 <= precision <= 0.5:
         raise ConfigError(f"precision must be between 0.001 and 0.5, got {precision}", param="precision")
+    if not 1.01 <= growth <= 2.0:
+        raise ConfigError(f"growth must be between 1.01 and 2, got {growth}", param="growth")
     search = _Search(spec, target, longest_decile, seeds or [spec.seed], load_profile, progress)
     rate = first_rate_rps or 0.5 * len(parse_devices(spec.devices))
     lowest = _FEWEST_REQUESTS / (spec.duration_s or 600.0)
     low = high = 0.0
     while low == 0.0 or high == 0.0:
         if search.holds(rate):
-            low, rate = rate, 2.0 * rate
+            low, rate = rate, growth * rate
         else:
-            high, rate = rate, 0.5 * rate
+            high, rate = rate, rate / growth
             if low == 0.0 and rate < lowest:
                 return Goodput(0.0, tuple(search.tried), {})
+        growth = min(growth * growth, 2.0)
         if len(search.tried) > _MOST_DOUBLINGS:
             raise ConfigError(f"{rate:g} requests/s still hold; the search began too low", param="rate")
     while high - low > precision * low:

@@ -50,6 +50,14 @@ def test_it_finds_where_a_falling_curve_crosses_the_target(monkeypatch: pytest.M
     assert found.metrics["rate"] == found.rate_rps
 
 
+def test_a_good_guess_is_searched_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_curve(monkeypatch, lambda r: (1.0 if r <= 3.1 else 0.5, 1.0))
+    assert goodput(SPEC, first_rate_rps=3.0, growth=1.1).rate_rps == pytest.approx(3.1, rel=0.03)
+    assert all(2.9 < rate < 3.4 for rate in asked)
+    assert len(asked) < 6
+    assert goodput(SPEC, first_rate_rps=60.0, growth=1.1).rate_rps == pytest.approx(3.1, rel=0.03)
+
+
 def test_the_longest_tenth_can_be_what_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     with_curve(monkeypatch, lambda r: (1.0 if r < 6 else 0.0, 1.0 if r < 2 else 0.7))
     assert goodput(SPEC).rate_rps == pytest.approx(2.0, rel=0.03)
@@ -87,7 +95,9 @@ def test_means_over_seeds_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert goodput(SPEC, seeds=[1]).rate_rps == 0.0
 
 
-@pytest.mark.parametrize(("key", "value"), [("target", 1.2), ("longest_decile", -0.1), ("precision", 0.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("target", 1.2), ("longest_decile", -0.1), ("precision", 0.0), ("growth", 1.0)]
+)
 def test_senseless_targets_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         goodput(SPEC, **{key: value})  # type: ignore[arg-type]
