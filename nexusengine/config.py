@@ -215,7 +215,7 @@ class EngineConfig:
         256, "most sequences with KV at a time in a worker", parse=whole(1, 4096), group="scheduling"
     )
     max_waiting: int = setting(1024, "most requests waiting in a worker", parse=whole(1, 100_000), group="scheduling")
-    scheduler: str = setting("fcfs", "engine policy, name or name:key=value,...", group="scheduling", metavar="NAME")
+    scheduler: str = setting("lens", "engine policy, name or name:key=value,...", group="scheduling", metavar="NAME")
     slo_classes: str | None = setting(
         None,
         "TOML file with the latency classes that requests can name; default: interactive, standard and batch",

@@ -78,7 +78,7 @@ class Behind:
                 return reason is Reason.WAIT_TIME or self._owed_s < most_s
         if step.taken > before:
             step.reasons[slot] = _AGED
-            self._owed_s -= (step.taken - before) * per_token_s
+            self._owed_s = max(self._owed_s - (step.taken - before) * per_token_s, 0.0)
         return newcomers
 
     def leftover(self, fill: Fill, view: EngineView, behind: I4, newcomers: bool) -> None:

@@ -133,7 +133,7 @@ def pace_of(
     target_s = min(keep * cap_s, decode_s + saving * extra_s)
     if not saving or gain_s < _LEAST_GAIN_S or limit.tightest_tpot_s == float("inf") or target_s <= tpot_s:
         return Pace(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, hasty, hasty)
-    target_prompts_s = target_s - decode_s - extra_s
+    target_prompts_s = max(target_s - decode_s - extra_s, _LEAST_SHARE * target_s)  # the cap may leave less than that
     dilution = min(dilution, tpot_s * (target_s - decode_s) / (gain_s * target_prompts_s))
     if step_s + 0.5 * gain_s >= target_s:
         return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, dilution, hasty)

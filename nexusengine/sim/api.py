@@ -50,7 +50,7 @@ class SimSpec:
     rate_rps: float | None = None
     duration_s: float | None = None
     model: str = "llama-3.1-8b"
-    engine: str = "fcfs"
+    engine: str = "lens"
     router: str = "least-outstanding"
     classes: str = "interactive"
     seed: int = 0

@@ -207,6 +207,13 @@ def test_nothing_is_saved_up_where_mixing_is_cheap_or_the_target_is_reached() ->
     assert not pace(0.05, decode_s=0.049).saves
 
 
+@pytest.mark.parametrize("extra_s", [0.03, 0.1, 0.3])
+def test_prompts_have_a_little_time_however_dear_mixed_steps_are(extra_s: float) -> None:
+    p = pace(0.05, extra_s=extra_s)
+    assert min(p.prompts_s, p.first_prompts_s) > 0
+    assert 1 < p.dilution <= p.hasty_dilution
+
+
 def test_work_until_and_time_for_are_inverses_behind_the_first_step() -> None:
     p = pace(0.05)
     work_s = np.array([0.08, 0.2, 1.0])
