@@ -21,7 +21,8 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    device_name: what its maker calls the device, where that is known.
+    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while one
+    is in flight.
     """
 
     device: str
@@ -35,6 +36,7 @@ class ExecutorSpec:
     weights_bytes: int
     kv_bytes: int
     device_name: str = ""
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,18 @@ class ExecutorOptions:
 
 
 class Executor(Protocol):
-    """Computes steps, one at a time. `submit` may return before the device is done; `collect` waits for it."""
+    """Computes steps, one at a time, in the order they were submitted. `submit` may return before the device is done;
+    `collect` waits for it."""
 
     spec: ExecutorSpec
 
     def submit(self, batch: StepBatch) -> None:
-        """Start a step. At most one step is in flight; the batch's arrays may be reused once this returns."""
+        """Start a step. At most one step is in flight, or two where steps overlap; the batch's arrays may be reused once
+        this returns."""
         ...
 
     def collect(self) -> StepResult:
-        """The result of the step submitted last."""
+        """The result of the oldest step in flight."""
         ...
 
     def close(self) -> None:
