@@ -40,7 +40,10 @@ def made_up_logprobs(tokens: np.ndarray, wanted: int) -> SampledLogprobs:
 
 class FakeExecutor:
     """Keeps token ids where a model keeps K and V, and computes from what the block tables lead to: any mistake in
-    blocks, positions or prefix reuse changes the answer or fails an assertion. step_s: virtual seconds a step takes. overlaps: holds two steps."""
+    blocks, positions or prefix reuse changes the answer or fails an assertion.
+
+    step_s: virtual seconds a step takes. overlaps: holds two steps.
+    """
 
     def __init__(
         self,

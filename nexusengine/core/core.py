@@ -683,7 +683,10 @@ class EngineCore:
             raise InternalError("a slot is lost, or free and in use")
         for slot, state in self._by_slot.items():
             known, computed = int(c.known_tokens[slot]), int(c.computed_tokens[slot])
-            generated, in_flight = int(c.generated_tokens[slot]), sum(any(s is state for s in f.states) for f in self._flights)
+            generated, in_flight = (
+                int(c.generated_tokens[slot]),
+                sum(any(s is state for s in f.states) for f in self._flights),
+            )
             if known != state.known + state.pending or known != state.prompt_tokens + generated:
                 raise InternalError(
                     f"slot {slot}: {known} tokens in its column, {state.known} and {state.pending} pending in its state"

@@ -12,8 +12,9 @@ from nexusengine.types import EngineRequest, Timings
 
 @dataclass(slots=True)
 class RequestState:
-    """tokens[:known] are prompt and output so far; hashes name its full blocks as far as they are known. pending: tokens that were
-    sampled, or will be, by steps in flight: not in `tokens` yet."""
+    """tokens[:known] are prompt and output so far; hashes name its full blocks as far as they are known.
+
+    pending: tokens that steps in flight sample; they are not in `tokens` yet."""
 
     request: EngineRequest
     slot: int

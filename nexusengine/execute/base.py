@@ -21,8 +21,8 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while one
-    is in flight.
+    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
+    one is in flight.
     """
 
     device: str
@@ -44,7 +44,8 @@ class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
     kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
-    name, so that emulated devices do not all scatter alike.
+    name, so that emulated devices do not all scatter alike. overlap: take a second step while one is in flight; by
+    default where the device works beside the host. enforce_eager: no CUDA graphs.
     """
 
     dtype: str | None = None
@@ -57,6 +58,8 @@ class ExecutorOptions:
     attention_backend: str | None = None
     seed: int = 0
     worker: str = ""
+    overlap: bool | None = None
+    enforce_eager: bool = False
 
 
 class Executor(Protocol):
@@ -66,8 +69,8 @@ class Executor(Protocol):
     spec: ExecutorSpec
 
     def submit(self, batch: StepBatch) -> None:
-        """Start a step. At most one step is in flight, or two where steps overlap; the batch's arrays may be reused once
-        this returns."""
+        """Start a step. At most one step is in flight, or two where steps overlap; the batch's arrays may be reused
+        once this returns."""
         ...
 
     def collect(self) -> StepResult:

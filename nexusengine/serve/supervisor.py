@@ -22,9 +22,11 @@ from typing import IO
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import ConfigError, NexusError, Unavailable
+from nexusengine.gpus import Gpu, visible
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
+from nexusengine.serve.gpu import PINNED
 from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -101,8 +103,9 @@ class Supervisor:
                 "nexusengine.server.main",
                 lambda: {**common, "config": {**common["config"], "port": self._port}},
             )
+        gpus = visible() if any(d.kind == "cuda" for d in self.devices) else ()
         for name, device in zip(names, self.devices, strict=True):
-            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
+            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, worker_environ(device, gpus))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
                 **inside,
                 **name,
@@ -315,6 +318,12 @@ def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
     return folder, lock
 
 
-def _threads(device: DeviceSpec) -> dict[str, str]:
-    """A CPU worker's thread count must be known to OpenMP before torch is imported."""
-    return {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+def worker_environ(device: DeviceSpec, gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """What has to be known before torch is imported. A CPU worker: its thread count. A GPU's: that GPU alone, by its
+    UUID, so that nothing depends on the order in which libraries count them; there it is device 0. gpus: by index;
+    where the driver does not show the device, the worker sees them all and says itself what is wrong."""
+    if device.threads:
+        return {"OMP_NUM_THREADS": str(device.threads)}
+    if device.kind == "cuda" and (device.index or 0) < len(gpus):
+        return {"CUDA_VISIBLE_DEVICES": gpus[device.index or 0].uuid, PINNED: "1"}
+    return {}

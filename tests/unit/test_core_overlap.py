@@ -11,7 +11,8 @@ from tests.fakes import FakeExecutor, continuation, make_core, request, run
 def test_a_step_is_submitted_before_the_one_before_it_is_collected() -> None:
     core = make_core(FakeExecutor(overlaps=True))
     core.add(request("a", [1, 2, 3], max_tokens=3))
-    assert core.step() == [] and len(core.executor.batches) == 1  # type: ignore[attr-defined]
+    assert core.step() == []
+    assert len(core.executor.batches) == 1
     (delta,) = core.step()
     assert delta.token_ids == tuple(continuation([1, 2, 3], 1))
     assert len(core.executor.batches) == 2  # type: ignore[attr-defined]
@@ -34,7 +35,8 @@ def test_a_row_that_stopped_is_computed_once_in_vain_and_its_token_dropped() -> 
     core = make_core(executor)
     core.add(request("a", [5, 6], sampling=sampling))
     tokens, last = run(core)["a"]
-    assert tokens == expected[: expected.index(end)] and last.finish_reason == "stop"
+    assert tokens == expected[: expected.index(end)]
+    assert last.finish_reason == "stop"
     assert len(executor.batches) == expected.index(end) + 2
     assert core.stats().generated_tokens == expected.index(end) + 1
     assert core.stats().kv_used_blocks == 0
@@ -48,7 +50,8 @@ def test_the_slot_of_a_request_aborted_in_flight_serves_the_next_one() -> None:
     assert core.abort("a") is not None
     core.add(request("b", [4, 4, 4, 4, 4], max_tokens=4))
     tokens, last = run(core)["b"]
-    assert tokens == continuation([4, 4, 4, 4, 4], 4) and last.finish_reason == "length"
+    assert tokens == continuation([4, 4, 4, 4, 4], 4)
+    assert last.finish_reason == "length"
 
 
 def test_the_last_aborted_request_leaves_a_step_that_is_still_collected() -> None:
@@ -57,7 +60,8 @@ def test_the_last_aborted_request_leaves_a_step_that_is_still_collected() -> Non
     core.step()
     core.abort("a")
     assert core.has_work
-    assert core.step() == [] and not core.has_work
+    assert core.step() == []
+    assert not core.has_work
 
 
 def test_answers_under_lens_are_the_same_with_and_without_overlap() -> None:
