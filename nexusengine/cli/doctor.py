@@ -144,7 +144,7 @@ def _cpu() -> dict[str, Any]:
         memory = available_bytes()
     except NexusError:
         memory = 0
-    nodes = len([p for p in Path("/sys/devices/system/node").glob("node[0-9]*")])
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     return {
         "threads": len(os.sched_getaffinity(0)),
         "numa_nodes": nodes,

@@ -106,7 +106,7 @@ class GraphTable(Generic[T]):
         took_bytes = max(self.device.used_bytes() - before_bytes, 0)
         if self.used_bytes + took_bytes > self.budget_bytes:
             self.refused[shape] = (
-                f"it takes {took_bytes} bytes; {self.used_bytes} of the {self.budget_bytes} set aside for graphs are used"
+                f"it takes {took_bytes} bytes; of {self.budget_bytes} set aside for graphs, {self.used_bytes} are used"
             )
             return
         self.used_bytes += took_bytes
