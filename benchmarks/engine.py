@@ -369,9 +369,7 @@ def _overload_table(bench: Bench, cases: list[tuple[str, str]]) -> None:
 
 
 def _light_table(bench: Bench, cases: list[tuple[str, str]]) -> None:
-    print(
-        "\nLENS over fcfs at half the goodput of the best static policy: TTFT p50, p99, TPOT p50, p99 (ratios of means over seeds)"
-    )
+    print("\nLENS over fcfs at half the goodput of the best static policy: ratios of TTFT p50, p99, TPOT p50, p99")
     for device, workload in cases:
         lens = bench.found("light", device, workload, "lens@0.5")
         for fcfs in dict.fromkeys((bench.tuned(device, workload, "fcfs"), "fcfs:budget=2048")):
