@@ -24,7 +24,13 @@ def test_greedy_text_is_the_same_with_and_without_overlap() -> None:
         options = ExecutorOptions(kv_cache_bytes=32 * 2**20, max_model_len=256, max_running=4, overlap=overlap)
         executor = make_executor(files, parse_device("cpu"), options)
         core = EngineCore(
-            executor, FCFS(64), make_model(), clock=MonotonicClock(), max_running=4, hash_key=b"k", check_every_step=True
+            executor,
+            FCFS(64),
+            make_model(),
+            clock=MonotonicClock(),
+            max_running=4,
+            hash_key=b"k",
+            check_every_step=True,
         )
         for i in range(5):
             core.add(request(str(i), list(range(50 + i, 70 + 5 * i)), max_tokens=6 + i, eos_token_ids=[2]))
