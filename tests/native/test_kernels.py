@@ -20,18 +20,19 @@ SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=unde
 
 def built(folder: Path, compiler: str, sets: dict[str, tuple[str, ...]], flags: tuple[str, ...]) -> Path:
     """The check as a program, each instruction set compiled beside the others."""
-    common = [compiler, "-std=c++17", "-w", "-fopenmp", *flags, f"-I{SOURCES}"]
+    common = [compiler, "-std=c++17", "-w", "-pthread", *flags, f"-I{SOURCES}"]
     units = [
         [f"-DNEX_ISA={isa}", *extra, "-c", str(SOURCES / "isa.cpp"), "-o", str(folder / f"{isa}.o")]
         for isa, extra in sets.items()
     ]
     units.append(["-DNEX_SETS(X)=" + " ".join(f"X({isa})" for isa in reversed(sets)), "-c", str(SOURCES / "api.cpp")])
     units[-1] += ["-o", str(folder / "api.o")]
+    units.append(["-c", str(SOURCES / "pool.cpp"), "-o", str(folder / "pool.o")])
     units.append(["-c", str(CHECK), "-o", str(folder / "check.o")])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda unit: subprocess.run([*common, *unit], check=True, timeout=800), units))
     program = folder / "check"
-    objects = [str(folder / f"{name}.o") for name in (*sets, "api", "check")]
+    objects = [str(folder / f"{name}.o") for name in (*sets, "api", "pool", "check")]
     subprocess.run([*common, *objects, "-o", str(program)], check=True, timeout=120)
     return program
 
