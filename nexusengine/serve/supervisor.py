@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 import queue
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,7 @@ from nexusengine.errors import ConfigError, NexusError, Unavailable
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
+from nexusengine.serve.cores import numa_nodes, place_workers
 from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -88,6 +90,7 @@ class Supervisor:
         self._stop_now = False
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
+        cores = _cores(self.devices)
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
         inside: Message = {
             **common,
@@ -106,6 +109,7 @@ class Supervisor:
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
                 **inside,
                 **name,
+                "cores": cores.get(name["worker_id"], ()),
                 "epoch": role.epoch,
                 "model_path": str(self._files.path) if self._files else "",
             }
@@ -316,5 +320,15 @@ def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
 
 
 def _threads(device: DeviceSpec) -> dict[str, str]:
-    """A CPU worker's thread count must be known to OpenMP before torch is imported."""
-    return {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+    """What OpenMP must know before torch is imported: a CPU worker's thread count, and that torch's threads do not spin
+    when they have computed, beside those of the kernels."""
+    count = {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+    waits = device.kind == "cpu" and "OMP_WAIT_POLICY" not in os.environ
+    return count | ({"OMP_WAIT_POLICY": "passive"} if waits else {})
+
+
+def _cores(devices: Sequence[DeviceSpec]) -> dict[str, tuple[int, ...]]:
+    """The cores of each CPU worker that is tied to some, by its id."""
+    workers = [i for i, device in enumerate(devices) if device.kind == "cpu"]
+    placed = place_workers([devices[i].threads for i in workers], sorted(os.sched_getaffinity(0)), numa_nodes())
+    return {f"w{i}": cores for i, cores in zip(workers, placed, strict=True) if cores}
