@@ -263,7 +263,14 @@ def _hugging_face(work: dict[str, Any]) -> Path:
     return target
 
 
+def _machine(work: dict[str, Any], variant: str) -> Any:
+    from cpu_machine import Machine
+
+    return Machine(work, variant)
+
+
 RUNNERS: dict[str, Any] = {
+    "machine": _machine,
     "nexusengine": NexusEngine,
     "transformers": Transformers,
     "llama-cpp-python": LlamaCpp,
@@ -285,6 +292,8 @@ def seconds(runner: Runner, prompts: Prompts, output: int) -> float:
 
 
 def measured(runner: Runner, work: dict[str, Any]) -> dict[str, float]:
+    if hasattr(runner, "measured"):  # not a system but the machine
+        return dict(runner.measured())
     prompts, output = work["prompts"], work["output"]
     all_s = seconds(runner, prompts, output)
     first_s, whole_s = (seconds(runner, prompts[:1], n) for n in (1, output))
