@@ -13,13 +13,22 @@ from nexusengine.errors import ConfigError
 
 BACKENDS: dict[str, str] = {
     "cpu": "nexusengine.attention.native_cpu:NativeCpuBackend",
+    "flash2": "nexusengine.attention.flash2:Flash2Backend",
+    "flash3": "nexusengine.attention.flash3:Flash3Backend",
+    "flash4": "nexusengine.attention.flash4:Flash4Backend",
+    "torch-varlen": "nexusengine.attention.torch_varlen:TorchVarlenBackend",
+    "flashinfer": "nexusengine.attention.flashinfer:FlashInferBackend",
     "triton": "nexusengine.attention.triton:TritonBackend",
     "sdpa": "nexusengine.attention.sdpa:SdpaBackend",
 }
 """By name; a module is imported only when its backend is considered."""
-_ORDER: dict[int, tuple[str, ...]] = {7: ("triton", "sdpa")}
+_ORDER: dict[int, tuple[str, ...]] = {
+    7: ("triton", "sdpa"),
+    9: ("flash3", "flash2", "torch-varlen", "triton", "sdpa"),
+    10: ("flash4", "flashinfer", "triton", "sdpa"),
+}
 """Best first, by the first figure of the compute capability."""
-_ORDER_ELSEWHERE = ("triton", "sdpa")
+_ORDER_ELSEWHERE = ("flash2", "flashinfer", "triton", "sdpa")
 _ORDER_CPU = ("cpu", "sdpa")
 
 
