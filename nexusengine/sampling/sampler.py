@@ -52,8 +52,9 @@ class DeviceLogprobs:
 def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, DeviceLogprobs | None]:
     """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite.
 
-    On CUDA by one Triton kernel (triton_kernels/sampling), which only launches; else by torch. Both follow the same rule
-    from (seed, position) to a token, up to rounding at the filters' edges and in a race's finish.
+    On CUDA by one Triton kernel (triton_kernels/sampling), which only launches; else by torch. Both follow the same
+    rule from (seed, position) to a token, up to rounding at the filters' edges and in a race's finish, and to ties:
+    torch keeps top_k tokens exactly, the kernel also those that tie with the last.
     """
     if launch.probe(logits.device)[0]:
         tokens = _sample_by_kernel(logits, rows)

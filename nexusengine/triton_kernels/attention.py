@@ -72,7 +72,7 @@ def _tile(rows: int, warps: int, shape: Shape, itemsize: int, capability: tuple[
 
 
 def _padded(number: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(number))
+    return max(least, int(triton.next_power_of_2(number)))
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """From logits to tokens in one launch, without waiting for the device and without sorting.
 
-top_k and top_p are thresholds on the ordered bits of the scaled logits, found digit by digit: eight passes over a row for
-each, sixteen candidates a pass. Of tokens that tie with the last one kept, all are kept. The draw is the exponential race
-of sampling.sampler with the numbers of sampling.noise: it depends on a row's logits, seed and position, and on no other
-row.
+top_k and top_p are thresholds on the ordered bits of the scaled logits, found digit by digit: eight passes over a row
+for each, sixteen candidates a pass. Of tokens that tie with the last one kept, all are kept. The draw is the
+exponential race of sampling.sampler with the numbers of sampling.noise: it depends on a row's logits, seed and
+position, and on no other row.
 """
 
 from __future__ import annotations
