@@ -58,6 +58,8 @@ def main() -> None:
     given = child.read_config()
     config = ServeConfig(**given["config"])
     setup(config.log_level)
+    if given["cores"]:
+        os.sched_setaffinity(0, given["cores"])  # before other threads begin: they inherit it
     child.listen(lambda message: None)
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)

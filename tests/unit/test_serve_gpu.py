@@ -91,8 +91,9 @@ def test_a_worker_sees_its_gpu_alone_by_uuid_and_as_the_first() -> None:
     assert seen_as(parse_device("cuda:1"), {}) == DeviceSpec("cuda", index=1)
 
 
-def test_other_devices_and_unknown_gpus_are_not_pinned() -> None:
-    assert worker_environ(parse_device("cpu:2"), (A,)) == {"OMP_NUM_THREADS": "2"}
+def test_other_devices_and_unknown_gpus_are_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert worker_environ(parse_device("cpu:2"), (A,)) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     assert worker_environ(parse_device("cuda:4"), (A,)) == {}
     assert worker_environ(parse_device("emulated:h100"), (A,)) == {}
 
