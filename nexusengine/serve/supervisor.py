@@ -23,10 +23,12 @@ from typing import IO
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import ConfigError, NexusError, Unavailable
+from nexusengine.gpus import Gpu, visible
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
 from nexusengine.serve.cores import numa_nodes, place_workers
+from nexusengine.serve.gpu import PINNED
 from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -104,8 +106,9 @@ class Supervisor:
                 "nexusengine.server.main",
                 lambda: {**common, "config": {**common["config"], "port": self._port}},
             )
+        gpus = visible() if any(d.kind == "cuda" for d in self.devices) else ()
         for name, device in zip(names, self.devices, strict=True):
-            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
+            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, worker_environ(device, gpus))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
                 **inside,
                 **name,
@@ -319,12 +322,17 @@ def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
     return folder, lock
 
 
-def _threads(device: DeviceSpec) -> dict[str, str]:
-    """What OpenMP must know before torch is imported: a CPU worker's thread count, and that torch's threads do not spin
-    when they have computed, beside those of the kernels."""
-    count = {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
-    waits = device.kind == "cpu" and "OMP_WAIT_POLICY" not in os.environ
-    return count | ({"OMP_WAIT_POLICY": "passive"} if waits else {})
+def worker_environ(device: DeviceSpec, gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """What has to be known before torch is imported. A CPU worker: its thread count, and that torch does not spin
+    after computing, beside the kernels. A GPU's: that GPU alone, by its UUID, so that nothing depends
+    on the order in which libraries count them; there it is device 0. gpus: by index; where the driver does not show the
+    device, the worker sees them all and says itself what is wrong."""
+    if device.kind == "cpu":
+        count = {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+        return count if "OMP_WAIT_POLICY" in os.environ else count | {"OMP_WAIT_POLICY": "passive"}
+    if device.kind == "cuda" and (device.index or 0) < len(gpus):
+        return {"CUDA_VISIBLE_DEVICES": gpus[device.index or 0].uuid, PINNED: "1"}
+    return {}
 
 
 def _cores(devices: Sequence[DeviceSpec]) -> dict[str, tuple[int, ...]]:
