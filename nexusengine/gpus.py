@@ -92,7 +92,9 @@ def select(gpus: list[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
     found: list[Gpu] = []
     for word in wanted.split(","):
         word = word.strip()
-        if word.isdigit():
+        if word.startswith("MIG-"):
+            named = [mig(word)]
+        elif word.isdigit():
             named = gpus[int(word) : int(word) + 1]
         else:
             named = [g for g in gpus if word and g.uuid.startswith(word)]
@@ -100,6 +102,11 @@ def select(gpus: list[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
             break
         found.append(named[0])
     return tuple(found)
+
+
+def mig(uuid: str) -> Gpu:
+    """A slice of a GPU, of which nothing is known but its name."""
+    return Gpu(uuid, "MIG slice", 0, 0, (0, 0), "", -1)
 
 
 def state_of(uuid: str) -> GpuState | None:
@@ -136,12 +143,16 @@ def topology(gpus: tuple[Gpu, ...]) -> list[list[str]]:
 
 def _gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total_bytes, free_bytes = int(memory.total), int(memory.free)
+    except nvml.NVMLError:  # it shares the host's
+        total_bytes = free_bytes = 0
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     pci = _text(nvml.nvmlDeviceGetPciInfo(handle).busId)
     return Gpu(
-        _text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), int(memory.total),
-        int(memory.free), (int(major), int(minor)), pci, _numa_node(pci),
+        _text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), total_bytes,
+        free_bytes, (int(major), int(minor)), pci, _numa_node(pci),
     )  # fmt: skip
 
 

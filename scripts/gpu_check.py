@@ -272,23 +272,26 @@ def variants(at: Setting) -> Findings:
     """The same greedy text in chunks, without prefix cache, preempted, without overlap, and without graphs."""
     prompts = [*_prompts(TINY, 4, 60), *_prompts(TINY, 2, 60)]
     plain, found = None, {}
-    small = {"kv_cache_bytes": 2 * 2 * 16 * TINY.num_kv_heads * TINY.head_dim * TINY.num_layers * 4 * 14}
+    block_bytes = 2 * 16 * TINY.num_kv_heads * TINY.head_dim * TINY.num_layers * 4
+    small = {"kv_cache_bytes": 14 * block_bytes, "block_size": 16, "attention_backend": "sdpa"}
     for name, options, serving in (
         ("plain", {"overlap": False, "enforce_eager": True}, {"cached": False}),
         ("chunks", {"overlap": False, "enforce_eager": True}, {"chunk": 17}),
         ("prefix cache", {"overlap": False, "enforce_eager": True}, {"running": 2}),
-        ("preempted", {**small, "max_model_len": 128, "block_size": None, "overlap": True}, {}),
+        ("preempted", {**small, "max_model_len": 128, "overlap": True}, {}),
         ("overlap", {"overlap": True, "enforce_eager": True}, {}),
         ("graphs", {"overlap": True}, {}),
     ):
         executor = _executor(at, TINY, "float32", **options)
-        answers, core, _ = _serve(executor, prompts, 16, **serving)  # type: ignore[arg-type]
+        answers, core, _ = _serve(executor, prompts, 48, **serving)  # type: ignore[arg-type]
         plain = plain or answers
         replays = executor.graphs.table.replays if executor.graphs else 0
         found[name] = {"preemptions": core.stats().preemptions, "graph_replays": replays}
         executor.close()
         if answers != plain:
             raise AssertionError(f"{name}: the text differs from that of the plain run")
+        if name == "preempted" and not core.stats().preemptions:
+            raise AssertionError("no request was preempted where there were too few blocks for all")
     return found
 
 

@@ -21,11 +21,12 @@ B = Gpu("GPU-bbbb-2", "L4", 24, 23, (8, 9), "00000000:02:00.0", 1)
 class FakeDriver:
     """The part of pynvml that is asked, for two GPUs."""
 
+    NVMLError = RuntimeError
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
     nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonHwSlowdown = 8
     nvmlClocksThrottleReasonSwThermalSlowdown = 32
-    gpus = (A, B)
+    gpus: tuple[Gpu, ...] = (A, B)
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
@@ -99,7 +100,16 @@ def test_other_devices_and_unknown_gpus_are_not_pinned(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("wanted", "found"),
-    [(None, (A, B)), ("1,0", (B, A)), ("GPU-b", (B,)), ("", ()), ("-1", ()), ("0,7,1", (A,)), ("GPU-", ())],
+    [
+        (None, (A, B)),
+        ("1,0", (B, A)),
+        ("GPU-b", (B,)),
+        ("", ()),
+        ("-1", ()),
+        ("0,7,1", (A,)),
+        ("1,MIG-7", (B, gpus.mig("MIG-7"))),
+        ("GPU-", ()),
+    ],
 )
 def test_cuda_visible_devices_is_read_as_cuda_reads_it(wanted: str | None, found: tuple[Gpu, ...]) -> None:
     assert gpus.select([A, B], wanted) == found
