@@ -5,6 +5,9 @@ queue is rolled forward. Reports come between requests at the rate of a live clu
 has it done: when they have come, before the next request. What that costs is a column of its own.
 
     python -m benchmarks.place_cost [--policies prism,least-requests] [--workers 8,64] [--json out.json]
+
+The same requests are placed anew `--repeats` times. Median, mean and 99th percentile are over requests, each with its
+fastest repeat, which leaves out what other processes on the machine take.
 """
 
 from __future__ import annotations
@@ -12,19 +15,34 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nexusengine.perf.linear import KIND
+import numpy.typing as npt
 
 from nexusengine import wire
+from nexusengine.perf import basis, online
+from nexusengine.perf.curve import Curve
 from nexusengine.router.core import RouterCore, identity_of
 from nexusengine.router.policies import make_policy
+from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.types import SLO, EngineRequest, SamplingParams
 
+Seconds = npt.NDArray[np.float64]
 _CLIENT = b"client"
 _EPOCH = "e"
+_STEP_S, _CHUNK_S = 0.006, (0.003, 0.02)  # of a step, and of 100 tokens in it, in the slowest and quickest worker
+
+
+def perf(rng: np.random.Generator) -> wire.PerfWeights:
+    """Of a device somewhere between the quickest and the slowest."""
+    weights = [0.0] * basis.TERMS
+    terms = (basis.ONE, basis.SLOPE, basis.ATTENTION, basis.KV)
+    for term, seconds in zip(terms, (_STEP_S, float(rng.uniform(*_CHUNK_S)), 0.002, 0.001), strict=True):
+        weights[term] = seconds
+    return wire.PerfWeights(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
 
 
 def load(rng: np.random.Generator, pending: int, covers: int, now: float) -> wire.WorkerLoad:
@@ -43,37 +61,46 @@ def load(rng: np.random.Generator, pending: int, covers: int, now: float) -> wir
         pending=prompts,
         pending_tokens=sum(left),
         mean_output_tokens=200.0,
-        perf=wire.PerfWeights(KIND, (0.006, float(rng.uniform(0.003, 0.02)), 0.002, 0.001), 1.1, 1000, 0),
+        perf=perf(rng),
     )
 
 
-def measure(name: str, workers: int, pending: int, requests: int, reports_a_request: float) -> dict[str, Any]:
+class Stopwatch:
+    """A policy whose calls of `place` are timed."""
+
+    def __init__(self, policy: PlacementPolicy) -> None:
+        self._policy, self.name, self.uses_prefixes = policy, policy.name, policy.uses_prefixes
+        self.took_s: list[float] = []
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        self._policy.prepare(workers, now)
+
+    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
+        began_s = time.perf_counter()
+        decision = self._policy.place(request, workers, now)
+        self.took_s.append(time.perf_counter() - began_s)
+        return decision
+
+
+def place_all(name: str, workers: int, pending: int, requests: int, reports: float) -> tuple[Seconds, Seconds, Seconds]:
+    """Seconds of the policy and of all the router does, by request, and of the reports before each; the same requests
+    every time. reports: of all workers between two requests."""
     rng = np.random.default_rng(1)
     infos = [
         wire.WorkerInfo(f"w{i}", _EPOCH, 1, "cpu", "m", max_model_len=32_768, max_batch_tokens=2048, block_size=16)
         for i in range(workers)
     ]
-    policy = make_policy(name)
+    policy = Stopwatch(make_policy(name))
     core = RouterCore(policy, infos, epoch="r")
-    asked_s: list[float] = []
-    place = policy.place
-
-    def timed(*args: Any) -> Any:
-        began_s = time.perf_counter()
-        decision = place(*args)
-        asked_s.append(time.perf_counter() - began_s)
-        return decision
-
-    policy.place = timed  # type: ignore[method-assign]
-    now, seq, owed, digest_s = 0.0, 0, 0.0, 0.0
+    now, seq, owed = 0.0, 0, 0.0
     for info in infos:
         core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Ready(info), now)
         core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(_EPOCH, 0, load(rng, pending, 0, now)), now)
     sampling = SamplingParams(seed=1, max_tokens=200)
-    whole_s: list[float] = []
+    router_s, digest_s = np.zeros(requests), np.zeros(requests)
     for n in range(requests):
         now += 0.001
-        owed += reports_a_request
+        owed += reports
         came = owed >= 1.0
         while owed >= 1.0:
             owed, seq = owed - 1.0, seq + 1
@@ -82,41 +109,50 @@ def measure(name: str, workers: int, pending: int, requests: int, reports_a_requ
             report = wire.Report(_EPOCH, seq, load(rng, pending, worker.dispatch_seq, now))
             began_s = time.perf_counter()
             core.on_worker(identity_of(info.worker_id, _EPOCH), report, now)
-            digest_s += time.perf_counter() - began_s
+            digest_s[n] += time.perf_counter() - began_s
         if came:
             began_s = time.perf_counter()
             core.prepare(now)
-            digest_s += time.perf_counter() - began_s
+            digest_s[n] += time.perf_counter() - began_s
         prompt = [1] * int(rng.integers(50, 2000))
         request = EngineRequest(f"r{n}", prompt, sampling, now, slo=SLO(0.5 + 0.001 * len(prompt), 0.05))
         began_s = time.perf_counter()
         core.on_client(_CLIENT, wire.Submit(request), now)
-        whole_s.append(time.perf_counter() - began_s)
+        router_s[n] = time.perf_counter() - began_s
         core.take()
-    half = requests // 2
-    result: dict[str, Any] = {"policy": name, "workers": workers, "pending": pending}
-    for what, taken_s in (("policy", asked_s[half:]), ("router", whole_s[half:])):
-        us = 1e6 * np.array(taken_s)
+    if len(policy.took_s) != requests:
+        raise RuntimeError(f"{name} was asked {len(policy.took_s)} times for {requests} requests")
+    return np.array(policy.took_s), router_s, digest_s
+
+
+def measure(name: str, workers: int, pending: int, requests: int, reports: float, repeats: int) -> dict[str, Any]:
+    """In microseconds, over the second half of the requests: queues have settled by then."""
+    runs = [place_all(name, workers, pending, requests, reports) for _ in range(repeats)]
+    policy_s, router_s, digest_s = (np.min(taken, axis=0)[requests // 2 :] for taken in zip(*runs, strict=True))
+    result: dict[str, Any] = {"policy": name, "workers": workers, "pending": pending, "repeats": repeats}
+    for what, taken_s in (("policy", policy_s), ("router", router_s)):
+        us = 1e6 * taken_s
         result |= {f"{what}_p50_us": float(np.median(us)), f"{what}_p99_us": float(np.percentile(us, 99))}
         result[f"{what}_mean_us"] = float(us.mean())
-    result["report_mean_us"] = 1e6 * digest_s / seq
+    result["report_mean_us"] = 1e6 * float(digest_s.sum()) / (reports * len(digest_s))
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policies", default="prism,paper-prism,least-requests,lmetric")
     parser.add_argument("--workers", default="8,64")
     parser.add_argument("--pending", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument(
         "--reports",
         type=float,
         default=0.1,
         help="reports of each worker between two requests; 0.1: reports every 100 ms, 100 requests/s",
     )
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = []
     head = (
         "policy",
@@ -127,7 +163,7 @@ def main() -> None:
     print("  ".join(f"{h:>12}" for h in head) + "  (us)")
     for name in args.policies.split(","):
         for workers in map(int, args.workers.split(",")):
-            r = measure(name, workers, args.pending, args.requests, args.reports * workers)
+            r = measure(name, workers, args.pending, args.requests, args.reports * workers, args.repeats)
             results.append(r)
             cells = [r[f"{w}_{k}_us"] for w in ("policy", "router") for k in ("p50", "mean", "p99")]
             print("  ".join([f"{name:>12}", f"{workers:>12}", *(f"{c:>12.0f}" for c in (*cells, r["report_mean_us"]))]))

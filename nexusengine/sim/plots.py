@@ -17,6 +17,7 @@ from nexusengine.sim.verdicts import Table, tabulate
 
 _DPI = 120
 _GRID = {"color": "0.9", "linewidth": 0.8}
+_ROOM = 1.15  # for labels at the edges
 
 
 def require_matplotlib() -> None:
@@ -84,30 +85,34 @@ def plot_tried(found: Goodput, target: float, longest_decile: float, path: str) 
 
 
 def plot_plan(plan: Plan, path: str) -> None:
-    """Highest rate at each target against cost an hour, a point a candidate; those whose price is not known at 0. Where
-    no rates were searched for: attainment at the offered rate."""
+    """Highest rate at each target against cost an hour, a bar from target to target for each candidate; those whose
+    price is not known at 0. Where no rates were searched for: attainment at the offered rate."""
     figure, axes = _figure(1, 1, (7.5, 5.0))
     axis = axes[0][0]
     cost = [c.price_per_hour or 0.0 for c in plan.candidates]
     searched = any(rate is not None for c in plan.candidates for rate in c.goodput_rps)
-    for i, target in enumerate(plan.targets if searched else ()):
-        rates = [c.goodput_rps[i] or 0.0 for c in plan.candidates]
-        axis.plot(cost, rates, "o", color=f"C{i}", label=f"{100 * target:g} % of promises kept")
     if searched:
-        axis.axhline(plan.rate_rps, color="0.5", linewidth=1, linestyle="--")
-        axis.set_ylabel("highest rate (requests/s); dashed: offered")
-        heights = [max(rate or 0.0 for rate in c.goodput_rps) for c in plan.candidates]
+        rates = [[rate or 0.0 for rate in c.goodput_rps] for c in plan.candidates]
+        axis.vlines(cost, [min(r) for r in rates], [max(r) for r in rates], color="0.7", linewidth=3, zorder=1)
+        for i, target in enumerate(plan.targets):
+            label = f"{100 * target:g} % of promises kept"
+            axis.plot(cost, [r[i] for r in rates], "o", color=f"C{i}", label=label)
+        axis.axhline(plan.rate_rps, color="0.5", linewidth=1, linestyle="--", label=f"offered: {plan.rate_rps:.3g}/s")
+        axis.set_ylabel("highest rate (requests/s)")
+        heights = [max(r) for r in rates]
     else:
         heights = [100 * c.attainment for c in plan.candidates]
-        axis.plot(cost, heights, "o", label="at the offered rate")
+        axis.plot(cost, heights, "o", label=f"at the offered {plan.rate_rps:.3g} requests/s")
         axis.set_ylabel("attainment (%)")
     for c, x, y in zip(plan.candidates, cost, heights, strict=True):
-        axis.annotate(c.devices, (x, y), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        name = c.devices.replace(",", " + ") + ("" if c.price_per_hour is not None else " (no price)")
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
     axis.set_xlabel("cost ($/h)")
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, _ROOM * max(cost) or 1.0)
+    axis.set_ylim(0, _ROOM * max(*heights, plan.rate_rps if searched else 0.0))
+    axis.set_title(f"simulated, {plan.rate_rps:.3g} requests/s offered", fontsize=10)
     axis.grid(**_GRID)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left")
     _save(figure, path)
 
 

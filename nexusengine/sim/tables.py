@@ -119,16 +119,21 @@ def print_plan(plan: Plan) -> None:
             cells += [_number(rate), "-" if rate is None else _percent(rate / plan.rate_rps - 1.0)]
         price = "?" if c.price_per_hour is None else f"{c.price_per_hour:.2f}"
         shares = _percent(c.attainment), _percent(c.longest_decile)
-        table.add_row(c.devices, price, *shares, *cells, c.bottleneck)
+        table.add_row(_mix(c.devices), price, *shares, *cells, c.bottleneck)
     console.print(f"offered: {_number(plan.rate_rps)} requests/s")
     console.print(table)
     for target in plan.targets:
         best = plan.cheapest(target)
         served = [c for c in plan.candidates if c.serves(target, plan.longest_decile)]
         if best is not None:
-            console.print(f"{100 * target:g} %: cheapest is {best.devices}, {best.price_per_hour:.2f} $/h")
+            console.print(f"{100 * target:g} %: cheapest is {_mix(best.devices)}, {best.price_per_hour:.2f} $/h")
         else:
             console.print(f"{100 * target:g} %: {'prices are missing' if served else 'no candidate serves this load'}")
+
+
+def _mix(devices: str) -> str:
+    """As one writes it among candidates."""
+    return devices.replace(",", "+")
 
 
 def _number(value: float | None) -> str:

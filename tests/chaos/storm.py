@@ -4,7 +4,8 @@
 
 Under load on emulated devices. Afterwards every request must have ended in a complete answer or a clear error, none
 with more tokens than it asked for, none after its deadline; ledger, queues and KV must be back at zero; and what was
-sent from ten seconds after the last fault on must be served as what was sent before the first one.
+sent from ten seconds after the last fault on must be served as what was sent before the first one. The exit status
+says whether all this held.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -35,6 +37,7 @@ DEADLINE_S = 20.0
 CLEAR = ("worker_lost", "unavailable", "overloaded", "deadline_exceeded")
 KINDS = ("kill", "stop", "slow", "router")
 CALM_S, RECOVERED_AFTER_S = 8.0, 10.0
+_MOST_LOST = 0.1
 _MOST_KILLS = 3  # of one process: the pause before a restart doubles with each
 
 
@@ -52,6 +55,18 @@ class Result:
     before: float = 0.0
     after: float = 0.0
     rest: dict[str, float] = field(default_factory=dict)
+
+    def broken(self) -> list[str]:
+        """Which of the promises did not hold, in words."""
+        found = [f"an unclear error: {error}" for error in sorted(set(self.unclear))]
+        if self.too_long:
+            found.append(f"{self.too_long} requests ended after their deadline")
+        if self.wrong_length:
+            found.append(f"{self.wrong_length} answers have another length than was asked for")
+        found += [f"{name} is {value:g} at the end" for name, value in self.rest.items()]
+        if not self.after >= self.before - _MOST_LOST:
+            found.append(f"attainment was {self.before:.3f} before and is {self.after:.3f} after")
+        return found
 
 
 class Tormentor(threading.Thread):
@@ -192,6 +207,10 @@ def main() -> None:
     print(f"unclear: {dict(Counter(result.unclear))}; wrong length: {result.wrong_length}")
     print(f"past their deadline: {result.too_long}")
     print(f"attainment before {result.before:.3f}, after {result.after:.3f}; left over: {result.rest}")
+    for what in result.broken():
+        print(f"BROKEN: {what}")
+    print(f"{len(result.faults)} faults: {'BROKEN' if result.broken() else 'every promise held'}")
+    sys.exit(1 if result.broken() else 0)
 
 
 def left_over(served: object) -> dict[str, float]:
