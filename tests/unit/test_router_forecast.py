@@ -98,6 +98,17 @@ def test_requests_that_stream_already_are_decodes() -> None:
     assert number(after, "tightest_tpot_s") == BATCH.tpot_s
 
 
+def test_of_a_long_queue_only_a_part_decodes_at_once() -> None:
+    """Answers of 100 tokens within 50 ms each stay 5 s, and the queue takes 0.7 s or 70 s."""
+    short, long = (load(pending=tuple(pending(500.0, 3000) for _ in range(n))) for n in (10, 64))
+    long = msgspec.structs.replace(long, pending_tokens=3_000_000)
+    few, many = of(view("w", short)), of(view("w", long))
+    assert number(few, "kv_tokens") == 30_000
+    drain_s = number(many, "rest_s") + many.ahead_s[-1]
+    assert drain_s > 50.0
+    assert number(many, "kv_tokens") == pytest.approx(3_000_000 * 5.0 / drain_s)
+
+
 def test_slack_is_how_long_those_behind_can_be_put_off() -> None:
     f = of(view("w", load(pending=(pending(0.5, 1000), pending(1.0, 1000)))))
     rest, (_, first, both) = number(f, "rest_s"), f.ahead_s
