@@ -4,11 +4,14 @@ Every peer runs in an environment of its own, made on first use under --environm
 that cannot be installed or run is left out with the reason. The measurements go round by round through all systems, so
 that a busy moment of the machine meets each of them; figures are medians over the rounds.
 
-    python benchmarks/cpu_peers.py --systems nexusengine,llama-cpp-python,openvino-genai,transformers --rounds 3
+    python benchmarks/cpu_peers.py --json peers.json --minutes 20     # the whole; again the same command goes on
+    python benchmarks/cpu_peers.py --systems machine,nexusengine,llama-cpp-python --rounds 3
     python benchmarks/cpu_peers.py --tiny                # a minute: whether everything runs, no figures to quote
 
 Columns: output tokens/s of `--requests` requests of `--input` tokens in and `--output` out, submitted at once; tokens/s
-of one request alone; milliseconds until the first token of a prompt of 512 tokens; peak resident memory.
+of one request alone; milliseconds until the first token of a prompt of 512 tokens; peak resident memory. A second table
+sets the ratios beside the targets (cpu_targets.py); for it the machine itself is measured in the same rounds. With
+--json, what is there of the same work is kept: an interrupted run is continued, and --rounds counts those of before.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,7 +32,10 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+from cpu_targets import target_table
+
 HERE = Path(__file__).parent
+OURS = ("machine", "nexusengine")
 INSTALL_LIMIT_S, START_LIMIT_S, ROUND_LIMIT_S = 3600, 600, 900
 
 
@@ -42,6 +49,7 @@ class System:
 
 
 SYSTEMS = [
+    System("machine", (), ("",)),
     System("nexusengine", (), ("fp32", "bf16", "int8", "int4")),
     System("transformers", (), ("fp32",)),
     System("llama-cpp-python", ("llama-cpp-python", "numpy"), ("fp32", "q8_0", "q4_1")),
@@ -54,15 +62,16 @@ SYSTEMS = [
 
 @dataclass
 class Result:
-    """Of one system and variant. Lists are over rounds; failure says why there are none."""
+    """Of one system and variant. columns: a number for each round, by name; failure says why there are none."""
 
     system: str
     variant: str
-    throughput: list[float] = field(default_factory=list)
-    single: list[float] = field(default_factory=list)
-    ttft_ms: list[float] = field(default_factory=list)
-    peak_mb: float = 0.0
+    columns: dict[str, list[float]] = field(default_factory=dict)
     failure: str | None = None
+
+    @property
+    def rounds(self) -> int:
+        return max(map(len, self.columns.values()), default=0)
 
 
 class Peer:
@@ -71,7 +80,7 @@ class Peer:
     def __init__(self, python: str, system: str, variant: str, work: dict[str, Any]) -> None:
         worker = HERE / "cpu_peer_worker.py"
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (not a pipe: nobody reads it meanwhile)
-        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or system == "nexusengine"}
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or system in OURS}
         self._process = subprocess.Popen(
             [python, str(worker), system, variant, json.dumps(work)],
             stdin=subprocess.PIPE,
@@ -164,7 +173,7 @@ def started(given: argparse.Namespace, work: dict[str, Any]) -> Iterator[tuple[R
             yield Result(system.name, "", failure=f"cannot be installed: {error}"), None
             continue
         for variant in system.variants:
-            if given.variants and variant not in given.variants.split(","):
+            if given.variants and variant and variant not in given.variants.split(","):
                 continue
             result, peer = Result(system.name, variant), Peer(python, system.name, variant, work)
             try:
@@ -179,18 +188,39 @@ def started(given: argparse.Namespace, work: dict[str, Any]) -> Iterator[tuple[R
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| system | weights | output tok/s | one request, tok/s | TTFT of 512, ms | peak MB |",
-        "|---|---|---|---|---|---|",
+        "| system | weights | output tok/s | one request, tok/s | TTFT of 512, ms | peak MB | rounds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        if r.failure is not None or not r.throughput:
-            lines.append(f"| {r.system} | {r.variant} | {r.failure or 'no round was completed'} | | | |")
-            continue
-        middle = [statistics.median(column) for column in (r.throughput, r.single, r.ttft_ms)]
-        lines.append(
-            f"| {r.system} | {r.variant} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.0f} | {r.peak_mb:.0f} |"
-        )
+        if not r.columns:
+            lines.append(f"| {r.system} | {r.variant} | {r.failure or 'no round was completed'} | | | | |")
+        elif r.system != "machine":
+            middle = {name: statistics.median(column) for name, column in r.columns.items()}
+            lines.append(
+                f"| {r.system} | {r.variant} | {middle['throughput']:.1f} | {middle['single']:.1f} | "
+                f"{middle['ttft_ms']:.0f} | {middle['peak_mb']:.0f} | {r.rounds} |"
+            )
+        else:
+            given = ", ".join(f"{name} {statistics.median(column):.4g}" for name, column in r.columns.items())
+            lines.append(f"| {r.system} | | {given} | | | | {r.rounds} |")
     return "\n".join(lines)
+
+
+def of_before(path: Path | None, about: dict[str, Any]) -> dict[tuple[str, str], Result]:
+    """The results in the file, if they are of the same work."""
+    if path is None or not path.is_file():
+        return {}
+    kept = json.loads(path.read_text())
+    if kept["about"]["work"] != about["work"]:
+        sys.exit(f"{path} holds results of other work ({kept['about']['work']}); name another file")
+    return {(r["system"], r["variant"]): Result(**r) for r in kept["results"] if r["columns"]}
+
+
+def write(path: Path | None, about: dict[str, Any], results: list[Result]) -> None:
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"about": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+        part.replace(path)
 
 
 def main() -> None:
@@ -205,36 +235,52 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true", help="4 requests of 32 in, 8 out, one round")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no round that would end later than so long after the start"
+    )
     given = parser.parse_args()
+    began_s = time.monotonic()
     if given.tiny:
         given.requests, given.input, given.output, given.rounds = 4, 32, 8, 1
-    work = prepared(given)
-    pairs = list(started(given, work))
+    measure(given, began_s)
+
+
+def measure(given: argparse.Namespace, began_s: float) -> None:
+    lengths = {name: getattr(given, name) for name in ("requests", "input", "output", "threads")}
+    about = {"processor": platform.processor() or platform.machine(), "work": lengths, "load": os.getloadavg()}
+    before = of_before(given.json, about)
+    pairs: list[tuple[Result, Peer | None]] = []
+    for fresh, peer in started(given, prepared(given)):
+        result = before.pop((fresh.system, fresh.variant), fresh)
+        result.failure = fresh.failure
+        pairs.append((result, peer))
+    results = [*before.values(), *(result for result, _ in pairs)]
+    longest_s = 0.0
     try:
         for n in range(given.rounds):
-            print(f"round {n + 1} of {given.rounds}", file=sys.stderr, flush=True)
-            for result, peer in pairs:
-                if peer is None or result.failure is not None:
-                    continue
+            left = [(r, p) for r, p in pairs if p is not None and r.failure is None and r.rounds <= n]
+            start_s = time.monotonic()
+            if given.minutes and start_s + longest_s > began_s + given.minutes * 60:
+                print(f"no time for round {n + 1} of {given.rounds}", file=sys.stderr, flush=True)
+                break
+            print(f"round {n + 1} of {given.rounds}: {len(left)} to measure", file=sys.stderr, flush=True)
+            for result, peer in left:
                 try:
                     found = peer.ask("round", ROUND_LIMIT_S)
                 except RuntimeError as error:
                     result.failure = f"failed in round {n + 1}: {error}"
                     continue
-                result.throughput.append(found["throughput"])
-                result.single.append(found["single"])
-                result.ttft_ms.append(found["ttft_ms"])
-                result.peak_mb = found["peak_mb"]
+                for name, number in found.items():
+                    result.columns.setdefault(name, []).append(number)
+                write(given.json, about, results)
+            longest_s = max(longest_s, time.monotonic() - start_s)
     finally:
         for _, peer in pairs:
             if peer is not None:
                 peer.close()
-    results = [result for result, _ in pairs]
+    write(given.json, about, results)
     print(table(results))
-    if given.json:
-        about = {"processor": platform.processor() or platform.machine(), "load": os.getloadavg(), **vars(given)}
-        about["json"] = str(given.json)
-        given.json.write_text(json.dumps({"about": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    print("\n" + target_table({(r.system, r.variant): r.columns for r in results}))
 
 
 if __name__ == "__main__":

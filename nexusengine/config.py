@@ -129,17 +129,9 @@ def parse_device(text: str) -> DeviceSpec:
 
 def count_cuda_devices() -> int:
     """GPUs the NVIDIA driver shows and CUDA_VISIBLE_DEVICES does not hide; 0 without a driver. No torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        import pynvml
+    from nexusengine import gpus
 
-        pynvml.nvmlInit()
-        there = int(pynvml.nvmlDeviceGetCount())
-    except Exception:  # no driver, no library, no permission: all mean that CUDA is not usable from here
-        return 0
-    if visible is None or there == 0:
-        return there
-    return len([v for v in visible.split(",") if v.strip() not in {"", "-1"}])
+    return len(gpus.visible())
 
 
 def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
@@ -238,6 +230,10 @@ class EngineConfig:
         group="scheduling",
         metavar="FILE",
     )
+    async_scheduling: bool = setting(
+        True, "plan a step while the one before runs, on devices beside the host", parse=parse_bool, group="scheduling"
+    )
+    enforce_eager: bool = setting(False, "run decode steps without CUDA graphs", parse=parse_bool, group="model")
     attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
     seed: int = setting(0, "seed of the noise of emulated devices", parse=whole(0), group="model")
 

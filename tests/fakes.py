@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 
 import numpy as np
 
 from nexusengine.clock import VirtualClock
 from nexusengine.core.core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
-from nexusengine.execute.batch import SampledLogprobs, StepBatch, StepResult
+from nexusengine.execute.batch import PENDING, SampledLogprobs, StepBatch, StepResult
 from nexusengine.lens.fcfs import FCFS
 from nexusengine.perf.registry import make_model
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
@@ -39,7 +40,10 @@ def made_up_logprobs(tokens: np.ndarray, wanted: int) -> SampledLogprobs:
 
 class FakeExecutor:
     """Keeps token ids where a model keeps K and V, and computes from what the block tables lead to: any mistake in
-    blocks, positions or prefix reuse changes the answer or fails an assertion. step_s: virtual seconds a step takes."""
+    blocks, positions or prefix reuse changes the answer or fails an assertion.
+
+    step_s: virtual seconds a step takes. overlaps: holds two steps.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class FakeExecutor:
         clock: VirtualClock | None = None,
         step_s: float = 0.01,
         poison: frozenset[int] = frozenset(),
+        overlaps: bool = False,
     ) -> None:
         self.spec = ExecutorSpec(
             device="fake",
@@ -63,14 +68,16 @@ class FakeExecutor:
             attention_backend="fake",
             weights_bytes=0,
             kv_bytes=0,
+            overlaps=overlaps,
         )
         self.cache = np.full((num_blocks, block_size), -1, np.int64)
         self.batches: list[tuple[int, int]] = []
         self._clock, self._step_s, self._poison = clock, step_s, poison
-        self._result: StepResult | None = None
+        self._results: deque[StepResult] = deque()
+        self._last: dict[int, int] = {}
 
     def submit(self, batch: StepBatch) -> None:
-        assert self._result is None
+        assert len(self._results) <= self.spec.overlaps, "more steps in flight than it holds"
         assert len(batch.token_ids) == batch.counts.sum() <= self.spec.max_batch_tokens
         assert (np.diff((batch.counts > 1).astype(int)) >= 0).all(), "rows of one token come first"
         assert len(np.unique(batch.slots)) == len(batch.slots), "a slot is computed twice"
@@ -82,20 +89,24 @@ class FakeExecutor:
             for position in range(start, start + count):
                 assert table[position // size] > 0, "computes into the null block"
                 assert users[table[position // size]] == 1, "computes into a block that others read"
-                self.cache[table[position // size], position % size] = batch.token_ids[at]
+                token = int(batch.token_ids[at])
+                if token == PENDING:
+                    assert position == start + count - 1, "only the newest token can be unknown"
+                    token = self._last[int(slot)]
+                self.cache[table[position // size], position % size] = token
                 at += 1
             if sampled:
                 known = [int(self.cache[table[p // size], p % size]) for p in range(start + count)]
                 assert min(known) >= 0, "reads a slot that was never written"
                 tokens.append(-1 if self._poison & set(known) else next_token(known))
+                self._last[int(slot)] = max(tokens[-1], 0)
         self.batches.append((len(batch.slots), int(batch.counts.sum())))
         wanted = int(batch.sampling.logprobs[batch.slots[batch.sampled]].max(initial=-1))
         logprobs = made_up_logprobs(np.array(tokens, np.int32), wanted) if wanted >= 0 else None
-        self._result = StepResult(np.array(tokens, np.int32), self._step_s, logprobs)
+        self._results.append(StepResult(np.array(tokens, np.int32), self._step_s, logprobs))
 
     def collect(self) -> StepResult:
-        result, self._result = self._result, None
-        assert result is not None
+        result = self._results.popleft()
         if self._clock is not None:
             self._clock.advance(self._step_s)
         return result

@@ -10,7 +10,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """The shape a backend is asked for."""
+    """The shape a backend is asked for. window: most recent keys a query sees, itself included. soft_cap: scores become
+    cap * tanh(score / cap)."""
 
     num_heads: int
     num_kv_heads: int
@@ -19,16 +20,21 @@ class AttentionSpec:
     device: torch.device
     block_size: int
     scale: float
+    window: int | None = None
+    soft_cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCaps:
     """block_sizes: sizes it can use, preferred first. dtypes it computes in. graphs: can run in a CUDA graph, or have
-    its calls recorded and replayed (layers.ops.Ops.step)."""
+    its calls recorded and replayed (layers.ops.Ops.step). modifiers: knows windows and soft caps. plain_cache: K and V
+    lie in the cache as they are, so that others may store them (`AttentionBackend.store` says how)."""
 
     block_sizes: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     graphs: bool = False
+    modifiers: bool = False
+    plain_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

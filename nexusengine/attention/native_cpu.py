@@ -8,7 +8,8 @@ from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSp
 from nexusengine.native import Prepared, library, probe, structs
 from nexusengine.native.cache import cache_of
 
-_CAPS = AttentionCaps((16, *(size for size in range(1, 1025) if size != 16)), (torch.float32,), graphs=True)
+_SIZES = (16, *(size for size in range(1, 1025) if size != 16))
+_CAPS = AttentionCaps(_SIZES, (torch.float32,), graphs=True, plain_cache=False)
 
 
 class NativeCpuBackend:

@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "say which mix of devices serves a load, at what cost, and what limits it",
     "profiles": "list device profiles, and make one from a step log",
     "perf": "record step times, and replay them through the performance model",
+    "doctor": "say what this machine has, what is used of it, and what would make it faster",
     "explain": "say why a request was served as it was",
     "models": "list the short names of models",
     "config": "print every setting with its default",

@@ -1,5 +1,10 @@
 """The engine loop of one device: plan, place, execute, apply.
 
+Where the executor can hold two steps (`ExecutorSpec.overlaps`), a step is planned and submitted while the one before it
+runs. Submitting moves the columns on as if every sampled row got one more token that does not end it; the token itself
+is `pending` until the result is applied. A row that turns out to have ended was computed once in vain. Blocks can be
+given away at once even so: the device works in the order of submission, so their next owner writes after the old one.
+
 Owns the requests, the columns a policy sees, and the KV accounting; knows neither sockets nor tensors. Not thread-safe:
 one thread calls everything, except `load`, which any thread may call at any time.
 """
@@ -19,6 +24,7 @@ import numpy as np
 from nexusengine.clock import Clock
 from nexusengine.core.admission import first_token_in_s, unattainable
 from nexusengine.core.explain import request_history, step_histories
+from nexusengine.core.flight import Flight
 from nexusengine.core.history import History, life_of
 from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
@@ -26,7 +32,7 @@ from nexusengine.core.request import RequestState
 from nexusengine.core.stats import CoreStats, StepRecord
 from nexusengine.errors import ContextTooLong, DeadlineExceeded, InternalError, InvalidRequest, Overloaded
 from nexusengine.execute.base import Executor
-from nexusengine.execute.batch import SampledLogprobs, SamplingTable, StepBatch, StepResult
+from nexusengine.execute.batch import PENDING, SampledLogprobs, SamplingTable, StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
 from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
@@ -90,6 +96,8 @@ class EngineCore:
         self._by_id: dict[str, RequestState] = {}
         self._by_slot: dict[int, RequestState] = {}
         self._running: dict[int, None] = {}
+        self._ending: dict[int, None] = {}  # their last token is in flight; no policy sees them any more
+        self._flights: deque[Flight] = deque()  # oldest first; two at most, and only while `step` runs
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
@@ -98,6 +106,7 @@ class EngineCore:
         self._stats = CoreStats(kv_total_blocks=self.kv.total_blocks)
         self._finished_output_tokens = 0
         self._idle_since_s = self._stepped_s = clock.now()
+        self._submitted = 0
         self._step_started_s: float | None = None
         self._published_s = float("-inf")
         self._published = WorkerLoad(covers=0, kv_total_blocks=self.kv.total_blocks)
@@ -106,7 +115,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id)
+        return bool(self._by_id or self._flights)
 
     def request_ids(self) -> list[str]:
         """Of all requests in it; safe from any thread."""
@@ -209,68 +218,103 @@ class EngineCore:
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
-        """Compute one step and return the new tokens; returns at once when there is nothing to do.
+        """Compute one step and return the new tokens; returns at once when there is nothing to do. Where steps overlap,
+        submits one and returns the tokens of the one before: none at first.
 
         Raises InternalError if the policy broke its contract; what the executor raises passes through.
         """
-        began_s, now = time.perf_counter(), self.clock.now()
-        preemptions = self._stats.preemptions
+        now = self.clock.now()
         self._expire(now)
-        planned = self._plan(now) if self._by_id else None
-        if planned is None:
+        submitted = self._submit_next(now)
+        if not self._flights:
             self._idle_since_s = now
             self._publish(force=not self._by_id)
-            return self._take_outbox()
+        elif not (submitted and self.executor.spec.overlaps and len(self._flights) == 1):
+            self._land()
+        return self._take_outbox()
+
+    def _submit_next(self, now: float) -> bool:
+        """Plan a step and hand it to the executor; False if there is nothing that it could compute yet."""
+        began_s, preemptions = time.perf_counter(), self._stats.preemptions
+        planned = self._plan(now) if self._running or self._waiting else None
+        if planned is None:
+            return False
         plan, batch = planned
-        features = StepFeatures.of(batch.counts, batch.starts)
-        self._published = msgspec.structs.replace(
-            self._published, step=self._stats.steps + 1, step_upper_s=plan.upper_s
+        number = self._submitted + 1
+        self._published = msgspec.structs.replace(self._published, step=number, step_upper_s=plan.upper_s)
+        states = tuple(self._by_slot[slot] for slot in batch.slots.tolist())
+        flight = Flight(
+            number=number,
+            plan=plan,
+            batch=batch,
+            features=StepFeatures.of(batch.counts, batch.starts),
+            states=states,
+            lives=tuple(state.preemptions for state in states),
+            started_s=now,
+            planning_s=time.perf_counter() - began_s,
+            preempted=self._stats.preemptions - preemptions,
+            cold=not self._flights and now - self._stepped_s > COLD_AFTER_S,
         )
-        self._step_started_s = now
-        planning_s = time.perf_counter() - began_s
+        if not self._flights:
+            self._step_started_s = now
         try:
             self.executor.submit(batch)
-            self._history.planned(self._stats.steps + 1, now, plan.reasons, batch.slots, batch.counts)
-            result = self.executor.collect()
-        finally:
+        except BaseException:
             self._step_started_s = None
+            raise
+        self._submitted = number
+        self._history.planned(number, now, plan.reasons, batch.slots, batch.counts)
+        self._flights.append(flight)
+        self._advance(flight)
+        return True
+
+    def _land(self) -> None:
+        """Wait for the oldest step in flight and do what it leads to."""
+        try:
+            result = self.executor.collect()
+        except BaseException:
+            self._flights.clear()
+            self._step_started_s = None
+            raise
+        flight = self._flights.popleft()
         collected_s = time.perf_counter()
-        self._apply(batch, result)
+        self._step_started_s = self.clock.now() if self._flights else None
+        self._apply(flight, result)
+        plan, features = flight.plan, flight.features
         self._stats.steps += 1
         self._stats.computed_tokens += features.tokens
         self._stats.device_s += result.device_s
         self._stats.learn_prediction(plan.predicted_s, plan.upper_s, result.device_s)
-        cold = now - self._stepped_s > COLD_AFTER_S
-        (self.model.observe_cold if cold else self.model.observe)(features, result.device_s)
+        (self.model.observe_cold if flight.cold else self.model.observe)(features, result.device_s)
         self._idle_since_s = self._stepped_s = self.clock.now()
         self._publish(force=not self._by_id)
         if self._check_every_step:
             self.check()
-        scheduler_s = planning_s + time.perf_counter() - collected_s
+        scheduler_s = flight.planning_s + time.perf_counter() - collected_s
         self._stats.scheduler_s += scheduler_s
         self.records.append(
             StepRecord(
-                step=self._stats.steps,
-                started_s=now,
+                step=flight.number,
+                started_s=flight.started_s,
                 features=features,
                 predicted_s=plan.predicted_s,
                 upper_s=plan.upper_s,
                 device_s=result.device_s,
                 scheduler_s=scheduler_s,
-                running=len(self._running),
+                running=len(self._running) + len(self._ending),
                 waiting=len(self._waiting),
-                preempted=self._stats.preemptions - preemptions,
+                preempted=flight.preempted,
                 reasons=tuple(np.bincount(plan.reasons, minlength=len(Reason)).tolist()),
                 notes=plan.notes,
             )
         )
         if self.on_step is not None:
-            self.on_step(self.records[-1], batch)
-        return self._take_outbox()
+            self.on_step(self.records[-1], flight.batch)
 
     def _plan(self, now: float) -> tuple[StepPlan, StepBatch] | None:
         """A plan whose rows have their KV blocks; None if it refused all requests. Where no row finds blocks, because
-        estimates of the prefix cache were stale, it is made anew with fresh ones, then with ever fewer running."""
+        estimates of the prefix cache were stale, it is made anew with fresh ones, then with ever fewer running; or
+        None while a step is in flight, which may free some."""
         attempt = 0
         while True:
             self._look_up_hits(everything=attempt > 0)
@@ -285,9 +329,9 @@ class EngineCore:
             batch = self._place(plan, now)
             if len(batch.slots):
                 return plan, batch
-            if not self._by_id:
+            if self._flights or not (self._running or self._waiting):
                 return None
-            if attempt and len(self._running) <= 1:
+            if attempt and not self._running:
                 raise InternalError(
                     f"policy {self.policy.name!r} plans nothing that can run, with {len(self._running)} requests "
                     f"running and {len(self._waiting)} waiting"
@@ -331,7 +375,7 @@ class EngineCore:
                 state = self._by_slot[slot]
                 cached = self.kv.admit(slot, state.hashes, state.known - 1)
                 c.computed_tokens[slot] = cached
-                counts[i] = count = min(count, state.known - cached)
+                counts[i] = count = min(count, int(c.known_tokens[slot]) - cached)
             if not self.kv.grow(slot, int(c.computed_tokens[slot]) + count):
                 self._stats.plan_shortfalls += 1
                 keep[i] = False
@@ -356,35 +400,59 @@ class EngineCore:
         decodes = sampled & (counts == 1)
         token_ids[offsets[decodes]] = self._last_token[slots[decodes]]
         for i in np.nonzero(~decodes)[0].tolist():
-            tokens = self._by_slot[int(slots[i])].tokens[starts[i] : ends[i]]
+            state = self._by_slot[int(slots[i])]
+            tokens = state.tokens[starts[i] : min(ends[i], state.known)]
             token_ids[offsets[i] : offsets[i] + len(tokens)] = tokens
+            token_ids[offsets[i] + len(tokens) : offsets[i] + counts[i]] = PENDING
         return StepBatch(slots, starts, counts, sampled, token_ids, self.kv.block_tables, self._sampling)
 
-    def _apply(self, batch: StepBatch, result: StepResult) -> None:
-        """Move every row on, append what was sampled, and end what is at its end."""
-        c, size, now = self._columns, self.kv.block_size, self.clock.now()
+    def _advance(self, flight: Flight) -> None:
+        """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
+        c, batch = self._columns, flight.batch
+        c.computed_tokens[batch.slots] = batch.starts + batch.counts
         sampled = batch.slots[batch.sampled]
-        if len(sampled) != len(result.token_ids):
-            raise InternalError(
-                f"{len(sampled)} rows were to be sampled, the executor returned {len(result.token_ids)}"
-            )
-        for slot in sampled[result.token_ids < 0].tolist():
-            # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
-            self._fail(self._by_slot[slot], InternalError.code, "the model's logits were not finite", discard=True)
+        expected_s = flight.started_s + flight.plan.predicted_s
+        first = sampled[c.generated_tokens[sampled] == 0]
+        c.first_token_s[first] = expected_s  # until it is there, so that a policy has something to go by
+        c.last_token_s[sampled] = expected_s
+        c.known_tokens[sampled] += 1
+        c.generated_tokens[sampled] += 1
+        self._last_token[sampled] = PENDING
+        for slot in sampled[c.generated_tokens[sampled] == c.max_tokens[sampled]].tolist():
+            del self._running[slot]
+            self._ending[slot] = None
+        for i in np.nonzero(batch.sampled)[0].tolist():
+            flight.states[i].pending += 1
+
+    def _apply(self, flight: Flight, result: StepResult) -> None:
+        """Append what was sampled, name the blocks that are full, and end what is at its end."""
+        batch, now = flight.batch, self.clock.now()
+        c, size, by_slot, outbox = self._columns, self.kv.block_size, self._by_slot, self._outbox
+        rows = np.nonzero(batch.sampled)[0]
+        if len(rows) != len(result.token_ids):
+            raise InternalError(f"{len(rows)} rows were to be sampled, the executor returned {len(result.token_ids)}")
+        sampled = [flight.states[i] for i in rows.tolist()]
+        for state, token in zip(sampled, result.token_ids.tolist(), strict=True):
+            state.pending -= 1
+            if token < 0 and by_slot.get(state.slot) is state:
+                # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
+                self._fail(state, InternalError.code, "the model's logits were not finite", discard=True)
         ends = batch.starts + batch.counts
-        c.computed_tokens[batch.slots] = ends
         if self.kv.prefix_caching:
             for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
-                if (state := self._by_slot.get(int(batch.slots[i]))) is not None:
+                state = flight.states[i]
+                if by_slot.get(state.slot) is state and state.preemptions == flight.lives[i]:
                     self._commit(state, int(ends[i]))
-        due_s = c.arrival_s[sampled] + c.ttft_s[sampled] + c.generated_tokens[sampled] * c.tpot_s[sampled]
-        self._strict[sampled] &= ~(due_s < now)  # NaN, no promise, is never before now
-        goes_on: list[int] = []
-        by_slot, outbox = self._by_slot, self._outbox
-        for row, (slot, token) in enumerate(zip(sampled.tolist(), result.token_ids.tolist(), strict=True)):
-            if token < 0:
+        slots = batch.slots[rows]
+        delivered = np.fromiter((state.output_tokens for state in sampled), np.int64, len(sampled))
+        late = c.arrival_s[slots] + c.ttft_s[slots] + delivered * c.tpot_s[slots] < now  # NaN, no promise, never is
+        generated = 0
+        for row, (state, token) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
+            slot = state.slot
+            if token < 0 or by_slot.get(slot) is not state:  # failed above, or computed in vain
                 continue
-            state = by_slot[slot]
+            generated += 1
+            self._strict[slot] &= not late[row]
             state.output_tokens += 1
             if state.first_token_s is None:
                 state.first_token_s = c.first_token_s[slot] = now
@@ -397,7 +465,9 @@ class EngineCore:
                 self._finish(state, "length", (token,), logprobs)
                 continue
             state.append(token)
-            goes_on.append(row)
+            if not state.pending:
+                self._last_token[slot] = token
+                c.last_token_s[slot] = now
             if state.output_tokens > 1:
                 outbox.append(TokenDelta(state.request.request_id, (token,), logprobs))
                 continue
@@ -412,12 +482,7 @@ class EngineCore:
                     service=self._service(state),
                 )
             )
-        self._stats.generated_tokens += int((result.token_ids >= 0).sum())
-        slots = sampled[goes_on]
-        self._last_token[slots] = result.token_ids[goes_on]
-        c.known_tokens[slots] += 1
-        c.generated_tokens[slots] += 1
-        c.last_token_s[slots] = now
+        self._stats.generated_tokens += generated
 
     # ---- transitions ---------------------------------------------------------------------------------------------
 
@@ -462,8 +527,8 @@ class EngineCore:
     ) -> None:
         """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
         slot = state.slot
-        self._running.pop(slot, None)
-        self._waiting.pop(slot, None)
+        for place in (self._running, self._waiting, self._ending):
+            place.pop(slot, None)
         self.kv.release(slot, discard=discard)
         self._columns.blocks[slot] = self._columns.computed_tokens[slot] = 0
         del self._by_id[state.request.request_id], self._by_slot[slot]
@@ -535,7 +600,7 @@ class EngineCore:
             max_running=self.max_running,
             model=self.model,
             arrivals=self._arrivals,
-            idle_s=now - self._idle_since_s,
+            idle_s=0.0 if self._flights else now - self._idle_since_s,
         )
 
     def _look_up_hits(self, *, everything: bool) -> None:
@@ -556,7 +621,7 @@ class EngineCore:
         """A picture of the counters and the present numbers."""
         return dataclasses.replace(
             self._stats,
-            running=len(self._running),
+            running=len(self._running) + len(self._ending),
             waiting=len(self._waiting),
             kv_used_blocks=self.kv.used_blocks,
             kv_evictions=self.kv.evictions,
@@ -610,19 +675,27 @@ class EngineCore:
         """Raises InternalError or KVError naming the first invariant that does not hold."""
         self.kv.check()
         c = self._columns
-        if set(self._running) & set(self._waiting) or {*self._running, *self._waiting} != set(self._by_slot):
-            raise InternalError("running and waiting do not partition the requests")
+        if sorted([*self._running, *self._waiting, *self._ending]) != sorted(self._by_slot):
+            raise InternalError("running, waiting and ending do not partition the requests")
         if len(self._running) > self.max_running:
             raise InternalError(f"{len(self._running)} sequences run, over the limit of {self.max_running}")
         if sorted([*self._by_slot, *self._free_slots]) != list(range(len(c.known_tokens))):
             raise InternalError("a slot is lost, or free and in use")
         for slot, state in self._by_slot.items():
             known, computed = int(c.known_tokens[slot]), int(c.computed_tokens[slot])
-            if known != state.known or state.known != state.prompt_tokens + int(c.generated_tokens[slot]):
-                raise InternalError(f"slot {slot}: {known} tokens in its column, {state.known} in its state")
-            if state.output_tokens != int(c.generated_tokens[slot]) or state.known > self.max_model_len:
+            generated, in_flight = (
+                int(c.generated_tokens[slot]),
+                sum(any(s is state for s in f.states) for f in self._flights),
+            )
+            if known != state.known + state.pending or known != state.prompt_tokens + generated:
+                raise InternalError(
+                    f"slot {slot}: {known} tokens in its column, {state.known} and {state.pending} pending in its state"
+                )
+            if state.output_tokens + state.pending != generated or known > self.max_model_len:
                 raise InternalError(f"slot {slot}: {state.output_tokens} output tokens, {known} tokens in all")
-            if self._last_token[slot] != state.tokens[known - 1]:
+            if not 0 <= state.pending <= in_flight or (slot in self._ending) != (generated == state.max_tokens):
+                raise InternalError(f"slot {slot}: {state.pending} tokens pending, in {in_flight} steps in flight")
+            if self._last_token[slot] != (PENDING if state.pending else state.tokens[known - 1]):
                 raise InternalError(f"slot {slot}: its newest token is not the one the next step would compute")
             named = state.tokens[: len(state.hashes) * self.kv.block_size]
             if state.hashes != block_hashes(named, self.kv.block_size, self._hash_key):

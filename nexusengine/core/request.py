@@ -12,7 +12,9 @@ from nexusengine.types import EngineRequest, Timings
 
 @dataclass(slots=True)
 class RequestState:
-    """tokens[:known] are prompt and output so far; hashes name its full blocks as far as they are known."""
+    """tokens[:known] are prompt and output so far; hashes name its full blocks as far as they are known.
+
+    pending: tokens that steps in flight sample; they are not in `tokens` yet."""
 
     request: EngineRequest
     slot: int
@@ -24,6 +26,7 @@ class RequestState:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     output_tokens: int = 0
+    pending: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
     serial: int = 0

@@ -21,7 +21,8 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    device_name: what its maker calls the device, where that is known.
+    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
+    one is in flight.
     """
 
     device: str
@@ -35,6 +36,7 @@ class ExecutorSpec:
     weights_bytes: int
     kv_bytes: int
     device_name: str = ""
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
     kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
-    name, so that emulated devices do not all scatter alike.
+    name, so that emulated devices do not all scatter alike. overlap: take a second step while one is in flight; by
+    default where the device works beside the host. enforce_eager: no CUDA graphs.
     """
 
     dtype: str | None = None
@@ -55,19 +58,23 @@ class ExecutorOptions:
     attention_backend: str | None = None
     seed: int = 0
     worker: str = ""
+    overlap: bool | None = None
+    enforce_eager: bool = False
 
 
 class Executor(Protocol):
-    """Computes steps, one at a time. `submit` may return before the device is done; `collect` waits for it."""
+    """Computes steps, one at a time, in the order they were submitted. `submit` may return before the device is done;
+    `collect` waits for it."""
 
     spec: ExecutorSpec
 
     def submit(self, batch: StepBatch) -> None:
-        """Start a step. At most one step is in flight; the batch's arrays may be reused once this returns."""
+        """Start a step. At most one step is in flight, or two where steps overlap; the batch's arrays may be reused
+        once this returns."""
         ...
 
     def collect(self) -> StepResult:
-        """The result of the step submitted last."""
+        """The result of the oldest step in flight."""
         ...
 
     def close(self) -> None:

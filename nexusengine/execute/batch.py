@@ -13,6 +13,8 @@ import numpy.typing as npt
 from nexusengine.types import SamplingParams
 
 I4 = npt.NDArray[np.int32]
+PENDING = -1
+"""Stands in StepBatch.token_ids for the token that the slot sampled last, which is known to the device alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class StepBatch:
     counts    i4 [R]  tokens computed now; the sequence then has starts + counts tokens in the cache
     sampled   bool [R]  rows whose last token's logits are sampled; a sampled token's place in its sequence is
                         starts + counts, which with the seed alone determines its random draw
-    token_ids i4 [T]  input tokens, row after row; -1 stands for the token this slot sampled in the step before
+    token_ids i4 [T]  input tokens, row after row; PENDING stands for the token this slot sampled last
     block_tables i4 [S, B]  KV blocks of each slot, in order; 0 is the null block. Shared, not a copy: valid during the
                         step only.
     sampling  columns by slot

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ class EmulatedExecutor:
     ) -> None:
         self.spec = spec
         self._profile, self._rng = profile, rng
-        self._in_flight: tuple[StepResult, float] | None = None  # what it computes, and when it ends
+        self._in_flight: deque[tuple[StepResult, float]] = deque()  # what it computes, and when it ends
         self._ended_s, self._late_s = float("-inf"), 0.0
         self._first_token = min(max((*config.eos_token_ids, config.bos_token_id or 0)) + 1, config.vocab_size - 1)
 
@@ -72,6 +73,7 @@ class EmulatedExecutor:
             attention_backend="emulated",
             weights_bytes=weights_bytes,
             kv_bytes=num_blocks * block_size * token_bytes,
+            overlaps=bool(options.overlap),
         )
         seed = (options.seed, zlib.crc32(f"{options.worker} {device}".encode()))
         return cls(config, profile, spec, np.random.default_rng(seed))
@@ -81,22 +83,22 @@ class EmulatedExecutor:
         return 0.0 if self._profile is None else self._profile.step_s(batch.counts, batch.starts)
 
     def submit(self, batch: StepBatch) -> None:
-        if self._in_flight is not None:
-            raise RuntimeError("a step is in flight; collect it first")
+        if len(self._in_flight) > self.spec.overlaps:
+            raise RuntimeError(f"steps in flight: {len(self._in_flight)}; collect it first")
         now = time.monotonic()
         late_s = self._late_s if now - self._ended_s < _FOLLOWS_WITHIN_S else 0.0
         takes_s = self.step_s(batch)
         if self._profile is not None:
             takes_s *= float(self._profile.noise(self._rng.random(1), bool(batch.counts.max() > 1))[0])
-        self._in_flight = (StepResult(self._tokens(batch), takes_s), now - late_s + takes_s)
+        begins_s = self._in_flight[-1][1] if self._in_flight else now - late_s
+        self._in_flight.append((StepResult(self._tokens(batch), takes_s), max(begins_s, now - late_s) + takes_s))
 
     def collect(self) -> StepResult:
         """Sleeps until the step would be over. A sleep ends late, by a tenth of a millisecond or more where the
         machine is busy; the step that follows at once is as much shorter, so that lateness does not add up."""
-        if self._in_flight is None:
+        if not self._in_flight:
             raise RuntimeError("no step is in flight")
-        result, ends_s = self._in_flight
-        self._in_flight = None
+        result, ends_s = self._in_flight.popleft()
         left_s = ends_s - time.monotonic()
         if left_s > 0.0:
             time.sleep(left_s)
@@ -115,4 +117,4 @@ class EmulatedExecutor:
         return ((mixed >> np.uint64(33)) % spread).astype(np.int32) + np.int32(self._first_token)
 
     def close(self) -> None:
-        self._in_flight = None
+        self._in_flight.clear()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,11 @@ from nexusengine.config import DeviceSpec
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
+from nexusengine.execute.graphs import GraphDevice
+from nexusengine.execute.ledger import RESERVE_SHARE, MemoryLedger, graph_budget_bytes
 from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
+from nexusengine.execute.staging import ReadBack, Staging, Timer
 from nexusengine.layers.choice import choose_ops
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.weights import WeightSource, open_weights
@@ -23,10 +26,9 @@ from nexusengine.model_config import ModelConfig
 from nexusengine.models.llama import LlamaForCausalLM
 from nexusengine.models.registry import model_class
 from nexusengine.obs.logs import get_logger
-from nexusengine.sampling.sampler import DeviceLogprobs, SamplingRows, sample
+from nexusengine.sampling.sampler import SamplingRows, sample
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_GPU_SHARE = 0.9
 log = get_logger("executor")
 
 
@@ -56,7 +58,10 @@ class TorchExecutor:
         self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
-        self._in_flight: tuple[torch.Tensor | None, DeviceLogprobs | None, Callable[[], float]] | None = None
+        self._staging = Staging(self._device)
+        self._in_flight: deque[tuple[ReadBack, Timer]] = deque()
+        self.graphs: DecodeGraphs | None = None
+        self.ledger: MemoryLedger | None = None
 
     @classmethod
     def create(
@@ -125,15 +130,22 @@ class TorchExecutor:
                 weights_bytes=model.weights_bytes,
                 kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
+                overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
             )
             return cls(model, backend(attention_spec), attention_spec, spec)
 
         progress("allocating the KV cache", 0.0)
+        graphs_bytes = peak_bytes = 0
         if where.type == "cpu":
-            free_bytes = available_bytes()
+            free_bytes = total_bytes = available_bytes()
+            total_bytes += model.weights_bytes
             kv_bytes = options.kv_cache_bytes or cpu_kv_bytes()
         else:
-            free_bytes = _free_gpu_bytes(made(2, longest), largest_step(options, longest, attention_spec.block_size))
+            total_bytes = torch.cuda.mem_get_info(where)[1]
+            if backend.caps().graphs and not options.enforce_eager:
+                graphs_bytes = graph_budget_bytes(total_bytes)
+            step = largest_step(options, longest, attention_spec.block_size)
+            free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
             kv_bytes = options.kv_cache_bytes or free_bytes
         num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, dtype.itemsize)
         needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize)
@@ -144,20 +156,24 @@ class TorchExecutor:
                 param="kv_cache_memory",
             )
         executor = made(num_blocks, max_len)
+        reserve = int(RESERVE_SHARE * total_bytes) if where.type == "cuda" else 0
+        executor.ledger = MemoryLedger(total_bytes, model.weights_bytes, peak_bytes, graphs_bytes, needed, reserve)
+        log.info("memory of %s: %s", device, executor.ledger.text())
+        if graphs_bytes:
+            executor.capture_decodes(CudaGraphDevice(where), graphs_bytes, options.max_running)
         progress("ready", 1.0)
         return executor
 
     @torch.inference_mode()
     def submit(self, batch: StepBatch) -> None:
         """Computes at once on a CPU; on CUDA only launches."""
-        if self._in_flight is not None:
-            raise RuntimeError("a step is in flight; collect it first")
+        if len(self._in_flight) > self.spec.overlaps:
+            raise RuntimeError(f"steps in flight: {len(self._in_flight)}; collect it first")
         if self._kv is None:
             raise RuntimeError("the executor is closed")
-        elapsed_s = self._start_timer()
+        timer = Timer(self._device)
         rows = np.nonzero(batch.sampled)[0]
         inputs = self._inputs(batch, rows)
-        self._attention.plan(inputs.meta)
         hidden = self._hidden(inputs, self._kv)
         tokens, logprobs = None, None
         if len(rows):
@@ -176,43 +192,69 @@ class TorchExecutor:
             )
             # a row without a token (-1) fails; until its owner knows, any valid id keeps the others' steps safe
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
-        self._in_flight = (tokens, logprobs, elapsed_s())
+        read_back = ReadBack(tokens, logprobs)
+        timer.stop()
+        self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
         """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
         meta = inputs.meta
+        decodes = meta.max_query_len == 1
+        if decodes and self.graphs is not None:
+            hidden = self.graphs.hidden(inputs.token_ids, inputs.positions, meta)
+            if hidden is not None:
+                return hidden
+        self._attention.plan(meta)
 
         def compute() -> torch.Tensor:
             return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta)
 
-        if meta.max_query_len > 1 or not self._attention.caps().graphs:
+        if not decodes or not self._attention.caps().graphs:
             return compute()
         tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
         return self._model.ops.step(compute, (*tensors, meta.slot_mapping))
 
     def collect(self) -> StepResult:
-        if self._in_flight is None:
+        """Waits for the end of the oldest step, and for nothing else."""
+        if not self._in_flight:
             raise RuntimeError("no step is in flight")
-        tokens, logprobs, device_s = self._in_flight
-        self._in_flight = None
-        ids = np.empty(0, np.int32) if tokens is None else tokens.int().cpu().numpy()
-        return StepResult(ids, device_s(), logprobs.fetch() if logprobs is not None else None)
+        read_back, timer = self._in_flight.popleft()
+        device_s = timer.seconds()
+        ids, logprobs = read_back.get()
+        return StepResult(ids, device_s, logprobs)
 
     def close(self) -> None:
-        self._kv = None
-        self._in_flight = None
+        self._kv = self.graphs = None
+        self._in_flight.clear()
+
+    def capture_decodes(self, graph_device: GraphDevice[torch.Tensor], budget_bytes: int, max_rows: int) -> None:
+        """From now on decode steps run as graphs, where the backend can and the budget allows."""
+        kv, attention = self._kv, self._attention
+        if kv is None:
+            raise RuntimeError("the executor is closed")
+
+        def forward(token_ids: torch.Tensor, positions: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
+            return self._model.forward(token_ids, positions, kv, attention, meta)
+
+        self.graphs = DecodeGraphs(
+            graph_device,
+            attention,
+            forward,
+            device=self._device,
+            block_size=self._block_size,
+            max_rows=max_rows,
+            max_tokens=self.spec.max_model_len,
+            budget_bytes=budget_bytes,
+        )
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
     def _upload(self, **arrays: np.ndarray) -> list[torch.Tensor]:
-        """Arrays of one type to the device. On CUDA in one copy, without waiting for it; on a CPU each to the place
-        that is always its own, so that steps of the same shape find their inputs at the same addresses."""
+        """To the device. On CUDA in one copy, without waiting for it; on a CPU each to the place that is always its
+        own, so that steps of the same shape find their inputs at the same addresses."""
         if self._device.type == "cpu":
             return [self._place(name, array) for name, array in arrays.items()]
-        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays.values()]))
-        flat = flat.pin_memory().to(self._device, non_blocking=True)
-        ends = np.cumsum([a.size for a in arrays.values()])
-        return [flat[end - a.size : end].view(a.shape) for end, a in zip(ends.tolist(), arrays.values(), strict=True)]
+        return list(self._staging.upload(arrays).values())
 
     def _place(self, name: str, array: np.ndarray) -> torch.Tensor:
         """Rows of the place of this name, which grows; one with columns is as wide as it ever needs to be."""
@@ -239,17 +281,19 @@ class TorchExecutor:
             positions = np.arange(total) - np.repeat(ends - seq_lens, batch.counts)
         tables = batch.block_tables[batch.slots, : -(-longest // size)]
         slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
-        ids, places, mapping, token_slots, last, sampled_slots = self._upload(
+        starts = np.zeros(len(ends) + 1, np.int32)
+        starts[1:] = ends
+        ids, places, mapping, token_slots, last, sampled_slots, block_table, lengths, cu = self._upload(
             token_ids=batch.token_ids.astype(np.int64),
             positions=positions,
             slot_mapping=slot_mapping,
             token_slots=batch.slots[rows].astype(np.int64),
             last=ends[sampled_rows] - 1,
             sampled_slots=batch.slots[sampled_rows].astype(np.int64),
+            block_table=tables,
+            seq_lens=seq_lens,
+            cu_seqlens_q=starts,
         )
-        starts = np.zeros(len(ends) + 1, np.int32)
-        starts[1:] = ends
-        block_table, lengths, cu = self._upload(block_table=tables, seq_lens=seq_lens, cu_seqlens_q=starts)
         if (batch.token_ids < 0).any():
             ids.copy_(torch.where(ids < 0, self._last_tokens[token_slots], ids))
         meta = AttentionMeta(
@@ -270,30 +314,6 @@ class TorchExecutor:
         have = len(self._last_tokens)
         if have < slots:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(slots - have)])
-
-    def _start_timer(self) -> Callable[[], Callable[[], float]]:
-        """A call that ends the measurement and returns a call that gives its seconds (waiting on CUDA if it must)."""
-        if self._device.type != "cuda":
-            began_s = time.perf_counter()
-
-            def end_cpu() -> Callable[[], float]:
-                took_s = time.perf_counter() - began_s
-                return lambda: took_s
-
-            return end_cpu
-        began, ended = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
-        began.record()
-
-        def end_cuda() -> Callable[[], float]:
-            ended.record()
-
-            def seconds() -> float:
-                ended.synchronize()
-                return float(began.elapsed_time(ended)) / 1000
-
-            return seconds
-
-        return end_cuda
 
 
 def _torch_device(device: DeviceSpec) -> torch.device:
@@ -320,8 +340,9 @@ def _dtype(wanted: str | None, checkpoint: str, device: torch.device) -> torch.d
     return _DTYPES.get(checkpoint, torch.bfloat16) if checkpoint != "float32" else torch.bfloat16
 
 
-def _free_gpu_bytes(executor: TorchExecutor, step: StepBatch) -> int:
-    """What is left of our share of the device after the weights and the measured peak of the largest step."""
+def _free_gpu_bytes(executor: TorchExecutor, step: StepBatch, graphs_bytes: int) -> tuple[int, int]:
+    """(what is left of our share of the device after the weights, the graphs and the measured peak of the largest step;
+    that peak)."""
     device = executor._device
     before_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -331,4 +352,4 @@ def _free_gpu_bytes(executor: TorchExecutor, step: StepBatch) -> int:
     executor.close()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return max(int(free - (1 - _GPU_SHARE) * total) - peak_bytes, 0)
+    return max(int(free - RESERVE_SHARE * total) - peak_bytes - graphs_bytes, 0), peak_bytes

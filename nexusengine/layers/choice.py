@@ -11,12 +11,14 @@ from nexusengine.config import Quantization
 from nexusengine.errors import ConfigError
 from nexusengine.layers.ops import Ops, TorchOps
 from nexusengine.obs.logs import get_logger
+from nexusengine.triton_kernels import launch
 
 log = get_logger("ops")
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantization: Quantization = "none") -> Ops[Any]:
-    """The CPU kernels where they can run; else torch, with a line in the log that says why.
+    """The CPU kernels or, on CUDA, the Triton kernels where they can run; else torch, with a line in the log that says
+    why.
 
     Raises ConfigError for a quantization that torch's table does not have.
     """
@@ -33,6 +35,13 @@ def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantizatio
     if quantization != "none":
         message = f"quantization {quantization} is a matter of the CPU kernels, which cannot be used: {reason}"
         raise ConfigError(message, param="quantization")
+    if device.type == "cuda":
+        available, reason = launch.probe(device)
+        if available:
+            from nexusengine.layers.triton_ops import TritonOps
+
+            return TritonOps(eps)
+        log.warning("the Triton kernels cannot be used, steps take longer: %s", reason)
     return TorchOps(eps)
 
 

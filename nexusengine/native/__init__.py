@@ -1,7 +1,6 @@
 """The CPU kernels: plain C++ in `src`, built on first use into the cache folder and called through ctypes.
 
-`probe` says whether they can be used here and why not; `library` loads them. Imports torch only to find the OpenMP
-runtime it has loaded, so that both share one pool of threads.
+`probe` says whether they can be used here and why not; `library` loads them. Needs no torch.
 """
 
 from __future__ import annotations

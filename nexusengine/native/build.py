@@ -1,8 +1,7 @@
 """Building the kernels: each instruction set in a translation unit with its own flags, the choice made at run time.
 
-The result is kept under a name made of everything it depends on: sources, compiler, flags and OpenMP runtime. It
-appears in the cache folder whole or not at all, and of several processes that start at once one builds and the others
-wait.
+The result is kept under a name made of everything it depends on: sources, compiler and flags. It appears in the cache
+folder whole or not at all, and of several processes that start at once one builds and the others wait.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": (), "neondot": ("-march=armv8.2-a+dotprod",)},
 }
 """Flags of each instruction set by machine; never -march=native, since a cache folder may be shared."""
+COMMON = ("api", "pool")
+"""Units that are the same for every instruction set."""
 _NAME = "libnexusengine.so"
 _COMPILE_LIMIT_S = 300
 
@@ -54,7 +55,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """$CXX, else g++ or c++. It must be GCC, whose OpenMP calls the runtime that torch brings. Raises NativeError."""
+    """$CXX, else g++ or c++. It must be GCC, whose vector extensions the kernels use. Raises NativeError."""
     wanted = os.environ.get("CXX")
     found = [path for name in ([wanted] if wanted else ["g++", "c++"]) if (path := shutil.which(name))]
     if not found:
@@ -69,55 +70,39 @@ def find_compiler() -> Compiler:
     raise NativeError(f"the compiler {found[0]} is not GCC, which the kernels are built with; name one with CXX")
 
 
-def openmp_runtime() -> Path:
-    """The OpenMP library that torch has loaded into this process. Raises NativeError if there is none, or several."""
-    import torch  # noqa: F401
-
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError as error:
-        raise NativeError(f"cannot see which OpenMP runtime torch uses: {error}") from None
-    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
-    names = ("libgomp", "libiomp5", "libomp")
-    loaded = sorted(p for p in paths if os.path.basename(p).startswith(names) and ".so" in p)
-    if len(loaded) != 1:
-        raise NativeError(f"torch has loaded {len(loaded)} OpenMP runtimes ({', '.join(loaded)}); one is needed")
-    return Path(loaded[0])
-
-
 def build() -> Path:
     """The library for this machine, built if it is not in the cache. Raises NativeError."""
     sets = SETS.get(platform.machine())
     if sets is None:
         raise NativeError(f"there are no kernels for {platform.machine()}; known: {', '.join(SETS)}")
-    compiler, runtime = find_compiler(), openmp_runtime()
+    compiler = find_compiler()
     folder = cache_dir() / "native"
-    target = folder / _key(compiler, runtime, sets) / _NAME
+    target = folder / _key(compiler, sets) / _NAME
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{target.parent.name}.lock"):
             if not target.is_file():
-                _compile(compiler, runtime, sets, target)
+                _compile(compiler, sets, target)
     except OSError as error:
         raise NativeError(f"cannot build in {folder}: {error}") from None
     return target
 
 
-def _key(compiler: Compiler, runtime: Path, sets: dict[str, tuple[str, ...]]) -> str:
+def _key(compiler: Compiler, sets: dict[str, tuple[str, ...]]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(repr((compiler, str(runtime), runtime.stat().st_size, FLAGS, sets)).encode())
+    digest.update(repr((compiler, FLAGS, sets)).encode())
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: Compiler, runtime: Path, sets: dict[str, tuple[str, ...]], target: Path) -> None:
+def _compile(compiler: Compiler, sets: dict[str, tuple[str, ...]], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
-        units = {"api": (SOURCES / "api.cpp", ())} | {
-            isa: (SOURCES / "isa.cpp", (f"-DNEX_ISA={isa}", "-fopenmp", *flags)) for isa, flags in sets.items()
+        units = {unit: (SOURCES / f"{unit}.cpp", ()) for unit in COMMON} | {
+            isa: (SOURCES / "isa.cpp", (f"-DNEX_ISA={isa}", *flags)) for isa, flags in sets.items()
         }
         commands = [
             [compiler.path, *FLAGS, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
@@ -126,8 +111,7 @@ def _compile(compiler: Compiler, runtime: Path, sets: dict[str, tuple[str, ...]]
         with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
             list(pool.map(_run, commands))
         objects = [str(folder / f"{unit}.o") for unit in units]
-        # the runtime by its path, not by -fopenmp: the compiler's own would be a second one in the process
-        _run([compiler.path, "-shared", *objects, str(runtime), "-o", str(folder / _NAME)])
+        _run([compiler.path, "-shared", "-pthread", *objects, "-o", str(folder / _NAME)])
         os.replace(folder / _NAME, target)
 
 

@@ -145,6 +145,12 @@ WORKER_METRICS = (
     WorkerMetric(
         "worker_step_bound_coverage", "gauge", "Share of steps within their predicted upper bound", _total("coverage")
     ),
+    WorkerMetric("worker_gpu_clock_mhz", "gauge", "Clock of the worker's GPU", _total("gpu_clock_mhz")),
+    WorkerMetric("worker_gpu_most_clock_mhz", "gauge", "Highest clock it has", _total("gpu_most_clock_mhz")),
+    WorkerMetric("worker_gpu_power_watts", "gauge", "Power it takes", _total("gpu_power_w")),
+    WorkerMetric("worker_gpu_temperature_celsius", "gauge", "How hot it is", _total("gpu_temperature_c")),
+    WorkerMetric("worker_gpu_used_bytes", "gauge", "Memory in use on it, by whomever", _total("gpu_used_bytes")),
+    WorkerMetric("worker_gpu_throttled", "gauge", "1 while power or heat hold its clock down", _total("gpu_throttled")),
 )
 
 ROUTER_METRICS = {

@@ -92,6 +92,7 @@ class JointAttention:
     def __init__(self, decodes: Surface, prefill: Surface, beside: Quad, skew: Skew, shortest_chunk: int) -> None:
         self._decodes, self._prefill, self._beside, self._skew = decodes, prefill, beside, skew
         self._floor_s = prefill(shortest_chunk, 0)
+        self._longest_cached = beside.last_b
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         decodes = self._decodes
@@ -104,13 +105,15 @@ class JointAttention:
         return at_mean + self._skew.along(n, at_mean, self._decodes.along(n, longest_kv))
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
-        """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch."""
+        """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch. A call
+        takes no less than its chunk or its decodes alone: what decodes add falls as the chunk's own context grows, and
+        is not carried on below that behind the longest context measured."""
         cut = pieces(chunks) if len(chunks) > 1 or chunks[0][0] > LONGEST_CHUNK else chunks
         q, ctx = cut[0]
         total = self._prefill(q, ctx)
         if n:
-            mean_s, longest_s = self._beside(q, ctx, n, mean_kv, longest_kv)
-            at_mean = total + mean_s
+            mean_s, longest_s = self._beside(q, min(ctx, self._longest_cached), n, mean_kv, longest_kv)
+            at_mean = max(total + mean_s, total, self.decodes_s(n, mean_kv, mean_kv))
             total = at_mean + self._skew(n, q, at_mean, total + longest_s)
         for q, ctx in cut[1:]:
             total += max(self._prefill(q, ctx) - self._floor_s, 0.0)

@@ -104,8 +104,8 @@ def locate(axis: list[float], x: float) -> tuple[int, float]:
 
 
 class Quad:
-    """A function of four numbers, linear in each, on a full grid; as Surface. Asked at two points of the last axis at
-    once, because the other three look-ups are the larger part of the work."""
+    """A function of four numbers, linear in each, on a full grid; as Surface. last_b: end of the second axis. Asked
+    at two points of the last axis at once, because the other three look-ups are the larger part of the work."""
 
     def __init__(self, axes: Sequence[Sequence[float] | F8], grid: F8) -> None:
         a, b, c, d = (np.asarray(axis, np.float64).tolist() for axis in axes)
@@ -116,6 +116,7 @@ class Quad:
         rows = np.asarray(grid, np.float64).reshape(-1, len(d))
         self._rows: list[list[float]] = rows.tolist()
         self._over_a, self._over_b = len(b) * len(c), len(c)
+        self.last_b = b[-1]
 
     def __call__(self, a: float, b: float, c: float, d: float, e: float) -> tuple[float, float]:
         """At (a, b, c, d) and at (a, b, c, e)."""

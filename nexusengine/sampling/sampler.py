@@ -15,6 +15,7 @@ import torch
 from nexusengine import native
 from nexusengine.execute.batch import I4, SampledLogprobs
 from nexusengine.sampling.noise import exponential, row_keys
+from nexusengine.triton_kernels import launch
 
 _CANDIDATES = 1024
 """Most likely tokens looked at first for top_k and top_p; rows that need more are done over the whole vocabulary."""
@@ -49,7 +50,34 @@ class DeviceLogprobs:
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, DeviceLogprobs | None]:
-    """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite."""
+    """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite.
+
+    On CUDA by one Triton kernel (triton_kernels/sampling), which only launches; else by torch. Both follow the same
+    rule from (seed, position) to a token, up to rounding at the filters' edges and in a race's finish, and to ties:
+    torch keeps top_k tokens exactly, the kernel also those that tie with the last.
+    """
+    if launch.probe(logits.device)[0]:
+        tokens = _sample_by_kernel(logits, rows)
+        return tokens, _logprobs(logits, tokens.clamp_min(0), rows.logprobs)
+    return _sample_by_torch(logits, rows)
+
+
+def _sample_by_kernel(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    from nexusengine.triton_kernels import sampling
+
+    packed = np.empty((len(logits), sampling.PARAMETERS), np.int32)
+    packed[:, 0], packed[:, 2], packed[:, 3] = (
+        values.view(np.int32) for values in (rows.temperature, rows.top_p, rows.min_p)
+    )
+    packed[:, 1] = rows.top_k
+    packed[:, 4:] = row_keys(rows.seed, rows.position).numpy()
+    parameters = torch.from_numpy(packed)
+    if logits.device.type == "cuda":
+        parameters = parameters.pin_memory().to(logits.device, non_blocking=True)
+    return sampling.sample(logits, parameters, _COLDEST)
+
+
+def _sample_by_torch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, DeviceLogprobs | None]:
     tokens, finite = _most_likely(logits)
     random = rows.temperature >= _COLDEST
     filtered = random & ((rows.top_k > 0) | (rows.top_p < 1.0))

@@ -34,6 +34,8 @@ def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
         attention_backend=config.attention_backend,
         seed=config.seed,
         worker=worker,
+        overlap=None if config.async_scheduling else False,
+        enforce_eager=config.enforce_eager,
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 import queue
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -22,9 +23,12 @@ from typing import IO
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import ConfigError, NexusError, Unavailable
+from nexusengine.gpus import Gpu, visible
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
+from nexusengine.serve.cores import numa_nodes, place_workers
+from nexusengine.serve.gpu import PINNED
 from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -88,6 +92,7 @@ class Supervisor:
         self._stop_now = False
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
+        cores = _cores(self.devices)
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
         inside: Message = {
             **common,
@@ -101,11 +106,13 @@ class Supervisor:
                 "nexusengine.server.main",
                 lambda: {**common, "config": {**common["config"], "port": self._port}},
             )
+        gpus = visible() if any(d.kind == "cuda" for d in self.devices) else ()
         for name, device in zip(names, self.devices, strict=True):
-            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, _threads(device))
+            role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, worker_environ(device, gpus))
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
                 **inside,
                 **name,
+                "cores": cores.get(name["worker_id"], ()),
                 "epoch": role.epoch,
                 "model_path": str(self._files.path) if self._files else "",
             }
@@ -315,6 +322,21 @@ def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
     return folder, lock
 
 
-def _threads(device: DeviceSpec) -> dict[str, str]:
-    """A CPU worker's thread count must be known to OpenMP before torch is imported."""
-    return {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+def worker_environ(device: DeviceSpec, gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """What has to be known before torch is imported. A CPU worker: its thread count, and that torch does not spin
+    after computing, beside the kernels. A GPU's: that GPU alone, by its UUID, so that nothing depends
+    on the order in which libraries count them; there it is device 0. gpus: by index; where the driver does not show the
+    device, the worker sees them all and says itself what is wrong."""
+    if device.kind == "cpu":
+        count = {"OMP_NUM_THREADS": str(device.threads)} if device.threads else {}
+        return count if "OMP_WAIT_POLICY" in os.environ else count | {"OMP_WAIT_POLICY": "passive"}
+    if device.kind == "cuda" and (device.index or 0) < len(gpus):
+        return {"CUDA_VISIBLE_DEVICES": gpus[device.index or 0].uuid, PINNED: "1"}
+    return {}
+
+
+def _cores(devices: Sequence[DeviceSpec]) -> dict[str, tuple[int, ...]]:
+    """The cores of each CPU worker that is tied to some, by its id."""
+    workers = [i for i, device in enumerate(devices) if device.kind == "cpu"]
+    placed = place_workers([devices[i].threads for i in workers], sorted(os.sched_getaffinity(0)), numa_nodes())
+    return {f"w{i}": cores for i, cores in zip(workers, placed, strict=True) if cores}

@@ -15,6 +15,7 @@ from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.serve.build import executor_options, make_core
+from nexusengine.serve.gpu import Telemetry, seen_as
 from nexusengine.serve.link import RouterLink, with_spec
 from nexusengine.types import TokenDelta
 
@@ -57,6 +58,8 @@ def main() -> None:
     given = child.read_config()
     config = ServeConfig(**given["config"])
     setup(config.log_level)
+    if given["cores"]:
+        os.sched_setaffinity(0, given["cores"])  # before other threads begin: they inherit it
     child.listen(lambda message: None)
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
@@ -68,7 +71,7 @@ def main() -> None:
 
     try:
         files = resolve_model(given["model_path"], weights=device.kind != "emulated")
-        executor = make_executor(files, device, executor_options(config, info.worker_id), progress)
+        executor = make_executor(files, seen_as(device, os.environ), executor_options(config, info.worker_id), progress)
         hash_key = bytes.fromhex(given["hash_key"])
         core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
     except (NexusError, MemoryError) as error:
@@ -94,7 +97,7 @@ def main() -> None:
     if core.kv.prefix_caching:
         core.kv.journal = CacheJournal(core.kv.block_size)
         prefixes = DigestSender(core.kv.journal)
-    link.ready(info, core.load, core.request_ids, prefixes)
+    link.ready(info, Telemetry(os.environ).beside(core.load), core.request_ids, prefixes)
     child.emit({"type": "ready"})
     try:
         serve_requests(core, link)

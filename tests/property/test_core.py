@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,7 +131,7 @@ arrivals_ = st.lists(
 )
 
 
-def tiny_executor(blocks: int, block_size: int) -> FakeExecutor:
+def tiny_executor(blocks: int, block_size: int, overlaps: bool = False) -> FakeExecutor:
     """One sequence of the longest kind always fits."""
     return FakeExecutor(
         num_blocks=max(blocks, MAX_MODEL_LEN // block_size + 2),
@@ -138,6 +139,7 @@ def tiny_executor(blocks: int, block_size: int) -> FakeExecutor:
         max_model_len=MAX_MODEL_LEN,
         max_batch_tokens=40,
         poison=frozenset({POISON}),
+        overlaps=overlaps,
     )
 
 
@@ -149,11 +151,12 @@ def tiny_executor(blocks: int, block_size: int) -> FakeExecutor:
     block_size=st.sampled_from([1, 4, 16]),
     seats=st.integers(1, 6),
     caching=st.booleans(),
+    overlaps=st.booleans(),
 )
 def test_answers_do_not_depend_on_the_schedule_and_nothing_leaks(
-    arrivals: list[Arrival], budget: int, blocks: int, block_size: int, seats: int, caching: bool
+    arrivals: list[Arrival], budget: int, blocks: int, block_size: int, seats: int, caching: bool, overlaps: bool
 ) -> None:
-    executor = tiny_executor(blocks, block_size)
+    executor = tiny_executor(blocks, block_size, overlaps)
     serve(make_core(executor, policy=FCFS(budget), max_running=seats, prefix_caching=caching), arrivals)
 
 
@@ -165,17 +168,19 @@ def test_answers_do_not_depend_on_the_schedule_and_nothing_leaks(
     block_size=st.sampled_from([1, 4, 16]),
     seats=st.integers(1, 6),
     caching=st.booleans(),
+    overlaps=st.booleans(),
 )
 def test_answers_survive_a_policy_that_plans_blocks_there_are_not(
-    arrivals: list[Arrival], seed: int, blocks: int, block_size: int, seats: int, caching: bool
+    arrivals: list[Arrival], seed: int, blocks: int, block_size: int, seats: int, caching: bool, overlaps: bool
 ) -> None:
-    executor = tiny_executor(blocks, block_size)
+    executor = tiny_executor(blocks, block_size, overlaps)
     serve(make_core(executor, policy=Reckless(seed), max_running=seats, prefix_caching=caching), arrivals)
 
 
-def test_the_random_plans_do_run_out_of_blocks_and_preempt() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_random_plans_do_run_out_of_blocks_and_preempt(overlaps: bool) -> None:
     arrivals = [Arrival(i // 3, tuple([i % 4] * 20), 12, 0, None) for i in range(14)]
-    core = make_core(tiny_executor(10, 4), policy=Reckless(1), max_running=6)
+    core = make_core(tiny_executor(10, 4, overlaps), policy=Reckless(1), max_running=6)
     serve(core, arrivals)
     stats = core.stats()
     assert min(stats.plan_shortfalls, stats.preemptions, stats.kv_evictions, stats.cached_tokens) > 0

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from nexusengine.attention import sdpa  # noqa: E402
 from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
 
-from .test_attention import oracle  # noqa: E402
+from ..attention_cases import oracle  # noqa: E402
 
 SIZE, HEADS, KV_HEADS, DIM = 16, 6, 2, 32
 

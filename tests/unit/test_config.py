@@ -1,8 +1,8 @@
 """Settings: where values come from, and what a wrong one is answered."""
 
 import argparse
+import dataclasses
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from nexusengine.config import (
     parse_devices,
 )
 from nexusengine.errors import ConfigError
+from tests.unit.test_serve_gpu import A, FakeDriver
 
 
 def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
@@ -88,14 +89,15 @@ def test_what_is_not_a_device_is_refused(text: str) -> None:
 
 
 def test_auto_takes_the_gpus_it_is_shown_or_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = types.SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 8)
+    driver = FakeDriver()
+    driver.gpus = tuple(dataclasses.replace(A, uuid=f"GPU-{i}") for i in range(8))
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [str(d) for d in parse_devices("auto")] == ["cuda:0", "cuda:1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [str(d) for d in parse_devices("auto")] == ["cpu"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    driver.nvmlDeviceGetCount = lambda: 0
+    driver.gpus = ()
     assert [str(d) for d in parse_devices("auto")] == ["cpu"], "shown a GPU that is not there"
 
 

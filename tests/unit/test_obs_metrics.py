@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nexusengine.core.stats import CoreStats
+from nexusengine.gpus import GpuState
 from nexusengine.obs.metrics import (
     PREFIX,
     ROUTER_COUNTERS,
@@ -34,7 +35,8 @@ LOADED = WorkerStatus(
     load=WorkerLoad(
         0,
         perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
-        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals(),
+        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
+        | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
     ),
     restarts=2,
 )

@@ -62,10 +62,12 @@ NEX_EXPORT int nex_choose(const char* name) {
     return 0;
 }
 
-// Threads of every later call; they are those of the OpenMP runtime that torch uses too.
-NEX_EXPORT void nex_set_threads(int count) { threads = count > 0 ? count : 1; }
+// Threads of every later run.
+NEX_EXPORT void nex_set_threads(int count) { __atomic_store_n(&threads, count > 0 ? count : 1, __ATOMIC_RELAXED); }
 
-// Calls in order, each done before the next begins.
+// Calls in order, each done before the next begins. Of several threads that run at once one has helpers.
 NEX_EXPORT void nex_run(const NexCall* calls, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) chosen->calls[calls[i].kind](calls[i].arguments, threads);
+    const NexTeam team = nex_pool_enter(__atomic_load_n(&threads, __ATOMIC_RELAXED));
+    for (int64_t i = 0; i < count; ++i) chosen->calls[calls[i].kind](calls[i].arguments, team);
+    nex_pool_leave(team);
 }

@@ -15,7 +15,7 @@ namespace {
 static constexpr float LOWEST = -__builtin_inff();
 static constexpr int TOKENS = 64;       // of a tile of keys
 static constexpr int QUERY_ROWS = 192;  // about so many rows of (query, head) a task, fewer if threads would be idle
-static constexpr int SPLIT_TOKENS = 512;  // least keys a task of a row that is split
+static constexpr int SPLIT_TOKENS = 512;  // keys a task of a row that is split: never by threads, they must not change sums
 
 // Where token `position` of a row lies, in bytes from the base.
 INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
@@ -298,11 +298,11 @@ struct Task {
 };
 
 template <class T>
-static void attention_of(const NexAttention& a, int threads) {
+static void attention_of(const NexAttention& a, const NexTeam& team) {
     const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
     const int64_t state_size = round_up(2 * a.heads + a.heads * padded, 16);
     int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
-    int64_t decode_keys = 0, tasks = 0, shares = 0, chunks = 0;
+    int64_t tasks = 0, shares = 0, chunks = 0;
     auto chunks_of = [&](int64_t row) {
         const int64_t count = a.starts[row + 1] - a.starts[row];
         return count > 1 ? (count + queries - 1) / queries * a.kv_heads : 0;
@@ -310,12 +310,9 @@ static void attention_of(const NexAttention& a, int threads) {
     for (;; queries /= 2) {
         chunks = 0;
         for (int64_t r = 0; r < a.rows; ++r) chunks += chunks_of(r);
-        if (chunks == 0 || chunks >= 4 * threads || queries < 16) break;
+        if (chunks == 0 || chunks >= 4 * team.threads || queries < 16) break;
     }
-    for (int64_t r = 0; r < a.rows; ++r)
-        if (a.starts[r + 1] - a.starts[r] == 1) decode_keys += a.lengths[r];
-    int64_t share = decode_keys / (4 * threads);
-    share = round_up(share > SPLIT_TOKENS ? share : SPLIT_TOKENS, TOKENS);
+    constexpr int64_t share = SPLIT_TOKENS;
     for (int64_t r = 0; r < a.rows; ++r)
         if (a.starts[r + 1] - a.starts[r] == 1) shares += (a.lengths[r] + share - 1) / share;
     static thread_local Scratch task_memory, state_memory, local_memory;
@@ -329,17 +326,17 @@ static void attention_of(const NexAttention& a, int threads) {
             for (int64_t kv = 0; kv < a.kv_heads; ++kv)
                 list[tasks++] = {int32_t(r), int32_t(kv), int32_t(first), int32_t(first + queries < count ? first + queries : count), 0};
     }
-    int64_t states_used = 0;
+    int64_t states_used = 0, split = 0;
     for (int64_t r = 0; r < a.rows; ++r) {
         if (a.starts[r + 1] - a.starts[r] != 1) continue;
+        split += a.lengths[r] > share;
         for (int64_t at = 0; at < a.lengths[r]; at += share, states_used += state_size)
             list[tasks++] = {int32_t(r), -1, int32_t(at), int32_t(at + share < a.lengths[r] ? at + share : a.lengths[r]), states_used};
     }
     const int64_t most_rows = queries * group;
     const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
     const size_t local = size_t(score_rows * TOKENS + most_rows * (dim + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
-#pragma omp parallel num_threads(tasks > 1 ? threads : 1)
-    {
+    parallel(team, tasks, 1, [&](NexClaims& claims) {
         float* memory = local_memory.get<float>(local);
         QueryScratch s;
         auto take = [&](int64_t size) {
@@ -351,8 +348,7 @@ static void attention_of(const NexAttention& a, int threads) {
         s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
         s.maxima = take(most_rows), s.totals = take(most_rows);
         float* query = take(a.heads * padded);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tasks; ++i) {
+        for (int64_t i; (i = next(claims)) >= 0;) {
             const Task& task = list[i];
             if (task.kv >= 0) {
                 chunk_task<T>(a, task.row, task.kv, task.first, task.last, s);
@@ -365,21 +361,21 @@ static void attention_of(const NexAttention& a, int threads) {
             if (task.first == 0 && task.last == a.lengths[task.row])
                 merge(a, a.starts[task.row], states + task.state, 1, state_size);
         }
-        // rows that were split: their states lie one behind the other
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = chunks; i < tasks; ++i) {
-            const Task& task = list[i];
-            const int64_t length = a.lengths[task.row];
-            if (task.first == 0 && task.last < length)
-                merge(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
-        }
-    }
+    });
+    // rows that were split: their states lie one behind the other
+    if (split == 0) return;
+    parallel_for(team, tasks - chunks, 4, [&](int64_t i) {
+        const Task& task = list[chunks + i];
+        const int64_t length = a.lengths[task.row];
+        if (task.first == 0 && task.last < length)
+            merge(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
+    });
 }
 
-static void attention(const NexAttention& a, int threads) {
-    if (a.cache.kind == NEX_F32) attention_of<float>(a, threads);
-    else if (a.cache.kind == NEX_BF16) attention_of<bf16>(a, threads);
-    else attention_of<int8_t>(a, threads);
+static void attention(const NexAttention& a, const NexTeam& team) {
+    if (a.cache.kind == NEX_F32) attention_of<float>(a, team);
+    else if (a.cache.kind == NEX_BF16) attention_of<bf16>(a, team);
+    else attention_of<int8_t>(a, team);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ static constexpr int TILE_ROWS = at_most(W == 16 ? 12 : 6);
 static constexpr int TASK_TILES = 20;        // most tiles a task: its sums fit the first-level cache
 static constexpr int PRIVATE_ROWS = 4;       // up to here every thread copies x for itself and none waits
 static constexpr int64_t WIDE = 1024, PIECE = 128;  // numbers of k at a time: float weights, unpacked weights
+static constexpr int64_t CLAIM_BYTES = 32 << 10;    // least bytes of weights, times rows, that a thread claims at a time
 
 // sums [ROWS][32] (+)= tile [k][ROWS] times PANELS panels [k][16].
 template <int ROWS, int PANELS>
@@ -147,56 +148,60 @@ static void linear_task(const NexLinear& op, const Tiles& tiles, const float* co
     finish(op, pair, row, tiles.begin(t1) - row, sums);
 }
 
-static void linear_float(const NexLinear& op, int threads) {
+// How many tasks of `bytes` of weights are claimed at a time: with few rows the weights' bytes are the work.
+static int64_t together_of(int64_t tasks, int64_t bytes, int64_t rows, int threads) {
+    const int64_t most = tasks / (4 * threads), enough = CLAIM_BYTES / (bytes * rows);
+    const int64_t fewer = most < enough ? most : enough;
+    return fewer > 1 ? fewer : 1;
+}
+
+static void linear_float(const NexLinear& op, const NexTeam& team) {
     const NexWeight& w = *op.weight;
     const Tiles tiles(op.rows, TILE_ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
-    const int64_t shares = shares_of(tiles, pairs, threads);
+    const int64_t shares = shares_of(tiles, pairs, team.threads);
     const bool shared = op.rows > PRIVATE_ROWS;
     static thread_local Scratch copies, locals;
     float* common = shared ? copies.get<float>(size_t(op.rows * w.k)) : nullptr;
-#pragma omp parallel num_threads(threads)
-    {
+    if (shared)
+        parallel_for(team, tiles.count, 1, [&](int64_t t) {
+            copy_tile(op, tiles.begin(t), tiles.height(t), common + tiles.begin(t) * w.k);
+        });
+    const int64_t together = together_of(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
+    parallel(team, pairs * shares, together, [&](NexClaims& claims) {
         constexpr size_t sums_size = size_t(TASK_TILES) * TILE_ROWS * 2 * PANEL;
         const size_t own = shared ? 0 : size_t(op.rows * w.k + 15) / 16 * 16;
         float* sums = locals.get<float>(sums_size + 2 * PIECE * PANEL + own);
         float* pieces = sums + sums_size;
         float* copied = shared ? common : pieces + 2 * PIECE * PANEL;
-        if (shared) {
-#pragma omp for schedule(static)
+        if (!shared)
             for (int64_t t = 0; t < tiles.count; ++t)
                 copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
-        } else {
-            for (int64_t t = 0; t < tiles.count; ++t)
-                copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
-        }
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < pairs * shares; ++task) {
+        for (int64_t task; (task = next(claims)) >= 0;) {
             const int64_t pair = task / shares, share = task % shares;
             linear_task(op, tiles, copied, pair, share * tiles.count / shares, (share + 1) * tiles.count / shares, sums,
                         pieces);
         }
-    }
+    });
 }
 
-static void embed(const NexEmbed& op, int threads) {
+static void embed(const NexEmbed& op, const NexTeam& team) {
     const NexWeight& w = *op.weight;
     float* out = op.out;
-#pragma omp parallel for num_threads(op.rows > 16 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < op.rows; ++r) {
+    parallel_for(team, op.rows, 16, [&](int64_t r) {
         const int64_t panel = op.ids[r] / PANEL, lane = op.ids[r] % PANEL;
         float piece[32 * PANEL];
         if (w.kind == NEX_F32) {
             const float* from = static_cast<const float*>(w.data) + panel * w.k * PANEL + lane;
             for (int64_t k = 0; k < w.k; ++k) out[r * w.k + k] = from[k * PANEL];
-            continue;
+            return;
         }
         for (int64_t k = 0; k < w.k; k += 32) {
             const int64_t count = w.k - k < 32 ? w.k - k : 32;
             unpack(w, panel, k, count, piece);
             for (int64_t i = 0; i < count; ++i) out[r * w.k + k + i] = piece[i * PANEL + lane];
         }
-    }
+    });
 }
 
 }  // namespace

@@ -342,16 +342,16 @@ static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D
 }
 
 template <class D, bool Q4>
-static void linear_integers(const NexLinear& op, int threads) {
+static void linear_integers(const NexLinear& op, const NexTeam& team) {
     const NexWeight& w = *op.weight;
     const Tiles tiles(op.rows, D::ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
-    const int64_t shares = shares_of(tiles, pairs, threads);
+    const int64_t shares = shares_of(tiles, pairs, team.threads);
     const int64_t groups = (w.k + 3) / 4, blocks = (groups + D::GROUPS - 1) / D::GROUPS;
     const bool shared = op.rows > PRIVATE_ROWS;
     // every tile: its groups, then scales and totals
     const int64_t row_bytes = round_up(groups * int64_t(sizeof(typename D::Group)) + 8 * blocks, 8);
-    static thread_local Scratch copies, locals;
+    static thread_local Scratch copies, lines, locals;
     const size_t list_bytes = size_t(tiles.count) * sizeof(IntegerTile<D>), copy_bytes = list_bytes + size_t(op.rows * row_bytes);
     char* common = shared ? copies.get<char>(copy_bytes) : nullptr;
     auto lay_out = [&](char* memory) {
@@ -367,8 +367,13 @@ static void linear_integers(const NexLinear& op, int threads) {
         return list;
     };
     IntegerTile<D>* list = shared ? lay_out(common) : nullptr;
-#pragma omp parallel num_threads(threads)
-    {
+    if (shared)
+        parallel(team, tiles.count, 1, [&](NexClaims& claims) {
+            float* line = lines.get<float>(size_t(round_up(w.k, 64)));
+            for (int64_t t; (t = next(claims)) >= 0;) quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, list[t]);
+        });
+    const int64_t together = together_of(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
+    parallel(team, pairs * shares, together, [&](NexClaims& claims) {
         constexpr int64_t sums = TASK_TILES * D::ROWS * 2 * PANEL, blocks_piece = 2 * BLOCK_PIECE / 32 * PANEL;
         const int64_t floats = sums + 2 * blocks_piece + round_up(w.k, 64), numbers = 2 * BLOCK_PIECE * PANEL;
         char* memory = locals.get<char>(size_t(4 * floats + numbers) + (shared ? 0 : copy_bytes));
@@ -376,17 +381,12 @@ static void linear_integers(const NexLinear& op, int threads) {
         const IntegerScratch s{reinterpret_cast<float*>(memory), line, line - 2 * blocks_piece, line - blocks_piece,
                                reinterpret_cast<int8_t*>(memory) + 4 * floats};
         IntegerTile<D>* mine = list;
-        if (shared) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < tiles.count; ++t)
-                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, mine[t]);
-        } else {
+        if (!shared) {
             mine = lay_out(memory + 4 * floats + numbers);
             for (int64_t t = 0; t < tiles.count; ++t)
                 quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, mine[t]);
         }
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < pairs * shares; ++task) {
+        for (int64_t task; (task = next(claims)) >= 0;) {
             const int64_t pair = task / shares, share = task % shares;
             const int64_t t0 = share * tiles.count / shares, t1 = (share + 1) * tiles.count / shares;
             const bool gated = op.finish == NEX_GATED;
@@ -396,7 +396,7 @@ static void linear_integers(const NexLinear& op, int threads) {
             else int8_task<D>(op, tiles, mine, first, second, t0, t1, s.sums);
             finish(op, pair, tiles.begin(t0), tiles.begin(t1) - tiles.begin(t0), s.sums);
         }
-    }
+    });
 }
 
 }  // namespace

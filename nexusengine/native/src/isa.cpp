@@ -11,16 +11,16 @@
 
 namespace {
 
-static void linear(const NexLinear& op, int threads) {
+static void linear(const NexLinear& op, const NexTeam& team) {
     if (op.rows <= 0) return;
-    if (!op.weight->int8_activations) linear_float(op, threads);
-    else if (op.weight->kind == NEX_INT8) linear_integers<Dot8, false>(op, threads);
-    else linear_integers<Dot4, true>(op, threads);
+    if (!op.weight->int8_activations) linear_float(op, team);
+    else if (op.weight->kind == NEX_INT8) linear_integers<Dot8, false>(op, team);
+    else linear_integers<Dot4, true>(op, team);
 }
 
-template <class T, void (*FUNCTION)(const T&, int)>
-static void call(const void* arguments, int threads) {
-    FUNCTION(*static_cast<const T*>(arguments), threads);
+template <class T, void (*FUNCTION)(const T&, const NexTeam&)>
+static void call(const void* arguments, const NexTeam& team) {
+    FUNCTION(*static_cast<const T*>(arguments), team);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "pool.h"
+
 extern "C" {
 
 // How a weight or a cache row is stored.
@@ -120,6 +122,6 @@ struct NexCall {
 // One instruction set's functions, by NexCallKind.
 struct NexKernels {
     const char* name;
-    void (*calls[6])(const void* arguments, int threads);
+    void (*calls[6])(const void* arguments, const NexTeam& team);
 };
 }

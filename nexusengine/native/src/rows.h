@@ -20,14 +20,13 @@ INLINE float inverse_rms(const float* x, int64_t n, float eps) {
     return 1.0f / __builtin_sqrtf(squares / float(n) + eps);
 }
 
-static void rms_norm(const NexNorm& op, int threads) {
-#pragma omp parallel for num_threads(op.rows > 16 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < op.rows; ++r) {
+static void rms_norm(const NexNorm& op, const NexTeam& team) {
+    parallel_for(team, op.rows, 16, [&](int64_t r) {
         const float* from = op.x + r * op.dim;
         float* to = op.out + r * op.dim;
         const float factor = inverse_rms(from, op.dim, op.eps);
         for (int64_t i = 0; i < op.dim; ++i) to[i] = from[i] * factor * op.weight[i];
-    }
+    });
 }
 
 // In one pass: a number that is not finite times 0 is a NaN, and shows in the sum. Of equal ones the first counts.
@@ -58,9 +57,8 @@ static int64_t largest_place(const float* x, int64_t n) {
     return odd == 0.0f ? place : -1;
 }
 
-static void largest_of(const NexLargest& op, int threads) {
-#pragma omp parallel for num_threads(op.rows > 1 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < op.rows; ++r) op.out[r] = largest_place(op.x + r * op.columns, op.columns);
+static void largest_of(const NexLargest& op, const NexTeam& team) {
+    parallel_for(team, op.rows, 1, [&](int64_t r) { op.out[r] = largest_place(op.x + r * op.columns, op.columns); });
 }
 
 // Pairs are (i, i + dim / 2): x may be out.
@@ -101,15 +99,14 @@ INLINE void put_row(const float* x, int64_t dim, int32_t kind, char* to) {
     }
 }
 
-static void rotate_store(const NexRotateStore& op, int threads) {
+static void rotate_store(const NexRotateStore& op, const NexTeam& team) {
     const int64_t width = (op.heads + 2 * op.kv_heads) * op.dim, half = op.dim / 2;
-#pragma omp parallel for num_threads(op.tokens > 8 ? threads : 1) schedule(static)
-    for (int64_t t = 0; t < op.tokens; ++t) {
+    parallel_for(team, op.tokens, 8, [&](int64_t t) {
         float* row = op.qkv + t * width;
         const float *cos = op.cos + op.positions[t] * half, *sin = op.sin + op.positions[t] * half;
         for (int64_t h = 0; h < op.heads + op.kv_heads; ++h) rotate(row + h * op.dim, cos, sin, op.dim, row + h * op.dim);
         const int64_t slot = op.slots[t];
-        if (slot < 0) continue;
+        if (slot < 0) return;
         const int64_t offset = slot / op.cache.block_size * op.cache.block_bytes + slot % op.cache.block_size * op.cache.token_bytes;
         for (int64_t h = 0; h < op.kv_heads; ++h) {
             const int64_t at = offset + h * op.cache.head_bytes;
@@ -117,7 +114,7 @@ static void rotate_store(const NexRotateStore& op, int threads) {
             put_row(k, op.dim, op.cache.kind, static_cast<char*>(op.cache.k) + at);
             put_row(k + op.kv_heads * op.dim, op.dim, op.cache.kind, static_cast<char*>(op.cache.v) + at);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -1,0 +1,88 @@
+"""What the adapters of other libraries share: finding a function by its signature, what all of them ask of a shape, and
+the store of K and V.
+
+Whether a function will do is read off its parameters, not off a version: the same names come from several packages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nexusengine.attention.base import AttentionMeta, AttentionSpec
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def find(module: str, name: str, parameters: tuple[str, ...], install: str) -> tuple[Callable[..., Any] | None, str]:
+    """(the function or class, what was found) or (None, what is missing). Never raises. install: what brings it."""
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        return None, f"{module} cannot be imported ({error}); {install}"
+    except Exception as error:  # a broken extension is a reason, not a crash
+        return None, f"{module} fails on import: {type(error).__name__}: {error}"
+    if found is None:
+        return None, f"{module} has no {name}; {install}"
+    try:
+        known = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return None, f"{module}.{name} does not tell its parameters"
+    missing = [parameter for parameter in parameters if parameter not in known]
+    if missing:
+        return None, f"{module}.{name} knows no {', '.join(missing)}; {install}"
+    return found, f"{module}.{name}"
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability; None of what is no CUDA device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def fits(
+    spec: AttentionSpec, majors: tuple[int, ...], max_dim: int = 256, dtypes: tuple[torch.dtype, ...] = HALF
+) -> tuple[bool, str]:
+    """What every library here asks: CUDA of certain generations (`majors` of the compute capability), half precision,
+    head dimensions that are multiples of 8."""
+    found = capability(spec.device)
+    if found is None:
+        return False, f"needs a CUDA device, not {spec.device}"
+    if found[0] not in majors:
+        wanted = ", ".join(f"{major}.x" for major in majors)
+        return False, f"made for compute capability {wanted}; this is {found[0]}.{found[1]}"
+    if spec.dtype not in dtypes:
+        return False, f"does not compute in {spec.dtype}"
+    if spec.num_heads % spec.num_kv_heads or spec.head_dim % 8 or spec.head_dim > max_dim:
+        return False, f"{spec.num_heads} heads of {spec.head_dim} over {spec.num_kv_heads} KV heads"
+    return True, f"head dimensions up to {max_dim} in half precision"
+
+
+def window_of(spec: AttentionSpec) -> tuple[int, int]:
+    """(keys before its own that a query sees, keys after), -1 for all, as flash-attn counts. Without a window both are
+    -1, beside causal=True: a limit to the right would keep decodes from packing the heads that share K and V."""
+    return (spec.window - 1, 0) if spec.window else (-1, -1)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta) -> None:
+    """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land in
+    the null block, which nobody reads."""
+    slots = meta.slot_mapping.clamp_min(0)
+    k_cache.view(-1, *k.shape[1:])[slots] = k
+    v_cache.view(-1, *v.shape[1:])[slots] = v
+
+
+class Finite:
+    """Makes a cache's numbers finite, once. Kernels that load whole pages of V by TMA give keys past a row's end the
+    weight 0, and 0 times a NaN that was never written is NaN."""
+
+    def __init__(self) -> None:
+        self._done: set[int] = set()
+
+    def __call__(self, v_cache: torch.Tensor) -> None:
+        if v_cache.data_ptr() not in self._done:
+            torch.nan_to_num(v_cache, nan=0.0, posinf=0.0, neginf=0.0, out=v_cache)
+            self._done.add(v_cache.data_ptr())

@@ -1,0 +1,83 @@
+"""flash-attn 3 (module flash_attn_interface, built from the Hopper folder of flash-attention): one call for queries of
+any length over blocks of any size, keys split where that helps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nexusengine.attention import external
+from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSpec
+
+_INSTALL = "build it from the folder hopper of the flash-attention sources"
+_NEEDED = (
+    "cache_seqlens",
+    "page_table",
+    "cu_seqlens_q",
+    "max_seqlen_q",
+    "softmax_scale",
+    "causal",
+    "window_size",
+    "softcap",
+)
+
+
+class Flash3Backend:
+    name = "flash3"
+
+    @classmethod
+    def caps(cls) -> AttentionCaps:
+        sizes = (16, *(size for size in range(1, 1025) if size != 16))
+        return AttentionCaps(sizes, external.HALF, graphs=True, modifiers=True)
+
+    @classmethod
+    def probe(cls) -> tuple[bool, str]:
+        found, reason = external.find("flash_attn_interface", "flash_attn_with_kvcache", _NEEDED, _INSTALL)
+        return found is not None, reason
+
+    @classmethod
+    def supports(cls, spec: AttentionSpec) -> tuple[bool, str]:
+        return external.fits(spec, (9,))
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        from flash_attn_interface import flash_attn_with_kvcache
+
+        self._attend = flash_attn_with_kvcache
+        self._options: dict[str, Any] = {
+            "softmax_scale": spec.scale,
+            "causal": True,
+            "window_size": external.window_of(spec),
+            "softcap": spec.soft_cap or 0.0,
+        }
+        self._make_finite = external.Finite()
+
+    def plan(self, meta: AttentionMeta) -> None:
+        """Nothing: the function schedules its work itself."""
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
+    ) -> None:
+        external.store(k, v, k_cache, v_cache, meta)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        meta: AttentionMeta,
+        out: torch.Tensor,
+    ) -> None:
+        self._make_finite(v_cache)
+        out.copy_(
+            self._attend(
+                q,
+                k_cache,
+                v_cache,
+                cache_seqlens=meta.seq_lens,
+                page_table=meta.block_table,
+                cu_seqlens_q=meta.cu_seqlens_q,
+                max_seqlen_q=meta.max_query_len,
+                **self._options,
+            )
+        )

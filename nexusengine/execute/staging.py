@@ -1,0 +1,135 @@
+"""Between host and device without waiting: a step's inputs go up through pinned buffers that are allocated once, its
+results come down in one asynchronous copy each, behind one event.
+
+Rehearsed on the CPU, where a copy is a copy and an event has always happened; it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nexusengine.execute.batch import SampledLogprobs
+from nexusengine.sampling.sampler import DeviceLogprobs
+
+_ALIGNED_BYTES = 16
+_SMALLEST_BYTES = 2**16
+_RING = 2
+
+
+class Mark(Protocol):
+    """A place in the device's work."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has got there."""
+        ...
+
+
+class _Passed:
+    """A mark where everything is done at once."""
+
+    def record(self) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
+class Timer:
+    """Seconds of a step on the device: from two events on CUDA, read once the step is known to be over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began_s = time.perf_counter()
+        if self._cuda:
+            self._began = torch.Event("cuda", enable_timing=True)
+            self._ended = torch.Event("cuda", enable_timing=True)
+            self._began.record()
+
+    def stop(self) -> None:
+        self._took_s = time.perf_counter() - self._began_s
+        if self._cuda:
+            self._ended.record()
+
+    def seconds(self) -> float:
+        """Waits for the device."""
+        if self._cuda:
+            self._ended.synchronize()
+            return float(self._began.elapsed_time(self._ended)) / 1000
+        return self._took_s
+
+
+class Staging:
+    """A ring of host buffers and their places on the device. Arrays given together travel in one copy.
+
+    A host buffer is filled again only when its last copy is over; its place on the device is written by a copy that the
+    device does after all work on what was there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._host: list[torch.Tensor] = []
+        self._there: list[torch.Tensor] = []
+        self._copied: list[Mark] = []
+        self._next = 0
+
+    def upload(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Arrays of any types to the device; they hold until the second call from now."""
+        offsets, total = {}, 0
+        for name, array in arrays.items():
+            offsets[name] = total
+            total += -(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        if not self._host or self._host[0].numel() < total:
+            self._grow(total)
+        at, self._next = self._next, (self._next + 1) % _RING
+        host, there, copied = self._host[at], self._there[at], self._copied[at]
+        copied.synchronize()
+        as_bytes = host.numpy()
+        for name, array in arrays.items():
+            begin = offsets[name]
+            as_bytes[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+        there[:total].copy_(host[:total], non_blocking=self._pinned)
+        copied.record()
+        return {
+            name: there[offsets[name] : offsets[name] + array.nbytes]
+            .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
+            .view(array.shape)
+            for name, array in arrays.items()
+        }
+
+    def _grow(self, needed_bytes: int) -> None:
+        for copied in self._copied:
+            copied.synchronize()
+        size = max(_SMALLEST_BYTES, 2 ** (needed_bytes - 1).bit_length())
+        self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(_RING)]
+        self._there = [torch.zeros(size, dtype=torch.uint8, device=self._device) for _ in range(_RING)]
+        self._copied = [torch.Event("cuda") if self._pinned else _Passed() for _ in range(_RING)]
+
+
+class ReadBack:
+    """What a step sampled, on its way to the host since it was made."""
+
+    def __init__(self, tokens: torch.Tensor | None, logprobs: DeviceLogprobs | None) -> None:
+        self._tokens = None if tokens is None else _down(tokens.int())
+        self._logprobs = logprobs and DeviceLogprobs(
+            _down(logprobs.chosen), _down(logprobs.top_ids), _down(logprobs.top)
+        )
+
+    def get(self) -> tuple[np.ndarray, SampledLogprobs | None]:
+        """Only once the device has got past it; waits for nothing."""
+        ids = np.empty(0, np.int32) if self._tokens is None else self._tokens.numpy()
+        return ids, None if self._logprobs is None else self._logprobs.fetch()
+
+
+def _down(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned memory comes from torch's own cache of it, where it returns once nobody holds the result."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,54 @@
+"""The table of operations on CUDA: Triton kernels for what only moves memory, torch (cuBLAS) for the linear maps.
+
+The residual addition is part of the linear map before it (beta = 1 in the product), so that it costs one more read and
+no kernel of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nexusengine.attention.base import AttentionBackend, AttentionMeta
+from nexusengine.layers.basic import Linear
+from nexusengine.layers.ops import TorchOps
+from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.triton_kernels.activation import silu_mul
+from nexusengine.triton_kernels.norm import rms_norm
+from nexusengine.triton_kernels.rope import rotate_and_store
+
+
+class TritonOps(TorchOps):
+    name = "triton"
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, self._eps)
+
+    def add_linear(self, to: Linear, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        into = into.addmm_(x, to.weight.t())
+        return into if to.bias is None else into.add_(to.bias)
+
+    def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        return silu_mul(self.linear(to, x, norm))
+
+    def angles(  # type: ignore[override]
+        self, rotary: RotaryEmbedding, positions: torch.Tensor
+    ) -> tuple[RotaryEmbedding, torch.Tensor]:
+        return rotary, positions
+
+    def rotate_and_store(  # type: ignore[override]
+        self,
+        qkv: torch.Tensor,
+        angles: tuple[RotaryEmbedding, torch.Tensor],
+        attention: AttentionBackend,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        meta: AttentionMeta,
+        heads: tuple[int, int, int],
+    ) -> torch.Tensor:
+        """q is rotated in qkv itself and returned as a view of it: tokens lie apart."""
+        rotary, positions = angles
+        if not attention.caps().plain_cache:
+            return super().rotate_and_store(qkv, rotary.at(positions), attention, k_cache, v_cache, meta, heads)
+        rotate_and_store(qkv, rotary.cos, rotary.sin, positions, meta.slot_mapping, k_cache, v_cache, heads)
+        count, _, dim = heads
+        return qkv[:, : count * dim].view(-1, count, dim)

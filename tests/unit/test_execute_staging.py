@@ -1,0 +1,96 @@
+"""Staging buffers, the read-back of results and overlapping steps, on the CPU device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from nexusengine.clock import MonotonicClock  # noqa: E402
+from nexusengine.core.core import EngineCore  # noqa: E402
+from nexusengine.execute.ledger import MemoryLedger, graph_budget_bytes  # noqa: E402
+from nexusengine.execute.staging import Staging  # noqa: E402
+from nexusengine.lens.fcfs import FCFS  # noqa: E402
+from nexusengine.perf.registry import make_model  # noqa: E402
+from nexusengine.types import SamplingParams  # noqa: E402
+from tests.fakes import request, run  # noqa: E402
+from tests.unit.test_execute_torch import OPTIONS, Steps, made  # noqa: E402
+
+
+def test_arrays_of_different_types_arrive_as_they_were() -> None:
+    staging = Staging(torch.device("cpu"))
+    given = {
+        "ids": np.arange(7, dtype=np.int64),
+        "table": np.arange(6, dtype=np.int32).reshape(2, 3)[:, ::-1],
+        "none": np.empty(0, np.int64),
+        "lengths": np.array([3], np.int32),
+    }
+    there = staging.upload(given)
+    for name, array in given.items():
+        assert there[name].numpy().tolist() == array.tolist()
+        assert there[name].shape == array.shape
+
+
+def test_what_was_uploaded_holds_while_the_next_step_is_built() -> None:
+    staging = Staging(torch.device("cpu"))
+    first = staging.upload({"ids": np.full(9, 1)})["ids"]
+    second = staging.upload({"ids": np.full(9, 2)})["ids"]
+    assert set(first.tolist()) == {1}
+    assert set(second.tolist()) == {2}
+    large = staging.upload({"ids": np.arange(100_000)})["ids"]
+    assert large.tolist() == list(range(100_000))
+    assert set(second.tolist()) == {2}
+
+
+def test_the_executor_computes_the_same_from_staged_inputs() -> None:
+    told, staged = Steps(made(), temperature=1.0), Steps(made(), temperature=1.0)
+    executor = staged.executor
+    executor._upload = lambda **arrays: list(executor._staging.upload(arrays).values())  # type: ignore[method-assign]
+    for work in ({2: [5, 6, 7], 5: [1, 2, 3, 4]}, {2: [-1], 5: [-1]}, {5: [-1], 0: [8, 9]}):
+        assert staged.step(work).token_ids.tolist() == told.step(work).token_ids.tolist()
+
+
+def test_two_overlapping_steps_are_collected_in_order() -> None:
+    plain = Steps(made(), temperature=1.0)
+    steps = Steps(made(options=dataclasses.replace(OPTIONS, overlap=True)), temperature=1.0)
+    expected = [plain.step(work).token_ids.tolist() for work in ({1: [3, 4]}, {1: [-1]})]
+    steps.submit({1: [3, 4]})
+    steps.submit({1: [-1]})
+    with pytest.raises(RuntimeError, match="in flight: 2"):
+        steps.submit({1: [-1]})
+    assert [steps.executor.collect().token_ids.tolist() for _ in range(2)] == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
+    answers = []
+    for overlap in (False, True):
+        executor = made(options=dataclasses.replace(OPTIONS, overlap=overlap, kv_cache_bytes=2**16))
+        core = EngineCore(
+            executor,
+            FCFS(24),
+            make_model(),
+            clock=MonotonicClock(),
+            max_running=4,
+            hash_key=b"k",
+            check_every_step=True,
+        )
+        for i in range(10):
+            sampling = SamplingParams(
+                temperature=temperature, seed=i, max_tokens=4 + 3 * i, stop_token_ids=(1, 2, 3), logprobs=i % 3 or None
+            )
+            core.add(request(str(i), [i % 4, 5, 6, 7] * (1 + i % 5), sampling=sampling))
+        answers.append({name: (tokens, last.finish_reason) for name, (tokens, last) in run(core).items()})
+        assert core.stats().kv_used_blocks == 0
+    assert answers[0] == answers[1]
+
+
+def test_a_ledger_accounts_for_every_byte() -> None:
+    ledger = MemoryLedger(total=1000, weights=300, activations=50, graphs=20, kv=500, reserve=100)
+    assert ledger.unused == 30
+    assert sum(ledger.as_dict().values()) - ledger.total == ledger.total
+    assert graph_budget_bytes(80 * 10**9) == 2 * 2**30
+    assert graph_budget_bytes(2**30) == 2**25

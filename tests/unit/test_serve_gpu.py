@@ -1,0 +1,168 @@
+"""One worker a GPU: which GPU it sees, and what it reports of it. No driver is needed."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from nexusengine import gpus
+from nexusengine.config import DeviceSpec, count_cuda_devices, parse_device
+from nexusengine.gpus import Gpu, GpuState
+from nexusengine.serve.gpu import PINNED, Telemetry, seen_as
+from nexusengine.serve.supervisor import worker_environ
+from nexusengine.wire import WorkerLoad
+
+A = Gpu("GPU-aaaa-1", "H100", 80, 79, (9, 0), "00000000:01:00.0", 0)
+B = Gpu("GPU-bbbb-2", "L4", 24, 23, (8, 9), "00000000:02:00.0", 1)
+
+
+class FakeDriver:
+    """The part of pynvml that is asked, for two GPUs."""
+
+    NVMLError = RuntimeError
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    nvmlClocksThrottleReasonSwPowerCap = 4
+    nvmlClocksThrottleReasonHwSlowdown = 8
+    nvmlClocksThrottleReasonSwThermalSlowdown = 32
+    gpus: tuple[Gpu, ...] = (A, B)
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"580.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
+        return self.gpus[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
+        return next(g for g in self.gpus if g.uuid == uuid)
+
+    def nvmlDeviceGetUUID(self, gpu: Gpu) -> str:
+        return gpu.uuid
+
+    def nvmlDeviceGetName(self, gpu: Gpu) -> bytes:
+        return gpu.name.encode()
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: Gpu) -> SimpleNamespace:
+        return SimpleNamespace(total=gpu.total_bytes, free=gpu.free_bytes, used=gpu.total_bytes - gpu.free_bytes)
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: Gpu) -> tuple[int, int]:
+        return gpu.compute_capability
+
+    def nvmlDeviceGetPciInfo(self, gpu: Gpu) -> SimpleNamespace:
+        return SimpleNamespace(busId=gpu.pci)
+
+    def nvmlDeviceGetClockInfo(self, gpu: Gpu, kind: int) -> int:
+        return 1500
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu: Gpu, kind: int) -> int:
+        return 1980
+
+    def nvmlDeviceGetPowerUsage(self, gpu: Gpu) -> int:
+        raise RuntimeError("not supported")
+
+    def nvmlDeviceGetTemperature(self, gpu: Gpu, kind: int) -> int:
+        return 60
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: Gpu) -> int:
+        return 4 | 1
+
+    def nvmlDeviceGetNvLinkState(self, gpu: Gpu, link: int) -> int:
+        raise RuntimeError("no such link")
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, one: Gpu, other: Gpu) -> int:
+        return 30
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver())
+
+
+def test_a_worker_sees_its_gpu_alone_by_uuid_and_as_the_first() -> None:
+    environ = worker_environ(parse_device("cuda:1"), (A, B))
+    assert environ["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb-2"
+    assert seen_as(parse_device("cuda:1"), environ) == DeviceSpec("cuda", index=0)
+    assert seen_as(parse_device("cuda:1"), {}) == DeviceSpec("cuda", index=1)
+
+
+def test_other_devices_and_unknown_gpus_are_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert worker_environ(parse_device("cpu:2"), (A,)) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    assert worker_environ(parse_device("cuda:4"), (A,)) == {}
+    assert worker_environ(parse_device("emulated:h100"), (A,)) == {}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, (A, B)),
+        ("1,0", (B, A)),
+        ("GPU-b", (B,)),
+        ("", ()),
+        ("-1", ()),
+        ("0,7,1", (A,)),
+        ("1,MIG-7", (B, gpus.mig("MIG-7"))),
+        ("GPU-", ()),
+    ],
+)
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(wanted: str | None, found: tuple[Gpu, ...]) -> None:
+    assert gpus.select([A, B], wanted) == found
+
+
+@pytest.mark.usefixtures("driver")
+def test_gpus_and_links_are_what_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [g.uuid for g in gpus.visible()] == [A.uuid, B.uuid]
+    assert count_cuda_devices() == 2
+    assert gpus.driver_version() == ("580.1", "")
+    assert gpus.topology((A, B)) == [["-", "PHB"], ["PHB", "-"]]
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_state_leaves_out_what_the_gpu_does_not_tell() -> None:
+    state = gpus.state_of(A.uuid)
+    assert state is not None
+    assert state.throttled == ("power cap",)
+    assert state.totals() == {
+        "gpu_clock_mhz": 1500.0, "gpu_most_clock_mhz": 1980.0, "gpu_temperature_c": 60.0, "gpu_used_bytes": 1.0,
+        "gpu_throttled": 1.0,
+    }  # fmt: skip
+
+
+def test_without_a_driver_there_is_nothing_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpus.visible() == ()
+    assert gpus.state_of(A.uuid) is None
+    assert gpus.topology((A,)) == []
+    version, reason = gpus.driver_version()
+    assert version == ""
+    assert "ModuleNotFoundError" in reason
+
+
+def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> None:
+    asked: list[str] = []
+    at = [0.0]
+
+    def read(uuid: str) -> GpuState:
+        asked.append(uuid)
+        return GpuState(1500.0, None, 300.0, None, None, ())
+
+    environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
+    load = WorkerLoad(covers=0, kv_total_blocks=1, totals={"steps": 7.0})
+    beside = Telemetry(environ, read, lambda: at[0]).beside(lambda: load)
+    assert beside().totals == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
+    beside()
+    at[0] = 1.5
+    beside()
+    assert asked == [A.uuid] * 2
+
+
+def test_a_worker_without_a_gpu_of_its_own_reports_as_before() -> None:
+    load = WorkerLoad(covers=0, kv_total_blocks=1)
+    assert Telemetry({"CUDA_VISIBLE_DEVICES": "0"}).beside(lambda: load)() is load
