@@ -268,7 +268,7 @@ class ServeConfig(EngineConfig):
         parse=parse_bool,
         group="http",
     )
-    router: str = setting("least-outstanding", "placement policy of the router", group="scheduling", metavar="NAME")
+    router: str = setting("prism", "placement policy of the router", group="scheduling", metavar="NAME")
     max_held: int = setting(
         4096, "most requests the router holds while no worker can take them", parse=whole(0), group="scheduling"
     )

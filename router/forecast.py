@@ -260,6 +260,7 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
     50 s and answers of 15 s, three tenths.
     """
     v = base.speed
+    rows: float
     rows, kv, kv_tokens = base.pending, base.pending_kv, base.pending_need
     tightest = min(base.tightest_tpot_s, base.pending_tpot_s)
     for r in view.started:

@@ -72,7 +72,7 @@ def _add_options(parser: argparse.ArgumentParser, *, rate: bool) -> None:
     add("--devices", required=True, metavar="LIST", help="e.g. h100,a100,2xl4 (see nexusengine profiles)")
     add("--model", default="llama-3.1-8b", metavar="M", help="model served (default llama-3.1-8b)")
     add("--engine", default="lens", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
-    add("--router", default="least-outstanding", metavar="NAME", help="router policy (default least-outstanding)")
+    add("--router", default="prism", metavar="NAME", help="router policy (default prism)")
     add("--classes", default="interactive", metavar="NAME|mixed|FILE.toml", help="SLO classes (default interactive)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -51,7 +51,7 @@ class SimSpec:
     duration_s: float | None = None
     model: str = "llama-3.1-8b"
     engine: str = "lens"
-    router: str = "least-outstanding"
+    router: str = "prism"
     classes: str = "interactive"
     seed: int = 0
     perf: str = "online"

@@ -147,7 +147,7 @@ def _attend(
     return values, weights, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_splits"], do_not_specialize_on_alignment=["table", "lengths"])
 def _decode_kernel(
     q,
     k_cache,
@@ -214,7 +214,7 @@ def _decode_kernel(
         tl.store(target, values.to(out.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lengths"])
 def _merge_kernel(
     partial,
     levels,
@@ -260,7 +260,10 @@ def _merge_kernel(
     tl.store(target, (values / weights).to(out.dtype.element_ty), mask=within)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "first_row", "num_rows"],
+    do_not_specialize_on_alignment=["table", "lengths", "starts"],
+)
 def _prefill_kernel(
     q,
     k_cache,

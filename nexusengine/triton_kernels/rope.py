@@ -12,7 +12,7 @@ _ELEMENTS = 1024
 """Of a program's tile of heads by half a head."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rotate_and_store_kernel(
     qkv,
     cos,
@@ -64,7 +64,7 @@ def _rotate_and_store_kernel(
     tl.store(target + HALF, high, mask=is_value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _store_kernel(
     k,
     v,

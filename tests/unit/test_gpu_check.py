@@ -25,7 +25,8 @@ def test_the_rehearsal_passes_every_phase_or_says_why_it_skips_one(tmp_path: Pat
     phases = json.loads(out.read_text())["phases"]
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert {name: p["result"] for name, p in phases.items()} == {
-        "roofline": "pass", "kernels": "pass", "reference": "pass", "logits": "pass", "variants": "pass", "graphs": "skip",
+        "roofline": "pass", "kernels": "pass", "reference": "pass", "logits": "pass", "variants": "pass",
+        "graphs": "skip",
         "attention_speed": "pass", "performance_model": "pass", "end_to_end": "pass",
         "continuous_batching": "pass",
     }  # fmt: skip
