@@ -53,7 +53,7 @@ class LlamaForCausalLM:
         default torch. Raises ModelLoadError naming the tensor that is missing, surplus or of another shape."""
         self.config, self.dtype, self.device = config, dtype, device
         self._source = source
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._taken: set[str] = set()
         c = config
         self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
@@ -165,7 +165,7 @@ class LlamaForCausalLM:
         if self._source is None:
             if name.endswith("norm.weight"):
                 return torch.ones(shape, dtype=self.dtype)
-            return torch.empty(shape).normal_(0.0, 0.02, generator=self._generator).to(self.dtype)
+            return torch.empty(shape, device=self.device).normal_(0.0, 0.02, generator=self._generator).to(self.dtype)
         return self._source.get(name, self.dtype)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Needs torch and a checkout, no network, no weights: models have random weights, transformers is the reference. Every
 phase has a time limit, is written to OUT at once, and says pass, fail or skip with a reason; the exit status is 1 if
-one failed. `--device cpu --tiny` rehearses it. docs/gpu-check.md says what each phase shows.
+one failed. `--device cpu --tiny` rehearses it. docs/gpus.md says what each phase shows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -23,72 +25,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from gpu_phases.common import LARGE, SMALL, TINY, Findings, Setting, Skip, make_executor, prompts_for, serve
+from gpu_phases.learning import performance_model
+from gpu_phases.peers import continuous_batching, logits, reference
 
 from nexusengine.attention.base import AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import BACKENDS, backend_class
-from nexusengine.clock import MonotonicClock
-from nexusengine.config import parse_device
-from nexusengine.core.core import EngineCore
-from nexusengine.execute.base import ExecutorOptions
-from nexusengine.execute.torch_executor import TorchExecutor
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.model_config import ModelConfig
-from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.registry import make_model
-from nexusengine.types import EngineRequest, SamplingParams
-
-TINY = ModelConfig("LlamaForCausalLM", 97, 64, 128, 2, 4, 2, 16, 512, 1e-6, 10_000.0)
-SMALL = ModelConfig("LlamaForCausalLM", 151_936, 1024, 3072, 28, 16, 8, 64, 8192, 1e-6, 1_000_000.0)  # about 0.6B
-LARGE = ModelConfig("LlamaForCausalLM", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 500_000.0)  # Llama 3 8B's
-Findings = dict[str, Any]
+from nexusengine.cli import doctor
 
 
-class Skip(Exception):
-    """The phase cannot run here; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    device: torch.device
-    tiny: bool
-    ends_s: float = float("inf")  # on time.monotonic: when the phase should come to its end
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.ends_s
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, run: Callable[[], object], runs: int = 10) -> float:
-        """Median of `runs`, after two to warm up."""
-        took = []
-        for i in range(runs + 2):
-            self.sync()
-            began = time.perf_counter()
-            run()
-            self.sync()
-            if i > 1:
-                took.append(time.perf_counter() - began)
-        return float(np.median(took))
+class OutOfTime(BaseException):
+    """Raised wherever a phase is when it has taken twice its time; nothing that looks for failures may swallow it."""
 
 
 def roofline(at: Setting) -> Findings:
     """Copy bandwidth, matrix products, and what a launch costs."""
-    n = 2**20 if at.tiny else 2**30
-    a, b = (torch.zeros(n, dtype=torch.uint8, device=at.device) for _ in range(2))
-    copy_s = at.seconds(lambda: b.copy_(a))
     m = 128 if at.tiny else 8192
     x = torch.randn(m, m, device=at.device, dtype=at.dtype)
     gemm_s = at.seconds(lambda: x @ x)
     one = torch.zeros(1, device=at.device)
     launch_s = at.seconds(lambda: [one.add_(1) for _ in range(100)]) / 100
-    return {"copy_gb_s": 2 * n / copy_s / 1e9, "gemm_tflop_s": 2 * m**3 / gemm_s / 1e12, "launch_us": launch_s * 1e6}
+    return {"copy_gb_s": at.copy_gb_s(), "gemm_tflop_s": 2 * m**3 / gemm_s / 1e12, "launch_us": launch_s * 1e6}
 
 
 def _case(at: Setting, spec: AttentionSpec, rows: list[tuple[int, int]], width: int = 0) -> tuple[Any, ...]:
@@ -183,94 +140,9 @@ def kernels(at: Setting) -> Findings:
     return found
 
 
-def _executor(at: Setting, config: ModelConfig, dtype: str, **options: Any) -> TorchExecutor:
-    given = {"max_running": 8, "max_batch_tokens": 256, "max_model_len": min(config.max_position, 4096), **options}
-    if at.device.type == "cpu":
-        given.setdefault("kv_cache_bytes", 2**24)
-    name = "cpu" if at.device.type == "cpu" else f"cuda:{at.device.index or 0}"
-    return TorchExecutor.build(
-        config, None, parse_device(name), ExecutorOptions(dtype=dtype, seed=1, **given), lambda phase, fraction: None
-    )
-
-
-def _serve(
-    executor: TorchExecutor, prompts: list[list[int]], tokens: int, *, chunk: int = 256, cached: bool = True,
-    running: int = 8,
-) -> tuple[list[list[int]], EngineCore, list[float]]:  # fmt: skip
-    """Greedy answers, the core, and the instants of each request's first token and end."""
-    core = EngineCore(
-        executor, FCFS(chunk), make_model(), clock=MonotonicClock(), max_running=running, max_waiting=len(prompts),
-        prefix_caching=cached, hash_key=b"k",
-    )  # fmt: skip
-    for i, prompt in enumerate(prompts):
-        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=tokens, ignore_eos=True)
-        core.add(EngineRequest(str(i), prompt, sampling, core.clock.now()))
-    answers: list[list[int]] = [[] for _ in prompts]
-    first: dict[str, float] = {}
-    while core.has_work:
-        for delta in core.step():
-            if delta.error_message:
-                raise AssertionError(f"request {delta.request_id}: {delta.error_message}")
-            first.setdefault(delta.request_id, time.perf_counter())
-            answers[int(delta.request_id)] += delta.token_ids
-    return answers, core, list(first.values())
-
-
-def _prompts(config: ModelConfig, count: int, length: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(3, config.vocab_size, max(length - 3 * i, 4)).tolist() for i in range(count)]
-
-
-def reference(at: Setting) -> Findings:
-    """Greedy text of the engine in float32 is transformers'."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise Skip(f"transformers is not installed ({error})") from None
-    c = TINY
-    executor = _executor(at, c, "float32")
-    with torch.inference_mode():
-        theirs = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-                num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-                head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position,
-                tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None, pad_token_id=0,
-            )
-        ).eval()  # fmt: skip
-        _same_weights(theirs, c)
-        theirs = theirs.to(at.device)
-        prompts = _prompts(c, 3, 30)
-        answers, _, _ = _serve(executor, prompts, 12)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = torch.tensor([prompt], device=at.device)
-            expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-            if answer != expected:
-                raise AssertionError(f"greedy text is {answer}, transformers says {expected}")
-    executor.close()
-    return {"prompts": len(prompts), "tokens_each": 12}
-
-
-def _same_weights(theirs: Any, c: ModelConfig) -> None:
-    """Their model gets the random weights that seed 1 gives ours: drawn in the same order."""
-    generator = torch.Generator().manual_seed(1)
-    own = dict(theirs.named_parameters())
-
-    def draw(name: str) -> None:
-        own[name].copy_(torch.empty(own[name].shape).normal_(0.0, 0.02, generator=generator))
-
-    draw("model.embed_tokens.weight")
-    for i in range(c.num_layers):
-        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                     "mlp.up_proj", "mlp.down_proj"):  # fmt: skip
-            draw(f"model.layers.{i}.{part}.weight")
-    if not c.tie_embeddings:
-        draw("lm_head.weight")
-
-
 def variants(at: Setting) -> Findings:
     """The same greedy text in chunks, without prefix cache, preempted, without overlap, and without graphs."""
-    prompts = [*_prompts(TINY, 4, 60), *_prompts(TINY, 2, 60)]
+    prompts = [*prompts_for(TINY, 4, 60), *prompts_for(TINY, 2, 60)]
     plain, found = None, {}
     block_bytes = 2 * 16 * TINY.num_kv_heads * TINY.head_dim * TINY.num_layers * 4
     small = {"kv_cache_bytes": 14 * block_bytes, "block_size": 16, "attention_backend": "sdpa"}
@@ -282,8 +154,8 @@ def variants(at: Setting) -> Findings:
         ("overlap", {"overlap": True, "enforce_eager": True}, {}),
         ("graphs", {"overlap": True}, {}),
     ):
-        executor = _executor(at, TINY, "float32", **options)
-        answers, core, _ = _serve(executor, prompts, 48, **serving)  # type: ignore[arg-type]
+        executor = make_executor(at, TINY, "float32", **options)
+        answers, core, _ = serve(executor, prompts, 48, **serving)  # type: ignore[arg-type]
         plain = plain or answers
         replays = executor.graphs.table.replays if executor.graphs else 0
         found[name] = {"preemptions": core.stats().preemptions, "graph_replays": replays}
@@ -299,10 +171,10 @@ def graphs(at: Setting) -> Findings:
     """Decode steps are captured and replayed, within their budget."""
     if at.device.type != "cuda":
         raise Skip("CUDA graphs need CUDA; their bookkeeping and padding are tested with stand-ins")
-    executor = _executor(at, SMALL, "bfloat16", max_running=64)
+    executor = make_executor(at, SMALL, "bfloat16", max_running=64)
     if executor.graphs is None:
         raise Skip(f"attention backend {executor.spec.attention_backend} cannot be captured")
-    _serve(executor, _prompts(SMALL, 40, 20), 24, running=40)
+    serve(executor, prompts_for(SMALL, 40, 20), 24, running=40)
     table = executor.graphs.table
     found = {
         "captured": [dataclasses.asdict(s) for s in table.captured],
@@ -316,8 +188,13 @@ def graphs(at: Setting) -> Findings:
     return found
 
 
+_AIMS = {"triton": 0.7, "flash2": 0.85, "flash3": 0.85}
+"""Share of the copy bandwidth that decode attention should reach. Falling short is shown and fails nothing."""
+
+
 def attention_speed(at: Setting) -> Findings:
-    """Decode attention as bytes of K and V a second, beside the copy bandwidth of phase roofline."""
+    """Decode attention as bytes of K and V a second, and as a share of the copy bandwidth measured beside it."""
+    copy_gb_s = at.copy_gb_s()
     rows, length = (2, 64) if at.tiny else (32, 8192)
     found: Findings = {}
     for name, cls, spec, reason in _usable(at, 32, 8, 128):
@@ -328,7 +205,8 @@ def attention_speed(at: Setting) -> Findings:
         backend, out = cls(spec), torch.empty_like(q)
         backend.plan(meta)
         took_s = at.seconds(lambda run=backend.run, a=(q, k, v, meta, out): run(*a))  # type: ignore[misc]
-        found[name] = {"gb_s": 2 * rows * length * 8 * 128 * k.element_size() / took_s / 1e9, "us": took_s * 1e6}
+        gb_s = 2 * rows * length * 8 * 128 * k.element_size() / took_s / 1e9
+        found[name] = {"gb_s": gb_s, "share": gb_s / copy_gb_s, "aim": _AIMS.get(name), "us": took_s * 1e6}
     return found
 
 
@@ -336,25 +214,31 @@ def end_to_end(at: Setting) -> Findings:
     """Throughput, time to the first token and between tokens at several concurrencies; the performance model's error
     on the later half of the same run's steps; the gap between steps."""
     found: Findings = {}
+    copy_gb_s = at.copy_gb_s()
     shapes = {"tiny": TINY} if at.tiny else {"0.6B": SMALL, "8B": LARGE}
     for shape, config in shapes.items():
         most, length = (4, 24) if at.tiny else (256, 256)
-        executor = _executor(at, config, "float32" if at.tiny else "bfloat16", max_running=most, max_batch_tokens=2048)
+        executor = make_executor(
+            at, config, "float32" if at.tiny else "bfloat16", max_running=most, max_batch_tokens=2048
+        )
         for users in (1, 4) if at.tiny else (1, 8, 64, 256):
             if at.late:
                 found[f"{shape} at {users}"] = "skipped: out of time"
                 continue
             tokens = 8 if at.tiny else (128 if users < 64 else 256)
-            _serve(executor, _prompts(config, min(users, 4), 16), 4, running=most)  # warm
+            serve(executor, prompts_for(config, users, 16), 4, running=most)  # warm, graphs of this many rows included
             began = time.perf_counter()
-            answers, core, first = _serve(executor, _prompts(config, users, length), tokens, chunk=2048, running=most)
+            answers, core, first = serve(executor, prompts_for(config, users, length), tokens, chunk=2048, running=most)
             took_s, records = time.perf_counter() - began, list(core.records)
             late = records[len(records) // 2 :]
             errors = [abs(r.predicted_s - r.device_s) / max(r.device_s, 1e-9) for r in late]
+            tpot_s = (took_s - (float(np.median(first)) - began)) / max(tokens - 1, 1)
             found[f"{shape} at {users}"] = {
                 "output_tokens_s": sum(map(len, answers)) / took_s,
                 "ttft_s": float(np.median(first)) - began,
-                "tpot_s": (took_s - (float(np.median(first)) - began)) / max(tokens - 1, 1),
+                "tpot_s": tpot_s,
+                "weights_share_of_copy": executor.spec.weights_bytes / tpot_s / 1e9 / copy_gb_s,
+                "graph_replays": executor.graphs.table.replays if executor.graphs else 0,
                 "device_share": core.stats().device_s / took_s,
                 "between_steps_ms": 1e3 * (took_s - core.stats().device_s) / max(core.stats().steps, 1),
                 "model_mape": 100 * float(np.mean(errors)),
@@ -363,61 +247,69 @@ def end_to_end(at: Setting) -> Findings:
     return found
 
 
-def performance_model(at: Setting) -> Findings:
-    """The model learns from one grid of steps and is scored on mixed steps it has not seen."""
-    from nexusengine.serve.calibrate import _batch, _Shape
-
-    config = TINY if at.tiny else SMALL
-    executor = _executor(at, config, "float32" if at.tiny else "bfloat16", max_running=64, max_batch_tokens=1024)
-    model = make_model()
-    grid = [_Shape(d, c, p, pc) for d in (0, 1, 8, 32) for c in (128, 512) for p in (0, 128, 512) for pc in (0, 512)]
-    held_out = [_Shape(d, 256, p, 256) for d in (4, 16) for p in (64, 256)]
-
-    def measure(shape: _Shape) -> tuple[StepFeatures, float] | None:
-        if not shape.decodes + shape.chunk or (batch := _batch(executor, shape, 64)) is None:
-            return None
-        took = []
-        for _ in range(2 if at.tiny else 6):
-            executor.submit(batch)
-            took.append(executor.collect().device_s)
-        return StepFeatures.of(batch.counts, batch.starts), float(np.median(took[1:]))
-
-    taught = [m for m in map(measure, grid[:: 4 if at.tiny else 1]) if m is not None]
-    for _ in range(5):
-        for features, took_s in taught:
-            model.observe(features, took_s)
-    scored = [m for m in map(measure, held_out) if m is not None]
-    executor.close()
-    errors = [abs(model.predict(f).mean_s - took_s) / took_s for f, took_s in scored]
-    return {"taught": len(taught), "held_out": len(scored), "mape": 100 * float(np.mean(errors)) if errors else None}
-
-
 PHASES: dict[str, tuple[Callable[[Setting], Findings], float]] = {
-    "roofline": (roofline, 30.0),
-    "kernels": (kernels, 90.0),
-    "reference": (reference, 60.0),
-    "variants": (variants, 60.0),
-    "graphs": (graphs, 60.0),
-    "attention_speed": (attention_speed, 40.0),
+    "roofline": (roofline, 20.0),
+    "kernels": (kernels, 60.0),
+    "reference": (reference, 45.0),
+    "logits": (logits, 30.0),
+    "variants": (variants, 45.0),
+    "graphs": (graphs, 40.0),
+    "attention_speed": (attention_speed, 30.0),
     "performance_model": (performance_model, 60.0),
-    "end_to_end": (end_to_end, 150.0),
+    "end_to_end": (end_to_end, 130.0),
+    "continuous_batching": (continuous_batching, 60.0),
 }
-"""By name, with the seconds after which a phase begins nothing new."""
+"""By name, with the seconds after which a phase begins nothing new; after twice as many it is broken off."""
+
+
+def run_phase(name: str, at: Setting, left_s: float) -> Findings:
+    """One phase's outcome, whatever happens in it. left_s: until the whole check has to be over."""
+    phase, limit_s = PHASES[name]
+    if left_s < 1.0:
+        return {"result": "skip", "reason": "the time for the whole check was over", "took_s": 0.0}
+    began_s, most_s = time.monotonic(), min(2 * limit_s, left_s)
+
+    def break_off(number: int, frame: object) -> None:
+        raise OutOfTime(f"it had not ended after {most_s:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, break_off)
+    signal.setitimer(signal.ITIMER_REAL, most_s)
+    try:
+        with torch.inference_mode():
+            here = dataclasses.replace(at, ends_s=began_s + min(limit_s, left_s))
+            outcome: Findings = {"result": "pass", "found": phase(here)}
+    except Skip as reason:
+        outcome = {"result": "skip", "reason": str(reason)}
+    except (Exception, OutOfTime) as error:  # whatever it is, the other phases still tell something
+        outcome = {"result": "fail", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    outcome["took_s"] = round(time.monotonic() - began_s, 2)
+    gc.collect()
+    if at.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return outcome
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--tiny", action="store_true", help="small shapes: a rehearsal, no figures")
-    parser.add_argument("--json", metavar="OUT", help="write findings here after every phase")
+    parser.add_argument("--json", metavar="OUT", help="write findings here after every phase, profiles beside it")
     parser.add_argument("--only", metavar="PHASE,...", help=f"of {', '.join(PHASES)}")
+    parser.add_argument("--limit", type=float, default=570.0, metavar="S", help="seconds for everything")
     args = parser.parse_args(argv)
+    names = args.only.split(",") if args.only else list(PHASES)
+    if unknown := [name for name in names if name not in PHASES]:
+        parser.error(f"{unknown[0]!r} is no phase; there are {', '.join(PHASES)}")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
             f"gpu_check: torch {torch.__version__} sees no CUDA device; --device cpu --tiny rehearses", file=sys.stderr
         )
         return 2
+    ends_s = time.monotonic() + args.limit
     report: Findings = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -425,26 +317,15 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "doctor": doctor.findings(),
         "phases": {},
     }
-    for name in args.only.split(",") if args.only else PHASES:
-        phase, limit_s = PHASES[name]
-        began_s = time.monotonic()
-        outcome: Findings = {}
-        try:
-            with torch.inference_mode():
-                outcome = {"result": "pass", "found": phase(Setting(device, args.tiny, began_s + limit_s))}
-        except Skip as reason:
-            outcome = {"result": "skip", "reason": str(reason)}
-        except Exception as error:  # whatever it is, the other phases still tell something
-            outcome = {"result": "fail", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        outcome["took_s"] = round(time.monotonic() - began_s, 2)
-        report["phases"][name] = outcome
-        print(f"{outcome['result']:5} {name:18} {outcome['took_s']:7.1f} s  {outcome.get('reason', '')}", flush=True)
+    for name in names:
+        at = Setting(device, args.tiny, Path(args.json) if args.json else None)
+        outcome = report["phases"][name] = run_phase(name, at, ends_s - time.monotonic())
+        print(f"{outcome['result']:5} {name:20} {outcome['took_s']:7.1f} s  {outcome.get('reason', '')}", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=1))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return int(any(p["result"] == "fail" for p in report["phases"].values()))
 
 

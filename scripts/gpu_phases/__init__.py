@@ -1,0 +1,1 @@
+"""Phases of gpu_check.py that are longer than a few lines, and what they share."""
