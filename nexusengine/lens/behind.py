@@ -14,9 +14,12 @@ from nexusengine.lens.view import F8, I4, Bools, EngineView
 _INF = float("inf")
 _NONE, _AGED, _LEFTOVER = Reason.NONE, Reason.AGED, Reason.LEFTOVER
 _RELEGATED = int(Reason.RELEGATED)
+_BUSY = [
+    int(r) for r in (Reason.DECODE, Reason.PREFILL, Reason.ADMITTED, Reason.AGED, Reason.LEFTOVER, Reason.PREEMPTED)
+]
 _WRONGED = 1.2
 _LOOK_EVERY_S = 0.1
-_GIVE_UP_TTFTS = 3.0
+_GIVE_UP_TTFTS, _GIVE_UP_AT = 3.0, 0.95
 _FULL_QUEUE = 0.9
 _SPARE = 0.1
 _LOOKAHEAD = 64
@@ -25,8 +28,8 @@ _CHUNK = 128  # tokens, the smallest piece that is computed out of the share
 
 class Behind:
     """share: of the time for prompts, that goes to the oldest of those who are `patience_s` past their deadline.
-    give_up_s: one that has not begun is refused when it is older than 3 TTFTs and this, or when the queue is nearly
-    full; 0: never.
+    give_up_s: one that computes nothing in a step is refused a little before it is older than 3 TTFTs and this, or when
+    the queue is nearly full, unless it streams already; 0: never.
 
     taken_back_s `[S]`: when a slot's KV was last taken back in favour of others.
     """
@@ -135,15 +138,16 @@ class Behind:
             return []
         arrival_s = c.arrival_s[behind]
         age_s = now - arrival_s
-        out: Bools = age_s > _GIVE_UP_TTFTS * (deadlines.first_due_s[behind] - arrival_s) + self._give_up_s
+        bound_s = _GIVE_UP_TTFTS * (deadlines.first_due_s[behind] - arrival_s) + self._give_up_s
+        out: Bools = age_s > _GIVE_UP_AT * bound_s
         too_many = len(view.waiting) - int(_FULL_QUEUE * (len(c.known_tokens) - view.max_running))
         if too_many > 0:
             out[np.argsort(age_s, kind="stable")[:too_many]] = True
         if not out.any():
             return []
         slots = behind[out]
-        idle = (c.blocks[slots] == 0) & (c.generated_tokens[slots] == 0) & (step.reasons[slots] == _RELEGATED)
-        refused: list[int] = slots[idle].tolist()
+        busy = np.isin(step.reasons[slots], _BUSY) | (c.generated_tokens[slots] > 0)
+        refused: list[int] = slots[~busy].tolist()
         step.reasons[refused] = Reason.REFUSED
         return refused
 

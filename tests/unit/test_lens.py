@@ -232,18 +232,25 @@ def test_a_resumed_request_that_decodes_in_time_is_relegated_no_longer() -> None
     assert plan(bench.view(), now=1.05).restore == (slot,)
 
 
-def test_who_has_waited_for_long_and_not_begun_is_refused() -> None:
+def test_who_has_waited_for_long_is_refused_unless_it_computes() -> None:
     bench = Bench()
     bench.decode(first_s=99.0, generated=2, arrival_s=98.0)
     hopeless = bench.wait(5000, ttft_s=2.0, relegated=True)
     begun = bench.begun(5000, 100, ttft_s=2.0)
     bench.c.relegated[begun] = True
     view = bench.view(seats=2)
-    assert plan(view, now=65.9).refuse == ()
-    p = plan(view, now=66.1)
+    assert plan(view, now=62.6).refuse == ()
+    p = plan(view, now=62.8)
     assert p.refuse == (hopeless,)
     assert p.reasons[hopeless] == Reason.REFUSED
-    assert plan(view, now=66.1, give_up_s=0).refuse == ()
+    assert plan(view, now=62.8, give_up_s=0).refuse == ()
+
+
+def test_a_long_wait_ends_even_for_one_that_lacks_only_blocks() -> None:
+    bench = Bench()
+    bench.decode(first_s=99.0, generated=2, arrival_s=98.0)
+    first = bench.wait(5000, ttft_s=2.0, relegated=True)
+    assert plan(bench.view(free=200), now=62.8).refuse == (first,)
 
 
 def test_the_newest_relegated_are_refused_before_the_queue_is_full_of_them() -> None:
