@@ -89,6 +89,7 @@ def run_one(task: tuple[str, dict[str, Any], SimSpec]) -> dict[str, Any]:
         "attainment": m["attainment"],
         "attainment_by_class": m["attainment_by_class"],
         "longest_decile": m["attainment_longest_decile"],
+        "duration_s": spec.duration_s,
         "offered": m["offered"],
         "ttft_p50_ms": m["ttft_ms"]["p50"],
         "ttft_p99_ms": m["ttft_ms"]["p99"],
