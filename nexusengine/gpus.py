@@ -120,13 +120,13 @@ def state_of(uuid: str) -> GpuState | None:
 
 
 def link_between(nvml: Any, one: Any, other: Any) -> str:
-    """How two GPUs reach each other: NVLink where one is up, else the nearest PCIe ancestor, as nvidia-smi names it."""
-    for link in range(18):
-        try:
-            if nvml.nvmlDeviceGetNvLinkState(one, link):
-                return "NVLINK"
-        except Exception:  # it has no such link
-            break
+    """How two GPUs reach each other: NVLink between the two, else the nearest PCIe ancestor, as nvidia-smi names it."""
+    try:
+        status = nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+        if status == nvml.NVML_P2P_STATUS_OK:
+            return "NVLINK"
+    except nvml.NVMLError:  # it does not know of such links
+        pass
     level = int(nvml.nvmlDeviceGetTopologyCommonAncestor(one, other))
     return next((name for name, value in _LINKS.items() if value >= level), "SYS")
 

@@ -67,12 +67,30 @@ def window_of(spec: AttentionSpec) -> tuple[int, int]:
     return (spec.window - 1, 0) if spec.window else (-1, -1)
 
 
-def store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta) -> None:
-    """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land in
-    the null block, which nobody reads."""
-    slots = meta.slot_mapping.clamp_min(0)
-    k_cache.view(-1, *k.shape[1:])[slots] = k
-    v_cache.view(-1, *v.shape[1:])[slots] = v
+def options_of(spec: AttentionSpec) -> dict[str, Any]:
+    """What flash-attn's functions are told in every call, by the names of its versions 2 to 4."""
+    return {
+        "softmax_scale": spec.scale,
+        "causal": True,
+        "window_size": window_of(spec),
+        "softcap": spec.soft_cap or 0.0,
+    }
+
+
+class External:
+    """What the adapters have in common."""
+
+    def plan(self, meta: AttentionMeta) -> None:
+        """Nothing, where the function schedules its work itself."""
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
+    ) -> None:
+        """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land
+        in the null block, which nobody reads."""
+        slots = meta.slot_mapping.clamp_min(0)
+        k_cache.view(-1, *k.shape[1:])[slots] = k
+        v_cache.view(-1, *v.shape[1:])[slots] = v
 
 
 class Finite:

@@ -3,8 +3,6 @@ decodes by the function for KV caches, which does. Both take blocks of a multipl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +14,7 @@ _VARLEN = ("block_table", "softmax_scale", "causal", "window_size", "softcap")
 _CACHED = ("cache_seqlens", *_VARLEN)
 
 
-class Flash2Backend:
+class Flash2Backend(external.External):
     name = "flash2"
 
     @classmethod
@@ -39,12 +37,7 @@ class Flash2Backend:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         self._varlen, self._cached = flash_attn_varlen_func, flash_attn_with_kvcache
-        self._options: dict[str, Any] = {
-            "softmax_scale": spec.scale,
-            "causal": True,
-            "window_size": external.window_of(spec),
-            "softcap": spec.soft_cap or 0.0,
-        }
+        self._options = external.options_of(spec)
         self._cu_q = self._cu_k = torch.empty(0)
 
     def plan(self, meta: AttentionMeta) -> None:
@@ -53,11 +46,6 @@ class Flash2Backend:
         if ones < len(meta.seq_lens_host):
             self._cu_q = meta.cu_seqlens_q[ones:] - ones
             self._cu_k = F.pad(meta.seq_lens[ones:].cumsum(0, dtype=torch.int32), (1, 0))
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
-    ) -> None:
-        external.store(k, v, k_cache, v_cache, meta)
 
     def run(
         self,

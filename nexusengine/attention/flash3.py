@@ -3,8 +3,6 @@ any length over blocks of any size, keys split where that helps."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nexusengine.attention import external
@@ -23,7 +21,7 @@ _NEEDED = (
 )
 
 
-class Flash3Backend:
+class Flash3Backend(external.External):
     name = "flash3"
 
     @classmethod
@@ -44,21 +42,8 @@ class Flash3Backend:
         from flash_attn_interface import flash_attn_with_kvcache
 
         self._attend = flash_attn_with_kvcache
-        self._options: dict[str, Any] = {
-            "softmax_scale": spec.scale,
-            "causal": True,
-            "window_size": external.window_of(spec),
-            "softcap": spec.soft_cap or 0.0,
-        }
+        self._options = external.options_of(spec)
         self._make_finite = external.Finite()
-
-    def plan(self, meta: AttentionMeta) -> None:
-        """Nothing: the function schedules its work itself."""
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
-    ) -> None:
-        external.store(k, v, k_cache, v_cache, meta)
 
     def run(
         self,

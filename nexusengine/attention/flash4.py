@@ -4,8 +4,6 @@ on sm90."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nexusengine.attention import external
@@ -27,7 +25,7 @@ _NEEDED = (
 _SPLITS_BY_THEMSELVES = 0
 
 
-class Flash4Backend:
+class Flash4Backend(external.External):
     name = "flash4"
 
     @classmethod
@@ -47,22 +45,10 @@ class Flash4Backend:
         from flash_attn.cute import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func
-        self._options: dict[str, Any] = {
-            "softmax_scale": spec.scale,
-            "causal": True,
-            "window_size": (spec.window - 1, 0) if spec.window else (None, None),
-            "softcap": spec.soft_cap or 0.0,
-            "num_splits": _SPLITS_BY_THEMSELVES,
-        }
+        self._options = external.options_of(spec) | {"num_splits": _SPLITS_BY_THEMSELVES}
+        if not spec.window:
+            self._options["window_size"] = (None, None)  # how it says that there is none
         self._make_finite = external.Finite()
-
-    def plan(self, meta: AttentionMeta) -> None:
-        """Nothing: the function schedules its work itself."""
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
-    ) -> None:
-        external.store(k, v, k_cache, v_cache, meta)
 
     def run(
         self,

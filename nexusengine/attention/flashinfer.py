@@ -18,7 +18,7 @@ _GROUP_FOR_TENSOR_CORES = 4
 """Query heads for each KV head from which a decode is worth the tensor cores."""
 
 
-class FlashInferBackend:
+class FlashInferBackend(external.External):
     name = "flashinfer"
 
     @classmethod
@@ -78,11 +78,6 @@ class FlashInferBackend:
         blocks = meta.block_table.reshape(-1).index_select(0, index)
         last = (lengths - (used - 1) * size).astype(np.int32)
         return torch.from_numpy(starts), blocks, torch.from_numpy(last)
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
-    ) -> None:
-        external.store(k, v, k_cache, v_cache, meta)
 
     def run(
         self,

@@ -14,7 +14,7 @@ _INSTALL = "torch 2.12 or later has it"
 _NEEDED = ("out", "scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")
 
 
-class TorchVarlenBackend:
+class TorchVarlenBackend(external.External):
     name = "torch-varlen"
 
     @classmethod
@@ -47,11 +47,6 @@ class TorchVarlenBackend:
         if rows not in self._cu_k:
             self._cu_k[rows] = torch.zeros(rows + 1, dtype=torch.int32, device=meta.seq_lens.device)
         torch.cumsum(meta.seq_lens, 0, dtype=torch.int32, out=self._cu_k[rows][1:])
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
-    ) -> None:
-        external.store(k, v, k_cache, v_cache, meta)
 
     def run(
         self,

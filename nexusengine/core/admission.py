@@ -1,13 +1,36 @@
-"""What can be said of a request the moment it arrives: when its first token is due to come, and whether its promise
-can be kept at all. Both from the performance model's means."""
+"""What can be said of a request the moment it arrives: whether it can be served, when its first token is due to come,
+and whether its promise can be kept at all; the last two from the performance model's means."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from nexusengine.errors import ContextTooLong, InvalidRequest
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
-from nexusengine.types import SLO
+from nexusengine.types import SLO, EngineRequest
+
+
+def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) -> int:
+    """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
+    ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
+    if not ids:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param="prompt")
+    if request.sampling.seed is None:
+        raise InvalidRequest("a seed must be drawn before a request reaches the engine core", param="seed")
+    if not -(2**31) <= request.priority < 2**31:
+        raise InvalidRequest(f"priority {request.priority} is not a 32-bit number", param="priority")
+    room = max_model_len - len(ids)
+    if room < (wanted or 1):
+        asked = f" and {wanted} output tokens were asked for" if wanted else ""
+        raise ContextTooLong(
+            f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most {max_model_len}",
+            param="max_tokens" if room > 0 else "prompt",
+        )
+    return wanted or room
 
 
 def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from nexusengine.clock import Clock
-from nexusengine.core.admission import first_token_in_s, unattainable
+from nexusengine.core.admission import first_token_in_s, longest_output, unattainable
 from nexusengine.core.explain import request_history, step_histories
 from nexusengine.core.flight import Flight
 from nexusengine.core.history import History, life_of
@@ -30,7 +30,7 @@ from nexusengine.core.plan_check import plan_problem
 from nexusengine.core.report import worker_load
 from nexusengine.core.request import RequestState
 from nexusengine.core.stats import CoreStats, StepRecord
-from nexusengine.errors import ContextTooLong, DeadlineExceeded, InternalError, InvalidRequest, Overloaded
+from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded
 from nexusengine.execute.base import Executor
 from nexusengine.execute.batch import PENDING, SampledLogprobs, SamplingTable, StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
@@ -167,29 +167,9 @@ class EngineCore:
 
     def admissible(self, request: EngineRequest) -> int:
         """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
-        ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
         if request.request_id in self._by_id:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
-        if not ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if min(ids) < 0 or max(ids) >= self.executor.spec.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.executor.spec.vocab_size)
-            raise InvalidRequest(
-                f"token id {wrong} is not in the vocabulary of {self.executor.spec.vocab_size}", param="prompt"
-            )
-        if request.sampling.seed is None:
-            raise InvalidRequest("a seed must be drawn before a request reaches the engine core", param="seed")
-        if not -(2**31) <= request.priority < 2**31:
-            raise InvalidRequest(f"priority {request.priority} is not a 32-bit number", param="priority")
-        room = self.max_model_len - len(ids)
-        if room < (wanted or 1):
-            asked = f" and {wanted} output tokens were asked for" if wanted else ""
-            raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most "
-                f"{self.max_model_len}",
-                param="max_tokens" if room > 0 else "prompt",
-            )
-        return wanted or room
+        return longest_output(request, self.executor.spec.vocab_size, self.max_model_len)
 
     def _foresee(self, state: RequestState) -> None:
         """When its first token will come, and whether its promise can be kept; before it is one of those that wait."""

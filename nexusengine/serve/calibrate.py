@@ -19,7 +19,7 @@ from nexusengine.perf.model import PerformanceModel
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class ProbeShape:
     """decodes with `context` tokens each, and a chunk after `chunk_context` tokens."""
 
     decodes: int
@@ -29,24 +29,24 @@ class _Shape:
 
 
 _SHAPES = (
-    _Shape(1),
-    _Shape(4),
-    _Shape(1, 1024),
-    _Shape(0, chunk=16),
-    _Shape(8),
-    _Shape(8, chunk=64),
-    _Shape(16, 512),
-    _Shape(32),
-    _Shape(0, chunk=128),
-    _Shape(0, chunk=256),
-    _Shape(32, 1024),
-    _Shape(16, chunk=256, chunk_context=1024),
-    _Shape(64),
-    _Shape(0, chunk=512),
-    _Shape(32, chunk=512, chunk_context=512),
-    _Shape(0, chunk=1024),
-    _Shape(0, chunk=1024, chunk_context=3072),
-    _Shape(0, chunk=2048),
+    ProbeShape(1),
+    ProbeShape(4),
+    ProbeShape(1, 1024),
+    ProbeShape(0, chunk=16),
+    ProbeShape(8),
+    ProbeShape(8, chunk=64),
+    ProbeShape(16, 512),
+    ProbeShape(32),
+    ProbeShape(0, chunk=128),
+    ProbeShape(0, chunk=256),
+    ProbeShape(32, 1024),
+    ProbeShape(16, chunk=256, chunk_context=1024),
+    ProbeShape(64),
+    ProbeShape(0, chunk=512),
+    ProbeShape(32, chunk=512, chunk_context=512),
+    ProbeShape(0, chunk=1024),
+    ProbeShape(0, chunk=1024, chunk_context=3072),
+    ProbeShape(0, chunk=2048),
 )
 _RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and teaches nothing
 
@@ -63,7 +63,7 @@ def calibrate(
     observes each. Returns how many it has observed. What the executor raises passes through."""
     ends_s, taught = timer() + seconds, 0
     for shape in _SHAPES:
-        batch = _batch(executor, shape, max_running)
+        batch = probe_batch(executor, shape, max_running)
         if batch is None:
             continue
         features = StepFeatures.of(batch.counts, batch.starts)
@@ -78,7 +78,7 @@ def calibrate(
     return taught
 
 
-def _batch(executor: Executor, shape: _Shape, max_running: int) -> StepBatch | None:
+def probe_batch(executor: Executor, shape: ProbeShape, max_running: int) -> StepBatch | None:
     """None if the executor has no room for such a step."""
     spec, size = executor.spec, executor.spec.block_size
     counts = np.array([1] * shape.decodes + [shape.chunk] * (shape.chunk > 0), np.int32)

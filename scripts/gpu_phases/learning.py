@@ -15,7 +15,7 @@ from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.fit import fit_steps
 from nexusengine.profiles.user_file import write_profile
-from nexusengine.serve.calibrate import _batch, _Shape
+from nexusengine.serve.calibrate import ProbeShape, probe_batch
 
 _ROWS = 64
 
@@ -36,10 +36,10 @@ def performance_model(at: Setting) -> Findings:
             at, config, "float32" if at.tiny else "bfloat16", max_running=_ROWS, max_batch_tokens=1280
         )
         grid = {
-            _Shape(d, c if d else 0, p, pc if p else 0)
+            ProbeShape(d, c if d else 0, p, pc if p else 0)
             for d, c, p, pc in product((0, 1, 2, 4) if at.tiny else (0, 1, 8, 32, 64), (short, long), chunks, (0, long))
         }
-        held_out = [_Shape(d, between, p, between) for d in ((3,) if at.tiny else (4, 16, 48)) for p in (48, 256)]
+        held_out = [ProbeShape(d, between, p, between) for d in ((3,) if at.tiny else (4, 16, 48)) for p in (48, 256)]
         taught = _measure(executor, sorted(grid, key=repr), 16 if at.tiny else 6)
         scored = _measure(executor, held_out, 8)
         model = make_model()
@@ -61,11 +61,11 @@ def performance_model(at: Setting) -> Findings:
     return found
 
 
-def _measure(executor: TorchExecutor, shapes: list[_Shape], runs: int) -> list[tuple[StepFeatures, list[float]]]:
+def _measure(executor: TorchExecutor, shapes: list[ProbeShape], runs: int) -> list[tuple[StepFeatures, list[float]]]:
     """Seconds of each run of each step that the executor has room for; the first run of each warms up."""
     found = []
     for shape in shapes:
-        if not shape.decodes + shape.chunk or (batch := _batch(executor, shape, _ROWS)) is None:
+        if not shape.decodes + shape.chunk or (batch := probe_batch(executor, shape, _ROWS)) is None:
             continue
         times = []
         for _ in range(runs + 1):

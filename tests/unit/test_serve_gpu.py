@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,9 @@ class FakeDriver:
     nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonHwSlowdown = 8
     nvmlClocksThrottleReasonSwThermalSlowdown = 32
+    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 2, 0
     gpus: tuple[Gpu, ...] = (A, B)
+    linked: tuple[set[Gpu], ...] = ()
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
@@ -72,8 +75,10 @@ class FakeDriver:
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: Gpu) -> int:
         return 4 | 1
 
-    def nvmlDeviceGetNvLinkState(self, gpu: Gpu, link: int) -> int:
-        raise RuntimeError("no such link")
+    def nvmlDeviceGetP2PStatus(self, one: Gpu, other: Gpu, index: int) -> int:
+        if index != self.NVML_P2P_CAPS_INDEX_NVLINK or {one, other} not in self.linked:
+            raise self.NVMLError("not supported")
+        return self.NVML_P2P_STATUS_OK
 
     def nvmlDeviceGetTopologyCommonAncestor(self, one: Gpu, other: Gpu) -> int:
         return 30
@@ -122,6 +127,14 @@ def test_gpus_and_links_are_what_the_driver_shows(monkeypatch: pytest.MonkeyPatc
     assert count_cuda_devices() == 2
     assert gpus.driver_version() == ("580.1", "")
     assert gpus.topology((A, B)) == [["-", "PHB"], ["PHB", "-"]]
+
+
+def test_nvlink_is_told_of_the_pair_that_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = replace(B, uuid="GPU-cccc-3")
+    driver = FakeDriver()
+    driver.gpus, driver.linked = (A, B, third), ({A, B},)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert gpus.topology(driver.gpus) == [["-", "NVLINK", "PHB"], ["NVLINK", "-", "PHB"], ["PHB", "PHB", "-"]]
 
 
 @pytest.mark.usefixtures("driver")
