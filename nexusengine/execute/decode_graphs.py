@@ -81,9 +81,11 @@ class DecodeGraphs:
             return None
         if shape not in self.table.captured and shape not in self.table.refused:
             self._fill_padding(0, self._seq_lens.shape[0])
+            known = set(self.table.refused)
             self.table.graph(shape, self._computation)
             for one, reason in self.table.refused.items():
-                log.info("decode steps of %d rows up to %d tokens run without a graph: %s", *_numbers(one), reason)
+                if one not in known:
+                    log.info("decode steps up to %d x %d tokens run without a graph: %s", one.rows, one.longest, reason)
         captured = self.table.graph(shape, self._computation)
         if captured is None:
             return None
@@ -130,7 +132,3 @@ class DecodeGraphs:
                 max_query_len=1,
             )
         return meta
-
-
-def _numbers(shape: GraphShape) -> tuple[int, int]:
-    return shape.rows, shape.longest
