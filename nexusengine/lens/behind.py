@@ -52,6 +52,7 @@ class Behind:
         costs: Costs,
         pace: Pace,
         newcomers: bool,
+        seat_s: float,
         now: float,
     ) -> bool:
         """The oldest computes from what its kind is owed. True if newcomers may start: not if the oldest cannot
@@ -62,13 +63,18 @@ class Behind:
             self._owed_s = 0.0
             return newcomers
         most_s = max(pace.first_prompts_s, _CHUNK * costs.token_s)
-        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, most_s)
         c, step = view.columns, fill.step
         old = behind[aged]
         slot = int(old[c.arrival_s[old].argmin()])
         context, left = _rest(view, slot)
         per_token_s = costs.token_s + costs.pair_s * context
-        count = left if left * per_token_s <= self._owed_s else int(self._owed_s / per_token_s)
+        price_s = 0.0  # of a seat, where seats are short
+        if slot not in step.prompts and step.seats <= int(_SPARE * view.max_running):
+            price_s = seat_s / pace.dilution
+            most_s = max(most_s, price_s + _CHUNK * costs.token_s)
+        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, most_s)
+        affordable_s = self._owed_s - price_s
+        count = left if left * per_token_s <= affordable_s else int(affordable_s / per_token_s)
         if count < min(left, _CHUNK):
             return newcomers
         before = step.taken
@@ -81,7 +87,7 @@ class Behind:
                 return reason is Reason.WAIT_TIME or self._owed_s < most_s
         if step.taken > before:
             step.reasons[slot] = _AGED
-            self._owed_s = max(self._owed_s - (step.taken - before) * per_token_s, 0.0)
+            self._owed_s = max(self._owed_s - (step.taken - before) * per_token_s - price_s, 0.0)
         return newcomers
 
     def leftover(self, fill: Fill, view: EngineView, behind: I4, newcomers: bool) -> None:
