@@ -320,7 +320,17 @@ class Lens:
         step = fill.step
         newcomers = not step.preempted
         if len(behind):
-            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, self._turnover.seat_s(view.max_running), now)
+            newcomers = self._behind.share(
+                fill,
+                view,
+                self._deadlines,
+                behind,
+                costs,
+                pace,
+                newcomers,
+                self._turnover.seat_s(view.max_running),
+                now,
+            )
         self._serve(fill, kept, newcomers)
         if newcomers and len(kept.slots):
             self._take_back(fill, view, kept, now)
