@@ -55,8 +55,9 @@ class Behind:
         seat_s: float,
         now: float,
     ) -> bool:
-        """The oldest computes from what its kind is owed. True if newcomers may start: not if the oldest cannot
-        although much is owed, because they would take the place that it waits for."""
+        """The oldest computes from what its kind is owed; a seat, where they are short, costs it the time until the
+        next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is owed,
+        because they would take the place that it waits for."""
         passed_s, self._last_s = min(now - self._last_s, 1.0), now
         aged = deadlines.first_due_s[behind] < now - self._patience_s
         if not self._share or not np.count_nonzero(aged):
@@ -68,7 +69,7 @@ class Behind:
         slot = int(old[c.arrival_s[old].argmin()])
         context, left = _rest(view, slot)
         per_token_s = costs.token_s + costs.pair_s * context
-        price_s = 0.0  # of a seat, where seats are short
+        price_s = 0.0
         if slot not in step.prompts and step.seats <= int(_SPARE * view.max_running):
             price_s = seat_s / pace.dilution
             most_s = max(most_s, price_s + _CHUNK * costs.token_s)

@@ -41,10 +41,12 @@ _PUT_OFF, _RELEGATED = int(Reason.PUT_OFF), int(Reason.RELEGATED)
 class LensOptions:
     """order, limit: 0 takes that part away (for ablations): prompts in order of arrival and nobody relegated; `budget`
     tokens a step instead of a time limit. quantile: how far limits are drawn from the predicted mean (0) to its upper
-    bound (1). slack: share of every limit that is kept.
+    bound (1). young: the same where a young request sets the limit, divided by its tokens so far: it may end before
+    chance evens out. slack: share of every limit that is kept.
 
     cap_ms, catch_up, bank: see LimitRules; admit, chunk, crumb, tile: see ChunkRules; saving: see pace_of. margin:
     share of a cycle of steps by which first tokens are planned before they are due, and answer_ms for the way back.
+    seat: share of the seats which are expected to come free in time that newcomers count on.
     goal, goal_long: see LengthGuard; goal_long 0 turns it off. share, patience_s, give_up_s: see Behind. headroom: KV
     blocks left for each running sequence when one more starts. lookahead: how many waiting requests are ordered, the
     earliest deadlines first.
@@ -320,17 +322,8 @@ class Lens:
         step = fill.step
         newcomers = not step.preempted
         if len(behind):
-            newcomers = self._behind.share(
-                fill,
-                view,
-                self._deadlines,
-                behind,
-                costs,
-                pace,
-                newcomers,
-                self._turnover.seat_s(view.max_running),
-                now,
-            )
+            seat_s = self._turnover.seat_s(view.max_running)
+            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, seat_s, now)
         self._serve(fill, kept, newcomers)
         if newcomers and len(kept.slots):
             self._take_back(fill, view, kept, now)

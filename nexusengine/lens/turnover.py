@@ -32,15 +32,14 @@ class Turnover:
         """seated: sequences in their seats after this plan."""
         self._seated = seated
 
-    def seats_within(self, time_s: F8, free: int, seats: int) -> F8:
-        """How many of all `seats`, of which some are free now, newcomers can take within `time_s [N]`."""
-        if self._ended < _LEAST_ENDED:
-            return np.full(len(time_s), np.inf)
-        within: F8 = free + self._ended / self._seat_s * seats * np.maximum(time_s, 0.0)
-        return within
-
     def seat_s(self, seats: int) -> float:
         """How long it takes until a seat comes free while all are taken; 0 if that is not known."""
-        if self._ended < _LEAST_ENDED:
-            return 0.0
-        return self._seat_s / (self._ended * seats)
+        return self._seat_s / (self._ended * seats) if self._ended >= _LEAST_ENDED else 0.0
+
+    def seats_within(self, time_s: F8, free: int, seats: int) -> F8:
+        """How many of all `seats`, of which some are free now, newcomers can take within `time_s [N]`."""
+        seat_s = self.seat_s(seats)
+        if not seat_s:
+            return np.full(len(time_s), np.inf)
+        within: F8 = free + np.maximum(time_s, 0.0) / seat_s
+        return within
