@@ -1,10 +1,11 @@
-"""A worker's connection to the router: a thread that owns the socket, so that heartbeats go out during long steps."""
+"""A worker's connection to the router. The engine's thread sends and receives by itself, so that no hand-over between
+threads stands between a token and its client; a thread of the link's own sends reports, during long steps too."""
 
 from __future__ import annotations
 
 import os
+import select
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -20,9 +21,11 @@ _HIGH_WATER = 10_000
 
 
 class RouterLink:
-    """Messages from the router wait in `inbox` until the engine's thread takes them; `wait` sleeps until one comes.
+    """Messages from the router wait in `inbox` until the engine's thread takes them; `receive` fetches them there, and
+    `wait` sleeps until one comes.
 
-    Before `ready` it reports phases, afterwards the worker's load: both from the link's own thread.
+    Before `ready` it reports phases, afterwards the worker's load: both every period, from the link's own thread, which
+    answers the router meanwhile if the engine's thread is in a long step. The socket is used under a lock.
     """
 
     def __init__(self, endpoint: str, info: wire.WorkerInfo, period_s: float) -> None:
@@ -32,9 +35,6 @@ class RouterLink:
         self._in_flight: Callable[[], list[str]] = list
         self._prefixes: DigestSender | None = None
         self._phase, self._fraction = "starting", 0.0
-        self._outbox: deque[bytes] = deque()
-        self._arrived = threading.Event()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._seq = 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, identity_of(info.worker_id, info.epoch))
@@ -43,8 +43,13 @@ class RouterLink:
         self._socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         self._socket.set(zmq.LINGER, 500)
         self._socket.connect(endpoint)
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="router link", daemon=True)
+        self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # tells a waiting engine what the link's thread has received
+        self._poll = select.poll()
+        self._poll.register(self._socket.fileno(), select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="router link", daemon=True)
         self._thread.start()
 
     def phase(self, phase: str, fraction: float) -> None:
@@ -59,52 +64,48 @@ class RouterLink:
         prefixes: DigestSender | None = None,
     ) -> None:
         """From now on requests may come. in_flight: ids of those it works on, for a router that was restarted.
-        prefixes: of the prefix cache; used by the link's thread alone from now on."""
-        self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
-        self._post(wire.encode(wire.Ready(info)))
+        prefixes: of the prefix cache; used by the link alone from now on."""
+        with self._lock:
+            self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
+            self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta]) -> None:
         if deltas:
-            self._post(wire.encode(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas))))
+            with self._lock:
+                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas)))
 
     def tell(self, findings: wire.Findings) -> None:
-        self._post(wire.encode(findings))
+        with self._lock:
+            self._exchange(findings)
+
+    def receive(self) -> None:
+        """Put what has come into the inbox."""
+        with self._lock:
+            self._exchange()
 
     def wait(self, timeout_s: float) -> None:
         """Until something is in the inbox, or the time is over."""
-        self._arrived.wait(timeout_s)
-        self._arrived.clear()
+        self.receive()
+        if not self.inbox:
+            if any(descriptor == self._wake for descriptor, _ in self._poll.poll(1000.0 * timeout_s)):
+                os.eventfd_read(self._wake)
+            self.receive()
 
     def leave(self, cause: str) -> None:
         """Say goodbye and flush; the link is of no use afterwards."""
-        self._closing = True
-        self._post(wire.encode(wire.Leaving(self._info.epoch, cause)))
+        self._closing.set()
         self._thread.join(2.0)
-        self._socket.close()
+        with self._lock:
+            self._exchange(wire.Leaving(self._info.epoch, cause))
+            self._socket.close()
 
-    def _post(self, frame: bytes) -> None:
-        self._outbox.append(frame)
-        os.eventfd_write(self._wake, 1)
-
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
-        next_report_s = 0.0
-        while True:
-            ready = dict(poller.poll(max(0, round(1000 * (next_report_s - time.monotonic())))))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-            while self._outbox:
-                self._socket.send(self._outbox.popleft())
-            if self._closing:
-                return
-            if self._socket in ready:
-                self._receive()
-            now = time.monotonic()
-            if now >= next_report_s:
-                next_report_s = now + self._period_s
-                self._socket.send(wire.encode(self._heartbeat()))
+    def _report(self) -> None:
+        while not self._closing.is_set():
+            with self._lock:
+                self._exchange(self._heartbeat())
+            if self.inbox:
+                os.eventfd_write(self._wake, 1)
+            self._closing.wait(self._period_s)
 
     def _heartbeat(self) -> wire.Message:
         if self._load is None:
@@ -113,23 +114,27 @@ class RouterLink:
         digest = None if self._prefixes is None else wire.PrefixDigest(*self._prefixes.take())
         return wire.Report(self._info.epoch, self._seq, self._load(), digest)
 
-    def _receive(self) -> None:
+    def _exchange(self, message: wire.Message | None = None) -> None:
+        """With the lock held: send, then take all that has come. The socket's descriptor tells of a change once, and
+        any use of the socket may be what it is told to; so none ends without looking."""
+        if message is not None:
+            self._socket.send(wire.encode(message))
         while True:
             try:
-                message = wire.decode_for_worker(self._socket.recv(zmq.NOBLOCK))
+                frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if self._prefixes is not None and isinstance(message, wire.Reregister | wire.RepeatPrefixes):
-                self._prefixes.start_over()
-            if isinstance(message, wire.RepeatPrefixes):
-                continue
-            if isinstance(message, wire.Reregister):
-                # A router that does not know us was restarted; it cancels what we name as in flight.
-                again = self._heartbeat() if self._load is None else wire.Ready(self._info, tuple(self._in_flight()))
-                self._socket.send(wire.encode(again))
-                continue
+            self._take(wire.decode_for_worker(frame))
+
+    def _take(self, message: wire.ToWorker) -> None:
+        if self._prefixes is not None and isinstance(message, wire.Reregister | wire.RepeatPrefixes):
+            self._prefixes.start_over()
+        if isinstance(message, wire.Reregister):
+            # A router that does not know us was restarted; it cancels what we name as in flight.
+            again = self._heartbeat() if self._load is None else wire.Ready(self._info, tuple(self._in_flight()))
+            self._socket.send(wire.encode(again))
+        elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)
-            self._arrived.set()
 
 
 def with_spec(info: wire.WorkerInfo, **known: object) -> wire.WorkerInfo:

@@ -27,6 +27,7 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
     """Until the process is ended: take what the router sent, compute a step, send the new tokens."""
     while True:
         deltas: list[TokenDelta] = []
+        link.receive()
         while link.inbox:
             message = link.inbox.popleft()
             if isinstance(message, wire.Cancel):

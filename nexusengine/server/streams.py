@@ -22,23 +22,45 @@ T = TypeVar("T")
 log = get_logger("server")
 
 
-async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`; if the client leaves first, `work` is cancelled and Cancelled raised."""
+class Presence:
+    """Whether the client of a request is still there, watched by a task until `end`."""
 
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._left = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
 
-    watcher, worker = asyncio.ensure_future(watch()), asyncio.ensure_future(work)
+    async def during(self, work: Awaitable[T]) -> T:
+        """The result of `work`; if the client leaves first, `work` is cancelled and Cancelled raised."""
+        worker = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((self._left, worker), return_when=asyncio.FIRST_COMPLETED)
+            if not worker.done():
+                raise Cancelled("the client left")
+            return worker.result()
+        finally:
+            await _ended(worker)
+
+    async def end(self) -> None:
+        await _ended(self._left)
+
+
+async def _ended(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`; if the client leaves first, `work` is cancelled and Cancelled raised."""
+    presence = Presence(request)
     try:
-        await asyncio.wait((watcher, worker), return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise Cancelled("the client left")
-        return worker.result()
+        return await presence.during(work)
     finally:
-        for task in (watcher, worker):
-            task.cancel()
-        await asyncio.gather(watcher, worker, return_exceptions=True)
+        await presence.end()
 
 
 @asynccontextmanager
@@ -68,6 +90,10 @@ async def fan_in(
             left -= item[1].finished
             yield item
 
+    if len(generations) == 1:  # nothing to bring together, and two tasks less between a token and its client
+        async with aclosing(generations[0]) as only:
+            yield ((0, output) async for output in only)
+        return
     tasks = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
     try:
         yield consume()
@@ -88,7 +114,7 @@ class EventStream(Response):
         self, request: Request, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str], stall_s: float
     ) -> None:
         self.status_code, self.background = 200, None
-        self._request, self._events, self._stall_s = request, events, stall_s
+        self._presence, self._events, self._stall_s = Presence(request), events, stall_s
         self._first: dict[str, Any] | None = None
         self.body = b""
         self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
@@ -97,19 +123,23 @@ class EventStream(Response):
     async def begin(self) -> EventStream:
         """Wait for the first event. Raises what the generation raises, and Cancelled."""
         try:
-            self._first = await until_disconnect(self._request, anext(self._events))
+            self._first = await self._presence.during(anext(self._events))
         except BaseException:
-            await self._events.aclose()
+            await self._end()
             raise
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(self._request, self._write(send))
+            await self._presence.during(self._write(send))
         except (Cancelled, OSError) as error:  # TimeoutError is an OSError
             log.debug("a stream was cut off: %s", error)
         finally:
-            await self._events.aclose()
+            await self._end()
+
+    async def _end(self) -> None:
+        await self._presence.end()
+        await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
