@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec, as_stored
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -89,8 +89,8 @@ class External:
         """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land
         in the null block, which nobody reads."""
         slots = meta.slot_mapping.clamp_min(0)
-        k_cache.view(-1, *k.shape[1:])[slots] = k
-        v_cache.view(-1, *v.shape[1:])[slots] = v
+        k_cache.view(-1, *k.shape[1:])[slots] = as_stored(k, k_cache)
+        v_cache.view(-1, *v.shape[1:])[slots] = as_stored(v, v_cache)
 
 
 class Finite:
@@ -101,6 +101,11 @@ class Finite:
         self._done: set[int] = set()
 
     def __call__(self, v_cache: torch.Tensor) -> None:
-        if v_cache.data_ptr() not in self._done:
+        if v_cache.data_ptr() in self._done:
+            return
+        self._done.add(v_cache.data_ptr())
+        if v_cache.dtype == FP8:
+            bits = v_cache.view(torch.uint8)
+            bits.masked_fill_((bits & 0x7F) == 0x7F, 0)  # the only two that are no numbers
+        else:
             torch.nan_to_num(v_cache, nan=0.0, posinf=0.0, neginf=0.0, out=v_cache)
-            self._done.add(v_cache.data_ptr())

@@ -21,8 +21,8 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
-    one is in flight.
+    kv_dtype: of the cache, "" for dtype. device_name: what its maker calls the device, where that is known. overlaps: a
+    second step can be submitted while one is in flight.
     """
 
     device: str
@@ -35,6 +35,7 @@ class ExecutorSpec:
     attention_backend: str
     weights_bytes: int
     kv_bytes: int
+    kv_dtype: str = ""
     device_name: str = ""
     overlaps: bool = False
 
@@ -43,15 +44,16 @@ class ExecutorSpec:
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
-    name, so that emulated devices do not all scatter alike. overlap: take a second step while one is in flight; by
-    default where the device works beside the host. enforce_eager: no CUDA graphs.
+    kv_cache_bytes: memory for K and V. fp8_kv: as 8-bit floats. block_size: tokens a block. max_running: most sequences
+    in a step. worker: its name, so that emulated devices do not all scatter alike. overlap: take a second step while
+    one is in flight; by default where the device works beside the host. enforce_eager: no CUDA graphs.
     """
 
     dtype: str | None = None
     quantization: Quantization = "none"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
+    fp8_kv: bool = False
     block_size: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 256

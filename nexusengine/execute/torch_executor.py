@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nexusengine.attention.base import AttentionBackend, AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionBackend, AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import choose
 from nexusengine.config import DeviceSpec
 from nexusengine.errors import ConfigError, ModelLoadError
@@ -55,7 +55,8 @@ class TorchExecutor:
         self._block_size = attention_spec.block_size
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
+        kv_dtype = attention_spec.kv_dtype or model.dtype
+        self._kv: torch.Tensor | None = torch.empty(shape, dtype=kv_dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
@@ -92,8 +93,11 @@ class TorchExecutor:
         dtype = _dtype(options.dtype, config.dtype, where)
         longest = wanted_length(config, options)
         attention_spec = AttentionSpec(
-            config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
-        )
+            config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
+            kv_dtype=FP8 if options.fp8_kv else None,
+        )  # fmt: skip
+        kv_element_bytes = (attention_spec.kv_dtype or dtype).itemsize
+        token_bytes = config.kv_bytes_per_token(kv_element_bytes)
         if where.type == "cpu":
             progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
@@ -109,13 +113,18 @@ class TorchExecutor:
                 source=source,
                 seed=options.seed,
                 ops=ops,
-                progress=lambda fraction: progress("loading weights", fraction),
+                scaled_kv=options.fp8_kv,
+                progress=lambda fraction: progress(source.phase() if source else "loading weights", fraction),
             )
         except torch.OutOfMemoryError:
             raise ModelLoadError(
                 f"the weights need about {config.num_parameters * dtype.itemsize} bytes in {dtype}, more than device "
                 f"{device} has free; take a smaller model or dtype, or end what else uses the device"
             ) from None
+        if config.stored is not None and not ops.keeps_stored:
+            log.info("weights stored with 8 bits are kept in %s: nothing here multiplies them on %s", dtype, device)
+        elif model.unkept:
+            log.info("%d maps are kept in %s for their shapes, %s first", len(model.unkept), dtype, model.unkept[0])
 
         def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
             spec = ExecutorSpec(
@@ -128,7 +137,8 @@ class TorchExecutor:
                 vocab_size=config.vocab_size,
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
-                kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                kv_bytes=num_blocks * attention_spec.block_size * token_bytes,
+                kv_dtype=str(attention_spec.kv_dtype).removeprefix("torch.") if attention_spec.kv_dtype else "",
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
                 overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
             )
@@ -147,8 +157,8 @@ class TorchExecutor:
             step = largest_step(options, longest, attention_spec.block_size)
             free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
             kv_bytes = options.kv_cache_bytes or free_bytes
-        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, dtype.itemsize)
-        needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize)
+        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, kv_element_bytes)
+        needed = num_blocks * attention_spec.block_size * token_bytes
         if needed > free_bytes:
             raise ConfigError(
                 f"a KV cache of {needed} bytes was asked for, but only {free_bytes} bytes are free on {device}; "

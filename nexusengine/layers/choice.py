@@ -40,7 +40,7 @@ def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantizatio
         if available:
             from nexusengine.layers.triton_ops import TritonOps
 
-            return TritonOps(eps)
+            return TritonOps(eps, fp8=launch.capability(device) >= launch.FP8_CAPABILITY)
         log.warning("the Triton kernels cannot be used, steps take longer: %s", reason)
     return TorchOps(eps)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.layers.basic import Linear, rms_norm, silu_mul
 from nexusengine.layers.rotary import RotaryEmbedding, rotate
-from nexusengine.loading.gguf_file import Q4Blocks
+from nexusengine.loading.weights import Stored
 
 
 class Map(Protocol):
@@ -34,12 +34,16 @@ class Ops(Protocol[M]):
     table's own memory, where they hold until the same operation is called again."""
 
     name: str
-    keeps_blocks: bool
-    """Whether `pack` wants 4-bit blocks as they are stored, where they are."""
+    keeps_stored: bool
+    """Whether `pack` takes weights in some form in which files store them; `takes` says which."""
+
+    def takes(self, weight: Stored, *, head: bool = False) -> bool:
+        """Whether `pack` keeps this weight as it is stored."""
+        ...
 
     def pack(
         self,
-        weight: torch.Tensor | Q4Blocks,
+        weight: torch.Tensor | Stored,
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
@@ -103,21 +107,24 @@ class TorchOps:
     """Plain torch, on any device in any type."""
 
     name = "torch"
-    keeps_blocks = False
+    keeps_stored = False
 
     def __init__(self, eps: float) -> None:
         self._eps = eps
 
+    def takes(self, weight: Stored, *, head: bool = False) -> bool:
+        return False
+
     def pack(
         self,
-        weight: torch.Tensor | Q4Blocks,
+        weight: torch.Tensor | Stored,
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
         head: bool = False,
     ) -> Linear:
         if not isinstance(weight, torch.Tensor):
-            raise TypeError("torch's table keeps no 4-bit blocks")
+            raise TypeError(f"the table {self.name} keeps no {type(weight).__name__}")
         return Linear(weight, bias)
 
     def embed(self, ids: torch.Tensor, table: Linear) -> torch.Tensor:

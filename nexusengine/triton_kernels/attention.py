@@ -347,8 +347,8 @@ def decode(
     split_tokens: int,
     capability: tuple[int, int],
 ) -> None:
-    """q, out `[R, H, D]`, heads side by side; caches `[num_blocks, block_size, H_kv, D]` of equal strides, of q's type or
-    float8_e4m3fn, whose numbers q's type has too; block_table i4 `[R, B]`, seq_lens i4 `[R]`, at most num_splits *
+    """q, out `[R, H, D]`, heads side by side; caches `[num_blocks, block_size, H_kv, D]` of equal strides, of q's type
+    or float8_e4m3fn, whose numbers q's type has too; block_table i4 `[R, B]`, seq_lens i4 `[R]`, at most num_splits *
     split_tokens. A row of length 0 gives zeros."""
     rows, tile = len(q), decode_tile(shape, q.element_size(), capability)
     partial, levels = out, out
