@@ -92,6 +92,7 @@ class LlamaForCausalLM:
             self._taken.add("lm_head.weight")
         else:
             self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False, head=True)
+        self.ops.finish()
         self._refuse_surplus()
         self._source = None
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)

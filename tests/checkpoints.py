@@ -139,10 +139,79 @@ FP8_LAYOUTS: dict[str, Any] = {
 
 def fp8(layout: str, seed: int = 0) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """(the tensors of the files, the same in plain float32, quantization_config)."""
-    store, quantization = FP8_LAYOUTS[layout]
+    return _stored(*FP8_LAYOUTS[layout], seed)
+
+
+def packed(layout: str, seed: int = 0) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """As `fp8`, of PACKED_LAYOUTS."""
+    return _stored(*PACKED_LAYOUTS[layout], seed)
+
+
+def _stored(store: Any, quantization: dict[str, Any], seed: int) -> tuple[Tensors, Tensors, dict[str, Any]]:
     tensors = plain(seed)
     numbers = {name: tensor.float() for name, tensor in tensors.items()}
     for name in projections():
         stored, numbers[f"{name}.weight"] = store(tensors.pop(f"{name}.weight"))
         tensors |= {f"{name}.{what}": tensor for what, tensor in stored.items()}
     return tensors, numbers, quantization
+
+
+def _groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(numbers 0 .. 15 `[in, out]`, scales float16 and zeros 1 .. 15 `[groups, out]`) of weight `[out, in]`."""
+    parts = weight.float().t().reshape(-1, group, weight.shape[0])
+    low, high = parts.amin(1).clamp_max(0), parts.amax(1).clamp_min(0)
+    scales = ((high - low) / 15).clamp_min(1e-4).half()
+    zeros = (-low / scales.float()).round().clamp(1, 15).int()
+    spread = scales.float().repeat_interleave(group, 0)
+    numbers = (weight.float().t() / spread).round().int() + zeros.repeat_interleave(group, 0)
+    return numbers.clamp(0, 15), scales, zeros
+
+
+def _along(numbers: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Eight numbers of 4 bits in each 32-bit integer along a dimension, the first lowest."""
+    eights = numbers.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)[..., list(order)]
+    packed = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def by_gptq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """4 bits in groups of 64 inputs, in an order of their own (desc_act); zeros are stored less 1."""
+    inputs = weight.shape[1]
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
+    numbers, scales, zeros = _groups(weight[:, order], 64)
+    g_idx, back = torch.empty(inputs, dtype=torch.int32), torch.empty_like(numbers)
+    g_idx[order] = torch.arange(inputs, dtype=torch.int32) // 64
+    back[order] = numbers
+    plain = (back - zeros[g_idx.long()]).float() * scales[g_idx.long()].float()
+    return {
+        "qweight": _along(back, 0),
+        "qzeros": _along(zeros - 1, 1),
+        "scales": scales,
+        "g_idx": g_idx,
+    }, plain.t().contiguous()
+
+
+def by_awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """4 bits in groups of 64 inputs, packed along the outputs in an order of its own."""
+    numbers, scales, zeros = _groups(weight, 64)
+    plain = (numbers - zeros.repeat_interleave(64, 0)).float() * scales.float().repeat_interleave(64, 0)
+    return {
+        "qweight": _along(numbers, 1, AWQ_ORDER),
+        "qzeros": _along(zeros, 1, AWQ_ORDER),
+        "scales": scales,
+    }, plain.t().contiguous()
+
+
+PACKED_LAYOUTS: dict[str, Any] = {
+    "gptq": (
+        by_gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True, "sym": False, "lm_head": False},
+    ),
+    "awq": (
+        by_awq,
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},
+    ),
+}

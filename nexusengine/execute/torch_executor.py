@@ -103,7 +103,7 @@ class TorchExecutor:
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
-        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization)
+        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization, config.stored)
         try:
             model = model_class(config.architecture)(
                 config,

@@ -80,6 +80,9 @@ class NativeOps:
             return PackedMap(pack_int8(weight, bias, gated), gated)
         return PackedMap(pack_q4(q4_blocks(weight), bias, gated), gated)
 
+    def finish(self) -> None:
+        return
+
     def embed(self, ids: torch.Tensor, table: PackedMap) -> torch.Tensor:
         out = self.memory("embed", ids, table.packed.k)
         a = self._embed

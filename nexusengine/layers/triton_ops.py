@@ -12,6 +12,7 @@ from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.layers.basic import Linear
 from nexusengine.layers.fp8 import Fp8Linear, suits
 from nexusengine.layers.ops import TorchOps
+from nexusengine.layers.packed import PackedMaps
 from nexusengine.layers.rotary import RotaryEmbedding
 from nexusengine.loading.fp8 import Fp8Weight
 from nexusengine.loading.weights import Stored
@@ -25,12 +26,15 @@ class TritonOps(TorchOps):
 
     name = "triton"
 
-    def __init__(self, eps: float, fp8: bool = False) -> None:
-        super().__init__(eps)
-        self.keeps_stored = fp8
+    def __init__(self, eps: float, fp8: bool = False, packed: PackedMaps | None = None) -> None:
+        super().__init__(eps, packed)
+        self._fp8 = fp8
+        self.keeps_stored = fp8 or packed is not None
 
     def takes(self, weight: Stored, *, head: bool = False) -> bool:
-        return self.keeps_stored and not head and isinstance(weight, Fp8Weight) and suits(weight)
+        if isinstance(weight, Fp8Weight):
+            return self._fp8 and not head and suits(weight)
+        return super().takes(weight, head=head)
 
     def pack(
         self,
@@ -48,7 +52,7 @@ class TritonOps(TorchOps):
         return rms_norm(x, weight, self._eps)
 
     def add_linear(self, to: Linear, x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        if isinstance(to, Fp8Linear):
+        if type(to) is not Linear:
             return into.add_(to(x))
         into = into.addmm_(x, to.weight.t())
         return into if to.bias is None else into.add_(to.bias)

@@ -11,10 +11,11 @@ import torch
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.fp8 import Fp8Source
 from nexusengine.loading.gguf_file import GGUFFile, Q4Blocks
+from nexusengine.loading.packed import PackedSource
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.safetensors_file import SafetensorsSource
 
-_TYPES = {"fp8": ("F8_E4M3",)}
+_TYPES = {"fp8": ("F8_E4M3",), "awq": ("I32",), "gptq": ("I32",)}
 """Of tensors in a checkpoint beside plain floats, by how it stores its weights."""
 
 
@@ -83,7 +84,10 @@ def open_weights(files: ModelFiles) -> Iterator[WeightSource]:
         stored = files.config.stored
         source = SafetensorsSource(files.weights, _TYPES[stored.method] if stored else ())
         try:
-            yield Fp8Source(source, stored) if stored else source
+            if stored is None:
+                yield source
+            else:
+                yield Fp8Source(source, stored) if stored.method == "fp8" else PackedSource(source, stored)
         finally:
             source.close()
     else:
