@@ -60,6 +60,8 @@ class LlamaForCausalLM:
         self._source = source
         self._generator = torch.Generator(device).manual_seed(seed)
         self._taken: set[str] = set()
+        self._progress = progress
+        self._tensors_expected = len(source.names()) if source else 9 * config.num_layers + 2
         self.unkept: list[str] = []
         c = config
         self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
@@ -85,7 +87,6 @@ class LlamaForCausalLM:
                     down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
                 )
             )
-            progress((i + 1) / c.num_layers)
         self.norm = self._take("model.norm.weight", (c.hidden_size,))
         if c.tie_embeddings:
             self.head = self.embedding
@@ -187,6 +188,7 @@ class LlamaForCausalLM:
             if stored is None:
                 return None
             found.append(stored.to(self.device) if factor == 1.0 else stored.to(self.device).scaled(factor))
+            self._tell()
         joined: Stored | None = found[0].join(found)
         if joined is None or not self.ops.takes(joined, head=head):
             self.unkept.extend(name for name, _ in parts)
@@ -202,7 +204,11 @@ class LlamaForCausalLM:
             if factor != 1.0:
                 stacked[at : at + shape[0]] *= factor
             at += shape[0]
+            self._tell()
         return stacked
+
+    def _tell(self) -> None:
+        self._progress(min(len(self._taken) / self._tensors_expected, 1.0))
 
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A copy always: what was read may lie in a file's mapping."""
