@@ -15,7 +15,7 @@ from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
-from nexusengine.execute.graphs import GraphDevice
+from nexusengine.execute.graphs import GraphDevice, GraphShape
 from nexusengine.execute.ledger import RESERVE_SHARE, MemoryLedger, graph_budget_bytes
 from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
 from nexusengine.execute.staging import ReadBack, Staging, Timer
@@ -35,13 +35,14 @@ log = get_logger("executor")
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """A step on the device. token_ids, positions i8 `[T]`; last, sampled_slots i8 `[N]`: the sampled rows' last token
-    in the batch, and their slots."""
+    in the batch, and their slots. graph: the shape that runs it, with rows of padding among its tensors, or None."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     last: torch.Tensor
     sampled_slots: torch.Tensor
     meta: AttentionMeta
+    graph: GraphShape | None = None
 
 
 class TorchExecutor:
@@ -210,10 +211,8 @@ class TorchExecutor:
         """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
-        if decodes and self.graphs is not None:
-            hidden = self.graphs.hidden(inputs.token_ids, inputs.positions, meta)
-            if hidden is not None:
-                return hidden
+        if inputs.graph is not None and self.graphs is not None:
+            return self.graphs.replay(inputs.graph, meta.seq_lens_host)
         self._attention.plan(meta)
 
         def compute() -> torch.Tensor:
@@ -259,12 +258,15 @@ class TorchExecutor:
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
-    def _upload(self, **arrays: np.ndarray) -> list[torch.Tensor]:
-        """To the device. On CUDA in one copy, without waiting for it; on a CPU each to the place that is always its
-        own, so that steps of the same shape find their inputs at the same addresses."""
+    def _upload(self, arrays: dict[str, np.ndarray], graph: GraphShape | None) -> dict[str, torch.Tensor]:
+        """To the device. On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU
+        each to the place that is always its own, so that steps of the same shape find their inputs at the same
+        addresses."""
+        if graph is not None and self.graphs is not None:
+            return self._staging.upload(self.graphs.padded(graph, arrays), self.graphs.inputs)
         if self._device.type == "cpu":
-            return [self._place(name, array) for name, array in arrays.items()]
-        return list(self._staging.upload(arrays).values())
+            return {name: self._place(name, array) for name, array in arrays.items()}
+        return self._staging.upload(arrays)
 
     def _place(self, name: str, array: np.ndarray) -> torch.Tensor:
         """Rows of the place of this name, which grows; one with columns is as wide as it ever needs to be."""
@@ -293,31 +295,35 @@ class TorchExecutor:
         slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
         starts = np.zeros(len(ends) + 1, np.int32)
         starts[1:] = ends
-        ids, places, mapping, token_slots, last, sampled_slots, block_table, lengths, cu = self._upload(
-            token_ids=batch.token_ids.astype(np.int64),
-            positions=positions,
-            slot_mapping=slot_mapping,
-            token_slots=batch.slots[rows].astype(np.int64),
-            last=ends[sampled_rows] - 1,
-            sampled_slots=batch.slots[sampled_rows].astype(np.int64),
-            block_table=tables,
-            seq_lens=seq_lens,
-            cu_seqlens_q=starts,
-        )
+        graph = self.graphs.shape_of(total, longest) if most == 1 and self.graphs is not None else None
+        arrays = {
+            "token_ids": batch.token_ids.astype(np.int64),
+            "positions": positions,
+            "slot_mapping": slot_mapping,
+            "token_slots": batch.slots[rows].astype(np.int64),
+            "last": ends[sampled_rows] - 1,
+            "sampled_slots": batch.slots[sampled_rows].astype(np.int64),
+            "seq_lens": seq_lens,
+            "cu_seqlens_q": starts,
+            "block_table": tables,
+        }
+        there, sampled = self._upload(arrays, graph), len(sampled_rows)
+        ids = there["token_ids"]
         if (batch.token_ids < 0).any():
-            ids.copy_(torch.where(ids < 0, self._last_tokens[token_slots], ids))
+            torch.where(ids < 0, self._last_tokens[there["token_slots"]], ids, out=ids)
         meta = AttentionMeta(
-            block_table=block_table,
-            seq_lens=lengths,
-            cu_seqlens_q=cu,
-            slot_mapping=mapping,
+            block_table=there["block_table"],
+            seq_lens=there["seq_lens"],
+            cu_seqlens_q=there["cu_seqlens_q"],
+            slot_mapping=there["slot_mapping"],
             seq_lens_host=seq_lens.tolist(),
             query_lens_host=batch.counts.tolist(),
             num_decodes=int((batch.counts == 1).sum()),
             max_seq_len=longest,
             max_query_len=most,
         )
-        return _Inputs(ids, places, last, sampled_slots, meta)
+        last, slots = there["last"][:sampled], there["sampled_slots"][:sampled]
+        return _Inputs(ids, there["positions"], last, slots, meta, graph)
 
     def _hold_slots(self, slots: int) -> None:
         """Room to remember the last token of so many slots."""
