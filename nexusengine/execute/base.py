@@ -21,8 +21,8 @@ class ExecutorSpec:
     """What an executor can hold, decided when it is made.
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    kv_dtype: of the cache, "" for dtype. device_name: what its maker calls the device, where that is known. overlaps: a
-    second step can be submitted while one is in flight.
+    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
+    one is in flight. kv_dtype: of the cache, "" for dtype.
     """
 
     device: str
@@ -35,9 +35,9 @@ class ExecutorSpec:
     attention_backend: str
     weights_bytes: int
     kv_bytes: int
-    kv_dtype: str = ""
     device_name: str = ""
     overlaps: bool = False
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,7 @@ def slowed_or_freed(before: GpuState, now: GpuState) -> str:
     """Why steps may take another time than a moment ago; empty if nothing speaks for it. Clocks that move while nothing
     holds them down go with the load."""
     if now.throttled != before.throttled:
-        return (
-            f"the GPU is held down by {', '.join(now.throttled)}" if now.throttled else "the GPU is held down no longer"
-        )
+        return f"the GPU is held down by {', '.join(now.throttled) or 'nothing any longer'}"
     if now.throttled and now.clock_mhz and before.clock_mhz:
         change = now.clock_mhz / before.clock_mhz - 1.0
         if abs(change) > _CLOCK_CHANGE:

@@ -184,7 +184,7 @@ def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> Non
         ((1980, ()), (1500, ()), ""),
         ((1980, ()), (1700, ("power cap",)), "held down by power cap"),
         ((1700, ("power cap",)), (1500, ("power cap", "heat")), "held down by power cap, heat"),
-        ((1700, ("power cap",)), (1980, ()), "no longer"),
+        ((1700, ("power cap",)), (1980, ()), "held down by nothing any longer"),
         ((1700, ("power cap",)), (1690, ("power cap",)), ""),
         ((1700, ("power cap",)), (1500, ("power cap",)), "clock went from 1700 to 1500 MHz at 700 W"),
         ((None, ("heat",)), (1500, ("heat",)), ""),
