@@ -52,23 +52,30 @@ class Behind:
         costs: Costs,
         pace: Pace,
         newcomers: bool,
+        seat_s: float,
         now: float,
     ) -> bool:
-        """The oldest computes from what its kind is owed. True if newcomers may start: not if the oldest cannot
-        although much is owed, because they would take the place that it waits for."""
+        """The oldest computes from what its kind is owed; a seat, where they are short, costs it the time until the
+        next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is owed,
+        because they would take the place that it waits for."""
         passed_s, self._last_s = min(now - self._last_s, 1.0), now
         aged = deadlines.first_due_s[behind] < now - self._patience_s
         if not self._share or not np.count_nonzero(aged):
             self._owed_s = 0.0
             return newcomers
         most_s = max(pace.first_prompts_s, _CHUNK * costs.token_s)
-        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, most_s)
         c, step = view.columns, fill.step
         old = behind[aged]
         slot = int(old[c.arrival_s[old].argmin()])
         context, left = _rest(view, slot)
         per_token_s = costs.token_s + costs.pair_s * context
-        count = left if left * per_token_s <= self._owed_s else int(self._owed_s / per_token_s)
+        price_s = 0.0
+        if slot not in step.prompts and step.seats <= int(_SPARE * view.max_running):
+            price_s = seat_s / pace.dilution
+            most_s = max(most_s, price_s + _CHUNK * costs.token_s)
+        self._owed_s = min(self._owed_s + self._share * passed_s / pace.dilution, most_s)
+        affordable_s = self._owed_s - price_s
+        count = left if left * per_token_s <= affordable_s else int(affordable_s / per_token_s)
         if count < min(left, _CHUNK):
             return newcomers
         before = step.taken
@@ -81,7 +88,7 @@ class Behind:
                 return reason is Reason.WAIT_TIME or self._owed_s < most_s
         if step.taken > before:
             step.reasons[slot] = _AGED
-            self._owed_s = max(self._owed_s - (step.taken - before) * per_token_s, 0.0)
+            self._owed_s = max(self._owed_s - (step.taken - before) * per_token_s - price_s, 0.0)
         return newcomers
 
     def leftover(self, fill: Fill, view: EngineView, behind: I4, newcomers: bool) -> None:

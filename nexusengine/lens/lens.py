@@ -24,6 +24,7 @@ from nexusengine.lens.pace import Costs, Pace, costs_of, extra_of, fixed_pace, p
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.pressure import to_take_back, victims
 from nexusengine.lens.step import Step
+from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
 
@@ -40,10 +41,12 @@ _PUT_OFF, _RELEGATED = int(Reason.PUT_OFF), int(Reason.RELEGATED)
 class LensOptions:
     """order, limit: 0 takes that part away (for ablations): prompts in order of arrival and nobody relegated; `budget`
     tokens a step instead of a time limit. quantile: how far limits are drawn from the predicted mean (0) to its upper
-    bound (1). slack: share of every limit that is kept.
+    bound (1). young: the same where a young request sets the limit, divided by its tokens so far: it may end before
+    chance evens out. slack: share of every limit that is kept.
 
     cap_ms, catch_up, bank: see LimitRules; admit, chunk, crumb, tile: see ChunkRules; saving: see pace_of. margin:
     share of a cycle of steps by which first tokens are planned before they are due, and answer_ms for the way back.
+    seat: share of the seats which are expected to come free in time that newcomers count on.
     goal, goal_long: see LengthGuard; goal_long 0 turns it off. share, patience_s, give_up_s: see Behind. headroom: KV
     blocks left for each running sequence when one more starts. lookahead: how many waiting requests are ordered, the
     earliest deadlines first.
@@ -52,6 +55,7 @@ class LensOptions:
     order: float = 1
     limit: float = 1
     quantile: float = 0
+    young: float = 2
     slack: float = 0.02
     budget: float = 0
     cap_ms: float = 120
@@ -59,6 +63,7 @@ class LensOptions:
     bank: float = 1
     saving: float = 10
     margin: float = 0.25
+    seat: float = 0.5
     answer_ms: float = 3
     admit: float = 0.95
     goal: float = 0.9
@@ -107,6 +112,7 @@ class Lens:
         self._chunks = ChunkRules(int(o.chunk), int(o.crumb), int(o.tile), o.admit)
         self._guard = LengthGuard(o.goal, o.goal_long)
         self._behind = Behind(o.share, o.patience_s, o.give_up_s)
+        self._turnover = Turnover()
         self._deadlines = Deadlines(0)
         self._arrivals = -1
         self._queue: I4 = np.zeros(0, np.int32)  # waiting slots by deadline
@@ -117,6 +123,7 @@ class Lens:
     def plan(self, view: EngineView, now: float) -> StepPlan:
         o, model = self.options, view.model
         deadlines = self._look(view)
+        self._turnover.look(len(view.running), now)
         step = Step(view, int(o.budget) or None, headroom=int(o.headroom))
         step.take_decodes(victims(view, deadlines, now))
         base = step.features
@@ -124,11 +131,12 @@ class Lens:
         decode_s = model.predict(base).mean_s
         limit = step_limit(view, deadlines, step.decodes, now, decode_s, costs.single_s, self._limits)
         if not len(self._queue) and not step.prompts:
+            self._turnover.planned(view.max_running - step.seats)
             return step.plan(restore=self._resumed(view, step, limit), notes=_notes(limit, decode_s))
         pace = self._pace(view, step, limit, decode_s)
         prompts, behind = self._prompts(view, step, costs)
         can_serve = step.seats > 0 or len(step.prompts) > 0
-        kept, off, late = self._order(view, prompts, pace, now, choose=can_serve)
+        kept, off, late = self._order(view, prompts, pace, now, step.seats, choose=can_serve)
         if len(late):
             behind = np.concatenate([behind, late])
         done_s = kept.work_s.cumsum()
@@ -146,6 +154,7 @@ class Lens:
                 started_s += costs.kv_token_s * int(view.columns.known_tokens[step.prompts].sum())
             fill = Fill(step, pace.step_s, started_s, costs, limit.tightest_tpot_s, self._seen_tokens, self._chunks)
             self._fill(fill, view, kept, off, behind, costs, pace, now)
+        self._turnover.planned(view.max_running - step.seats)
         back = self._resumed(view, step, limit)
         refused: list[int] = []
         if len(behind):
@@ -203,10 +212,13 @@ class Lens:
         if not o.limit:
             return fixed_pace(model, base, step.tokens, decode_s, extra_s)
         factor = 1.0
-        if o.quantile:
+        quantile = o.quantile
+        if limit.slot >= 0:
+            quantile = max(quantile, o.young / int(view.columns.generated_tokens[limit.slot]))
+        if quantile:
             small = StepFeatures(base.tokens + 16, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
             time = model.predict(small)
-            factor += o.quantile * (time.upper_s / time.mean_s - 1.0)
+            factor += quantile * (time.upper_s / time.mean_s - 1.0)
         cap_s = self._limits.cap_s
         return pace_of(limit, decode_s, extra_s, factor=factor, slack=o.slack, saving=o.saving, cap_s=cap_s)
 
@@ -242,7 +254,7 @@ class Lens:
         return Prompts(slots, context, left, costs.work_s(context, left), due_s), behind
 
     def _order(
-        self, view: EngineView, prompts: Prompts, pace: Pace, now: float, *, choose: bool
+        self, view: EngineView, prompts: Prompts, pace: Pace, now: float, free: int, *, choose: bool
     ) -> tuple[Prompts, Prompts, I4]:
         """Those to serve; those to put off (nobody, unless it is to `choose`); slots that are late whatever is done."""
         o, c = self.options, view.columns
@@ -258,12 +270,15 @@ class Lens:
         if not choose:
             return prompts, nobody, late
         allowed_s = pace.work_until(slack_s - o.margin * pace.first_s)
-        if not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
+        newcomers = c.blocks[prompts.slots] == 0
+        start_s = slack_s - pace.step_s - pace.hasty_dilution * prompts.work_s
+        seats = self._turnover.seats_within(o.seat * start_s, free, view.max_running)
+        if not (prompts.work_s.cumsum() > allowed_s).any() and not (newcomers.cumsum() > seats).any():
             return prompts, nobody, late
         rank = 2 * c.priority[prompts.slots]
         if o.goal_long and self._guard.active:
             rank = rank + self._guard.protected(c.prompt_tokens[prompts.slots])
-        off = put_off(prompts.work_s, allowed_s, rank.tolist())
+        off = put_off(prompts.work_s, allowed_s, rank.tolist(), newcomers, seats)
         return prompts[~off], prompts[off], late
 
     def _can_wait(self, kept: Prompts, done_s: F8, pace: Pace, more: bool, now: float) -> bool:
@@ -307,7 +322,8 @@ class Lens:
         step = fill.step
         newcomers = not step.preempted
         if len(behind):
-            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, now)
+            seat_s = self._turnover.seat_s(view.max_running)
+            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, seat_s, now)
         self._serve(fill, kept, newcomers)
         if newcomers and len(kept.slots):
             self._take_back(fill, view, kept, now)

@@ -31,9 +31,9 @@ def computed(p: StepPlan) -> dict[int, int]:
 
 def test_decodes_run_and_the_prompt_gets_what_the_tightest_of_them_leaves() -> None:
     bench = Bench()
-    decode = bench.decode(first_s=1.0, generated=2)
-    prompt = bench.wait(5000)
-    p = plan(bench.view(), now=1.05)  # token 2 is due at 1.10: 50 ms
+    decode = bench.decode(first_s=1.0, generated=200)
+    prompt = bench.wait(5000, arrival_s=10.9)
+    p = plan(bench.view(), now=10.95)  # token 200 is due at 11.0: 50 ms
     assert computed(p)[decode] == 1
     assert 1500 < computed(p)[prompt] < 2100  # 50 ms less 2 %, less 9 ms, at 20 us a token and its attention
     assert p.predicted_s <= 0.049
@@ -41,6 +41,15 @@ def test_decodes_run_and_the_prompt_gets_what_the_tightest_of_them_leaves() -> N
     assert p.reasons[decode] == Reason.DECODE
     assert p.reasons[prompt] == Reason.ADMITTED
     assert p.notes["limit_slot"] == decode
+
+
+def test_where_a_young_request_sets_the_limit_the_step_is_unlikely_to_take_longer() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=2)
+    bench.wait(5000)
+    p = plan(bench.view(), now=1.05)  # token 2 is due at 1.10
+    assert p.notes["limit_ms"] == pytest.approx(50.0)
+    assert 0.044 < p.upper_s <= 0.049
 
 
 def test_upper_bounds_are_planned_with_if_asked_for() -> None:
@@ -123,10 +132,10 @@ def test_without_running_requests_a_step_is_bounded_by_the_cap() -> None:
 
 def test_no_crumbs() -> None:
     bench = Bench()
-    bench.decode(first_s=1.0, generated=2, tpot_s=0.05)
-    first = bench.wait(1905, ttft_s=5.0)
-    second = bench.wait(500, ttft_s=9.0)
-    p = plan(bench.view(), now=1.05)
+    bench.decode(first_s=1.0, generated=200, tpot_s=0.05)
+    first = bench.wait(1905, arrival_s=10.0, ttft_s=5.0)
+    second = bench.wait(500, arrival_s=10.0, ttft_s=9.0)
+    p = plan(bench.view(), now=10.95)
     assert computed(p)[first] == 1905
     assert second not in computed(p)
 

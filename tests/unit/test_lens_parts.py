@@ -16,6 +16,7 @@ from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
 from nexusengine.lens.order import by_priority, put_off
 from nexusengine.lens.pace import costs_of, extra_of, pace_of
 from nexusengine.lens.pressure import victims
+from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
 from tests.unit.lens_views import NAN, Bench, Straight
@@ -257,6 +258,50 @@ def test_the_largest_of_the_lowest_rank_is_put_off() -> None:
     work, allowed = np.array([5.0, 4.0, 1.0]), np.array([10.0, 10.0, 6.0])
     assert put_off(work, allowed).tolist() == [True, False, False]
     assert put_off(work, allowed, [1, 0, 0]).tolist() == [False, True, False]
+
+
+@given(jobs, st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=8, max_size=8))
+def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], seats: list[tuple[bool, int]]) -> None:
+    jobs = sorted(jobs, key=lambda job: job[1])
+    work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
+    newcomers = np.resize([s[0] for s in seats], len(jobs))
+    free = np.sort(np.resize([float(s[1]) for s in seats], len(jobs)))
+    kept = ~put_off(work, allowed, None, newcomers, free)
+    assert (np.cumsum(work[kept]) <= allowed[kept]).all()
+    assert (np.cumsum(newcomers[kept]) <= free[kept])[newcomers[kept]].all()
+    for i in np.nonzero(~kept)[0]:  # nobody is put off for nothing: with one more, somebody is late or has no seat
+        with_it = kept.copy()
+        with_it[i] = True
+        late = (np.cumsum(work[with_it]) > allowed[with_it]).any()
+        assert late or (np.cumsum(newcomers[with_it]) > free[with_it])[newcomers[with_it]].any()
+
+
+def test_where_seats_are_short_the_largest_newcomer_is_put_off() -> None:
+    work, allowed = np.array([9.0, 5.0, 4.0, 1.0]), np.full(4, 100.0)
+    newcomers, seats = np.array([False, True, True, True]), np.array([2.0, 2.0, 2.0, 2.0])
+    assert put_off(work, allowed, None, newcomers, seats).tolist() == [False, True, False, False]
+
+
+# ---- turnover -----------------------------------------------------------------------------------------------------
+
+
+def test_seats_come_free_as_often_as_the_seated_have_ended() -> None:
+    turnover = Turnover()
+    seated = 100
+    for step in range(200):  # one in a hundred ends every 10 ms: a seat lasts a second
+        turnover.look(seated - 1 if step else 0, 0.01 * step)
+        turnover.planned(seated)
+    assert turnover.seat_s(200) == pytest.approx(1.0 / 200)
+    assert turnover.seats_within(np.array([-1.0, 0.0, 0.5]), 3, 200) == pytest.approx([3.0, 3.0, 103.0])
+
+
+def test_while_few_have_ended_seats_are_taken_to_be_no_obstacle() -> None:
+    turnover = Turnover()
+    turnover.look(0, 0.0)
+    turnover.planned(4)
+    turnover.look(1, 0.1)
+    assert turnover.seat_s(8) == 0.0
+    assert turnover.seats_within(np.array([0.0]), 0, 8).tolist() == [np.inf]
 
 
 def test_priority_counts_within_a_class_only() -> None:
