@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec, as_stored
+from nexusengine.triton_kernels import launch
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -56,6 +57,8 @@ def fits(
         return False, f"made for compute capability {wanted}; this is {found[0]}.{found[1]}"
     if spec.dtype not in dtypes:
         return False, f"does not compute in {spec.dtype}"
+    if spec.kv_dtype == FP8 and found < launch.FP8_CAPABILITY:  # our kernels store K and V
+        return False, "K and V of 8 bits need compute capability 8.9"
     if spec.num_heads % spec.num_kv_heads or spec.head_dim % 8 or spec.head_dim > max_dim:
         return False, f"{spec.num_heads} heads of {spec.head_dim} over {spec.num_kv_heads} KV heads"
     return True, f"head dimensions up to {max_dim} in half precision"

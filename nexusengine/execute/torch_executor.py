@@ -123,9 +123,14 @@ class TorchExecutor:
                 f"{device} has free; take a smaller model or dtype, or end what else uses the device"
             ) from None
         if config.stored is not None and not ops.keeps_stored:
-            log.info("weights stored with 8 bits are kept in %s: nothing here multiplies them on %s", dtype, device)
+            log.info(
+                "weights stored with 8 bits are read as %s: nothing on %s multiplies them as they are", dtype, device
+            )
         elif model.unkept:
-            log.info("%d maps are kept in %s for their shapes, %s first", len(model.unkept), dtype, model.unkept[0])
+            first, many = model.unkept[0], len(model.unkept)
+            log.info(
+                "%d maps, %s first, are read as %s: nothing multiplies them as they are stored", many, first, dtype
+            )
 
         def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
             spec = ExecutorSpec(

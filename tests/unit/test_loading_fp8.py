@@ -15,10 +15,13 @@ from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ModelLoadError  # noqa: E402
 from nexusengine.execute.base import ExecutorOptions  # noqa: E402
 from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
+from nexusengine.layers.choice import choose_ops  # noqa: E402
 from nexusengine.loading.config_json import parse_config  # noqa: E402
 from nexusengine.loading.fp8 import Fp8Weight  # noqa: E402
 from nexusengine.loading.resolve import resolve_model  # noqa: E402
 from nexusengine.loading.weights import open_weights  # noqa: E402
+from nexusengine.model_config import StoredWeights  # noqa: E402
+from nexusengine.triton_kernels import launch  # noqa: E402
 from tests import checkpoints  # noqa: E402
 from tests.unit.test_execute_torch import Steps, continued  # noqa: E402
 
@@ -59,10 +62,24 @@ def test_where_nothing_multiplies_8_bits_the_text_is_that_of_the_dequantised_wei
     tensors, numbers, quantization = checkpoints.fp8(layout)
     with caplog.at_level(logging.INFO):
         found = served(checkpoints.write(tmp_path / "fp8", tensors, quantization))
-    assert len([r for r in caplog.records if "stored with 8 bits are kept in torch.float32" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "stored with 8 bits are read as torch.float32" in r.getMessage()]) == 1
     expected = served(checkpoints.write(tmp_path / "plain", numbers))
     assert found.spec.weights_bytes == expected.spec.weights_bytes
     assert text(found) == text(expected)
+
+
+@pytest.mark.parametrize(("capability", "kept"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_weights_stay_8_bits_where_the_gpu_multiplies_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kept: bool
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launch, "probe", lambda device: (True, ""))
+    monkeypatch.setattr(launch, "capability", lambda device: capability)
+    ops = choose_ops(torch.device("cuda", 0), torch.bfloat16, 1e-5, stored=StoredWeights("fp8"))
+    weight = Fp8Weight(torch.zeros(32, 64).to(torch.float8_e4m3fn), torch.ones(32, 1))
+    assert (ops.name, ops.keeps_stored, ops.takes(weight)) == ("triton", kept, kept)
+    odd = Fp8Weight(torch.zeros(30, 64).to(torch.float8_e4m3fn), torch.ones(30, 1))
+    assert not ops.takes(odd)
 
 
 def test_matrices_are_joined_by_rows_unless_one_ends_within_a_block() -> None:
