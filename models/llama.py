@@ -5,6 +5,7 @@ Llama 2, 3 and 3.x, SmolLM2, TinyLlama; Mistral without sliding window; Qwen2, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,10 @@ from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.errors import ModelLoadError
 from nexusengine.layers.ops import Map, Ops, TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
-from nexusengine.loading.gguf_file import Q4Blocks
-from nexusengine.loading.weights import WeightSource
+from nexusengine.loading.weights import Stored, WeightSource
 from nexusengine.model_config import ModelConfig
 
-_HARMLESS = (".rotary_emb.inv_freq",)
+_HARMLESS = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", "_proj.output_scale")
 
 
 @dataclass(slots=True)
@@ -47,14 +47,22 @@ class LlamaForCausalLM:
         source: WeightSource | None,
         seed: int = 0,
         ops: Ops[Any] | None = None,
+        scaled_kv: bool = False,
         progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         """source None: random weights from `seed`, for checks without a checkpoint. ops: what it computes with; by
-        default torch. Raises ModelLoadError naming the tensor that is missing, surplus or of another shape."""
+        default torch. scaled_kv: K and V are to lie in the cache divided by the scales that the checkpoint names for
+        it. unkept: maps that the file stores in a form which could not be kept.
+
+        Raises ModelLoadError naming the tensor that is missing, surplus or of another shape.
+        """
         self.config, self.dtype, self.device = config, dtype, device
         self._source = source
         self._generator = torch.Generator(device).manual_seed(seed)
         self._taken: set[str] = set()
+        self._progress = progress
+        self._tensors_expected = len(source.names()) if source else 9 * config.num_layers + 2
+        self.unkept: list[str] = []
         c = config
         self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -64,24 +72,28 @@ class LlamaForCausalLM:
             name = f"model.layers.{i}"
             attention, mlp = f"{name}.self_attn", f"{name}.mlp"
             qkv = [(f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv)]
+            k_scale, v_scale = (self._kv_scale(attention, which) if scaled_kv else 1.0 for which in "kv")
+            factors = (k_scale, 1.0 / k_scale, 1.0 / v_scale)
             gate_up = [(f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size)]
             self.layers.append(
                 Layer(
                     input_norm=self._take(f"{name}.input_layernorm.weight", (c.hidden_size,)),
-                    qkv=self._linear(qkv, c.hidden_size, c.attention_bias),
-                    output=self._linear([(f"{attention}.o_proj", c.hidden_size)], q, c.attention_output_bias),
+                    qkv=self._linear(qkv, c.hidden_size, c.attention_bias, factors),
+                    output=self._linear(
+                        [(f"{attention}.o_proj", c.hidden_size)], q, c.attention_output_bias, input_factor=v_scale
+                    ),
                     post_norm=self._take(f"{name}.post_attention_layernorm.weight", (c.hidden_size,)),
                     gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias, gated=True),
                     down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
                 )
             )
-            progress((i + 1) / c.num_layers)
         self.norm = self._take("model.norm.weight", (c.hidden_size,))
         if c.tie_embeddings:
             self.head = self.embedding
             self._taken.add("lm_head.weight")
         else:
             self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False, head=True)
+        self.ops.finish()
         self._refuse_surplus()
         self._source = None
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
@@ -127,38 +139,80 @@ class LlamaForCausalLM:
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 yield from linear.tensors()
 
-    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool, **kind: bool) -> Map:
-        """One linear map of several checkpoint tensors, one below the other."""
-        weight = self._blocks(parts, inputs) or self._stack(
-            [(f"{name}.weight", (rows, inputs)) for name, rows in parts]
-        )
-        biases = self._stack([(f"{name}.bias", (rows,)) for name, rows in parts]) if bias else None
+    def _linear(
+        self,
+        parts: list[tuple[str, int]],
+        inputs: int,
+        bias: bool,
+        factors: tuple[float, ...] = (),
+        input_factor: float = 1.0,
+        **kind: bool,
+    ) -> Map:
+        """One linear map of several checkpoint tensors, one below the other. factors: by which each part's outputs are
+        multiplied. input_factor: by which its inputs are still to be multiplied."""
+        outer = factors or (1.0,) * len(parts)
+        inner = tuple(factor * input_factor for factor in outer)
+        weight: torch.Tensor | Stored | None = self._stored(parts, inputs, inner, kind.get("head", False))
+        if weight is None:
+            weight = self._stack([(f"{name}.weight", (rows, inputs)) for name, rows in parts], inner)
+        biases = self._stack([(f"{name}.bias", (rows,)) for name, rows in parts], outer) if bias else None
         packed: Map = self.ops.pack(weight, biases, **kind)
         return packed
 
-    def _blocks(self, parts: list[tuple[str, int]], inputs: int) -> Q4Blocks | None:
-        """The parts in the 4-bit blocks they are stored in, if all are and the table of operations keeps such."""
-        if not self.ops.keeps_blocks or self._source is None:
+    def _kv_scale(self, attention: str, which: str) -> float:
+        """By what a layer's K or V is divided in the cache: the checkpoint's scale, up to the next power of two, so
+        that the weights it is multiplied into lose nothing; 1 if it names none.
+
+        Rotation and attention are linear in K and V: q takes the factor that K loses, and what V loses is given back in
+        the map of what attention comes to.
+        """
+        projection = f"{attention}.{which}_proj"
+        for name in (f"{attention}.{which}_scale", f"{projection}.{which}_scale", f"{projection}.output_scale"):
+            if self._source is not None and name in self._source.names():
+                scale = float(self._source.get(name, torch.float32).max())
+                if not 0.0 < scale < math.inf:
+                    raise ModelLoadError(f"tensor {name} is {scale}, which is no scale")
+                return float(2.0 ** math.ceil(math.log2(scale)))
+        return 1.0
+
+    def _stored(
+        self, parts: list[tuple[str, int]], inputs: int, factors: tuple[float, ...], head: bool
+    ) -> Stored | None:
+        """The parts in the form they are stored in, if all have one that the table of operations keeps."""
+        if not self.ops.keeps_stored or self._source is None:
             return None
         found = []
-        for name, rows in parts:
+        for (name, rows), factor in zip(parts, factors, strict=True):
             self._check(f"{name}.weight", (rows, inputs))
-            if (blocks := self._source.blocks(f"{name}.weight")) is None:
+            stored = self._source.stored(f"{name}.weight")
+            if stored is None:
                 return None
-            found.append(blocks)
-        return Q4Blocks.join(found)
+            found.append(stored.to(self.device) if factor == 1.0 else stored.to(self.device).scaled(factor))
+            self._tell()
+        joined: Stored | None = found[0].join(found)
+        if joined is None or not self.ops.takes(joined, head=head):
+            self.unkept.extend(name for name, _ in parts)
+            return None
+        return joined
 
-    def _stack(self, parts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+    def _stack(self, parts: list[tuple[str, tuple[int, ...]]], factors: tuple[float, ...]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)
         stacked = torch.empty(rows, *parts[0][1][1:], dtype=self.dtype, device=self.device)
         at = 0
-        for name, shape in parts:
+        for (name, shape), factor in zip(parts, factors, strict=True):
             stacked[at : at + shape[0]] = self._read(name, shape)
+            if factor != 1.0:
+                stacked[at : at + shape[0]] *= factor
             at += shape[0]
+            self._tell()
         return stacked
 
+    def _tell(self) -> None:
+        self._progress(min(len(self._taken) / self._tensors_expected, 1.0))
+
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._read(name, shape).to(self.device)
+        """A copy always: what was read may lie in a file's mapping."""
+        return self._read(name, shape).to(self.device, copy=True)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         self._check(name, shape)

@@ -176,7 +176,7 @@ class EngineConfig:
     )
     dtype: str = setting(
         "auto",
-        "type of weights and KV cache; auto: the checkpoint's on a GPU, float32 on a CPU",
+        "type of weights and, by default, KV cache; auto: the checkpoint's on a GPU, float32 on a CPU",
         parse=one_of("auto", "float32", "float16", "bfloat16"),
         group="model",
     )
@@ -196,6 +196,12 @@ class EngineConfig:
         None,
         "memory for the KV cache of each worker, e.g. 2GiB; default: chosen from what is free",
         parse=parse_bytes,
+        group="memory",
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "type of the KV cache: auto is the weights', fp8 has 8 bits (compute capability 8.9; see docs/cuda.md)",
+        parse=one_of("auto", "fp8"),
         group="memory",
     )
     block_size: int | None = setting(

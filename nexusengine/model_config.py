@@ -24,6 +24,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """How a checkpoint holds the weights of its linear maps, where not as plain numbers.
+
+    block: rows and columns that share a scale (fp8; None where a row or the whole map does). bits, group (inputs that
+    share a scale; -1 for all), symmetric, reordered (inputs in an order of their own, `desc_act`) and layout (which of
+    the ways to pack, by the file's own name): of awq and gptq.
+    """
+
+    method: Literal["fp8", "awq", "gptq"]
+    block: tuple[int, int] | None = None
+    bits: int = 8
+    group: int = -1
+    symmetric: bool = True
+    reordered: bool = False
+    layout: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What the model file says of itself. Sizes in elements, lengths in tokens."""
 
@@ -47,6 +65,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     rope_factors: tuple[float, ...] | None = None  # per-frequency divisors, where the file has them ready-made
+    stored: StoredWeights | None = None  # None: as numbers of `dtype`
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of K and V over all layers for one token."""

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from gpu_phases.common import LARGE, SMALL, TINY, Findings, Setting, Skip, make_executor, prompts_for, serve
+from gpu_phases.eight_bits import eight_bits
 from gpu_phases.learning import performance_model
 from gpu_phases.peers import continuous_batching, logits, reference
 
-from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import BACKENDS, backend_class
 from nexusengine.cli import doctor
 
@@ -82,12 +84,12 @@ def _case(at: Setting, spec: AttentionSpec, rows: list[tuple[int, int]], width: 
         max(counts),
     )
     q, k, v = (t.to(at.device, spec.dtype) for t in (q, *caches))
-    return q, k, v, meta
+    return q, *((c.to(spec.kv_dtype) for c in (k, v)) if spec.kv_dtype else (k, v)), meta
 
 
 def _oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMeta, scale: float) -> torch.Tensor:
     """Float32, row by row."""
-    out = torch.zeros_like(q, dtype=torch.float32)
+    out, k, v = torch.zeros_like(q, dtype=torch.float32), k.float(), v.float()
     at, group = 0, q.shape[1] // k.shape[2]
     for r, (length, count) in enumerate(zip(meta.seq_lens_host, meta.query_lens_host, strict=True)):
         ids = meta.block_table[r, : -(-length // k.shape[1])].long()
@@ -100,13 +102,18 @@ def _oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMe
     return out
 
 
-def _usable(at: Setting, heads: int, kv_heads: int, dim: int) -> list[tuple[str, Any, AttentionSpec | None, str]]:
+def _usable(
+    at: Setting, heads: int, kv_heads: int, dim: int, kv_dtype: torch.dtype | None = None
+) -> list[tuple[str, Any, AttentionSpec | None, str]]:
     found: list[tuple[str, Any, AttentionSpec | None, str]] = []
     for name in BACKENDS:
         try:
             cls = backend_class(name)
-            spec = AttentionSpec(heads, kv_heads, dim, at.dtype, at.device, cls.caps().block_sizes[0], scale=dim**-0.5)
+            size = cls.caps().block_sizes[0]
+            spec = AttentionSpec(heads, kv_heads, dim, at.dtype, at.device, size, dim**-0.5, kv_dtype=kv_dtype)
             available, reason = cls.supports(spec)
+            if kv_dtype and not cls.caps().fp8_cache:
+                available, reason = False, "keeps no K and V of 8 bits"
             if available:
                 available, reason = cls.probe()
         except Exception as error:
@@ -116,13 +123,15 @@ def _usable(at: Setting, heads: int, kv_heads: int, dim: int) -> list[tuple[str,
 
 
 def kernels(at: Setting) -> Findings:
-    """Every backend against float32: MHA and GQA, head sizes, block edges, prefix hits, mixed batches."""
+    """Every backend against float32: MHA and GQA, head sizes, block edges, prefix hits, mixed batches; K and V of 8
+    bits where it keeps such."""
     shapes = [(4, 4, 64), (8, 2, 64), (8, 2, 80), (8, 2, 128), (8, 1, 256)][: 2 if at.tiny else None]
-    limit = 0.03 if at.dtype == torch.bfloat16 else 1e-4
     found: Findings = {}
-    for shape in shapes:
-        for name, cls, spec, reason in _usable(at, *shape):
-            key = f"{name} {shape[0]}/{shape[1]}x{shape[2]}"
+    for shape, kept in product(shapes, (None, FP8)):
+        limit = 0.03 if at.dtype == torch.bfloat16 else 1e-4
+        for name, cls, spec, reason in _usable(at, *shape, kept):
+            limit = 0.2 if kept and name == "flash3" else limit  # it rounds q to 8 bits too
+            key = f"{name} {shape[0]}/{shape[1]}x{shape[2]}{' 8-bit K and V' if kept else ''}"
             if spec is None or at.late:
                 found[key] = f"skipped: {reason if spec is None else 'out of time'}"
                 continue
@@ -250,6 +259,7 @@ def end_to_end(at: Setting) -> Findings:
 PHASES: dict[str, tuple[Callable[[Setting], Findings], float]] = {
     "roofline": (roofline, 20.0),
     "kernels": (kernels, 60.0),
+    "eight_bits": (eight_bits, 30.0),
     "reference": (reference, 45.0),
     "logits": (logits, 30.0),
     "variants": (variants, 45.0),

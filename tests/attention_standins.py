@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from nexusengine.attention.base import FP8
+
 from .attention_cases import oracle
 
 
@@ -47,14 +49,20 @@ def _attend(
         k, v = (cache[used].flatten(0, 1)[:n].float() for cache in (k_cache, v_cache))
         result = oracle(q.float(), k, v, q.shape[-1] ** -0.5 if scale is None else scale, left + 1, soft_cap)
         if whole_pages and n:
-            result = result + 0.0 * v_cache[used[-1]].sum()
-        results.append(result.to(q.dtype))
+            result = result + 0.0 * v_cache[used[-1]].float().sum()
+        results.append(result.to(torch.bfloat16 if q.dtype == FP8 else q.dtype))
     return torch.cat(results)
 
 
-def _check_paged(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, rows: int) -> None:
-    half = (torch.float16, torch.bfloat16)
-    _check(q.dtype in half, "FlashAttention only support fp16 and bf16 data type")
+def _check_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    rows: int,
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16),
+) -> None:
+    _check(q.dtype in dtypes, "FlashAttention only support fp16 and bf16 data type")
     _check(k_cache.dtype == q.dtype == v_cache.dtype, "query, key and value must have the same dtype")
     _check(all(t.stride(-1) == 1 for t in (q, k_cache, v_cache)), "Input tensor must have contiguous last dimension")
     _check(table.dtype == torch.int32, "block_table must have dtype torch.int32")
@@ -178,7 +186,9 @@ def flash3_with_kvcache(
     _check(max_seqlen_q is not None, "max_seqlen_q must be provided if cu_seqlens_q is provided")
     rows = len(cu_seqlens_q) - 1
     _check_int32(cu_seqlens_q, cache_seqlens)
-    _check_paged(q, k_cache, v_cache, page_table, rows)
+    _check_paged(q, k_cache, v_cache, page_table, rows, (torch.float16, torch.bfloat16, FP8))
+    alignment = 16 if q.dtype == FP8 else 8
+    _check(q.shape[-1] % alignment == 0, f"head_size should be a multiple of {alignment}")
     _check(cache_seqlens.shape == (rows,), "seqused_k must have shape (batch_size)")
     queries, lengths = _rows(q, cu_seqlens_q, max_seqlen_q), cache_seqlens.tolist()
     return _attend(

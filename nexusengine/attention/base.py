@@ -7,11 +7,19 @@ from typing import Protocol
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+
+
+def as_stored(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """K or V in the type of the cache. Some of torch's conversions to FP8 make NaN of what is too large."""
+    return x if cache.dtype != FP8 else x.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """The shape a backend is asked for. window: most recent keys a query sees, itself included. soft_cap: scores become
-    cap * tanh(score / cap)."""
+    cap * tanh(score / cap). kv_dtype: of the cache, FP8 or None for dtype; numbers beyond FP8's largest become that."""
 
     num_heads: int
     num_kv_heads: int
@@ -22,19 +30,22 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCaps:
     """block_sizes: sizes it can use, preferred first. dtypes it computes in. graphs: can run in a CUDA graph, or have
     its calls recorded and replayed (layers.ops.Ops.step). modifiers: knows windows and soft caps. plain_cache: K and V
-    lie in the cache as they are, so that others may store them (`AttentionBackend.store` says how)."""
+    lie in the cache as they are, so that others may store them (`AttentionBackend.store` says how). fp8_cache: K and V
+    may be 8-bit floats."""
 
     block_sizes: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     graphs: bool = False
     modifiers: bool = False
     plain_cache: bool = True
+    fp8_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec, as_stored
+from nexusengine.triton_kernels import launch
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -56,6 +57,8 @@ def fits(
         return False, f"made for compute capability {wanted}; this is {found[0]}.{found[1]}"
     if spec.dtype not in dtypes:
         return False, f"does not compute in {spec.dtype}"
+    if spec.kv_dtype == FP8 and found < launch.FP8_CAPABILITY:  # our kernels store K and V
+        return False, "K and V of 8 bits need compute capability 8.9"
     if spec.num_heads % spec.num_kv_heads or spec.head_dim % 8 or spec.head_dim > max_dim:
         return False, f"{spec.num_heads} heads of {spec.head_dim} over {spec.num_kv_heads} KV heads"
     return True, f"head dimensions up to {max_dim} in half precision"
@@ -89,8 +92,8 @@ class External:
         """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land
         in the null block, which nobody reads."""
         slots = meta.slot_mapping.clamp_min(0)
-        k_cache.view(-1, *k.shape[1:])[slots] = k
-        v_cache.view(-1, *v.shape[1:])[slots] = v
+        k_cache.view(-1, *k.shape[1:])[slots] = as_stored(k, k_cache)
+        v_cache.view(-1, *v.shape[1:])[slots] = as_stored(v, v_cache)
 
 
 class Finite:
@@ -101,6 +104,11 @@ class Finite:
         self._done: set[int] = set()
 
     def __call__(self, v_cache: torch.Tensor) -> None:
-        if v_cache.data_ptr() not in self._done:
+        if v_cache.data_ptr() in self._done:
+            return
+        self._done.add(v_cache.data_ptr())
+        if v_cache.dtype == FP8:
+            bits = v_cache.view(torch.uint8)
+            bits.masked_fill_((bits & 0x7F) == 0x7F, 0)  # the only two that are no numbers
+        else:
             torch.nan_to_num(v_cache, nan=0.0, posinf=0.0, neginf=0.0, out=v_cache)
-            self._done.add(v_cache.data_ptr())

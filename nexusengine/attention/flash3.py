@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from nexusengine.attention import external
-from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionCaps, AttentionMeta, AttentionSpec, as_stored
 
 _INSTALL = "build it from the folder hopper of the flash-attention sources"
 _NEEDED = (
@@ -27,7 +27,7 @@ class Flash3Backend(external.External):
     @classmethod
     def caps(cls) -> AttentionCaps:
         sizes = (16, *(size for size in range(1, 1025) if size != 16))
-        return AttentionCaps(sizes, external.HALF, graphs=True, modifiers=True)
+        return AttentionCaps(sizes, external.HALF, graphs=True, modifiers=True, fp8_cache=True)
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -36,6 +36,8 @@ class Flash3Backend(external.External):
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> tuple[bool, str]:
+        if spec.kv_dtype == FP8 and spec.head_dim % 16:
+            return False, f"with K and V of 8 bits, head dimensions are multiples of 16, not {spec.head_dim}"
         return external.fits(spec, (9,))
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -53,10 +55,11 @@ class Flash3Backend(external.External):
         meta: AttentionMeta,
         out: torch.Tensor,
     ) -> None:
+        """With K and V of 8 bits q has to have as many: it is rounded as it is, and the result is bfloat16."""
         self._make_finite(v_cache)
         out.copy_(
             self._attend(
-                q,
+                as_stored(q, k_cache),
                 k_cache,
                 v_cache,
                 cache_seqlens=meta.seq_lens,

@@ -24,7 +24,7 @@ class FlashInferBackend(external.External):
     @classmethod
     def caps(cls) -> AttentionCaps:
         """No graphs: its plan lies in memory that changes from step to step."""
-        return AttentionCaps((16, 1, 8, 32, 64), external.HALF, modifiers=True)
+        return AttentionCaps((16, 1, 8, 32, 64), external.HALF, modifiers=True, fp8_cache=True)
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -58,7 +58,7 @@ class FlashInferBackend(external.External):
             "window_left": external.window_of(spec)[0],
             "logits_soft_cap": spec.soft_cap or 0.0,
             "q_data_type": spec.dtype,
-            "kv_data_type": spec.dtype,
+            "kv_data_type": spec.kv_dtype or spec.dtype,
         }
         if ones:
             self._decode.plan(*self._pages(meta, 0, ones), *shape, **options)

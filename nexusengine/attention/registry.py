@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from nexusengine.attention.base import AttentionBackend, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionBackend, AttentionSpec
 from nexusengine.errors import ConfigError
 
 BACKENDS: dict[str, str] = {
@@ -57,6 +57,8 @@ def consider(
         available, reason = cls.supports(chosen)
         if available and (spec.window or spec.soft_cap) and not caps.modifiers:
             available, reason = False, "knows no sliding windows and soft caps"
+        if available and spec.kv_dtype == FP8 and not caps.fp8_cache:
+            available, reason = False, "keeps no K and V of 8 bits"
         if available:  # asked after the rest: it may have to build something
             available, reason = cls.probe()
         if available and chosen.block_size not in caps.block_sizes:
@@ -85,4 +87,7 @@ def choose(
             return backend_class(name), chosen, passed_over
         passed_over.append((name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    if spec.kv_dtype == FP8:
+        message = f"no attention backend can keep K and V in 8 bits here ({reasons}); leave kv_cache_dtype at auto"
+        raise ConfigError(message, param="kv_cache_dtype")
     raise ConfigError(f"no attention backend can run here ({reasons})", param="attention_backend")

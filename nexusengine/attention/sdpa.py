@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionCaps, AttentionMeta, AttentionSpec, as_stored
 
 _PIECE_TOKENS = 256
 _GROUP_TOKENS = 32_768
@@ -48,7 +48,7 @@ class SdpaBackend:
     @classmethod
     def caps(cls) -> AttentionCaps:
         sizes = (16, *(size for size in range(1, 1025) if size != 16))
-        return AttentionCaps(sizes, (torch.float32, torch.float16, torch.bfloat16))
+        return AttentionCaps(sizes, (torch.float32, torch.float16, torch.bfloat16), fp8_cache=True)
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -58,6 +58,8 @@ class SdpaBackend:
     def supports(cls, spec: AttentionSpec) -> tuple[bool, str]:
         if spec.dtype not in cls.caps().dtypes:
             return False, f"does not compute in {spec.dtype}"
+        if spec.kv_dtype == FP8 and spec.device.type != "cpu":
+            return False, "gathers K and V, which saves nothing with 8 bits"
         return True, "any shape"
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -83,8 +85,8 @@ class SdpaBackend:
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
     ) -> None:
         slots = meta.slot_mapping.clamp_min(0)  # skipped tokens land in the null block, which nobody reads
-        k_cache.view(-1, *k.shape[1:])[slots] = k
-        v_cache.view(-1, *v.shape[1:])[slots] = v
+        k_cache.view(-1, *k.shape[1:])[slots] = as_stored(k, k_cache)
+        v_cache.view(-1, *v.shape[1:])[slots] = as_stored(v, v_cache)
 
     def run(
         self,
@@ -103,7 +105,7 @@ class SdpaBackend:
         """q `[R, H, D]` -> `[R, H, D]`. Heads that share K and V are packed into the query axis."""
         rows, (heads, kv_heads, dim) = len(q), self._heads
         keys, values = (
-            _gather(cache, group.blocks, group.padding)
+            _gather(cache, q.dtype, group.blocks, group.padding)
             .view(rows, -1, kv_heads, dim)[:, : group.longest]
             .transpose(1, 2)
             for cache in (k_cache, v_cache)
@@ -118,7 +120,7 @@ class SdpaBackend:
         """Query heads `[H_kv, H / H_kv, queries, D]` against K and V repeated by a view."""
         heads, kv_heads, dim = self._heads
         shared = heads // kv_heads
-        keys, values = (_gather(cache, chunk.blocks).transpose(0, 1)[:, None] for cache in (k_cache, v_cache))
+        keys, values = (_gather(cache, q.dtype, chunk.blocks).transpose(0, 1)[:, None] for cache in (k_cache, v_cache))
         for begin, past, count, mask in chunk.pieces:
             mixed = F.scaled_dot_product_attention(
                 q[begin:past].view(-1, kv_heads, shared, dim).permute(1, 2, 0, 3),
@@ -152,9 +154,12 @@ class SdpaBackend:
         )
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
-    """cache `[num_blocks, block_size, H_kv, D]` -> a copy of the blocks' tokens `[N, H_kv, D]`, padding cleared."""
-    tokens = cache.index_select(0, blocks).flatten(0, 1)
+def _gather(
+    cache: torch.Tensor, dtype: torch.dtype, blocks: torch.Tensor, padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """cache `[num_blocks, block_size, H_kv, D]` -> a copy of the blocks' tokens `[N, H_kv, D]` in a type, padding
+    cleared."""
+    tokens = cache.index_select(0, blocks).flatten(0, 1).to(dtype)
     return tokens if padding is None else tokens.index_fill_(0, padding, 0.0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from nexusengine.attention.base import AttentionCaps, AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionCaps, AttentionMeta, AttentionSpec
 from nexusengine.triton_kernels import launch
 
 _SPLIT_TOKENS = 256
@@ -23,7 +23,9 @@ class TritonBackend:
     @classmethod
     def caps(cls) -> AttentionCaps:
         sizes = (16, *(size for size in range(1, 1025) if size != 16))
-        return AttentionCaps(sizes, (torch.float16, torch.bfloat16, torch.float32), graphs=True, modifiers=True)
+        return AttentionCaps(
+            sizes, (torch.float16, torch.bfloat16, torch.float32), True, modifiers=True, fp8_cache=True
+        )
 
     @classmethod
     def probe(cls) -> tuple[bool, str]:
@@ -39,6 +41,12 @@ class TritonBackend:
             return False, f"does not compute in {spec.dtype}"
         if spec.dtype == torch.bfloat16 and spec.device.type == "cuda" and launch.capability(spec.device) < (8, 0):
             return False, "bfloat16 needs compute capability 8.0"
+        if (
+            spec.kv_dtype == FP8
+            and spec.device.type == "cuda"
+            and launch.capability(spec.device) < launch.FP8_CAPABILITY
+        ):
+            return False, "K and V of 8 bits need compute capability 8.9"
         if spec.num_heads % spec.num_kv_heads or spec.head_dim > 256:
             return False, f"{spec.num_heads} heads of {spec.head_dim} over {spec.num_kv_heads} KV heads"
         return True, f"any shape up to head dimension 256 ({reason})"

@@ -22,7 +22,7 @@ class ExecutorSpec:
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
     device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
-    one is in flight.
+    one is in flight. kv_dtype: of the cache, "" for dtype.
     """
 
     device: str
@@ -37,21 +37,23 @@ class ExecutorSpec:
     kv_bytes: int
     device_name: str = ""
     overlaps: bool = False
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
     """What the user may decide about an executor. None means: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. block_size: tokens a block. max_running: most sequences in a step. worker: its
-    name, so that emulated devices do not all scatter alike. overlap: take a second step while one is in flight; by
-    default where the device works beside the host. enforce_eager: no CUDA graphs.
+    kv_cache_bytes: memory for K and V. fp8_kv: as 8-bit floats. block_size: tokens a block. max_running: most sequences
+    in a step. worker: its name, so that emulated devices do not all scatter alike. overlap: take a second step while
+    one is in flight; by default where the device works beside the host. enforce_eager: no CUDA graphs.
     """
 
     dtype: str | None = None
     quantization: Quantization = "none"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
+    fp8_kv: bool = False
     block_size: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 256

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: inputs at fixed places, rows of padding, and the capture itself.
+"""Decode steps as CUDA graphs: inputs at fixed places of one buffer, rows of padding, and the capture itself.
 
 Written for CUDA and rehearsed on the CPU with a device that computes where a graph would be replayed; it has not run on
 a GPU yet.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.execute.graphs import Captured, GraphDevice, GraphShape, GraphTable, row_buckets
+from nexusengine.execute.staging import bytes_of, views
 from nexusengine.obs.logs import get_logger
 
 log = get_logger("graphs")
@@ -46,7 +48,9 @@ class CudaGraphDevice:
 class DecodeGraphs:
     """Graphs of one executor's decode steps. forward: the model's, with its KV cache and backend.
 
-    A row of padding has one token in the null block, writes to slot -1, which is skipped, and nobody reads its output.
+    All inputs of a step lie in one buffer, `inputs`, at places that its shape determines, so that one copy brings them
+    there; a step's are those of its rows and of rows of padding. A row of padding has one token in the null block,
+    writes to slot -1, which is skipped, and nobody reads its output.
     """
 
     def __init__(
@@ -62,72 +66,78 @@ class DecodeGraphs:
         budget_bytes: int,
     ) -> None:
         self.table: GraphTable[torch.Tensor] = GraphTable(graph_device, max_rows, max_tokens, budget_bytes)
-        self._attention, self._forward = attention, forward
-        rows, width = row_buckets(max_rows)[-1], -(-max_tokens // block_size)
-        self._token_ids = torch.zeros(rows, dtype=torch.long, device=device)
-        self._positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self._slot_mapping = torch.full((rows,), -1, dtype=torch.long, device=device)
-        self._block_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
-        self._seq_lens = torch.ones(rows, dtype=torch.int32, device=device)
-        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._block_size = block_size
+        self._attention, self._forward, self._block_size = attention, forward, block_size
+        largest = self.padded(GraphShape(row_buckets(max_rows)[-1], max_tokens), {})
+        size = sum(map(bytes_of, largest.values()))
+        self.inputs = torch.zeros(size, dtype=torch.uint8, device=device)
         self._metas: dict[GraphShape, AttentionMeta] = {}
+        self._places: dict[GraphShape, dict[str, torch.Tensor]] = {}
 
-    def hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, meta: AttentionMeta) -> torch.Tensor | None:
-        """Of a step in which every row computes one token; None if it has to be computed without a graph."""
-        rows = len(token_ids)
-        shape = self.table.shape_for(rows, meta.max_seq_len)
+    def shape_of(self, rows: int, longest: int) -> GraphShape | None:
+        """The shape whose graph runs a step in which every row computes one token, captured if need be; None if it has
+        to be computed without a graph."""
+        shape = self.table.shape_for(rows, longest)
         if shape is None:
             return None
         if shape not in self.table.captured and shape not in self.table.refused:
-            self._fill_padding(0, self._seq_lens.shape[0])
             known = set(self.table.refused)
             self.table.graph(shape, self._computation)
             for one, reason in self.table.refused.items():
                 if one not in known:
                     log.info("decode steps up to %d x %d tokens run without a graph: %s", one.rows, one.longest, reason)
-        captured = self.table.graph(shape, self._computation)
+        return shape if shape in self.table.captured else None
+
+    def padded(self, shape: GraphShape, step: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A step's arrays with rows of padding, in the order in which they lie in `inputs`."""
+        rows, width = shape.rows, -(-shape.longest // self._block_size)
+        arrays: dict[str, np.ndarray] = {
+            "token_ids": np.zeros(rows, np.int64),
+            "positions": np.zeros(rows, np.int64),
+            "slot_mapping": np.full(rows, -1, np.int64),
+            "token_slots": np.zeros(rows, np.int64),
+            "last": np.zeros(rows, np.int64),
+            "sampled_slots": np.zeros(rows, np.int64),
+            "seq_lens": np.ones(rows, np.int32),
+            "cu_seqlens_q": np.arange(rows + 1, dtype=np.int32),
+            "block_table": np.zeros((rows, width), np.int32),
+        }
+        for name, array in step.items():
+            arrays[name][tuple(slice(size) for size in array.shape)] = array
+        return arrays
+
+    def replay(self, shape: GraphShape, seq_lens_host: list[int]) -> torch.Tensor:
+        """Hidden `[T, C]` of the step whose inputs lie in `inputs`, without those of its padding."""
+        captured, static, rows = self.table.graph(shape, self._computation), self._meta(shape), len(seq_lens_host)
         if captured is None:
-            return None
-        self._fill_padding(rows, shape.rows)
-        self._token_ids[:rows] = token_ids
-        self._positions[:rows] = positions
-        self._slot_mapping[:rows] = meta.slot_mapping
-        self._block_table[:rows, : meta.block_table.shape[1]] = meta.block_table
-        self._seq_lens[:rows] = meta.seq_lens
-        static = self._meta(shape)
-        static.seq_lens_host[:] = meta.seq_lens_host + [1] * (shape.rows - rows)
+            raise RuntimeError(f"no graph of {shape} was captured")
+        static.seq_lens_host[:] = seq_lens_host + [1] * (shape.rows - rows)
         self._attention.plan(static)
         captured.replay()
         self.table.replays += 1
         return captured.output[:rows]
 
-    def _fill_padding(self, begin: int, end: int) -> None:
-        if begin < end:
-            self._token_ids[begin:end] = 0
-            self._positions[begin:end] = 0
-            self._slot_mapping[begin:end] = -1
-            self._block_table[begin:end, 0] = 0
-            self._seq_lens[begin:end] = 1
-
     def _computation(self, shape: GraphShape) -> Callable[[], torch.Tensor]:
-        meta, rows = self._meta(shape), shape.rows
+        """With nothing but padding in the inputs, as it is to be captured."""
+        meta, places = self._meta(shape), self._places[shape]
+        for name, array in self.padded(shape, {}).items():
+            places[name].copy_(torch.from_numpy(array))
         self._attention.plan(meta)
-        return lambda: self._forward(self._token_ids[:rows], self._positions[:rows], meta)
+        return lambda: self._forward(places["token_ids"], places["positions"], meta)
 
     def _meta(self, shape: GraphShape) -> AttentionMeta:
         """At fixed places; the longest row is what the shape allows, since grids are captured with it."""
         meta = self._metas.get(shape)
         if meta is None:
-            rows = shape.rows
+            there, _ = views(self.inputs, self.padded(shape, {}))
+            self._places[shape] = there
             meta = self._metas[shape] = AttentionMeta(
-                block_table=self._block_table[:rows, : -(-shape.longest // self._block_size)],
-                seq_lens=self._seq_lens[:rows],
-                cu_seqlens_q=self._starts[: rows + 1],
-                slot_mapping=self._slot_mapping[:rows],
-                seq_lens_host=[1] * rows,
-                query_lens_host=[1] * rows,
-                num_decodes=rows,
+                block_table=there["block_table"],
+                seq_lens=there["seq_lens"],
+                cu_seqlens_q=there["cu_seqlens_q"],
+                slot_mapping=there["slot_mapping"],
+                seq_lens_host=[1] * shape.rows,
+                query_lens_host=[1] * shape.rows,
+                num_decodes=shape.rows,
                 max_seq_len=shape.longest,
                 max_query_len=1,
             )

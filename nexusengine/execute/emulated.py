@@ -50,7 +50,8 @@ class EmulatedExecutor:
         """Raises ConfigError for an unknown profile or too little memory."""
         config, name = files.config, device.profile or ""
         block_size = options.block_size or 16
-        token_bytes = config.kv_bytes_per_token(_ELEMENT_BYTES)
+        kv_element_bytes = 1 if options.fp8_kv else _ELEMENT_BYTES
+        token_bytes = config.kv_bytes_per_token(kv_element_bytes)
         profile: DeviceProfile | None = None
         kv_bytes, weights_bytes = _INSTANT_KV_BYTES, config.num_parameters * _ELEMENT_BYTES
         if name != _INSTANT:
@@ -58,9 +59,9 @@ class EmulatedExecutor:
                 profile = load_profile(name)
             except ConfigError as error:
                 raise ConfigError(f"{device}: {error.message}; also: {_INSTANT}", param="devices") from None
-            kv_bytes = (profile.kv_capacity_tokens + block_size) * token_bytes  # with the null block
+            kv_bytes = (profile.kv_capacity_tokens + block_size) * config.kv_bytes_per_token(_ELEMENT_BYTES)
             weights_bytes = profile.weights_bytes
-        num_blocks, max_len = size_kv(config, options, options.kv_cache_bytes or kv_bytes, block_size, _ELEMENT_BYTES)
+        num_blocks, max_len = size_kv(config, options, options.kv_cache_bytes or kv_bytes, block_size, kv_element_bytes)
         progress("ready", 1.0)
         spec = ExecutorSpec(
             device=str(device),
@@ -73,6 +74,7 @@ class EmulatedExecutor:
             attention_backend="emulated",
             weights_bytes=weights_bytes,
             kv_bytes=num_blocks * block_size * token_bytes,
+            kv_dtype="float8_e4m3fn" if options.fp8_kv else "",
             overlaps=bool(options.overlap),
         )
         seed = (options.seed, zlib.crc32(f"{options.worker} {device}".encode()))

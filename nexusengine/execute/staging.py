@@ -64,6 +64,22 @@ class Timer:
         return self._took_s
 
 
+def views(buffer: torch.Tensor, arrays: dict[str, np.ndarray]) -> tuple[dict[str, torch.Tensor], int]:
+    """Where the arrays lie in a buffer of bytes, one after the other, and how many bytes they take. The same arrays, by
+    order, types and shapes, always lie at the same places."""
+    found, at = {}, 0
+    for name, array in arrays.items():
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        found[name] = buffer[at : at + array.nbytes].view(dtype).view(array.shape)
+        at += bytes_of(array)
+    return found, at
+
+
+def bytes_of(array: np.ndarray) -> int:
+    """That an array takes beside others."""
+    return -(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+
+
 class Staging:
     """A ring of host buffers and their places on the device. Arrays given together travel in one copy.
 
@@ -79,29 +95,22 @@ class Staging:
         self._copied: list[Mark] = []
         self._next = 0
 
-    def upload(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Arrays of any types to the device; they hold until the second call from now."""
-        offsets, total = {}, 0
-        for name, array in arrays.items():
-            offsets[name] = total
-            total += -(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+    def upload(self, arrays: dict[str, np.ndarray], there: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Arrays of any types to the device; they hold until the second call from now. there: a buffer of the caller's
+        to be written instead, where they hold until it gives it again."""
+        total = sum(map(bytes_of, arrays.values()))
         if not self._host or self._host[0].numel() < total:
             self._grow(total)
         at, self._next = self._next, (self._next + 1) % _RING
-        host, there, copied = self._host[at], self._there[at], self._copied[at]
+        host, copied = self._host[at], self._copied[at]
+        there = self._there[at] if there is None else there
         copied.synchronize()
-        as_bytes = host.numpy()
+        filled, _ = views(host, arrays)
         for name, array in arrays.items():
-            begin = offsets[name]
-            as_bytes[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+            filled[name].numpy()[...] = array
         there[:total].copy_(host[:total], non_blocking=self._pinned)
         copied.record()
-        return {
-            name: there[offsets[name] : offsets[name] + array.nbytes]
-            .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
-            .view(array.shape)
-            for name, array in arrays.items()
-        }
+        return views(there, arrays)[0]
 
     def _grow(self, needed_bytes: int) -> None:
         for copied in self._copied:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nexusengine.attention.base import AttentionBackend, AttentionMeta, AttentionSpec
+from nexusengine.attention.base import FP8, AttentionBackend, AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import choose
 from nexusengine.config import DeviceSpec
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
-from nexusengine.execute.graphs import GraphDevice
+from nexusengine.execute.graphs import GraphDevice, GraphShape
 from nexusengine.execute.ledger import RESERVE_SHARE, MemoryLedger, graph_budget_bytes
 from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
 from nexusengine.execute.staging import ReadBack, Staging, Timer
@@ -35,13 +35,14 @@ log = get_logger("executor")
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """A step on the device. token_ids, positions i8 `[T]`; last, sampled_slots i8 `[N]`: the sampled rows' last token
-    in the batch, and their slots."""
+    in the batch, and their slots. graph: the shape that runs it, with rows of padding among its tensors, or None."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     last: torch.Tensor
     sampled_slots: torch.Tensor
     meta: AttentionMeta
+    graph: GraphShape | None = None
 
 
 class TorchExecutor:
@@ -55,7 +56,8 @@ class TorchExecutor:
         self._block_size = attention_spec.block_size
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
+        kv_dtype = attention_spec.kv_dtype or model.dtype
+        self._kv: torch.Tensor | None = torch.empty(shape, dtype=kv_dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
@@ -92,14 +94,17 @@ class TorchExecutor:
         dtype = _dtype(options.dtype, config.dtype, where)
         longest = wanted_length(config, options)
         attention_spec = AttentionSpec(
-            config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5
-        )
+            config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
+            kv_dtype=FP8 if options.fp8_kv else None,
+        )  # fmt: skip
+        kv_element_bytes = (attention_spec.kv_dtype or dtype).itemsize
+        token_bytes = config.kv_bytes_per_token(kv_element_bytes)
         if where.type == "cpu":
             progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
-        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization)
+        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization, config.stored)
         try:
             model = model_class(config.architecture)(
                 config,
@@ -109,13 +114,23 @@ class TorchExecutor:
                 source=source,
                 seed=options.seed,
                 ops=ops,
-                progress=lambda fraction: progress("loading weights", fraction),
+                scaled_kv=options.fp8_kv,
+                progress=lambda fraction: progress(source.phase() if source else "loading weights", fraction),
             )
         except torch.OutOfMemoryError:
             raise ModelLoadError(
                 f"the weights need about {config.num_parameters * dtype.itemsize} bytes in {dtype}, more than device "
                 f"{device} has free; take a smaller model or dtype, or end what else uses the device"
             ) from None
+        if config.stored is not None and not ops.keeps_stored:
+            log.info(
+                "weights stored with 8 bits are read as %s: nothing on %s multiplies them as they are", dtype, device
+            )
+        elif model.unkept:
+            first, many = model.unkept[0], len(model.unkept)
+            log.info(
+                "%d maps, %s first, are read as %s: nothing multiplies them as they are stored", many, first, dtype
+            )
 
         def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
             spec = ExecutorSpec(
@@ -128,7 +143,8 @@ class TorchExecutor:
                 vocab_size=config.vocab_size,
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
-                kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                kv_bytes=num_blocks * attention_spec.block_size * token_bytes,
+                kv_dtype=str(attention_spec.kv_dtype).removeprefix("torch.") if attention_spec.kv_dtype else "",
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
                 overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
             )
@@ -147,8 +163,8 @@ class TorchExecutor:
             step = largest_step(options, longest, attention_spec.block_size)
             free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
             kv_bytes = options.kv_cache_bytes or free_bytes
-        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, dtype.itemsize)
-        needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize)
+        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, kv_element_bytes)
+        needed = num_blocks * attention_spec.block_size * token_bytes
         if needed > free_bytes:
             raise ConfigError(
                 f"a KV cache of {needed} bytes was asked for, but only {free_bytes} bytes are free on {device}; "
@@ -200,10 +216,8 @@ class TorchExecutor:
         """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
-        if decodes and self.graphs is not None:
-            hidden = self.graphs.hidden(inputs.token_ids, inputs.positions, meta)
-            if hidden is not None:
-                return hidden
+        if inputs.graph is not None and self.graphs is not None:
+            return self.graphs.replay(inputs.graph, meta.seq_lens_host)
         self._attention.plan(meta)
 
         def compute() -> torch.Tensor:
@@ -249,12 +263,15 @@ class TorchExecutor:
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
-    def _upload(self, **arrays: np.ndarray) -> list[torch.Tensor]:
-        """To the device. On CUDA in one copy, without waiting for it; on a CPU each to the place that is always its
-        own, so that steps of the same shape find their inputs at the same addresses."""
+    def _upload(self, arrays: dict[str, np.ndarray], graph: GraphShape | None) -> dict[str, torch.Tensor]:
+        """To the device. On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU
+        each to the place that is always its own, so that steps of the same shape find their inputs at the same
+        addresses."""
+        if graph is not None and self.graphs is not None:
+            return self._staging.upload(self.graphs.padded(graph, arrays), self.graphs.inputs)
         if self._device.type == "cpu":
-            return [self._place(name, array) for name, array in arrays.items()]
-        return list(self._staging.upload(arrays).values())
+            return {name: self._place(name, array) for name, array in arrays.items()}
+        return self._staging.upload(arrays)
 
     def _place(self, name: str, array: np.ndarray) -> torch.Tensor:
         """Rows of the place of this name, which grows; one with columns is as wide as it ever needs to be."""
@@ -283,31 +300,35 @@ class TorchExecutor:
         slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
         starts = np.zeros(len(ends) + 1, np.int32)
         starts[1:] = ends
-        ids, places, mapping, token_slots, last, sampled_slots, block_table, lengths, cu = self._upload(
-            token_ids=batch.token_ids.astype(np.int64),
-            positions=positions,
-            slot_mapping=slot_mapping,
-            token_slots=batch.slots[rows].astype(np.int64),
-            last=ends[sampled_rows] - 1,
-            sampled_slots=batch.slots[sampled_rows].astype(np.int64),
-            block_table=tables,
-            seq_lens=seq_lens,
-            cu_seqlens_q=starts,
-        )
+        graph = self.graphs.shape_of(total, longest) if most == 1 and self.graphs is not None else None
+        arrays = {
+            "token_ids": batch.token_ids.astype(np.int64),
+            "positions": positions,
+            "slot_mapping": slot_mapping,
+            "token_slots": batch.slots[rows].astype(np.int64),
+            "last": ends[sampled_rows] - 1,
+            "sampled_slots": batch.slots[sampled_rows].astype(np.int64),
+            "seq_lens": seq_lens,
+            "cu_seqlens_q": starts,
+            "block_table": tables,
+        }
+        there, sampled = self._upload(arrays, graph), len(sampled_rows)
+        ids = there["token_ids"]
         if (batch.token_ids < 0).any():
-            ids.copy_(torch.where(ids < 0, self._last_tokens[token_slots], ids))
+            torch.where(ids < 0, self._last_tokens[there["token_slots"]], ids, out=ids)
         meta = AttentionMeta(
-            block_table=block_table,
-            seq_lens=lengths,
-            cu_seqlens_q=cu,
-            slot_mapping=mapping,
+            block_table=there["block_table"],
+            seq_lens=there["seq_lens"],
+            cu_seqlens_q=there["cu_seqlens_q"],
+            slot_mapping=there["slot_mapping"],
             seq_lens_host=seq_lens.tolist(),
             query_lens_host=batch.counts.tolist(),
             num_decodes=int((batch.counts == 1).sum()),
             max_seq_len=longest,
             max_query_len=most,
         )
-        return _Inputs(ids, places, last, sampled_slots, meta)
+        last, slots = there["last"][:sampled], there["sampled_slots"][:sampled]
+        return _Inputs(ids, there["positions"], last, slots, meta, graph)
 
     def _hold_slots(self, slots: int) -> None:
         """Room to remember the last token of so many slots."""

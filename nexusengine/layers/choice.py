@@ -10,18 +10,31 @@ from nexusengine import native
 from nexusengine.config import Quantization
 from nexusengine.errors import ConfigError
 from nexusengine.layers.ops import Ops, TorchOps
+from nexusengine.layers.packed import PackedMaps, check
+from nexusengine.model_config import StoredWeights
 from nexusengine.obs.logs import get_logger
 from nexusengine.triton_kernels import launch
 
 log = get_logger("ops")
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantization: Quantization = "none") -> Ops[Any]:
+def choose_ops(
+    device: torch.device,
+    dtype: torch.dtype,
+    eps: float,
+    quantization: Quantization = "none",
+    stored: StoredWeights | None = None,
+) -> Ops[Any]:
     """The CPU kernels or, on CUDA, the Triton kernels where they can run; else torch, with a line in the log that says
-    why.
+    why. stored: how the checkpoint stores its weights.
 
-    Raises ConfigError for a quantization that torch's table does not have.
+    Raises ConfigError for a quantization that torch's table does not have, and ModelLoadError for weights that nothing
+    here computes with.
     """
+    packed = None
+    if stored is not None and stored.method != "fp8":
+        check(stored, device)
+        packed = PackedMaps(dtype, device)
     if device.type != "cpu":
         reason = f"the device is {device}"
     elif dtype != torch.float32:
@@ -40,9 +53,9 @@ def choose_ops(device: torch.device, dtype: torch.dtype, eps: float, quantizatio
         if available:
             from nexusengine.layers.triton_ops import TritonOps
 
-            return TritonOps(eps)
+            return TritonOps(eps, launch.capability(device) >= launch.FP8_CAPABILITY, packed)
         log.warning("the Triton kernels cannot be used, steps take longer: %s", reason)
-    return TorchOps(eps)
+    return TorchOps(eps, packed)
 
 
 def _native_ops(eps: float, quantization: Quantization) -> Ops[Any]:

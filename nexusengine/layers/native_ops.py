@@ -16,6 +16,7 @@ from nexusengine.config import Quantization
 from nexusengine.layers.ops import TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
 from nexusengine.loading.gguf_file import Q4Blocks
+from nexusengine.loading.weights import Stored
 from nexusengine.native import Calls, Library, Prepared, structs
 from nexusengine.native.cache import cache_of
 from nexusengine.native.pack import PackedWeight, pack_float, pack_int8, pack_q4, q4_blocks
@@ -43,7 +44,7 @@ class NativeOps:
 
     def __init__(self, eps: float, library: Library, quantization: Quantization = "none") -> None:
         self.name = f"native ({library.isa})"
-        self.keeps_blocks = quantization == "int4"
+        self.keeps_stored = quantization == "int4"
         self._quantization = quantization
         self._eps, self._library = eps, library
         self._torch = TorchOps(eps)
@@ -54,9 +55,12 @@ class NativeOps:
         self._embed_call, self._norm_call = Prepared(self._embed), Prepared(self._norm)
         self._store_call = Prepared(self._store)
 
+    def takes(self, weight: Stored, *, head: bool = False) -> bool:
+        return self.keeps_stored and isinstance(weight, Q4Blocks)
+
     def pack(
         self,
-        weight: torch.Tensor | Q4Blocks,
+        weight: torch.Tensor | Stored,
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
@@ -66,6 +70,8 @@ class NativeOps:
         8 bits."""
         if isinstance(weight, Q4Blocks):
             return PackedMap(pack_q4(weight, bias, gated), gated)
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"the CPU kernels keep no {type(weight).__name__}")
         if self._quantization == "none":
             return PackedMap(pack_float(weight, bias, gated), gated)
         if self._quantization == "bf16":
@@ -73,6 +79,9 @@ class NativeOps:
         if self._quantization == "int8" or head or weight.shape[1] % 32:
             return PackedMap(pack_int8(weight, bias, gated), gated)
         return PackedMap(pack_q4(q4_blocks(weight), bias, gated), gated)
+
+    def finish(self) -> None:
+        return
 
     def embed(self, ids: torch.Tensor, table: PackedMap) -> torch.Tensor:
         out = self.memory("embed", ids, table.packed.k)

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.layers.basic import Linear, rms_norm, silu_mul
+from nexusengine.layers.packed import PackedMaps
 from nexusengine.layers.rotary import RotaryEmbedding, rotate
-from nexusengine.loading.gguf_file import Q4Blocks
+from nexusengine.loading.packed import PackedWeight
+from nexusengine.loading.weights import Stored
 
 
 class Map(Protocol):
@@ -34,12 +36,16 @@ class Ops(Protocol[M]):
     table's own memory, where they hold until the same operation is called again."""
 
     name: str
-    keeps_blocks: bool
-    """Whether `pack` wants 4-bit blocks as they are stored, where they are."""
+    keeps_stored: bool
+    """Whether `pack` takes weights in some form in which files store them; `takes` says which."""
+
+    def takes(self, weight: Stored, *, head: bool = False) -> bool:
+        """Whether `pack` keeps this weight as it is stored."""
+        ...
 
     def pack(
         self,
-        weight: torch.Tensor | Q4Blocks,
+        weight: torch.Tensor | Stored,
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
@@ -47,6 +53,10 @@ class Ops(Protocol[M]):
     ) -> M:
         """The map of weight `[out, in]` and bias `[out]`. gated: gate above up, for `gated`. head: it is the embedding
         or the head, which suffer most from few bits."""
+        ...
+
+    def finish(self) -> None:
+        """All maps of a model are packed."""
         ...
 
     def embed(self, ids: torch.Tensor, table: M) -> torch.Tensor:
@@ -100,25 +110,35 @@ class Ops(Protocol[M]):
 
 
 class TorchOps:
-    """Plain torch, on any device in any type."""
+    """Plain torch, on any device in any type. packed: makes the maps of checkpoints that are packed, where one is."""
 
     name = "torch"
-    keeps_blocks = False
+    keeps_stored = False
 
-    def __init__(self, eps: float) -> None:
-        self._eps = eps
+    def __init__(self, eps: float, packed: PackedMaps | None = None) -> None:
+        self._eps, self._packed = eps, packed
+        self.keeps_stored = packed is not None
+
+    def takes(self, weight: Stored, *, head: bool = False) -> bool:
+        return self._packed is not None and isinstance(weight, PackedWeight)
 
     def pack(
         self,
-        weight: torch.Tensor | Q4Blocks,
+        weight: torch.Tensor | Stored,
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
         head: bool = False,
     ) -> Linear:
+        if self._packed is not None and isinstance(weight, PackedWeight):
+            return self._packed.make(weight, bias)
         if not isinstance(weight, torch.Tensor):
-            raise TypeError("torch's table keeps no 4-bit blocks")
+            raise TypeError(f"the table {self.name} keeps no {type(weight).__name__}")
         return Linear(weight, bias)
+
+    def finish(self) -> None:
+        if self._packed is not None:
+            self._packed.finish()
 
     def embed(self, ids: torch.Tensor, table: Linear) -> torch.Tensor:
         return F.embedding(ids, table.weight)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.quantization_json import stored_weights
 from nexusengine.model_config import ModelConfig, RopeScaling
 
 _MISSING = object()
@@ -72,9 +73,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     architectures = r.get("architectures", list)
     if not architectures or not isinstance(architectures[0], str):
         raise ModelLoadError(f"{where}: architectures is {architectures!r}; one name is needed")
-    if (quantization := r.get("quantization_config", dict, None)) is not None:
-        method = quantization.get("quant_method", "unknown")
-        raise ModelLoadError(f"{where}: quantization_config ({method}) is not supported; use an unquantised checkpoint")
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"{where}: hidden_act is {activation!r}; only silu is supported")
@@ -111,6 +109,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         bos_token_id=r.get("bos_token_id", int, None),
         eos_token_ids=_ids(values.get("eos_token_id"), where),
         dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
+        stored=stored_weights(r.get("quantization_config", dict, None), where),
     )
 
 

@@ -73,6 +73,14 @@ class Q4Blocks:
             np.concatenate([part.minimum for part in parts]),
         )
 
+    def to(self, device: object) -> Q4Blocks:
+        """Itself: it is for the host's kernels alone."""
+        return self
+
+    def scaled(self, factor: float) -> Q4Blocks:
+        """All numbers times `factor`."""
+        return Q4Blocks(self.q, self.scale * np.float16(factor), self.minimum * np.float16(factor))
+
 
 class _Cursor:
     """Reads little-endian values and never past the end."""

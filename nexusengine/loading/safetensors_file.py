@@ -14,14 +14,14 @@ from nexusengine.loading.config_json import read_json
 if TYPE_CHECKING:
     import torch
 
-    from nexusengine.loading.gguf_file import Q4Blocks
-
 _MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+_MOST_OPEN = 2
+"""Files mapped at a time. Checkpoints are written in the order of the layers, so that a layer lies in two at most."""
 
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
@@ -89,45 +89,69 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class SafetensorsSource:
-    """Tensors of one or more checked files, memory-mapped."""
+    """Tensors of one or more checked files. At most two files are mapped at a time, the ones used last."""
 
-    def __init__(self, paths: tuple[Path, ...]) -> None:
+    def __init__(self, paths: tuple[Path, ...], also: tuple[str, ...] = ()) -> None:
+        """also: types of tensors that are read beside plain floats."""
         self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._files = len(paths)
+        self._seen: set[Path] = set()
         for path in paths:
             for name, entry in check_header(path).items():
                 if name in self._file_of:
                     raise ModelLoadError(f"tensor {name} is in both {self._file_of[name]} and {path}")
-                if entry["dtype"] not in _WEIGHT_TYPES:
+                if entry["dtype"] not in (*_WEIGHT_TYPES, *also):
                     raise ModelLoadError(
                         f"{path}: tensor {name} has type {entry['dtype']}; supported: {', '.join(_WEIGHT_TYPES)}"
                     )
                 self._file_of[name] = path
-                self._shapes[name] = tuple(entry["shape"])
+                self._entries[name] = entry
         self._open: dict[Path, Any] = {}
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._shapes)
+        return frozenset(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return tuple(self._entries[name]["shape"])
 
-    def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor of its own on the CPU."""
-        from safetensors import SafetensorError, safe_open
+    def kind(self, name: str) -> str:
+        """The type as the file names it, e.g. BF16."""
+        kind: str = self._entries[name]["dtype"]
+        return kind
+
+    def phase(self) -> str:
+        return "loading weights" + (f", file {len(self._seen) or 1} of {self._files}" if self._files > 1 else "")
+
+    def raw(self, name: str) -> torch.Tensor:
+        """As it is stored, in the memory of the mapped file, which stays mapped as long as it lives."""
+        from safetensors import SafetensorError
 
         path = self._file_of[name]
         try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._open[path].get_tensor(name)
+            tensor: torch.Tensor = self._opened(path).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{path} is not a usable safetensors file: tensor {name}: {error}") from None
-        return tensor.to(dtype).contiguous()
+        return tensor
 
-    def blocks(self, name: str) -> Q4Blocks | None:
-        """None: no type of these files is made of 4-bit blocks."""
-        return None
+    def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.raw(name).to(dtype).contiguous()
+
+    def stored(self, name: str) -> None:
+        """None: what is not plain numbers is for the sources that stand before this one."""
+        return
+
+    def _opened(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        file = self._open.pop(path, None)
+        if file is None:
+            if len(self._open) == _MOST_OPEN:
+                del self._open[next(iter(self._open))]
+            file = safe_open(path, framework="pt")
+            self._seen.add(path)
+        self._open[path] = file  # the last one used is the last to be closed
+        return file
 
     def close(self) -> None:
         """Unmaps the files."""

@@ -86,6 +86,9 @@ class LineModel:
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
         """Teaches nothing."""
 
+    def expect_change(self) -> None:
+        """Detects no changes, and so expects none."""
+
     def snapshot(self) -> PerfSnapshot:
         """weights: the three of the formula, then the factors of decode-only and mixed steps."""
         decode, mixed = self._line.factor_decode, self._line.factor_mixed

@@ -64,4 +64,9 @@ class PerformanceModel(Predictor, Protocol):
         """As `observe`, of a step that ran right after idle time or a graph capture: it says little of the others."""
         ...
 
+    def expect_change(self) -> None:
+        """The device itself says that its speed may have changed, as by a lower clock: where its next steps show a
+        change, that is to be believed sooner. Says nothing of how large it is, or whether there is one."""
+        ...
+
     def snapshot(self) -> PerfSnapshot: ...

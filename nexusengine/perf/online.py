@@ -115,6 +115,9 @@ class OnlineModel:
         if self._seen[stratum(features)] < _COLD_UNTIL:
             self.observe(features, seconds)
 
+    def expect_change(self) -> None:
+        self._drift.expect()
+
     def _learn(self, features: StepFeatures, seconds: float) -> None:
         self.steps += 1
         curve, mixed, kind = self._curve, features.prefills > 0, stratum(features)

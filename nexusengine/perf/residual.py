@@ -15,6 +15,7 @@ _BLEND, _JUDGE = 0.3, 0.02
 _LARGEST = 0.1  # a deviation beyond it is not taken for a trend, but for a change of the device if it stays
 _SPIKE, _SPIKES = math.log(1.6), 8
 _OFF_STEPS = 16
+_EXPECTED_FOR, _EXPECTED_SPIKES, _EXPECTED_OFF_STEPS = 64, 3, 6
 
 
 class Bound:
@@ -102,11 +103,12 @@ class Drift:
     """Tells a device that has changed from a step that was disturbed.
 
     Changed: eight steps in a row took more than 1.6 times what was predicted, or sixteen were off by more than 10 % to
-    the same side. Where errors fall to either side by chance, sixteen in a row do so once in 30,000 times.
+    the same side. Where errors fall to either side by chance, sixteen in a row do so once in 30,000 times. Within 64
+    steps of well-known kinds after the device itself has said that it may have changed, three and six are enough.
     """
 
     def __init__(self) -> None:
-        self._spikes = self._run = 0
+        self._spikes = self._run = self._expected_for = 0
         self._log_ratio = 0.0
         self._kinds: set[int] = set()
 
@@ -114,18 +116,27 @@ class Drift:
         """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None: no sign of a change yet."""
         if log_ratio * self._log_ratio < 0.0:
             self.calm()
+        else:
+            self._expected_for -= 1
         self._spikes = self._spikes + 1 if is_spike(log_ratio) else 0
         self._run += 1
         self._log_ratio += log_ratio
         self._kinds.add(kind)
-        if self._spikes < _SPIKES and self._run < _OFF_STEPS:
+        expected = self._expected_for > 0
+        spikes, off = (_EXPECTED_SPIKES, _EXPECTED_OFF_STEPS) if expected else (_SPIKES, _OFF_STEPS)
+        if self._spikes < spikes and self._run < off:
             return None
-        everywhere = self._spikes >= _SPIKES
+        everywhere = self._spikes >= spikes
         change = Change(math.exp(self._log_ratio / self._run), None if everywhere else frozenset(self._kinds))
         self.calm()
         return change
 
+    def expect(self) -> None:
+        """The device says that it may have changed."""
+        self._expected_for = _EXPECTED_FOR
+
     def calm(self) -> None:
         """A step took about as long as predicted: whatever went before was no change."""
+        self._expected_for -= 1
         self._spikes, self._run, self._log_ratio = 0, 0, 0.0
         self._kinds.clear()

@@ -89,6 +89,9 @@ class SurfaceModel:
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
         """Teaches nothing."""
 
+    def expect_change(self) -> None:
+        """Detects no changes, and so expects none."""
+
     def snapshot(self) -> PerfSnapshot:
         """weights: those of Surface, then the factors of decode-only and mixed steps."""
         decode, mixed = self._surface.factor_decode, self._surface.factor_mixed

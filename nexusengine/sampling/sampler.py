@@ -53,8 +53,8 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, Devi
     """logits float32 `[N, V]` -> token ids i8 `[N]` on the same device; -1 where a row's logits are not finite.
 
     On CUDA by one Triton kernel (triton_kernels/sampling), which only launches; else by torch. Both follow the same
-    rule from (seed, position) to a token, up to rounding at the filters' edges and in a race's finish, and to ties:
-    torch keeps top_k tokens exactly, the kernel also those that tie with the last.
+    rule from (seed, position) to a token, up to rounding at the filters' edges and in a race's finish. Of tokens that
+    tie, the filters keep those of the lowest ids; torch's way only among its first candidates.
     """
     if launch.probe(logits.device)[0]:
         tokens = _sample_by_kernel(logits, rows)
@@ -140,7 +140,7 @@ def _draw_filtered(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
 def _draw_candidates(logits: torch.Tensor, rows: SamplingRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, whether the `count` most likely ones hold everything the filters keep)."""
-    scaled, ids = torch.topk(logits / _column(rows.temperature, logits), count, dim=-1)
+    scaled, ids = _in_order(*torch.topk(logits / _column(rows.temperature, logits), count, dim=-1))
     vocabulary = logits.shape[1]
     top_k = _column(np.where(rows.top_k > 0, np.minimum(rows.top_k, vocabulary), vocabulary), logits)
     within = torch.arange(count, device=logits.device) < top_k
@@ -158,6 +158,15 @@ def _draw_candidates(logits: torch.Tensor, rows: SamplingRows, count: int) -> tu
     enough = (top_k <= count) | ((top_k == vocabulary) & (cumulative[:, -1:] >= top_p) & (top_p < 1.0))
     winner = _race(scaled.masked_fill(~keep, -torch.inf), ids.int(), rows)
     return ids.gather(1, winner.unsqueeze(1)).squeeze(1), enough.squeeze(1)
+
+
+def _in_order(values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk's values and ids `[N, K]`, equal values by their ids; topk leaves their order open."""
+    if values.device.type == "cpu" and not (values[:, 1:] == values[:, :-1]).any():
+        return values, ids
+    ids, by_id = ids.sort(dim=-1)
+    values, order = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: I4) -> DeviceLogprobs | None:

@@ -28,6 +28,7 @@ def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
         quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
         max_model_len=config.max_model_len,
         kv_cache_bytes=config.kv_cache_memory,
+        fp8_kv=config.kv_cache_dtype == "fp8",
         block_size=config.block_size,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
@@ -88,7 +89,8 @@ def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
     if sheet is None:
         return GENERIC
     element_bytes = 4 if spec.dtype == "float32" else 2
-    return roofline(sheet, geometry, element_bytes, element_bytes)
+    weight_bytes = spec.weights_bytes / geometry.num_parameters if geometry.stored else element_bytes
+    return roofline(sheet, geometry, weight_bytes, 1 if spec.kv_dtype else element_bytes)
 
 
 def step_log_path(config: EngineConfig, name: str) -> Path:

@@ -14,6 +14,7 @@ from nexusengine.execute.base import make_executor
 from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
+from nexusengine.perf.model import PerformanceModel
 from nexusengine.serve.build import executor_options, make_core
 from nexusengine.serve.gpu import Telemetry, seen_as
 from nexusengine.serve.link import RouterLink, with_spec
@@ -23,9 +24,10 @@ _IDLE_WAIT_S = 0.5
 log = get_logger("worker")
 
 
-def serve_requests(core: EngineCore, link: RouterLink) -> None:
+def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> None:
     """Until the process is ended: take what the router sent, compute a step, send the new tokens."""
     while True:
+        heed(telemetry, core.model)
         deltas: list[TokenDelta] = []
         link.receive()
         while link.inbox:
@@ -53,6 +55,13 @@ def serve_requests(core: EngineCore, link: RouterLink) -> None:
         link.send(core.step())
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
+
+
+def heed(telemetry: Telemetry, model: PerformanceModel) -> None:
+    """What the driver says of the GPU's clock lets the model believe sooner that steps take another time."""
+    if why := telemetry.news():
+        log.debug("%s: a change of step times is expected", why)
+        model.expect_change()
 
 
 def main() -> None:
@@ -98,10 +107,11 @@ def main() -> None:
     if core.kv.prefix_caching:
         core.kv.journal = CacheJournal(core.kv.block_size)
         prefixes = DigestSender(core.kv.journal)
-    link.ready(info, Telemetry(os.environ).beside(core.load), core.request_ids, prefixes)
+    telemetry = Telemetry(os.environ)
+    link.ready(info, telemetry.beside(core.load), core.request_ids, prefixes)
     child.emit({"type": "ready"})
     try:
-        serve_requests(core, link)
+        serve_requests(core, link, telemetry)
     except Exception as error:  # whatever it is, its requests are told before the process ends
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"

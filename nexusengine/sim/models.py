@@ -92,6 +92,9 @@ class Oracle:
 
     observe_cold = observe
 
+    def expect_change(self) -> None:
+        """It knows what there is to know."""
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -132,6 +135,9 @@ class Scaled:
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe_cold(features, seconds)
+
+    def expect_change(self) -> None:
+        self._model.expect_change()
 
     def snapshot(self) -> PerfSnapshot:
         return scaled(self._model.snapshot(), self._factor)

@@ -131,6 +131,7 @@ def _attend(
         blocks = tl.load(table + keys // BLOCK, mask=there, other=0).to(tl.int64)
         places = blocks * block_stride + (keys % BLOCK).to(tl.int64) * slot_stride + kv_head * head_stride
         k = tl.load(k_cache + places[None, :] + dims[:, None], mask=there[None, :] & within[:, None], other=0.0)
+        k = k.to(q.dtype)
         s = _scores(q, k, scale, CAP, ROWS, KEYS, EXACT)
         seen = there[None, :] & (keys[None, :] <= last[:, None])
         if WINDOW > 0:
@@ -142,6 +143,7 @@ def _attend(
         shrink = tl.exp2(top - level)
         weights = weights * shrink + tl.sum(p, 1)
         v = tl.load(v_cache + places[:, None] + dims[None, :], mask=there[:, None] & within[None, :], other=0.0)
+        v = v.to(q.dtype)
         values = _dot(p.to(v.dtype), v, values * shrink[:, None], EXACT)
         top = higher
     return values, weights, top
@@ -345,8 +347,9 @@ def decode(
     split_tokens: int,
     capability: tuple[int, int],
 ) -> None:
-    """q, out `[R, H, D]`, heads side by side; caches `[num_blocks, block_size, H_kv, D]` of equal strides; block_table
-    i4 `[R, B]`, seq_lens i4 `[R]`, at most num_splits * split_tokens. A row of length 0 gives zeros."""
+    """q, out `[R, H, D]`, heads side by side; caches `[num_blocks, block_size, H_kv, D]` of equal strides, of q's type
+    or float8_e4m3fn, whose numbers q's type has too; block_table i4 `[R, B]`, seq_lens i4 `[R]`, at most num_splits *
+    split_tokens. A row of length 0 gives zeros."""
     rows, tile = len(q), decode_tile(shape, q.element_size(), capability)
     partial, levels = out, out
     if num_splits > 1:

@@ -15,6 +15,8 @@ _SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_4
 """Most shared memory of a program by compute capability (CUDA programming guide, table of technical
 specifications)."""
 _SHARED_BYTES_ELSEWHERE = 101_376
+FP8_CAPABILITY = (8, 9)
+"""From which on 8-bit floats are multiplied, and Triton converts them."""
 
 
 def shared_bytes(capability: tuple[int, int]) -> int:

@@ -7,9 +7,18 @@ import triton
 import triton.language as tl
 
 from nexusengine.triton_kernels import launch as launching
+from nexusengine.triton_kernels.fp8 import to_fp8
 
 _ELEMENTS = 1024
 """Of a program's tile of heads by half a head."""
+
+
+@triton.jit
+def _as_stored(x, cache):
+    """x in the type of the cache: its own, or 8-bit floats."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        return to_fp8(x.to(tl.float32))
+    return x.to(cache.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
@@ -55,13 +64,13 @@ def _rotate_and_store_kernel(
     kv_heads = heads - num_heads
     is_key = stored & ((kv_heads >= 0) & (kv_heads < num_kv_heads))[:, None]
     target = k_cache + place + kv_heads[:, None] * head_stride + dims[None, :]
-    tl.store(target, low, mask=is_key)
-    tl.store(target + HALF, high, mask=is_key)
+    tl.store(target, _as_stored(low, k_cache), mask=is_key)
+    tl.store(target + HALF, _as_stored(high, k_cache), mask=is_key)
     value_heads = kv_heads - num_kv_heads
     is_value = stored & (value_heads >= 0)[:, None]
     target = v_cache + place + value_heads[:, None] * head_stride + dims[None, :]
-    tl.store(target, low, mask=is_value)
-    tl.store(target + HALF, high, mask=is_value)
+    tl.store(target, _as_stored(low, v_cache), mask=is_value)
+    tl.store(target + HALF, _as_stored(high, v_cache), mask=is_value)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -87,8 +96,10 @@ def _store_kernel(
     columns = tl.arange(0, WIDTH_PADDED)
     within = columns < WIDTH
     place = (slot // BLOCK) * block_stride + (slot % BLOCK) * slot_stride + columns
-    tl.store(k_cache + place, tl.load(k + token * k_stride + columns, mask=within), mask=within)
-    tl.store(v_cache + place, tl.load(v + token * v_stride + columns, mask=within), mask=within)
+    k_own = tl.load(k + token * k_stride + columns, mask=within, other=0.0)
+    tl.store(k_cache + place, _as_stored(k_own, k_cache), mask=within)
+    v_own = tl.load(v + token * v_stride + columns, mask=within, other=0.0)
+    tl.store(v_cache + place, _as_stored(v_own, v_cache), mask=within)
 
 
 def rotate_and_store(
@@ -102,7 +113,8 @@ def rotate_and_store(
     heads: tuple[int, int, int],
 ) -> None:
     """qkv `[T, (H + 2 H_kv) * D]`: q is rotated in place; k rotated and v are written to the caches `[num_blocks,
-    block_size, H_kv, D]` at slots i8 `[T]`, those of -1 nowhere. cos, sin `[P, D / 2]`, positions i8 `[T]`."""
+    block_size, H_kv, D]` at slots i8 `[T]`, those of -1 nowhere; the caches may be float8_e4m3fn. cos, sin
+    `[P, D / 2]`, positions i8 `[T]`."""
     count, kv_count, dim = heads
     half = triton.next_power_of_2(dim // 2)
     tile = max(1, min(_ELEMENTS // half, triton.next_power_of_2(count + 2 * kv_count)))

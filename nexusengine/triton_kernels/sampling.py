@@ -1,7 +1,8 @@
 """From logits to tokens in one launch, without waiting for the device and without sorting.
 
 top_k and top_p are thresholds on the ordered bits of the scaled logits, found digit by digit: eight passes over a row
-for each, sixteen candidates a pass. Of tokens that tie with the last one kept, all are kept. The draw is the
+for each, sixteen candidates a pass. Of tokens that tie with the last one kept, as many are kept as there is room for,
+the lowest ids first: one pass to count and one to find the last of them. The draw is the
 exponential race of sampling.sampler with the numbers of sampling.noise: it depends on a row's logits, seed and
 position, and on no other row.
 """
@@ -32,9 +33,15 @@ def _ordered(x):
 
 
 @triton.jit
-def _threshold(row, vocabulary, temperature, top, floor, target, MASS: tl.constexpr, WIDTH: tl.constexpr):
+def _kept(order, ids, floor, last):
+    """Tokens of order > floor, and those of that order up to the id `last`."""
+    return (order > floor) | ((order == floor) & (ids <= last))
+
+
+@triton.jit
+def _threshold(row, vocabulary, temperature, top, floor, last, target, MASS: tl.constexpr, WIDTH: tl.constexpr):
     """The largest number t for which the tokens of order >= t reach the target, 0 if none does: in number, or with MASS
-    in their share of the probability of the tokens of order >= floor."""
+    in their share of the probability of the tokens that `floor` and `last` keep."""
     digits = tl.arange(0, 16)
     found = tl.full([1], 0, tl.uint32)
     shift = tl.full([1], 28, tl.uint32)
@@ -47,7 +54,7 @@ def _threshold(row, vocabulary, temperature, top, floor, target, MASS: tl.conste
             there = ids < vocabulary
             x = _scaled(row, ids, there, temperature)
             order = _ordered(x)
-            kept = there & (order >= floor)
+            kept = there & _kept(order, ids, floor, last)
             if MASS:
                 share = tl.where(kept, tl.exp(x - top), 0.0)
             else:
@@ -61,6 +68,40 @@ def _threshold(row, vocabulary, temperature, top, floor, target, MASS: tl.conste
         found += tl.sum(reached.to(tl.int32), 0).to(tl.uint32) << shift
         shift -= 4
     return found
+
+
+@triton.jit
+def _last_kept(row, vocabulary, temperature, top, floor, last, found, target, MASS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of the tokens of order `found`, the id of the last one needed to reach the target of `_threshold`."""
+    above = tl.zeros([1], tl.float32)
+    everything = tl.zeros([1], tl.float32)
+    each = tl.zeros([1], tl.float32)
+    for start in range(0, vocabulary, WIDTH):
+        ids = start + tl.arange(0, WIDTH)
+        x = _scaled(row, ids, ids < vocabulary, temperature)
+        order = _ordered(x)
+        kept = (ids < vocabulary) & _kept(order, ids, floor, last)
+        if MASS:
+            share = tl.where(kept, tl.exp(x - top), 0.0)
+        else:
+            share = tl.where(kept, 1.0, 0.0)
+        above += tl.sum(tl.where(order > found, share, 0.0), 0)
+        everything += tl.sum(share, 0)
+        each = tl.maximum(each, tl.max(tl.where(order == found, share, 0.0), 0))
+    if MASS:
+        target = target * everything
+    wanted = tl.ceil((target - above) / tl.maximum(each, 1e-38) - 0.001)  # sums are rounded
+    wanted = tl.maximum(wanted, 1.0)
+    seen = tl.zeros([1], tl.float32)
+    found_at = tl.full([1], 0x7FFFFFFF, tl.int32)
+    for start in range(0, vocabulary, WIDTH):
+        ids = start + tl.arange(0, WIDTH)
+        order = _ordered(_scaled(row, ids, ids < vocabulary, temperature))
+        alike = (ids < vocabulary) & (order == found) & _kept(order, ids, floor, last)
+        rank = seen + tl.cumsum(alike.to(tl.float32), 0)
+        found_at = tl.minimum(found_at, tl.min(tl.where(alike & (rank == wanted), ids, 0x7FFFFFFF), 0))
+        seen += tl.sum(alike.to(tl.float32), 0)
+    return tl.where(found == floor, tl.minimum(found_at, last), found_at)
 
 
 @triton.jit
@@ -116,11 +157,18 @@ def _sample_kernel(logits, parameters, tokens, stride, vocabulary, COLDEST: tl.c
     if temperature >= COLDEST:
         top = tl.div_rn(tl.max(best, 0), temperature)
         floor = tl.full([1], 0, tl.uint32)
+        last = tl.full([1], 0x7FFFFFFF, tl.int32)
         if top_k > 0:
-            floor = _threshold(row, vocabulary, temperature, top, floor, top_k.to(tl.float32), False, WIDTH)
+            most = tl.zeros([1], tl.float32) + top_k.to(tl.float32)
+            found = _threshold(row, vocabulary, temperature, top, floor, last, most, False, WIDTH)
+            last = _last_kept(row, vocabulary, temperature, top, floor, last, found, most, False, WIDTH)
+            floor = found
         if top_p < 1.0:
-            nucleus = _threshold(row, vocabulary, temperature, top, floor, top_p, True, WIDTH)
-            floor = tl.maximum(floor, nucleus)
+            share = tl.zeros([1], tl.float32) + top_p
+            found = _threshold(row, vocabulary, temperature, top, floor, last, share, True, WIDTH)
+            if tl.max(found, 0) > 0:
+                last = _last_kept(row, vocabulary, temperature, top, floor, last, found, share, True, WIDTH)
+                floor = found
         least = tl.where(min_p > 0.0, top + tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
         best = tl.full([WIDTH], float("-inf"), tl.float32)
         at = tl.zeros([WIDTH], tl.int32)
@@ -128,7 +176,7 @@ def _sample_kernel(logits, parameters, tokens, stride, vocabulary, COLDEST: tl.c
             ids = start + tl.arange(0, WIDTH)
             there = ids < vocabulary
             x = _scaled(row, ids, there, temperature)
-            kept = there & (_ordered(x) >= floor) & (x >= least)
+            kept = there & _kept(_ordered(x), ids, floor, last) & (x >= least)
             score = tl.where(kept, x - tl.log(_exponential(key, second_key, ids)), float("-inf"))
             better = score > best
             best = tl.where(better, score, best)

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import activation, attention, launch, norm, rope, sampling  # noqa: E402
+from nexusengine.triton_kernels import activation, attention, fp8, launch, norm, rope, sampling  # noqa: E402
 
 from .offline import Recorder  # noqa: E402
 
@@ -28,6 +28,8 @@ DIMENSIONS = (
     else [(c, t, 128) for c in ARCHITECTURES for t in HALF] + [((8, 9), torch.float16, 256)]
 )
 DIMENSIONS = [(c, t, d) for c, t, d in DIMENSIONS if c >= (8, 0) or t != torch.bfloat16]
+
+FP8 = [(c, t, d) for c, t, d in DIMENSIONS if c >= (8, 9) and t != torch.float32]
 
 
 @pytest.fixture
@@ -44,9 +46,22 @@ def recorder(
 
 @pytest.mark.parametrize(("recorder", "dtype", "dim"), DIMENSIONS, indirect=["recorder"])
 def test_attention_compiles_and_fits(recorder: tuple[Recorder, tuple[int, int]], dtype: torch.dtype, dim: int) -> None:
+    compile_attention(recorder, dtype, dim, dtype)
+
+
+@pytest.mark.parametrize(("recorder", "dtype", "dim"), FP8, indirect=["recorder"])
+def test_attention_over_a_cache_of_8_bits_compiles_and_fits(
+    recorder: tuple[Recorder, tuple[int, int]], dtype: torch.dtype, dim: int
+) -> None:
+    compile_attention(recorder, dtype, dim, torch.float8_e4m3fn)
+
+
+def compile_attention(
+    recorder: tuple[Recorder, tuple[int, int]], dtype: torch.dtype, dim: int, kept: torch.dtype
+) -> None:
     record, capability = recorder
     shape = attention.Shape(32, 8, dim, 16, 0.1, window=64 if dim == 80 else 0, soft_cap=3.0 if dim == 80 else 0.0)
-    q, cache = torch.zeros(40, 32, dim, dtype=dtype), torch.zeros(4, 16, 8, dim, dtype=dtype)
+    q, cache = torch.zeros(40, 32, dim, dtype=dtype), torch.zeros(4, 16, 8, dim, dtype=kept)
     table, lengths, starts = (torch.zeros(n, dtype=torch.int32) for n in (8 * 64, 8, 9))
     table = table.view(8, 64)
     attention.decode(q[:4], cache, cache, table[:4], lengths[:4], q[:4], shape, 4, 256, capability)
@@ -72,4 +87,24 @@ def test_the_other_kernels_compile_and_fit(recorder: tuple[Recorder, tuple[int, 
         parameters = torch.zeros(4, 6, dtype=torch.int32)
         sampling.sample(torch.zeros(4, 1000), parameters)
     assert len(record.shared) == (5 if dtype == HALF[0] else 4)
+    assert max(record.shared.values()) <= launch.shared_bytes(capability), record.shared
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("recorder", [c for c in ARCHITECTURES if c >= (8, 9)], indirect=True)
+def test_what_8_bit_floats_need_compiles_and_fits(
+    recorder: tuple[Recorder, tuple[int, int]], dtype: torch.dtype
+) -> None:
+    """Both tiles of the product, with and without a bias, and the store into the cache."""
+    record, capability = recorder
+    x, weight = torch.zeros(40, 4096, dtype=dtype), torch.zeros(512, 4096, dtype=torch.float8_e4m3fn)
+    fp8.quantize(x)
+    fp8.block_linear(x, weight, torch.zeros(4, 32))
+    fp8.block_linear(x[:4], weight, torch.zeros(4, 32), x[0, :512])
+    cache, positions = torch.zeros(4, 16, 8, 128, dtype=torch.float8_e4m3fn), torch.zeros(4, dtype=torch.long)
+    qkv, cos = torch.zeros(4, 48 * 128, dtype=dtype), torch.zeros(64, 64, dtype=dtype)
+    rope.rotate_and_store(qkv, cos, cos, positions, positions, cache, cache, (32, 8, 128))
+    rope.store(qkv[:, : 8 * 128].view(4, 8, 128), qkv[:, : 8 * 128].view(4, 8, 128), cache, cache, positions)
+    names = {"_quantize_kernel", "_block_linear_kernel", "_rotate_and_store_kernel", "_store_kernel"}
+    assert set(record.shared) == names
     assert max(record.shared.values()) <= launch.shared_bytes(capability), record.shared

@@ -55,13 +55,26 @@ def test_rows_of_all_kinds_go_together() -> None:
         assert sample(logits[i : i + 1], alone)[0].item() == found[i].item()
 
 
-def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
-    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, -1.0, 0.0, -0.0]])
-    columns = rows(40, top_k=2, seed=np.arange(40))
-    drawn, _ = sample(logits.expand(40, -1).contiguous(), columns)
-    assert set(drawn.tolist()) == {0, 2, 3, 4}
+def test_of_tokens_that_tie_with_the_last_one_kept_those_of_the_lowest_ids_are_kept() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, -1.0, 0.0, -0.0]]).expand(60, -1).contiguous()
+    for top_k, expected in ((1, {0}), (2, {0, 2}), (3, {0, 2, 3}), (5, {0, 1, 2, 3, 4}), (7, {0, 1, 2, 3, 4, 6, 7})):
+        columns = rows(60, temperature=3.0, top_k=top_k, seed=np.arange(60))
+        drawn, _ = sample(logits, columns)
+        assert set(drawn.tolist()) == expected
+        alike(logits, columns)
     all_equal = rows(1, temperature=0.0)
     assert sample(torch.zeros(1, 600), all_equal)[0].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(5, 1.0), (300, 1.0), (0, 0.3), (0, 0.9), (40, 0.5), (2, 0.99), (599, 0.95)]
+)
+def test_rows_full_of_ties_are_drawn_as_torch_draws_them(top_k: int, top_p: float) -> None:
+    """As bfloat16 makes them; their probabilities are far from a filter's edge."""
+    torch.manual_seed(3)
+    n = 24
+    logits = torch.randint(-2, 3, (n, 600)).float()
+    alike(logits, rows(n, temperature=1.5, top_k=top_k, top_p=top_p + 1e-5 * (top_p < 1), seed=np.arange(n)))
 
 
 def test_the_noise_is_that_of_the_definition() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
+from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec  # noqa: E402
 from nexusengine.attention.registry import backend_class, choose  # noqa: E402
 from nexusengine.errors import ConfigError  # noqa: E402
 
@@ -62,6 +62,34 @@ def test_windows_and_soft_caps(name: str, window: int | None, soft_cap: float | 
     usable(name, spec)
     rows = [(1, 200), (1, 3), (150, 150), (40, 130), (3, 90)]
     assert difference(backend_class(name)(spec), make_case(spec, rows)) < TOLERANCE[spec.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [*BATCHES.values(), [(1, 300), (1, 40), (30, 90)]], ids=[*BATCHES, "split"])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_over_k_and_v_of_8_bits(name: str, dim: int, rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    spec = AttentionSpec(8, 2, dim, dtype, torch.device("cpu"), 16, dim**-0.5, kv_dtype=FP8)
+    if not backend_class(name).caps().fp8_cache:
+        with pytest.raises(ConfigError, match=r"keep K and V in 8 bits here \(cpu: .*kv_cache_dtype at auto"):
+            choose(spec, name)
+        return
+    usable(name, spec)
+    assert difference(backend_class(name)(spec), make_case(spec, rows)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_numbers_too_large_for_8_bits_become_the_largest(name: str) -> None:
+    spec = AttentionSpec(2, 2, 8, torch.float32, torch.device("cpu"), 4, 1.0, kv_dtype=FP8)
+    usable(name, spec)
+    caches = torch.zeros(2, 3, 4, 2, 8, dtype=FP8)
+    one = torch.tensor([1], dtype=torch.int32)
+    meta = AttentionMeta(one[None], one, torch.tensor([0, 1]), torch.tensor([6]), [1], [1], 1, 1, 1)
+    large = torch.tensor([1e5, -1e5, 448.0, 500.0, 0.3, -0.001, 7.4, 0.0]).expand(1, 2, 8).contiguous()
+    backend_class(name)(spec).store(large, -large, caches[0], caches[1], meta)
+    stored = torch.tensor([448.0, -448.0, 448.0, 448.0, 0.3125, -0.001953125, 7.5, 0.0])
+    assert torch.equal(caches[0, 1, 2].float(), stored.expand(2, 8))
+    assert torch.equal(caches[1, 1, 2].float(), -stored.expand(2, 8))
 
 
 def test_a_token_without_a_slot_is_stored_where_nobody_reads() -> None:

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from nexusengine.attention import external  # noqa: E402
-from nexusengine.attention.base import AttentionSpec  # noqa: E402
+from nexusengine.attention.base import FP8, AttentionSpec  # noqa: E402
 from nexusengine.attention.registry import BACKENDS, backend_class, choose, preferred  # noqa: E402
 from nexusengine.errors import ConfigError  # noqa: E402
 
@@ -62,6 +62,34 @@ def test_windows_and_soft_caps(
     spec = made(name, (6, 2), 64, window=window, soft_cap=soft_cap, dtype=torch.float16, scale=0.3)
     case = make_case(spec, [(1, 200), (1, 3), (150, 150), (40, 130), (3, 90)])
     assert difference(backend_class(name)(spec), case) < TOLERANCE[spec.dtype]
+
+
+@pytest.mark.parametrize("rows", [*BATCHES.values(), None], ids=[*BATCHES, "around the backend's own block edges"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_k_and_v_of_8_bits_are_attended_or_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: list[tuple[int, int]] | None
+) -> None:
+    install(name, monkeypatch)
+    spec = made(name, dim=64, kv_dtype=FP8)
+    if not backend_class(name).caps().fp8_cache:
+        with pytest.raises(ConfigError, match=f"8 bits here .{name}: keeps no K and V of 8 bits"):
+            choose(spec, name)
+        return
+    case = make_case(spec, rows or edges(spec.block_size))
+    assert difference(backend_class(name)(spec), case) < TOLERANCE[spec.dtype]
+
+
+def test_only_some_gpus_keep_k_and_v_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(ConfigError, match=r"triton: K and V of 8 bits need compute capability 8\.9") as caught:
+        choose(on_gpu((8, 6), monkeypatch, kv_dtype=FP8), capability=(8, 6))
+    assert caught.value.param == "kv_cache_dtype"
+    cls, _, passed_over = choose(on_gpu((8, 9), monkeypatch, kv_dtype=FP8), capability=(8, 9))
+    assert cls.name == "triton"
+    assert [name for name, _ in passed_over] == ["flash2", "flashinfer"]
+    install("flashinfer", monkeypatch)
+    with pytest.raises(ConfigError, match=r"flashinfer: K and V of 8 bits need compute capability 8\.9"):
+        choose(on_gpu((8, 6), monkeypatch, kv_dtype=FP8), "flashinfer")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

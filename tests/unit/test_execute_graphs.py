@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from nexusengine.execute.base import ExecutorOptions  # noqa: E402
+from nexusengine.execute.batch import StepBatch  # noqa: E402
 from nexusengine.execute.graphs import Captured, GraphShape, GraphTable, length_buckets, row_buckets  # noqa: E402
 from tests.unit.test_execute_torch import OPTIONS, Steps, made  # noqa: E402
 
@@ -129,6 +134,47 @@ def test_padded_decodes_at_fixed_places_give_the_same_tokens(backend: str | None
         assert graphed.step(work).token_ids.tolist() == plain.step(work).token_ids.tolist()
     assert device.replays == 12
     assert device.captures == 4
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations that write, by the size of what they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.is_mutable:
+            self.written.append((function._schema.name, args[0].numel()))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["ids known to the host", "ids that the device alone knows"])
+def test_a_step_s_inputs_come_to_a_graph_s_places_in_one_copy(told: bool) -> None:
+    executor = made(options=ExecutorOptions(kv_cache_bytes=2**20, max_running=8, max_batch_tokens=64, seed=1))
+    steps, device = Steps(executor), Rehearsal()
+    with torch.inference_mode():
+        executor.capture_decodes(device, 2**30, OPTIONS.max_running)
+        executor._kv[:, :, 0] = 0.0
+    work = {0: [3], 1: [5], 3: [8]} if told else {0: [-1], 1: [-1], 3: [-1]}
+    steps.step({0: [5, 6, 7], 1: [9], 3: [1, 2, 3]})
+    steps.step(work)  # captures
+    slots = np.array([0, 1, 3], np.int32)
+    ids = np.array([w[0] for w in work.values()], np.int32)
+    flags = np.ones(3, np.bool_)
+    batch = StepBatch(slots, steps.done[slots], np.ones(3, np.int32), flags, ids, steps.tables, steps.sampling)
+    with torch.inference_mode(), Operations() as operations:
+        inputs = executor._inputs(batch, np.arange(3))
+    copies = [numel for name, numel in operations.written if name == "aten::copy_"]
+    assert len(copies) == 1
+    assert [name for name, _ in operations.written if name != "aten::copy_"] == ([] if told else ["aten::where"])
+    assert inputs.graph == GraphShape(4, 128)
+    start = executor.graphs.inputs.data_ptr()
+    for tensor in (inputs.token_ids, inputs.positions, inputs.last, inputs.sampled_slots, inputs.meta.block_table):
+        assert start <= tensor.data_ptr() < start + executor.graphs.inputs.numel()
+    assert inputs.meta.slot_mapping.tolist()[3:] == [-1]
+    assert inputs.meta.seq_lens.tolist()[3:] == [1]
+    assert (inputs.token_ids >= 0).all()
 
 
 def test_a_closed_executor_captures_nothing() -> None:

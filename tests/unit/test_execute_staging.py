@@ -45,10 +45,24 @@ def test_what_was_uploaded_holds_while_the_next_step_is_built() -> None:
     assert set(second.tolist()) == {2}
 
 
+def test_the_same_arrays_always_come_to_the_same_places_of_a_buffer_of_the_caller_s() -> None:
+    staging, buffer = Staging(torch.device("cpu")), torch.zeros(4096, dtype=torch.uint8)
+    places = []
+    for value in (1, 2, 3):
+        given = {"ids": np.full(7, value), "table": np.full((2, 3), value, np.int32), "few": np.full(value, 9)}
+        there = staging.upload(given, buffer)
+        assert all(there[name].tolist() == array.tolist() for name, array in given.items())
+        assert all(buffer.data_ptr() <= t.data_ptr() < buffer.data_ptr() + 4096 for t in there.values())
+        places.append({name: t.data_ptr() for name, t in there.items()})
+    assert places[0] == places[1] == places[2]
+    with pytest.raises(RuntimeError):
+        staging.upload({"ids": np.zeros(1000)}, buffer)
+
+
 def test_the_executor_computes_the_same_from_staged_inputs() -> None:
     told, staged = Steps(made(), temperature=1.0), Steps(made(), temperature=1.0)
     executor = staged.executor
-    executor._upload = lambda **arrays: list(executor._staging.upload(arrays).values())  # type: ignore[method-assign]
+    executor._upload = lambda arrays, graph: executor._staging.upload(arrays)  # type: ignore[method-assign]
     for work in ({2: [5, 6, 7], 5: [1, 2, 3, 4]}, {2: [-1], 5: [-1]}, {5: [-1], 0: [8, 9]}):
         assert staged.step(work).token_ids.tolist() == told.step(work).token_ids.tolist()
 

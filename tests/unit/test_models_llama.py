@@ -30,7 +30,7 @@ class Tensors:
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self.tensors[name].to(dtype)
 
-    def blocks(self, name: str) -> None:
+    def stored(self, name: str) -> None:
         return None
 
 

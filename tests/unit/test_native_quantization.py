@@ -134,10 +134,10 @@ def test_the_default_model_keeps_the_blocks_of_its_file() -> None:
 
     with open_weights(files) as source:
         for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
-            blocks = source.blocks(name)
+            blocks = source.stored(name)
             assert blocks is not None
             assert (numbers(blocks) - source.get(name, torch.float32)).abs().max() < 1e-6
-        assert source.blocks("model.embed_tokens.weight") is None
+        assert source.stored("model.embed_tokens.weight") is None
 
 
 @pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])

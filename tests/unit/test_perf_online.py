@@ -160,6 +160,49 @@ def test_a_device_that_has_changed_is_relearned_within_a_hundred_steps_and_raise
     assert mean_error(model, changed) < 0.05
 
 
+def steps_until_noticed(factor: float, expected: bool) -> int:
+    """Decode steps of a device that takes `factor` times as long from now on, until the model has taken it in."""
+    model = taught(600)
+    if expected:
+        model.expect_change()
+    for step in range(1, 100):
+        model.observe(DECODES, factor * DEVICE.step_s(DECODES))
+        if model.epoch:
+            assert abs(model.predict(DECODES).mean_s / (factor * DEVICE.step_s(DECODES)) - 1) < 0.1
+            return step
+    raise AssertionError("not noticed")
+
+
+def test_a_change_that_the_device_itself_announced_is_taken_in_within_a_few_steps() -> None:
+    assert (steps_until_noticed(1.3, False), steps_until_noticed(1.3, True)) == (16, 6)
+    assert (steps_until_noticed(0.75, False), steps_until_noticed(0.75, True)) == (16, 6)
+    assert (steps_until_noticed(2.5, False), steps_until_noticed(2.5, True)) == (8, 3)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.05])
+def test_announced_changes_that_do_not_come_change_nothing(noise: float) -> None:
+    model, rng = taught(600, noise=noise), random.Random(6)
+    for _ in range(40):
+        model.expect_change()
+        for _ in range(50):
+            step = random_step(rng)
+            model.observe(step, DEVICE.step_s(step) * rng.lognormvariate(0.0, noise))
+    assert model.epoch == 0
+    assert mean_error(model) < 0.03
+
+
+def test_what_was_announced_is_forgotten_after_sixty_four_steps() -> None:
+    model = taught(600)
+    model.expect_change()
+    for _ in range(64):
+        model.observe(DECODES, DEVICE.step_s(DECODES))
+    for _ in range(15):
+        model.observe(DECODES, 1.3 * DEVICE.step_s(DECODES))
+    assert model.epoch == 0
+    model.observe(DECODES, 1.3 * DEVICE.step_s(DECODES))
+    assert model.epoch == 1
+
+
 def test_a_kind_of_step_never_seen_before_is_news_and_no_drift() -> None:
     model = OnlineModel()
     for _ in range(300):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from nexusengine.core.core import EngineCore
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import StepBatch, StepResult
-from nexusengine.model_config import ModelConfig
+from nexusengine.model_config import ModelConfig, StoredWeights
 from nexusengine.perf.devices import DATASHEETS
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.online import OnlineModel
@@ -128,6 +130,14 @@ def test_the_prior_comes_from_the_device_and_the_model() -> None:
     assert h100 < l4 < cpu
     assert prior_of(spec("emulated:l4"), GEOMETRY) == roofline(DATASHEETS["l4"], EIGHT_BILLION)
     assert prior_of(spec("cuda:0", "something new"), GEOMETRY) == prior_of(spec("cpu"), None)
+
+
+def test_weights_and_k_and_v_of_8_bits_are_believed_to_take_half_the_memory_s_time() -> None:
+    plain = ExecutorSpec("cuda:0", "bfloat16", 16, 10, 64, 64, 100, "x", 0, 0, device_name="NVIDIA L4")
+    narrow = dataclasses.replace(plain, weights_bytes=EIGHT_BILLION.num_parameters, kv_dtype="float8_e4m3fn")
+    stored = dataclasses.replace(EIGHT_BILLION, stored=StoredWeights("fp8"))
+    assert prior_of(narrow, stored) == roofline(DATASHEETS["l4"], stored, 1.0, 1)
+    assert prior_of(plain, EIGHT_BILLION) == roofline(DATASHEETS["l4"], EIGHT_BILLION, 2, 2)
 
 
 def test_each_worker_logs_its_steps_to_a_file_of_its_own() -> None:

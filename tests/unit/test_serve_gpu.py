@@ -11,8 +11,10 @@ import pytest
 from nexusengine import gpus
 from nexusengine.config import DeviceSpec, count_cuda_devices, parse_device
 from nexusengine.gpus import Gpu, GpuState
-from nexusengine.serve.gpu import PINNED, Telemetry, seen_as
+from nexusengine.perf.online import OnlineModel
+from nexusengine.serve.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
 from nexusengine.serve.supervisor import worker_environ
+from nexusengine.serve.worker import heed
 from nexusengine.wire import WorkerLoad
 
 A = Gpu("GPU-aaaa-1", "H100", 80, 79, (9, 0), "00000000:01:00.0", 0)
@@ -174,6 +176,53 @@ def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> Non
     at[0] = 1.5
     beside()
     assert asked == [A.uuid] * 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ((1980, ()), (1500, ()), ""),
+        ((1980, ()), (1700, ("power cap",)), "held down by power cap"),
+        ((1700, ("power cap",)), (1500, ("power cap", "heat")), "held down by power cap, heat"),
+        ((1700, ("power cap",)), (1980, ()), "held down by nothing any longer"),
+        ((1700, ("power cap",)), (1690, ("power cap",)), ""),
+        ((1700, ("power cap",)), (1500, ("power cap",)), "clock went from 1700 to 1500 MHz at 700 W"),
+        ((None, ("heat",)), (1500, ("heat",)), ""),
+    ],
+)
+def test_what_holds_a_clock_down_is_news_and_a_clock_that_follows_the_load_is_not(
+    before: tuple[float | None, tuple[str, ...]], now: tuple[float | None, tuple[str, ...]], words: str
+) -> None:
+    one, other = (GpuState(clock, 1980.0, 700.0, 80.0, None, held) for clock, held in (before, now))
+    found = slowed_or_freed(one, other)
+    assert words in found
+    assert bool(found) == bool(words)
+
+
+def test_throttling_that_the_driver_tells_lets_the_model_believe_in_slower_steps_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From NVML's bits to the model: nothing, then heat, and the model is told once."""
+    bits = [0]
+    driver = FakeDriver()
+    driver.nvmlDeviceGetCurrentClocksThrottleReasons = lambda gpu: bits[0]  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    at, told = [0.0], []
+    environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
+    telemetry = Telemetry(environ, now=lambda: at[0])
+    report = telemetry.beside(lambda: WorkerLoad(covers=0, kv_total_blocks=1))
+
+    class Model(OnlineModel):
+        def expect_change(self) -> None:
+            told.append(at[0])
+
+    model = Model()
+    for second, reasons in enumerate([0, 1, 32, 32, 0, 0]):  # 1: the GPU has nothing to do
+        at[0], bits[0] = float(second), reasons
+        report()
+        heed(telemetry, model)
+        heed(telemetry, model)
+    assert told == [2.0, 4.0]
 
 
 def test_a_worker_without_a_gpu_of_its_own_reports_as_before() -> None:
