@@ -48,14 +48,20 @@ class TorchExecutor:
     """A model, its KV cache and its attention backend on one device. Made by `create`."""
 
     def __init__(
-        self, model: LlamaForCausalLM, attention: AttentionBackend, attention_spec: AttentionSpec, spec: ExecutorSpec
+        self,
+        model: LlamaForCausalLM,
+        attention: AttentionBackend,
+        attention_spec: AttentionSpec,
+        spec: ExecutorSpec,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        """cache_dtype: of K and V; None: the model's."""
         self.spec = spec
         self._model, self._attention, self._device = model, attention, attention_spec.device
         self._block_size = attention_spec.block_size
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=model.dtype, device=self._device)
+        self._kv: torch.Tensor | None = torch.empty(shape, dtype=cache_dtype or model.dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
@@ -100,6 +106,7 @@ class TorchExecutor:
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
         ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization)
+        cache_dtype = ops.cache_dtype if ops.cache_dtype is not None and backend.name == "cpu" else dtype
         try:
             model = model_class(config.architecture)(
                 config,
@@ -128,11 +135,11 @@ class TorchExecutor:
                 vocab_size=config.vocab_size,
                 attention_backend=backend.name,
                 weights_bytes=model.weights_bytes,
-                kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize),
+                kv_bytes=num_blocks * attention_spec.block_size * config.kv_bytes_per_token(cache_dtype.itemsize),
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
                 overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
             )
-            return cls(model, backend(attention_spec), attention_spec, spec)
+            return cls(model, backend(attention_spec), attention_spec, spec, cache_dtype)
 
         progress("allocating the KV cache", 0.0)
         graphs_bytes = peak_bytes = 0
@@ -147,8 +154,8 @@ class TorchExecutor:
             step = largest_step(options, longest, attention_spec.block_size)
             free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
             kv_bytes = options.kv_cache_bytes or free_bytes
-        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, dtype.itemsize)
-        needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(dtype.itemsize)
+        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, cache_dtype.itemsize)
+        needed = num_blocks * attention_spec.block_size * config.kv_bytes_per_token(cache_dtype.itemsize)
         if needed > free_bytes:
             raise ConfigError(
                 f"a KV cache of {needed} bytes was asked for, but only {free_bytes} bytes are free on {device}; "

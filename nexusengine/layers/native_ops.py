@@ -44,6 +44,7 @@ class NativeOps:
     def __init__(self, eps: float, library: Library, quantization: Quantization = "none") -> None:
         self.name = f"native ({library.isa})"
         self.keeps_blocks = quantization == "int4"
+        self.cache_dtype: torch.dtype | None = None if quantization == "none" else torch.bfloat16
         self._quantization = quantization
         self._eps, self._library = eps, library
         self._torch = TorchOps(eps)
@@ -104,7 +105,7 @@ class NativeOps:
         return out
 
     def logits(self, to: PackedMap, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(x), to.outputs)
+        out = self.memory("logits", x, to.outputs)
         self._run(to, x, None, out, structs.STORE)
         return out
 

@@ -30,12 +30,14 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results but logits may lie in the
-    table's own memory, where they hold until the same operation is called again."""
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results may lie in the table's own
+    memory, where they hold until the same operation is called again."""
 
     name: str
     keeps_blocks: bool
     """Whether `pack` wants 4-bit blocks as they are stored, where they are."""
+    cache_dtype: torch.dtype | None
+    """In which K and V are kept where `rotate_and_store` writes them; None: in the model's."""
 
     def pack(
         self,
@@ -68,7 +70,7 @@ class Ops(Protocol[M]):
         ...
 
     def logits(self, to: M, x: torch.Tensor) -> torch.Tensor:
-        """float32 `[N, V]` in new memory."""
+        """float32 `[N, V]`."""
         ...
 
     def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
@@ -104,6 +106,7 @@ class TorchOps:
 
     name = "torch"
     keeps_blocks = False
+    cache_dtype: torch.dtype | None = None
 
     def __init__(self, eps: float) -> None:
         self._eps = eps

@@ -15,7 +15,7 @@ namespace {
 static constexpr float LOWEST = -__builtin_inff();
 static constexpr int TOKENS = 64;       // of a tile of keys
 static constexpr int QUERY_ROWS = 192;  // about so many rows of (query, head) a task, fewer if threads would be idle
-static constexpr int SPLIT_TOKENS = 512;  // keys a task of a row that is split: never by threads, they must not change sums
+static constexpr int SPLIT_TOKENS = 128;  // keys a task of a row that is split: never by threads, they must not change sums
 
 // Where token `position` of a row lies, in bytes from the base.
 INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
@@ -175,8 +175,29 @@ static void merge(const NexAttention& a, int64_t token, const float* states, int
 
 // ---- many queries a row ------------------------------------------------------------------------------------------
 
-// sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides in floats, columns a multiple of W.
-template <int ROWS, int VECTORS>
+// How two factors of a product are kept. Floats: one number a lane.
+struct Floats {
+    INLINE vf add(vf sum, const float* x, vf line) { return sum + splat(*x) * line; }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 numbers a lane, which follow each other along k: a product of twice as many at the price of one.
+struct Pairs {
+    INLINE vf add(vf sum, const float* x, vf line) {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+    }
+};
+
+// 2 W floats of a row as pairs.
+INLINE void put_pairs(const float* from, float* to) {
+    store(to, (vf)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
+}
+#endif
+
+// sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides and k in lanes of P, columns a multiple of W.
+template <class P, int ROWS, int VECTORS>
 INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, float* sums,
                          int64_t stride, bool add) {
     vf acc[ROWS][VECTORS];
@@ -185,31 +206,31 @@ INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64
         vf line[VECTORS];
         each<VECTORS>(EACH(v) { line[v] = load(b + i * b_stride + v * W); });
         each<ROWS>(EACH(r) {
-            const vf x = splat(a[r * a_stride + i]);
-            each<VECTORS>(EACH(v) { acc[r][v] += x * line[v]; });
+            each<VECTORS>(EACH(v) { acc[r][v] = P::add(acc[r][v], a + r * a_stride + i, line[v]); });
         });
     }
     each<ROWS>(EACH(r) { each<VECTORS>(EACH(v) { store(sums + r * stride + v * W, acc[r][v]); }); });
 }
 
-template <int VECTORS>
+template <class P, int VECTORS>
 static void product_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t k,
                             float* sums, int64_t stride, bool add) {
     constexpr int ROWS = W == 8 ? 12 / VECTORS : 24 / VECTORS > 6 ? 6 : 24 / VECTORS;
     int64_t r = 0;
     for (; r + ROWS <= rows; r += ROWS)
-        product_tile<ROWS, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+        product_tile<P, ROWS, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
     for (; r < rows; ++r)
-        product_tile<1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+        product_tile<P, 1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
 }
 
+template <class P>
 static void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t columns, int64_t k, float* sums,
                     bool add) {
     constexpr int MOST = W == 8 ? 2 : 4;
     int64_t c = 0;
     for (; c + MOST * W <= columns; c += MOST * W)
-        product_columns<MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
-    for (; c < columns; c += W) product_columns<1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+        product_columns<P, MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+    for (; c < columns; c += W) product_columns<P, 1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
 }
 
 // A tile of keys, transposed [padded][TOKENS], and values [TOKENS][padded], as floats; zeros behind the last token.
@@ -245,6 +266,49 @@ static void copy_keys(const NexAttention& a, const int32_t* blocks, int64_t kv, 
     }
 }
 
+#if defined(__AVX512BF16__)
+// A tile of bfloat16 keys [padded / 2][TOKENS] and values [TOKENS / 2][padded], as pairs. dim is even.
+static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv, int64_t at, int count, float* keys,
+                       float* values) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), stop = round_up(count, W);
+    for (int64_t t = 0; t < stop; t += W) {
+        const char *key[W] = {}, *value[W] = {};
+        for (int i = 0; i < W && t + i < count; ++i) {
+            const int64_t offset = place(a.cache, blocks, at + t + i) + kv * a.cache.head_bytes;
+            key[i] = static_cast<const char*>(a.cache.k) + offset;
+            value[i] = static_cast<const char*>(a.cache.v) + offset;
+        }
+        for (int64_t d = 0; d < dim / 2; d += W) {
+            const int n = dim / 2 - d < W ? int(dim / 2 - d) : W;
+            vf square[W];
+            for (int i = 0; i < W; ++i) {
+                square[i] = vf{};
+                if (key[i] != nullptr) std::memcpy(&square[i], key[i] + 4 * d, size_t(4 * n));
+            }
+            transpose(square);
+            for (int i = 0; i < W && d + i < padded / 2; ++i) store(keys + (d + i) * TOKENS + t, square[i]);
+        }
+        for (int i = 0; i < W; i += 2)
+            for (int64_t d = 0; d < padded; d += W) {
+                const int n = dim - d < W ? int(dim - d) : W;
+                vh pair[2] = {};
+                for (int j = 0; j < 2; ++j)
+                    if (value[i + j] != nullptr) std::memcpy(&pair[j], value[i + j] + 2 * d, size_t(2 * n));
+                const vu first = __builtin_convertvector(pair[0], vu), second = __builtin_convertvector(pair[1], vu);
+                store(values + (t + i) / 2 * padded + d, (vf)(first | second << 16));
+            }
+    }
+}
+#endif
+
+// Whether products of this type of cache are of pairs.
+template <class T>
+static constexpr bool PAIRED = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool PAIRED<bf16> = true;
+#endif
+
 struct QueryScratch {
     float *queries, *scores, *mixed, *keys, *values, *maxima, *totals;
 };
@@ -252,13 +316,18 @@ struct QueryScratch {
 // Queries first .. last of a row (counted in the row) for one KV head.
 template <class T>
 static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t first, int64_t last, const QueryScratch& s) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
     const int64_t start = a.starts[row], total_queries = a.starts[row + 1] - start, length = a.lengths[row];
     const int64_t count = last - first, rows = count * group;  // row r: query r / group, head r % group
     const int32_t* blocks = a.table + row * a.table_stride;
     for (int64_t r = 0; r < rows; ++r) {
         const float* from = a.q + (start + first + r / group) * a.q_stride + (kv * group + r % group) * dim;
-        for (int64_t d = 0; d < dim; ++d) s.queries[r * dim + d] = from[d] * a.scale;
+        float* to = s.queries + r * wide;
+        for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * a.scale : 0.0f;
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRED<T>)  // in place: what is read lies before what is written
+            for (int64_t d = 0; d < wide; d += 2 * W) put_pairs(to + d, to + d / 2);
+#endif
         s.maxima[r] = LOWEST, s.totals[r] = 0.0f;
     }
     std::memset(s.mixed, 0, size_t(rows * padded) * 4);
@@ -266,21 +335,39 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
     const int64_t keys = before + count;
     for (int64_t at = 0; at < keys; at += TOKENS) {
         const int tokens = keys - at < TOKENS ? int(keys - at) : TOKENS;
-        copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
         // rows before `blind` see nothing of this tile
         const int64_t blind = at > before ? (at - before) * group : 0;
-        product(s.queries + blind * dim, dim, rows - blind, s.keys, TOKENS, dim, s.scores + blind * TOKENS, false);
+        const float* queries = s.queries + blind * wide;
+        float *scores = s.scores + blind * TOKENS, *mixed = s.mixed + blind * padded;
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRED<T>) {
+            copy_pairs(a, blocks, kv, at, tokens, s.keys, s.values);
+            product<Pairs>(queries, wide, rows - blind, s.keys, TOKENS, dim / 2, scores, false);
+        }
+#endif
+        if constexpr (!PAIRED<T>) {
+            copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
+            product<Floats>(queries, wide, rows - blind, s.keys, TOKENS, dim, scores, false);
+        }
         for (int64_t r = blind; r < rows; ++r) {
             const int64_t seen = before + r / group + 1 - at;
             float* scores = s.scores + r * TOKENS;
             const int n = seen < tokens ? int(seen) : tokens;
             const float factor = soften(scores, n, s.maxima[r], s.totals[r]);
-            for (int t = int(round_up(n, W)); t < tokens; t += W) store(scores + t, vf{});
+            for (int t = int(round_up(n, W)); t < round_up(tokens, 2 * W); t += W) store(scores + t, vf{});
+#if defined(__AVX512BF16__)
+            if constexpr (PAIRED<T>)
+                for (int t = 0; t < tokens; t += 2 * W) put_pairs(scores + t, scores + t / 2);
+#endif
             if (factor != 1.0f)
                 for (int64_t d = 0; d < padded; d += W)
                     store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
         }
-        product(s.scores + blind * TOKENS, TOKENS, rows - blind, s.values, padded, tokens, s.mixed + blind * padded, true);
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRED<T>)
+            product<Pairs>(scores, TOKENS, rows - blind, s.values, padded, (tokens + 1) / 2, mixed, true);
+#endif
+        if constexpr (!PAIRED<T>) product<Floats>(scores, TOKENS, rows - blind, s.values, padded, tokens, mixed, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* to = a.out + (start + first + r / group) * a.out_stride + (kv * group + r % group) * dim;
@@ -335,7 +422,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
     }
     const int64_t most_rows = queries * group;
     const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
-    const size_t local = size_t(score_rows * TOKENS + most_rows * (dim + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
+    const size_t local = size_t(score_rows * TOKENS + most_rows * (round_up(dim, 2 * W) + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
     parallel(team, tasks, 1, [&](NexClaims& claims) {
         float* memory = local_memory.get<float>(local);
         QueryScratch s;
@@ -344,7 +431,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
             memory += round_up(size, 16);
             return taken;
         };
-        s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * dim);
+        s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * round_up(dim, 2 * W));
         s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
         s.maxima = take(most_rows), s.totals = take(most_rows);
         float* query = take(a.heads * padded);

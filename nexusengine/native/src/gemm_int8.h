@@ -11,18 +11,21 @@
 
 namespace {
 
-static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpacked at a time
+static constexpr int64_t BLOCK_PIECE = 512;   // numbers of k of Q4 that are unpacked at a time
+static constexpr int64_t AHEAD_BYTES = 2048;  // what is asked of memory before it is read
 
 // ---- four products at a time, by instruction set -------------------------------------------------------------------
 // Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. GROUPS: of four numbers in a block. LANES: accumulators a panel.
 // Group: four numbers of x as they are kept in a tile. begin: a sum before the first product, from the sum of x.
+// KEPT: registers hold the float sums of a tile as well, so that they stay there from the first block to the last.
 
 #if defined(__AVX512VNNI__)
 // One side of the products is without sign: weights are moved up by 128, which is taken off again before it is added.
 struct Dot8 {
     typedef int32_t Group;
     typedef __m512i Sum;
-    static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2, GROUPS = 16;
+    static constexpr int LANES = 1, ROWS = at_most(6), PANELS = 2, GROUPS = 16;
+    static constexpr bool KEPT = true;
     INLINE Sum begin(int32_t x_sum) { return _mm512_set1_epi32(-128 * x_sum); }
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
@@ -40,6 +43,7 @@ struct Dot4 : Dot8 {
 struct Dot8 {
     typedef int64_t Group;
     static constexpr int GROUPS = 16;
+    static constexpr bool KEPT = false;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
     static constexpr int LANES = 2, ROWS = at_most(12), PANELS = 1;
@@ -72,6 +76,7 @@ struct Dot8 {
 struct Dot4 {
     typedef int32_t Group;
     static constexpr int GROUPS = 8;
+    static constexpr bool KEPT = false;
 #if defined(__AVX512F__)
     typedef __m512i Sum;
     static constexpr int LANES = 1, ROWS = at_most(12), PANELS = 2;
@@ -96,6 +101,7 @@ struct Dot8 {
     typedef int32_t Group;
     typedef vi Sum;
     static constexpr int LANES = 4, ROWS = at_most(6), PANELS = 1, GROUPS = 16;
+    static constexpr bool KEPT = false;
     INLINE Sum begin(int32_t) { return Sum{}; }
     INLINE vi weights(const int8_t* p, int lane) { return bits(load(reinterpret_cast<const float*>(p) + lane * W)); }
     INLINE vi numbers(Group g) { return vi{} + g; }
@@ -138,18 +144,58 @@ INLINE void add_group(const typename D::Group* tile, const int8_t* first, const 
     }
 }
 
-// What a tile of rows is multiplied by, for one or two panels. scales [blocks][16] of Q4, null for INT8.
+// What a tile of rows is multiplied by, for one or two panels. scales: Q4 [blocks][16], INT8 [16].
 struct Panels {
     const int8_t *first, *second;
     const float *first_scales, *second_scales;
 };
 
-// sums [ROWS][32] += groups of x [groups][ROWS] times panels [groups][16][4], block by block: each scaled by x_scales
-// [blocks][ROWS], and by the panels' scales where they have any. x_sums [blocks][ROWS]: of the integers, for `begin`.
+// multiply_blocks where registers hold all sums. A block is unrolled: with as many rows as fit, each product waits for
+// none of the others.
+template <class D, int ROWS>
+static void multiply_kept(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
+                          const float* x_sums, float* sums) {
+    constexpr int N = D::PANELS;
+    constexpr bool Q4 = D::GROUPS == 8;
+    vf total[ROWS][N];
+    each<ROWS>(EACH(r) { each<N>(EACH(p) { total[r][p] = Q4 ? load(sums + r * 2 * PANEL + p * PANEL) : vf{}; }); });
+    for (int64_t from = 0, b = 0; from < groups; from += D::GROUPS, ++b) {
+        typename D::Sum acc[ROWS][N];
+        each<ROWS>(EACH(r) {
+            const auto start = D::begin(int32_t(x_sums[b * ROWS + r]));
+            each<N>(EACH(p) { acc[r][p] = start; });
+        });
+        const int64_t past = from + D::GROUPS < groups ? from + D::GROUPS : groups;
+        for (int64_t g = from; g < past; ++g) {
+            __builtin_prefetch(w.first + g * 4 * PANEL + AHEAD_BYTES);
+            __builtin_prefetch(w.second + g * 4 * PANEL + AHEAD_BYTES);
+            add_group<D, ROWS>(tile + g * ROWS, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
+        }
+        vf scale[N];
+        if (Q4) each<N>(EACH(p) { scale[p] = load((p == 0 ? w.first_scales : w.second_scales) + b * PANEL); });
+        each<ROWS>(EACH(r) {
+            const vf x_scale = splat(x_scales[b * ROWS + r]);
+            each<N>(EACH(p) {
+                const vf value = __builtin_convertvector(D::total(&acc[r][p], 0), vf);
+                total[r][p] += Q4 ? value * scale[p] * x_scale : value * x_scale;
+            });
+        });
+    }
+    if (!Q4) {
+        vf scale[N];
+        each<N>(EACH(p) { scale[p] = load(p == 0 ? w.first_scales : w.second_scales); });
+        each<ROWS>(EACH(r) { each<N>(EACH(p) { total[r][p] *= scale[p]; }); });
+    }
+    each<ROWS>(EACH(r) { each<N>(EACH(p) { store(sums + r * 2 * PANEL + p * PANEL, total[r][p]); }); });
+}
+
+// sums [ROWS][32] of groups of x [groups][ROWS] times panels [groups][16][4], block by block: each scaled by x_scales
+// [blocks][ROWS] and by the panels' scales. Q4: added to the sums. x_sums [blocks][ROWS]: of the integers, for `begin`.
 template <class D, int ROWS>
 static void multiply_blocks(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
                             const float* x_sums, float* sums) {
     constexpr int N = D::PANELS * D::LANES;
+    if (D::GROUPS != 8) for (int r = 0; r < ROWS; ++r) std::memset(sums + r * 2 * PANEL, 0, D::PANELS * PANEL * 4);
     for (int64_t from = 0, b = 0; from < groups; from += D::GROUPS, ++b) {
         typename D::Sum acc[ROWS][N];
         each<ROWS>(EACH(r) {
@@ -183,6 +229,18 @@ static void multiply_blocks(const typename D::Group* tile, int64_t groups, const
             }
         }
     }
+    if (D::GROUPS == 8) return;
+    for (int v = 0; v < D::PANELS * PANEL; v += W) {
+        const vf scale = load(v < PANEL ? w.first_scales + v : w.second_scales + v - PANEL);
+        for (int r = 0; r < ROWS; ++r) store(sums + r * 2 * PANEL + v, load(sums + r * 2 * PANEL + v) * scale);
+    }
+}
+
+template <class D, int ROWS>
+static void multiply_tile(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
+                          const float* x_sums, float* sums) {
+    if constexpr (D::KEPT) multiply_kept<D, ROWS>(tile, groups, w, x_scales, x_sums, sums);
+    else multiply_blocks<D, ROWS>(tile, groups, w, x_scales, x_sums, sums);
 }
 
 #define NEX_CASES(FUNCTION) \
@@ -193,9 +251,9 @@ static void multiply_blocks(const typename D::Group* tile, int64_t groups, const
     case R: return FUNCTION<D, (R <= D::ROWS ? R : 1)>;
 
 template <class D>
-static auto multiply_blocks_for(int rows)
+static auto multiply_tile_for(int rows)
     -> void (*)(const typename D::Group*, int64_t, const Panels&, const float*, const float*, float*) {
-    switch (rows) { NEX_CASES(multiply_blocks) }
+    switch (rows) { NEX_CASES(multiply_tile) }
     return nullptr;
 }
 #undef NEX_CASE
@@ -203,12 +261,31 @@ static auto multiply_blocks_for(int rows)
 
 // ---- x in integers ---------------------------------------------------------------------------------------------------
 
-INLINE void put_group(int32_t* to, const int32_t* four) {
-    *to = int32_t(uint32_t(four[0] & 255) | uint32_t(four[1] & 255) << 8 | uint32_t(four[2] & 255) << 16 | uint32_t(four[3] & 255) << 24);
+// Groups of W numbers, `stride` groups apart; the first `count` groups only.
+INLINE void put_groups(int32_t* to, int64_t stride, vi q, int count) {
+    int32_t packed[W / 4];
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q));
+    std::memcpy(packed, &bytes, sizeof(packed));
+#else
+    int32_t numbers[W];
+    std::memcpy(numbers, &q, sizeof(q));
+    for (int i = 0; i < W / 4; ++i) {
+        const int32_t* four = numbers + 4 * i;
+        packed[i] = int32_t(uint32_t(four[0] & 255) | uint32_t(four[1] & 255) << 8 | uint32_t(four[2] & 255) << 16 |
+                            uint32_t(four[3] & 255) << 24);
+    }
+#endif
+    for (int i = 0; i < W / 4 && i < count; ++i) to[i * stride] = packed[i];
 }
-INLINE void put_group(int64_t* to, const int32_t* four) {
-    const int16_t narrow[4] = {int16_t(four[0]), int16_t(four[1]), int16_t(four[2]), int16_t(four[3])};
-    std::memcpy(to, narrow, 8);
+INLINE void put_groups(int64_t* to, int64_t stride, vi q, int count) {
+    int32_t numbers[W];
+    std::memcpy(numbers, &q, sizeof(q));
+    for (int i = 0; i < W / 4 && i < count; ++i) {
+        const int32_t* four = numbers + 4 * i;
+        const int16_t narrow[4] = {int16_t(four[0]), int16_t(four[1]), int16_t(four[2]), int16_t(four[3])};
+        std::memcpy(to + i * stride, narrow, 8);
+    }
 }
 
 // Where a tile's integers, scales and block sums lie.
@@ -246,9 +323,7 @@ static void quantise_tile(const NexLinear& op, int64_t row, int height, float* l
                 vf v = odd == 0.0f ? load(line + i) : vf{};
                 vi q = bits(v * inverse + round) - bits(round);
                 total += q;
-                int32_t numbers[W];
-                std::memcpy(numbers, &q, sizeof(q));
-                for (int j = 0; j < W && i + j < end; j += 4) put_group(to.groups + (i + j) / 4 * height + r, numbers + j);
+                put_groups(to.groups + i / 4 * height + r, height, q, int((end - i + 3) / 4));
             }
             to.scales[b * height + r] = scale;
             to.totals[b * height + r] = sum(__builtin_convertvector(total, vf)) * (D::GROUPS == 8 ? scale : 1.0f);
@@ -283,7 +358,7 @@ struct IntegerScratch {
 template <class D>
 static void multiply_panels(int height, const typename D::Group* tile, int64_t groups, Panels w, const float* x_scales,
                             const float* x_sums, float* sums) {
-    auto kernel = multiply_blocks_for<D>(height);
+    auto kernel = multiply_tile_for<D>(height);
     const Panels other{w.second, w.second, w.second_scales, w.second_scales};
     if (w.second == nullptr) w.second = w.first, w.second_scales = w.first_scales;  // into columns that do not matter
     kernel(tile, groups, w, x_scales, x_sums, sums);
@@ -297,22 +372,12 @@ static void int8_task(const NexLinear& op, const Tiles& tiles, const IntegerTile
     const int64_t groups = (w.k + 3) / 4;
     const int8_t* data = static_cast<const int8_t*>(w.data);
     const float* scales = static_cast<const float*>(w.scale);
-    const Panels panels{data + first * groups * 4 * PANEL, second >= 0 ? data + second * groups * 4 * PANEL : nullptr,
-                        nullptr, nullptr};
-    for (int64_t t = t0; t < t1; ++t) {
-        const int height = tiles.height(t);
-        float* out = sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
-        std::memset(out, 0, size_t(height) * 2 * PANEL * 4);
-        multiply_panels<D>(height, copied[t].groups, groups, panels, copied[t].scales, copied[t].totals, out);
-        for (int p = 0; p < (second >= 0 ? 2 : 1); ++p)
-            for (int v = 0; v < PANEL; v += W) {
-                const vf scale = load(scales + (p == 0 ? first : second) * PANEL + v);
-                for (int r = 0; r < height; ++r) {
-                    float* sum = out + r * 2 * PANEL + p * PANEL + v;
-                    store(sum, load(sum) * scale);
-                }
-            }
-    }
+    const bool two = second >= 0;
+    const Panels panels{data + first * groups * 4 * PANEL, two ? data + second * groups * 4 * PANEL : nullptr,
+                        scales + first * PANEL, two ? scales + second * PANEL : nullptr};
+    for (int64_t t = t0; t < t1; ++t)
+        multiply_panels<D>(tiles.height(t), copied[t].groups, groups, panels, copied[t].scales, copied[t].totals,
+                           sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL);
 }
 
 template <class D>
