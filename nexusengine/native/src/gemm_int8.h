@@ -11,8 +11,7 @@
 
 namespace {
 
-static constexpr int64_t BLOCK_PIECE = 512;   // numbers of k of Q4 that are unpacked at a time
-static constexpr int64_t AHEAD_BYTES = 2048;  // what is asked of memory before it is read
+static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpacked at a time
 
 // ---- four products at a time, by instruction set -------------------------------------------------------------------
 // Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. GROUPS: of four numbers in a block. LANES: accumulators a panel.
@@ -166,11 +165,8 @@ static void multiply_kept(const typename D::Group* tile, int64_t groups, const P
             each<N>(EACH(p) { acc[r][p] = start; });
         });
         const int64_t past = from + D::GROUPS < groups ? from + D::GROUPS : groups;
-        for (int64_t g = from; g < past; ++g) {
-            __builtin_prefetch(w.first + g * 4 * PANEL + AHEAD_BYTES);
-            __builtin_prefetch(w.second + g * 4 * PANEL + AHEAD_BYTES);
+        for (int64_t g = from; g < past; ++g)
             add_group<D, ROWS>(tile + g * ROWS, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
-        }
         vf scale[N];
         if (Q4) each<N>(EACH(p) { scale[p] = load((p == 0 ? w.first_scales : w.second_scales) + b * PANEL); });
         each<ROWS>(EACH(r) {
