@@ -35,6 +35,8 @@ struct Dot4 : Dot8 {
     static constexpr int GROUPS = 8;
     INLINE Sum begin(int32_t) { return Sum{}; }
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
+    INLINE __m512i low(__m512i both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
+    INLINE __m512i high(__m512i both) { return low(_mm512_srli_epi16(both, 4)); }
 };
 #elif defined(__AVX2__)
 // 8 bits by 8 bits do not fit the 16-bit sums of maddubs, so these are widened to 16 first. Every sum is of two of the
@@ -239,6 +241,52 @@ static void multiply_tile(const typename D::Group* tile, int64_t groups, const P
     else multiply_blocks<D, ROWS>(tile, groups, w, x_scales, x_sums, sums);
 }
 
+// Where a tile's integers, scales and block sums lie.
+template <class D>
+struct IntegerTile {
+    typename D::Group* groups;  // [k / 4][height]
+    float* scales;              // [blocks][height]
+    float* totals;              // [blocks][height]: the sum of the integers; Q4: times the scale
+};
+
+// Q4 without unpacking it first, for a single tile: sums [ROWS][32] of x [k / 4][ROWS] times two panels as they are kept.
+template <class D, int ROWS>
+static void multiply_packed(const NexWeight& w, const int64_t* panel, const IntegerTile<D>& x, float* sums) {
+    constexpr int N = 2;
+    const int64_t blocks = w.k / 32;
+    const int8_t* data[N];
+    const half *scales[N], *minima[N];
+    each<N>(EACH(p) {
+        data[p] = static_cast<const int8_t*>(w.data) + panel[p] * panel_bytes(w);
+        scales[p] = static_cast<const half*>(w.scale) + panel[p] * blocks * PANEL;
+        minima[p] = static_cast<const half*>(w.minimum) + panel[p] * blocks * PANEL;
+    });
+    vf total[ROWS][N] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+        typename D::Sum acc[ROWS][N] = {};
+        each<4>(EACH(i) {
+            decltype(D::numbers(0)) low[N], high[N];
+            each<N>(EACH(p) {
+                const auto both = D::weights(data[p] + (4 * b + i) * 4 * PANEL, 0);
+                low[p] = D::low(both), high[p] = D::high(both);
+            });
+            each<ROWS>(EACH(r) {
+                const typename D::Group* at = x.groups + (8 * b + 2 * i) * ROWS + r;
+                const auto first = D::numbers(at[0]), second = D::numbers(at[ROWS]);
+                each<N>(EACH(p) { acc[r][p] = D::add(D::add(acc[r][p], low[p], first), high[p], second); });
+            });
+        });
+        each<N>(EACH(p) {
+            const vf scale = load(scales[p] + b * PANEL), minimum = load(minima[p] + b * PANEL);
+            each<ROWS>(EACH(r) {
+                const vf value = __builtin_convertvector(D::total(&acc[r][p], 0), vf);
+                total[r][p] += value * scale * splat(x.scales[b * ROWS + r]) + minimum * splat(x.totals[b * ROWS + r]);
+            });
+        });
+    }
+    each<ROWS>(EACH(r) { each<N>(EACH(p) { store(sums + r * 2 * PANEL + p * PANEL, total[r][p]); }); });
+}
+
 #define NEX_CASES(FUNCTION) \
     NEX_CASE(FUNCTION, 1) NEX_CASE(FUNCTION, 2) NEX_CASE(FUNCTION, 3) NEX_CASE(FUNCTION, 4) NEX_CASE(FUNCTION, 5) \
     NEX_CASE(FUNCTION, 6) NEX_CASE(FUNCTION, 7) NEX_CASE(FUNCTION, 8) NEX_CASE(FUNCTION, 9) NEX_CASE(FUNCTION, 10) \
@@ -250,6 +298,12 @@ template <class D>
 static auto multiply_tile_for(int rows)
     -> void (*)(const typename D::Group*, int64_t, const Panels&, const float*, const float*, float*) {
     switch (rows) { NEX_CASES(multiply_tile) }
+    return nullptr;
+}
+
+template <class D>
+static auto multiply_packed_for(int rows) -> void (*)(const NexWeight&, const int64_t*, const IntegerTile<D>&, float*) {
+    switch (rows) { NEX_CASES(multiply_packed) }
     return nullptr;
 }
 #undef NEX_CASE
@@ -283,14 +337,6 @@ INLINE void put_groups(int64_t* to, int64_t stride, vi q, int count) {
         std::memcpy(to + i * stride, narrow, 8);
     }
 }
-
-// Where a tile's integers, scales and block sums lie.
-template <class D>
-struct IntegerTile {
-    typename D::Group* groups;  // [k / 4][height]
-    float* scales;              // [blocks][height]
-    float* totals;              // [blocks][height]: the sum of the integers; Q4: times the scale
-};
 
 // Rows of x, normalised, as integers of `block` numbers a scale. A block with a NaN or an infinity gets a NaN for a scale.
 template <class D>
@@ -382,6 +428,13 @@ static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D
     const NexWeight& w = *op.weight;
     constexpr int64_t BLOCKS = BLOCK_PIECE / 32 * PANEL;
     const bool two = second >= 0;
+    if constexpr (D::KEPT) {
+        if (t1 - t0 == 1) {
+            const int64_t pair[2] = {first, two ? second : first};  // one: into columns that do not matter
+            multiply_packed_for<D>(tiles.height(t0))(w, pair, copied[t0], s.sums);
+            return;
+        }
+    }
     const Panels panels{s.numbers, two ? s.numbers + BLOCK_PIECE * PANEL : nullptr, s.scales, two ? s.scales + BLOCKS : nullptr};
     for (int64_t k = 0; k < w.k; k += BLOCK_PIECE) {
         const int64_t count = w.k - k < BLOCK_PIECE ? w.k - k : BLOCK_PIECE, block = k / 32, blocks = count / 32;
