@@ -186,7 +186,7 @@ class TorchExecutor:
         if len(rows):
             slots, table = batch.slots[rows], batch.sampling
             tokens, logprobs = sample(
-                self._model.logits(hidden[inputs.last]),
+                self._model.logits(hidden),
                 SamplingRows(
                     table.temperature[slots],
                     table.top_k[slots],
@@ -204,22 +204,30 @@ class TorchExecutor:
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
-        """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
+        """What the model says of the sampled rows `[N, C]`; a step that only decodes is one of few shapes, which a table
+        may remember."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
+        wanted = inputs.last if self._device.type == "cpu" and not decodes else None
         if decodes and self.graphs is not None:
             hidden = self.graphs.hidden(inputs.token_ids, inputs.positions, meta)
             if hidden is not None:
-                return hidden
+                return hidden[inputs.last]
         self._attention.plan(meta)
 
         def compute() -> torch.Tensor:
-            return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta)
+            return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta, wanted)
 
-        if not decodes or not self._attention.caps().graphs:
-            return compute()
-        tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
-        return self._model.ops.step(compute, (*tensors, meta.slot_mapping))
+        if not self._attention.caps().graphs:
+            hidden = compute()
+        elif not decodes:
+            hidden = self._model.ops.step(compute, None)
+        else:
+            tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
+            hidden = self._model.ops.step(compute, (*tensors, meta.slot_mapping))
+        if wanted is not None or (decodes and len(inputs.last) == len(hidden)):
+            return hidden
+        return hidden[inputs.last]
 
     def collect(self) -> StepResult:
         """Waits for the end of the oldest step, and for nothing else."""

@@ -69,6 +69,10 @@ class Ops(Protocol[M]):
         """silu(gate) * up, where gate and up are the halves of the map of x."""
         ...
 
+    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Rows of x by number, i8 `[N]`, in memory of this use."""
+        ...
+
     def logits(self, to: M, x: torch.Tensor) -> torch.Tensor:
         """float32 `[N, V]`."""
         ...
@@ -81,9 +85,10 @@ class Ops(Protocol[M]):
         """Uninitialised `[T, columns]` for a use, with rows, type and device of `like`."""
         ...
 
-    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """compute(): operations on `inputs` and on what never moves. A table may remember what they come to, and do
-        just that for inputs of the same shapes at the same places."""
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        """compute(): operations of this table and of an attention backend that can be captured, on `inputs` and on what
+        never moves. A table may remember what they come to, and do just that for inputs of the same shapes at the same
+        places. inputs None: they are others every time."""
         ...
 
     def rotate_and_store(
@@ -138,6 +143,9 @@ class TorchOps:
     def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         return silu_mul(self.linear(to, x, norm))
 
+    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return x[places]
+
     def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
         return to(x).float()
 
@@ -147,7 +155,7 @@ class TorchOps:
     def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         return like.new_empty(len(like), columns)
 
-    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         return compute()
 
     def rotate_and_store(

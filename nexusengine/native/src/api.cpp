@@ -42,7 +42,7 @@ int threads = 1;
 #define NEX_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Version of the structs and functions here; library.py refuses another.
-NEX_EXPORT int nex_abi() { return 2; }
+NEX_EXPORT int nex_abi() { return 3; }
 
 // The n-th best instruction set that was compiled in and runs here, or null behind the last.
 NEX_EXPORT const char* nex_available(int n) {

@@ -81,7 +81,26 @@ INLINE void mix(const float* weights, const char* const* values, int64_t offset,
     }
 }
 
-// Scores [TOKENS] of a head, `count` of them, into e^(score - maximum); returns what earlier sums are multiplied by.
+// How scores become weights: e^x, or 2^x for scores that were multiplied by log2 e, and then only as exactly as bfloat16
+// needs.
+struct Natural {
+    INLINE vf of(vf x) { return exponential(x); }
+};
+#if defined(__AVX512BF16__)
+struct Binary {
+    // 2^x = 2^n 2^r, |r| <= 1/2, and a polynomial of degree 4 in r (by Chebyshev's points; within 8e-6). x <= 0, and 0
+    // for what is smaller than 2^-150; NaN stays NaN.
+    INLINE vf of(vf x) {
+        x = larger(splat(-200.0f), x);
+        const vf n = _mm512_roundscale_ps(x, 8), r = x - n;
+        const vf p = (((9.67077e-3f * r + 5.587557e-2f) * r + 2.4022212e-1f) * r + 6.9312726e-1f) * r + 1.0f;
+        return _mm512_scalef_ps(p, n);
+    }
+};
+#endif
+
+// Scores [TOKENS] of a head, `count` of them, into weights; returns what earlier sums are multiplied by.
+template <class Power>
 INLINE float soften(float* scores, int count, float& maximum, float& total) {
     const int used = int(round_up(count, W));
     for (int t = count; t < used; ++t) scores[t] = LOWEST;
@@ -91,11 +110,11 @@ INLINE float soften(float* scores, int count, float& maximum, float& total) {
     vf sums{};
     const vf shift = splat(highest);
     for (int t = 0; t < used; t += W) {
-        vf e = exponential(load(scores + t) - shift);
+        vf e = Power::of(load(scores + t) - shift);
         store(scores + t, e);
         sums += e;
     }
-    const float factor = maximum == LOWEST ? 0.0f : exponential(splat(maximum - highest))[0];
+    const float factor = maximum == LOWEST ? 0.0f : Power::of(splat(maximum - highest))[0];
     total = total * factor + sum(sums);
     maximum = highest;
     return factor;
@@ -140,7 +159,7 @@ static void decode_share(const NexAttention& a, const float* q, int64_t row, int
             });
         }
         for (int64_t h = 0; h < a.heads; ++h) {
-            const float factor = soften(scores + h * TOKENS, count, maxima[h], totals[h]);
+            const float factor = soften<Natural>(scores + h * TOKENS, count, maxima[h], totals[h]);
             if (factor != 1.0f)
                 for (int64_t d = 0; d < padded; d += W) store(out + h * padded + d, load(out + h * padded + d) * factor);
             if (sizeof(T) == 1)
@@ -301,12 +320,20 @@ static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv,
 }
 #endif
 
-// Whether products of this type of cache are of pairs.
+// Whether products of this type of cache are of pairs, and how scores become weights then.
 template <class T>
-static constexpr bool PAIRED = false;
+struct Products {
+    typedef Natural Power;
+    static constexpr bool PAIRED = false;
+    static constexpr float UNIT = 1.0f;  // of scores
+};
 #if defined(__AVX512BF16__)
 template <>
-constexpr bool PAIRED<bf16> = true;
+struct Products<bf16> {
+    typedef Binary Power;
+    static constexpr bool PAIRED = true;
+    static constexpr float UNIT = 1.44269504088896341f;  // log2 e
+};
 #endif
 
 struct QueryScratch {
@@ -320,12 +347,13 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
     const int64_t start = a.starts[row], total_queries = a.starts[row + 1] - start, length = a.lengths[row];
     const int64_t count = last - first, rows = count * group;  // row r: query r / group, head r % group
     const int32_t* blocks = a.table + row * a.table_stride;
+    const float scale = a.scale * Products<T>::UNIT;
     for (int64_t r = 0; r < rows; ++r) {
         const float* from = a.q + (start + first + r / group) * a.q_stride + (kv * group + r % group) * dim;
         float* to = s.queries + r * wide;
-        for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * a.scale : 0.0f;
+        for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * scale : 0.0f;
 #if defined(__AVX512BF16__)
-        if constexpr (PAIRED<T>)  // in place: what is read lies before what is written
+        if constexpr (Products<T>::PAIRED)  // in place: what is read lies before what is written
             for (int64_t d = 0; d < wide; d += 2 * W) put_pairs(to + d, to + d / 2);
 #endif
         s.maxima[r] = LOWEST, s.totals[r] = 0.0f;
@@ -340,12 +368,12 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
         const float* queries = s.queries + blind * wide;
         float *scores = s.scores + blind * TOKENS, *mixed = s.mixed + blind * padded;
 #if defined(__AVX512BF16__)
-        if constexpr (PAIRED<T>) {
+        if constexpr (Products<T>::PAIRED) {
             copy_pairs(a, blocks, kv, at, tokens, s.keys, s.values);
             product<Pairs>(queries, wide, rows - blind, s.keys, TOKENS, dim / 2, scores, false);
         }
 #endif
-        if constexpr (!PAIRED<T>) {
+        if constexpr (!Products<T>::PAIRED) {
             copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
             product<Floats>(queries, wide, rows - blind, s.keys, TOKENS, dim, scores, false);
         }
@@ -353,10 +381,10 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
             const int64_t seen = before + r / group + 1 - at;
             float* scores = s.scores + r * TOKENS;
             const int n = seen < tokens ? int(seen) : tokens;
-            const float factor = soften(scores, n, s.maxima[r], s.totals[r]);
+            const float factor = soften<typename Products<T>::Power>(scores, n, s.maxima[r], s.totals[r]);
             for (int t = int(round_up(n, W)); t < round_up(tokens, 2 * W); t += W) store(scores + t, vf{});
 #if defined(__AVX512BF16__)
-            if constexpr (PAIRED<T>)
+            if constexpr (Products<T>::PAIRED)
                 for (int t = 0; t < tokens; t += 2 * W) put_pairs(scores + t, scores + t / 2);
 #endif
             if (factor != 1.0f)
@@ -364,10 +392,10 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
                     store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
         }
 #if defined(__AVX512BF16__)
-        if constexpr (PAIRED<T>)
+        if constexpr (Products<T>::PAIRED)
             product<Pairs>(scores, TOKENS, rows - blind, s.values, padded, (tokens + 1) / 2, mixed, true);
 #endif
-        if constexpr (!PAIRED<T>) product<Floats>(scores, TOKENS, rows - blind, s.values, padded, tokens, mixed, true);
+        if constexpr (!Products<T>::PAIRED) product<Floats>(scores, TOKENS, rows - blind, s.values, padded, tokens, mixed, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* to = a.out + (start + first + r / group) * a.out_stride + (kv * group + r % group) * dim;

@@ -340,33 +340,40 @@ INLINE void put_groups(int64_t* to, int64_t stride, vi q, int count) {
 
 // Rows of x, normalised, as integers of `block` numbers a scale. A block with a NaN or an infinity gets a NaN for a scale.
 template <class D>
-static void quantise_tile(const NexLinear& op, int64_t row, int height, float* line, const IntegerTile<D>& to) {
-    const int64_t k = op.weight->k, filled = round_up(k, 64), block = 4 * D::GROUPS;
+static void quantise_tile(const NexLinear& op, int64_t row, int height, const IntegerTile<D>& to) {
+    constexpr int BLOCK = 4 * D::GROUPS, N = BLOCK / W;
+    const int64_t k = op.weight->k;
     for (int r = 0; r < height; ++r) {
         const float* x = op.x + (row + r) * op.x_stride;
-        const float factor = op.norm == nullptr ? 1.0f : inverse_rms(x, k, op.eps);
-        if (op.norm == nullptr) std::memcpy(line, x, size_t(k) * 4);
-        else
-            for (int64_t i = 0; i < k; ++i) line[i] = x[i] * factor * op.norm[i];
-        for (int64_t i = k; i < filled; ++i) line[i] = 0.0f;
-        for (int64_t b = 0, at = 0; at < k; ++b, at += block) {
-            const int64_t end = at + block < k ? at + block : k;
-            vf peak{}, strange{};
-            for (int64_t i = at; i < end; i += W) {
-                vf v = load(line + i);
-                peak = larger(select(v < vf{}, -v, v), peak);
-                strange += v * 0.0f;
+        const vf factor = splat(op.norm == nullptr ? 1.0f : inverse_rms(x, k, op.eps));
+        for (int64_t b = 0, at = 0; at < k; ++b, at += BLOCK) {
+            vf v[N] = {};
+            if (at + BLOCK <= k) {
+                each<N>(EACH(i) { v[i] = load(x + at + i * W); });
+                if (op.norm != nullptr) each<N>(EACH(i) { v[i] = v[i] * factor * load(op.norm + at + i * W); });
+            } else {
+                for (int64_t i = at; i < k; i += W) {
+                    const int n = k - i < W ? int(k - i) : W;
+                    vf part = load_first(x + i, n);
+                    if (op.norm != nullptr) part = part * factor * load_first(op.norm + i, n);
+                    v[(i - at) / W] = part;
+                }
             }
+            vf peak{}, strange{};
+            each<N>(EACH(i) {
+                peak = larger(select(v[i] < vf{}, -v[i], v[i]), peak);
+                strange += v[i] * 0.0f;
+            });
             const float size = largest(peak), odd = sum(strange);
             const float scale = size / 127.0f + odd, inverse = size > 0.0f && odd == 0.0f ? 127.0f / size : 0.0f;
             const vf round = splat(12582912.0f);  // see exponential
+            const int64_t groups = (k + 3) / 4 - at / 4;
             vi total{};
-            for (int64_t i = at; i < end; i += W) {
-                vf v = odd == 0.0f ? load(line + i) : vf{};
-                vi q = bits(v * inverse + round) - bits(round);
+            each<N>(EACH(i) {
+                const vi q = bits((odd == 0.0f ? v[i] : vf{}) * inverse + round) - bits(round);
                 total += q;
-                put_groups(to.groups + i / 4 * height + r, height, q, int((end - i + 3) / 4));
-            }
+                put_groups(to.groups + (at / 4 + i * W / 4) * height + r, height, q, int(groups - i * W / 4));
+            });
             to.scales[b * height + r] = scale;
             to.totals[b * height + r] = sum(__builtin_convertvector(total, vf)) * (D::GROUPS == 8 ? scale : 1.0f);
         }
@@ -392,7 +399,7 @@ static void unpack_halves(const void* from, int64_t at, int64_t count, float* ou
 
 // What a thread works with. sums [rows of a task][32]; the rest for a piece of two panels of Q4.
 struct IntegerScratch {
-    float *sums, *line, *scales, *minima;
+    float *sums, *scales, *minima;
     int8_t* numbers;
 };
 
@@ -465,7 +472,7 @@ static void linear_integers(const NexLinear& op, const NexTeam& team) {
     const bool shared = op.rows > PRIVATE_ROWS;
     // every tile: its groups, then scales and totals
     const int64_t row_bytes = round_up(groups * int64_t(sizeof(typename D::Group)) + 8 * blocks, 8);
-    static thread_local Scratch copies, lines, locals;
+    static thread_local Scratch copies, locals;
     const size_t list_bytes = size_t(tiles.count) * sizeof(IntegerTile<D>), copy_bytes = list_bytes + size_t(op.rows * row_bytes);
     char* common = shared ? copies.get<char>(copy_bytes) : nullptr;
     auto lay_out = [&](char* memory) {
@@ -482,23 +489,22 @@ static void linear_integers(const NexLinear& op, const NexTeam& team) {
     };
     IntegerTile<D>* list = shared ? lay_out(common) : nullptr;
     if (shared)
-        parallel(team, tiles.count, 1, [&](NexClaims& claims) {
-            float* line = lines.get<float>(size_t(round_up(w.k, 64)));
-            for (int64_t t; (t = next(claims)) >= 0;) quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, list[t]);
+        parallel_for(team, tiles.count, 1, [&](int64_t t) {
+            quantise_tile<D>(op, tiles.begin(t), tiles.height(t), list[t]);
         });
     const int64_t together = together_of(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
     parallel(team, pairs * shares, together, [&](NexClaims& claims) {
         constexpr int64_t sums = TASK_TILES * D::ROWS * 2 * PANEL, blocks_piece = 2 * BLOCK_PIECE / 32 * PANEL;
-        const int64_t floats = sums + 2 * blocks_piece + round_up(w.k, 64), numbers = 2 * BLOCK_PIECE * PANEL;
+        const int64_t floats = sums + 2 * blocks_piece, numbers = 2 * BLOCK_PIECE * PANEL;
         char* memory = locals.get<char>(size_t(4 * floats + numbers) + (shared ? 0 : copy_bytes));
-        float* line = reinterpret_cast<float*>(memory) + sums + 2 * blocks_piece;
-        const IntegerScratch s{reinterpret_cast<float*>(memory), line, line - 2 * blocks_piece, line - blocks_piece,
+        float* pieces = reinterpret_cast<float*>(memory) + sums;
+        const IntegerScratch s{reinterpret_cast<float*>(memory), pieces, pieces + blocks_piece,
                                reinterpret_cast<int8_t*>(memory) + 4 * floats};
         IntegerTile<D>* mine = list;
         if (!shared) {
             mine = lay_out(memory + 4 * floats + numbers);
             for (int64_t t = 0; t < tiles.count; ++t)
-                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), line, mine[t]);
+                quantise_tile<D>(op, tiles.begin(t), tiles.height(t), mine[t]);
         }
         for (int64_t task; (task = next(claims)) >= 0;) {
             const int64_t pair = task / shares, share = task % shares;
