@@ -326,7 +326,9 @@ INLINE void put_groups(int32_t* to, int64_t stride, vi q, int count) {
                             uint32_t(four[3] & 255) << 24);
     }
 #endif
-    for (int i = 0; i < W / 4 && i < count; ++i) to[i * stride] = packed[i];
+    if (count >= W / 4) each<W / 4>(EACH(i) { to[i * stride] = packed[i]; });
+    else
+        for (int i = 0; i < count; ++i) to[i * stride] = packed[i];
 }
 INLINE void put_groups(int64_t* to, int64_t stride, vi q, int count) {
     int32_t numbers[W];
@@ -347,30 +349,32 @@ static void quantise_tile(const NexLinear& op, int64_t row, int height, const In
         const float* x = op.x + (row + r) * op.x_stride;
         const vf factor = splat(op.norm == nullptr ? 1.0f : inverse_rms(x, k, op.eps));
         for (int64_t b = 0, at = 0; at < k; ++b, at += BLOCK) {
-            vf v[N] = {};
-            if (at + BLOCK <= k) {
-                each<N>(EACH(i) { v[i] = load(x + at + i * W); });
-                if (op.norm != nullptr) each<N>(EACH(i) { v[i] = v[i] * factor * load(op.norm + at + i * W); });
-            } else {
-                for (int64_t i = at; i < k; i += W) {
-                    const int n = k - i < W ? int(k - i) : W;
-                    vf part = load_first(x + i, n);
-                    if (op.norm != nullptr) part = part * factor * load_first(op.norm + i, n);
-                    v[(i - at) / W] = part;
+            const float *from = x + at, *norm = op.norm == nullptr ? nullptr : op.norm + at;
+            float last[BLOCK], last_norm[BLOCK];  // filled up with zeros
+            if (at + BLOCK > k) {
+                for (int64_t i = 0; i < BLOCK; ++i) {
+                    last[i] = at + i < k ? from[i] : 0.0f;
+                    last_norm[i] = norm != nullptr && at + i < k ? norm[i] : 0.0f;
                 }
+                from = last;
+                if (norm != nullptr) norm = last_norm;
             }
+            vf v[N];
+            each<N>(EACH(i) { v[i] = load(from + i * W); });
+            if (norm != nullptr) each<N>(EACH(i) { v[i] = v[i] * factor * load(norm + i * W); });
             vf peak{}, strange{};
             each<N>(EACH(i) {
                 peak = larger(select(v[i] < vf{}, -v[i], v[i]), peak);
                 strange += v[i] * 0.0f;
             });
-            const float size = largest(peak), odd = sum(strange);
-            const float scale = size / 127.0f + odd, inverse = size > 0.0f && odd == 0.0f ? 127.0f / size : 0.0f;
+            const float size = largest(peak);
+            const bool odd = any_nan(strange);
+            const float scale = odd ? __builtin_nanf("") : size / 127.0f, inverse = size > 0.0f && !odd ? 127.0f / size : 0.0f;
             const vf round = splat(12582912.0f);  // see exponential
             const int64_t groups = (k + 3) / 4 - at / 4;
             vi total{};
             each<N>(EACH(i) {
-                const vi q = bits((odd == 0.0f ? v[i] : vf{}) * inverse + round) - bits(round);
+                const vi q = odd ? vi{} : bits(v[i] * inverse + round) - bits(round);
                 total += q;
                 put_groups(to.groups + (at / 4 + i * W / 4) * height + r, height, q, int(groups - i * W / 4));
             });
