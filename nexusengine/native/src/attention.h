@@ -30,24 +30,129 @@ INLINE float row_scale(const int8_t* row, int64_t dim) {
     return scale;
 }
 
+// ---- arithmetic by type of cache ----------------------------------------------------------------------------------
+
+// How two factors of a product are kept. Floats: one number a lane.
+struct Floats {
+    INLINE vf add(vf sum, const float* x, vf line) { return sum + splat(*x) * line; }
+};
+
+// Two bfloat16 numbers a lane, which follow each other along k: a product of twice as many at the price of one.
+struct Pairs {
+#if defined(__AVX512BF16__)
+    INLINE vf add(vf sum, const float* x, vf line) {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+    }
+#endif
+};
+
+#if defined(__AVX512BF16__)
+// 2 W floats of a row as pairs.
+INLINE void put_pairs(const float* from, float* to) {
+    store(to, (vf)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
+}
+#endif
+
+// How scores become weights: e^x, or 2^x for scores that were multiplied by log2 e, and then only as exactly as bfloat16
+// needs.
+struct Natural {
+    INLINE vf of(vf x) { return exponential(x); }
+};
+#if defined(__AVX512BF16__)
+struct Binary {
+    // 2^x = 2^n 2^r, |r| <= 1/2, and a polynomial of degree 4 in r (by Chebyshev's points; within 8e-6). x <= 0, and 0
+    // for what is smaller than 2^-150; NaN stays NaN.
+    INLINE vf of(vf x) {
+        x = larger(splat(-200.0f), x);
+        const vf n = _mm512_roundscale_ps(x, 8), r = x - n;
+        const vf p = (((9.67077e-3f * r + 5.587557e-2f) * r + 2.4022212e-1f) * r + 6.9312726e-1f) * r + 1.0f;
+        return _mm512_scalef_ps(p, n);
+    }
+};
+#endif
+
+// Whether products of this type of cache are of pairs, and how scores become weights then.
+template <class T>
+struct Products {
+    typedef Natural Power;
+    static constexpr bool PAIRED = false;
+    static constexpr float UNIT = 1.0f;  // of scores
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<bf16> {
+    typedef Binary Power;
+    static constexpr bool PAIRED = true;
+    static constexpr float UNIT = 1.44269504088896341f;  // log2 e
+};
+#endif
+
+// A query as its products need it, filled up with zeros to a multiple of 2 W.
+template <class T>
+INLINE void put_query(const float* from, int64_t dim, float scale, float* to) {
+    const int64_t wide = round_up(dim, 2 * W);
+    scale *= Products<T>::UNIT;
+    for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * scale : 0.0f;
+#if defined(__AVX512BF16__)
+    if constexpr (Products<T>::PAIRED)  // in place: what is written lies before what is still to be read
+        for (int64_t d = 0; d < wide; d += 2 * W) put_pairs(to + d, to + d / 2);
+#endif
+}
+
 // ---- one query a row ---------------------------------------------------------------------------------------------
 
-// scores [G] of one key against G queries of its group; q rows are padded with zeros to `padded`.
+// The sums of G vectors times a factor, TOKENS apart.
+template <int G>
+INLINE void put_sums(const vf (&acc)[G], float factor, float* out) {
+#if defined(__AVX512F__)
+    if constexpr (G > 1) {  // together: fewer steps than one after the other
+        auto low = [](vf a, vf b) __attribute__((always_inline)) { return (vf)_mm512_unpacklo_ps(a, b); };
+        auto high = [](vf a, vf b) __attribute__((always_inline)) { return (vf)_mm512_unpackhi_ps(a, b); };
+        const vf c = acc[G > 2 ? 2 : 0], d = acc[G > 3 ? 3 : 0];
+        const __m512d first = (__m512d)(low(acc[0], acc[1]) + high(acc[0], acc[1]));
+        const __m512d second = (__m512d)(low(c, d) + high(c, d));
+        const vf four = (vf)_mm512_unpacklo_pd(first, second) + (vf)_mm512_unpackhi_pd(first, second);
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)) * factor;
+        each<G>(EACH(g) { out[g * TOKENS] = sums[int(g)]; });
+        return;
+    }
+#endif
+    each<G>(EACH(g) { out[g * TOKENS] = sum(acc[g]) * factor; });
+}
+
+// scores [G] of one key against G queries of its group; q rows are padded with zeros to `wide`.
 template <int G, class T>
-INLINE void score(const float* q, int64_t padded, const T* key, int64_t dim, float* scores) {
+INLINE void score(const float* q, int64_t wide, const T* key, int64_t dim, float* scores) {
     vf acc[G] = {};
     int64_t d = 0;
     for (; d + W <= dim; d += W) {
         const vf k = load(key + d);
-        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
+        each<G>(EACH(g) { acc[g] += load(q + g * wide + d) * k; });
     }
     if (d < dim) {
         const vf k = load_first(key + d, int(dim - d));
-        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
+        each<G>(EACH(g) { acc[g] += load(q + g * wide + d) * k; });
     }
-    const float scale = row_scale(key, dim);
-    each<G>(EACH(g) { scores[g * TOKENS] = sum(acc[g]) * scale; });
+    put_sums<G>(acc, row_scale(key, dim), scores);
 }
+
+#if defined(__AVX512BF16__)
+// The same of bfloat16 pairs; q [G][wide] holds a head's pairs in the first half.
+template <int G>
+INLINE void score(const float* q, int64_t wide, const bf16* key, int64_t dim, float* scores, Pairs) {
+    vf acc[G] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W) {
+        vf k{};
+        if (d + 2 * W <= dim) k = load(reinterpret_cast<const float*>(key + d));
+        else std::memcpy(&k, key + d, size_t(dim - d) * 2);
+        each<G>(EACH(g) { acc[g] = _mm512_dpbf16_ps(acc[g], (__m512bh)load(q + g * wide + d / 2), (__m512bh)k); });
+    }
+    put_sums<G>(acc, 1.0f, scores);
+}
+#endif
 
 // out [G][padded] += weights [G][TOKENS] times `count` values, each `offset` bytes behind its token's.
 template <int G, class T>
@@ -80,24 +185,6 @@ INLINE void mix(const float* weights, const char* const* values, int64_t offset,
         each<G>(EACH(g) { store(out + g * padded + d, acc[g]); });
     }
 }
-
-// How scores become weights: e^x, or 2^x for scores that were multiplied by log2 e, and then only as exactly as bfloat16
-// needs.
-struct Natural {
-    INLINE vf of(vf x) { return exponential(x); }
-};
-#if defined(__AVX512BF16__)
-struct Binary {
-    // 2^x = 2^n 2^r, |r| <= 1/2, and a polynomial of degree 4 in r (by Chebyshev's points; within 8e-6). x <= 0, and 0
-    // for what is smaller than 2^-150; NaN stays NaN.
-    INLINE vf of(vf x) {
-        x = larger(splat(-200.0f), x);
-        const vf n = _mm512_roundscale_ps(x, 8), r = x - n;
-        const vf p = (((9.67077e-3f * r + 5.587557e-2f) * r + 2.4022212e-1f) * r + 6.9312726e-1f) * r + 1.0f;
-        return _mm512_scalef_ps(p, n);
-    }
-};
-#endif
 
 // Scores [TOKENS] of a head, `count` of them, into weights; returns what earlier sums are multiplied by.
 template <class Power>
@@ -138,7 +225,8 @@ INLINE void head_groups(int64_t kv_heads, int64_t group, F f) {
 template <class T>
 static void decode_share(const NexAttention& a, const float* q, int64_t row, int64_t begin, int64_t end, float* scores,
                          float* state) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads, head_bytes = a.cache.head_bytes;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
+    const int64_t head_bytes = a.cache.head_bytes;
     const int32_t* blocks = a.table + row * a.table_stride;
     float *maxima = state, *totals = state + a.heads, *out = state + 2 * a.heads;
     for (int64_t h = 0; h < a.heads; ++h) maxima[h] = LOWEST, totals[h] = 0.0f;
@@ -155,11 +243,12 @@ static void decode_share(const NexAttention& a, const float* q, int64_t row, int
             for (int64_t line = 0; line < a.kv_heads * head_bytes; line += 64) __builtin_prefetch(values[t] + line);
             head_groups(a.kv_heads, group, [&](auto g, int64_t kv, int64_t h) __attribute__((always_inline)) {
                 const T* key = reinterpret_cast<const T*>(keys[t] + kv * head_bytes);
-                score<g>(q + h * padded, padded, key, dim, scores + h * TOKENS + t);
+                if constexpr (Products<T>::PAIRED) score<g>(q + h * wide, wide, key, dim, scores + h * TOKENS + t, Pairs{});
+                else score<g>(q + h * wide, wide, key, dim, scores + h * TOKENS + t);
             });
         }
         for (int64_t h = 0; h < a.heads; ++h) {
-            const float factor = soften<Natural>(scores + h * TOKENS, count, maxima[h], totals[h]);
+            const float factor = soften<typename Products<T>::Power>(scores + h * TOKENS, count, maxima[h], totals[h]);
             if (factor != 1.0f)
                 for (int64_t d = 0; d < padded; d += W) store(out + h * padded + d, load(out + h * padded + d) * factor);
             if (sizeof(T) == 1)
@@ -173,6 +262,7 @@ static void decode_share(const NexAttention& a, const float* q, int64_t row, int
 }
 
 // The shares of a row merged into its output.
+template <class Power>
 static void merge(const NexAttention& a, int64_t token, const float* states, int64_t shares, int64_t size) {
     const int64_t padded = round_up(a.dim, W);
     for (int64_t h = 0; h < a.heads; ++h) {
@@ -183,7 +273,7 @@ static void merge(const NexAttention& a, int64_t token, const float* states, int
         for (int64_t s = 0; s < shares; ++s) {
             const float* state = states + s * size;
             // of one share as it is, so that an infinite score gives NaN and not 0
-            const float factor = shares == 1 ? 1.0f : exponential(splat(state[h] - highest))[0];
+            const float factor = shares == 1 ? 1.0f : Power::of(splat(state[h] - highest))[0];
             total += state[a.heads + h] * factor;
             const float* values = state + 2 * a.heads + h * padded;
             for (int64_t d = 0; d < a.dim; ++d) out[d] += values[d] * factor;
@@ -193,27 +283,6 @@ static void merge(const NexAttention& a, int64_t token, const float* states, int
 }
 
 // ---- many queries a row ------------------------------------------------------------------------------------------
-
-// How two factors of a product are kept. Floats: one number a lane.
-struct Floats {
-    INLINE vf add(vf sum, const float* x, vf line) { return sum + splat(*x) * line; }
-};
-
-#if defined(__AVX512BF16__)
-// Two bfloat16 numbers a lane, which follow each other along k: a product of twice as many at the price of one.
-struct Pairs {
-    INLINE vf add(vf sum, const float* x, vf line) {
-        int32_t pair;
-        std::memcpy(&pair, x, 4);
-        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
-    }
-};
-
-// 2 W floats of a row as pairs.
-INLINE void put_pairs(const float* from, float* to) {
-    store(to, (vf)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
-}
-#endif
 
 // sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides and k in lanes of P, columns a multiple of W.
 template <class P, int ROWS, int VECTORS>
@@ -320,22 +389,6 @@ static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv,
 }
 #endif
 
-// Whether products of this type of cache are of pairs, and how scores become weights then.
-template <class T>
-struct Products {
-    typedef Natural Power;
-    static constexpr bool PAIRED = false;
-    static constexpr float UNIT = 1.0f;  // of scores
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Products<bf16> {
-    typedef Binary Power;
-    static constexpr bool PAIRED = true;
-    static constexpr float UNIT = 1.44269504088896341f;  // log2 e
-};
-#endif
-
 struct QueryScratch {
     float *queries, *scores, *mixed, *keys, *values, *maxima, *totals;
 };
@@ -347,15 +400,9 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
     const int64_t start = a.starts[row], total_queries = a.starts[row + 1] - start, length = a.lengths[row];
     const int64_t count = last - first, rows = count * group;  // row r: query r / group, head r % group
     const int32_t* blocks = a.table + row * a.table_stride;
-    const float scale = a.scale * Products<T>::UNIT;
     for (int64_t r = 0; r < rows; ++r) {
         const float* from = a.q + (start + first + r / group) * a.q_stride + (kv * group + r % group) * dim;
-        float* to = s.queries + r * wide;
-        for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * scale : 0.0f;
-#if defined(__AVX512BF16__)
-        if constexpr (Products<T>::PAIRED)  // in place: what is read lies before what is written
-            for (int64_t d = 0; d < wide; d += 2 * W) put_pairs(to + d, to + d / 2);
-#endif
+        put_query<T>(from, dim, a.scale, s.queries + r * wide);
         s.maxima[r] = LOWEST, s.totals[r] = 0.0f;
     }
     std::memset(s.mixed, 0, size_t(rows * padded) * 4);
@@ -414,7 +461,7 @@ struct Task {
 
 template <class T>
 static void attention_of(const NexAttention& a, const NexTeam& team) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
     const int64_t state_size = round_up(2 * a.heads + a.heads * padded, 16);
     int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
     int64_t tasks = 0, shares = 0, chunks = 0;
@@ -450,7 +497,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
     }
     const int64_t most_rows = queries * group;
     const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
-    const size_t local = size_t(score_rows * TOKENS + most_rows * (round_up(dim, 2 * W) + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
+    const size_t local = size_t(score_rows * TOKENS + most_rows * (round_up(dim, 2 * W) + padded + 2) + a.heads * wide + 2 * TOKENS * padded + 8 * 16);
     parallel(team, tasks, 1, [&](NexClaims& claims) {
         float* memory = local_memory.get<float>(local);
         QueryScratch s;
@@ -462,7 +509,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
         s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * round_up(dim, 2 * W));
         s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
         s.maxima = take(most_rows), s.totals = take(most_rows);
-        float* query = take(a.heads * padded);
+        float* query = take(a.heads * wide);
         for (int64_t i; (i = next(claims)) >= 0;) {
             const Task& task = list[i];
             if (task.kv >= 0) {
@@ -470,11 +517,10 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
                 continue;
             }
             const float* from = a.q + a.starts[task.row] * a.q_stride;
-            for (int64_t h = 0; h < a.heads; ++h)
-                for (int64_t d = 0; d < padded; ++d) query[h * padded + d] = d < dim ? from[h * dim + d] * a.scale : 0.0f;
+            for (int64_t h = 0; h < a.heads; ++h) put_query<T>(from + h * dim, dim, a.scale, query + h * wide);
             decode_share<T>(a, query, task.row, task.first, task.last, s.scores, states + task.state);
             if (task.first == 0 && task.last == a.lengths[task.row])
-                merge(a, a.starts[task.row], states + task.state, 1, state_size);
+                merge<typename Products<T>::Power>(a, a.starts[task.row], states + task.state, 1, state_size);
         }
     });
     // rows that were split: their states lie one behind the other
@@ -483,7 +529,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
         const Task& task = list[chunks + i];
         const int64_t length = a.lengths[task.row];
         if (task.first == 0 && task.last < length)
-            merge(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
+            merge<typename Products<T>::Power>(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
     });
 }
 
