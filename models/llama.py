@@ -105,8 +105,10 @@ class LlamaForCausalLM:
         kv: torch.Tensor,
         attention: AttentionBackend,
         meta: AttentionMeta,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """token_ids, positions i8 `[T]`; kv `[2, L, num_blocks, block_size, H_kv, D]` -> normed hidden `[T, C]`."""
+        """token_ids, positions i8 `[T]`; kv `[2, L, num_blocks, block_size, H_kv, D]` -> normed hidden `[T, C]`.
+        wanted i8 `[N]`: only these rows are needed, `[N, C]`; the last layer computes no others."""
         c, ops = self.config, self.ops
         heads = (c.num_heads, c.num_kv_heads, c.head_dim)
         angles = ops.angles(self.rotary, positions)
@@ -117,6 +119,8 @@ class LlamaForCausalLM:
             qkv = ops.linear(layer.qkv, x, norm=layer.input_norm)
             q = ops.rotate_and_store(qkv, angles, attention, k_cache, v_cache, meta, heads)
             attention.run(q, k_cache, v_cache, meta, mixed.view(q.shape))
+            if wanted is not None and i == c.num_layers - 1:
+                x, mixed = ops.take("x", x, wanted), ops.take("mixed", mixed, wanted)
             x = ops.add_linear(layer.output, mixed, into=x)
             x = ops.add_linear(layer.down, ops.gated(layer.gate_up, x, norm=layer.post_norm), into=x)
         return ops.norm(x, self.norm)

@@ -49,14 +49,20 @@ class TorchExecutor:
     """A model, its KV cache and its attention backend on one device. Made by `create`."""
 
     def __init__(
-        self, model: LlamaForCausalLM, attention: AttentionBackend, attention_spec: AttentionSpec, spec: ExecutorSpec
+        self,
+        model: LlamaForCausalLM,
+        attention: AttentionBackend,
+        attention_spec: AttentionSpec,
+        spec: ExecutorSpec,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        """cache_dtype: of K and V; None: the model's."""
         self.spec = spec
         self._model, self._attention, self._device = model, attention, attention_spec.device
         self._block_size = attention_spec.block_size
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        kv_dtype = attention_spec.kv_dtype or model.dtype
+        kv_dtype = cache_dtype or attention_spec.kv_dtype or model.dtype
         self._kv: torch.Tensor | None = torch.empty(shape, dtype=kv_dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
@@ -97,14 +103,15 @@ class TorchExecutor:
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
             kv_dtype=FP8 if options.fp8_kv else None,
         )  # fmt: skip
-        kv_element_bytes = (attention_spec.kv_dtype or dtype).itemsize
-        token_bytes = config.kv_bytes_per_token(kv_element_bytes)
         if where.type == "cpu":
             progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
         backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
         for name, reason in passed_over:
             log.info("attention backend %s is passed over: %s", name, reason)
         ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization, config.stored)
+        kept = ops.cache_dtype if backend.name == "cpu" else None
+        cache_dtype = attention_spec.kv_dtype or kept or dtype
+        token_bytes = config.kv_bytes_per_token(cache_dtype.itemsize)
         try:
             model = model_class(config.architecture)(
                 config,
@@ -148,7 +155,7 @@ class TorchExecutor:
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
                 overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
             )
-            return cls(model, backend(attention_spec), attention_spec, spec)
+            return cls(model, backend(attention_spec), attention_spec, spec, cache_dtype)
 
         progress("allocating the KV cache", 0.0)
         graphs_bytes = peak_bytes = 0
@@ -163,7 +170,7 @@ class TorchExecutor:
             step = largest_step(options, longest, attention_spec.block_size)
             free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
             kv_bytes = options.kv_cache_bytes or free_bytes
-        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, kv_element_bytes)
+        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, cache_dtype.itemsize)
         needed = num_blocks * attention_spec.block_size * token_bytes
         if needed > free_bytes:
             raise ConfigError(
@@ -195,7 +202,7 @@ class TorchExecutor:
         if len(rows):
             slots, table = batch.slots[rows], batch.sampling
             tokens, logprobs = sample(
-                self._model.logits(hidden[inputs.last]),
+                self._model.logits(hidden),
                 SamplingRows(
                     table.temperature[slots],
                     table.top_k[slots],
@@ -213,20 +220,28 @@ class TorchExecutor:
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
-        """The model's forward pass; a step that only decodes is one of few shapes, which a table may remember."""
+        """What the model says of the sampled rows `[N, C]`; a step that only decodes is one of few shapes, which a
+        table may remember."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
         if inputs.graph is not None and self.graphs is not None:
-            return self.graphs.replay(inputs.graph, meta.seq_lens_host)
+            return self.graphs.replay(inputs.graph, meta.seq_lens_host)[inputs.last]
+        wanted = inputs.last if self._device.type == "cpu" and not decodes else None
         self._attention.plan(meta)
 
         def compute() -> torch.Tensor:
-            return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta)
+            return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta, wanted)
 
-        if not decodes or not self._attention.caps().graphs:
-            return compute()
-        tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
-        return self._model.ops.step(compute, (*tensors, meta.slot_mapping))
+        if not self._attention.caps().graphs:
+            hidden = compute()
+        elif not decodes:
+            hidden = self._model.ops.step(compute, None)
+        else:
+            tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
+            hidden = self._model.ops.step(compute, (*tensors, meta.slot_mapping))
+        if wanted is not None or (decodes and len(inputs.last) == len(hidden)):
+            return hidden
+        return hidden[inputs.last]
 
     def collect(self) -> StepResult:
         """Waits for the end of the oldest step, and for nothing else."""

@@ -45,6 +45,7 @@ class NativeOps:
     def __init__(self, eps: float, library: Library, quantization: Quantization = "none") -> None:
         self.name = f"native ({library.isa})"
         self.keeps_stored = quantization == "int4"
+        self.cache_dtype: torch.dtype | None = None if quantization == "none" else torch.bfloat16
         self._quantization = quantization
         self._eps, self._library = eps, library
         self._torch = TorchOps(eps)
@@ -54,6 +55,8 @@ class NativeOps:
         self._embed, self._norm, self._store = structs.Embed(), structs.Norm(eps=eps), structs.RotateStore()
         self._embed_call, self._norm_call = Prepared(self._embed), Prepared(self._norm)
         self._store_call = Prepared(self._store)
+        self._take = structs.Take()
+        self._take_call = Prepared(self._take)
 
     def takes(self, weight: Stored, *, head: bool = False) -> bool:
         return self.keeps_stored and isinstance(weight, Q4Blocks)
@@ -112,8 +115,16 @@ class NativeOps:
         self._run(to, x, norm, out, structs.GATED)
         return out
 
+    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        out = self.memory(f"taken {use}", places, x.shape[1])
+        a = self._take
+        a.x, a.places, a.out = x.data_ptr(), places.data_ptr(), out.data_ptr()
+        a.rows, a.columns = out.shape
+        self._library.run(self._take_call)
+        return out
+
     def logits(self, to: PackedMap, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(x), to.outputs)
+        out = self.memory("logits", x, to.outputs)
         self._run(to, x, None, out, structs.STORE)
         return out
 
@@ -134,19 +145,21 @@ class NativeOps:
         view = self._views[use, rows, columns] = have[:rows]
         return view
 
-    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Steps are told apart by their inputs' addresses, rows and distances between rows: nothing else goes into the
-        arguments of their calls."""
-        key = tuple([number for t in inputs for number in (t.data_ptr(), t.shape[0], t.stride(0))])
-        if (known := self._steps.get(key)) is not None:
-            self._library.replay(known[0])
-            return known[1]
-        with self._library.recording() as recorded:
-            result = compute()
-        if len(self._steps) == _STEPS:
-            self._steps.clear()
-        self._steps[key] = Calls(recorded), result
-        return result
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        """All calls at once, so that the threads need not be woken for each. Steps are told apart by their inputs'
+        addresses, rows and distances between rows: nothing else goes into the arguments of their calls."""
+        key = tuple([number for t in inputs or () for number in (t.data_ptr(), t.shape[0], t.stride(0))])
+        known = self._steps.get(key)
+        if known is None:
+            with self._library.recording() as recorded:
+                result = compute()
+            known = Calls(recorded), result
+            if len(self._steps) == _STEPS:
+                self._steps.clear()
+            if key:
+                self._steps[key] = known
+        self._library.replay(known[0])
+        return known[1]
 
     def rotate_and_store(
         self,

@@ -32,12 +32,14 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results but logits may lie in the
-    table's own memory, where they hold until the same operation is called again."""
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results may lie in the table's
+    own memory, where they hold until the same operation is called again."""
 
     name: str
     keeps_stored: bool
     """Whether `pack` takes weights in some form in which files store them; `takes` says which."""
+    cache_dtype: torch.dtype | None
+    """In which K and V are kept where `rotate_and_store` writes them; None: in the model's."""
 
     def takes(self, weight: Stored, *, head: bool = False) -> bool:
         """Whether `pack` keeps this weight as it is stored."""
@@ -77,8 +79,12 @@ class Ops(Protocol[M]):
         """silu(gate) * up, where gate and up are the halves of the map of x."""
         ...
 
+    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Rows of x by number, i8 `[N]`, in memory of this use."""
+        ...
+
     def logits(self, to: M, x: torch.Tensor) -> torch.Tensor:
-        """float32 `[N, V]` in new memory."""
+        """float32 `[N, V]`."""
         ...
 
     def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
@@ -89,9 +95,10 @@ class Ops(Protocol[M]):
         """Uninitialised `[T, columns]` for a use, with rows, type and device of `like`."""
         ...
 
-    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """compute(): operations on `inputs` and on what never moves. A table may remember what they come to, and do
-        just that for inputs of the same shapes at the same places."""
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        """compute(): operations of this table and of an attention backend that can be captured, on `inputs` and on what
+        never moves. A table may remember what they come to, and do just that for inputs of the same shapes at the same
+        places. inputs None: they are others every time."""
         ...
 
     def rotate_and_store(
@@ -114,6 +121,7 @@ class TorchOps:
 
     name = "torch"
     keeps_stored = False
+    cache_dtype: torch.dtype | None = None
 
     def __init__(self, eps: float, packed: PackedMaps | None = None) -> None:
         self._eps, self._packed = eps, packed
@@ -155,6 +163,9 @@ class TorchOps:
     def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         return silu_mul(self.linear(to, x, norm))
 
+    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return x[places]
+
     def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
         return to(x).float()
 
@@ -164,7 +175,7 @@ class TorchOps:
     def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         return like.new_empty(len(like), columns)
 
-    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         return compute()
 
     def rotate_and_store(

@@ -31,8 +31,9 @@ FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_VNNI = (*_AVX512, "-mavx512vnni")
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx2": _AVX2, "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")},
+    "x86_64": {"avx2": _AVX2, "avx512": _AVX512, "avx512vnni": _VNNI, "avx512bf16": (*_VNNI, "-mavx512bf16")},
     "aarch64": {"neon": (), "neondot": ("-march=armv8.2-a+dotprod",)},
 }
 """Flags of each instruction set by machine; never -march=native, since a cache folder may be shared."""

@@ -15,7 +15,7 @@ from ctypes import c_char_p, c_int, c_int64, c_void_p
 from nexusengine.native import structs
 from nexusengine.native.build import NativeError, build
 
-ABI = 2
+ABI = 3
 _loaded: Library | NativeError | None = None
 _loading = threading.Lock()
 
@@ -59,11 +59,12 @@ class Library:
         self._dll.nex_set_threads(count)
 
     def run(self, one: Prepared) -> None:
-        """Compute now; while this thread records, also keep a copy of the call."""
+        """Compute now; while this thread records, keep a copy of the call instead."""
         recorded: list[ctypes.Structure] | None = getattr(self._local, "recorded", None)
-        if recorded is not None:
+        if recorded is None:
+            self._run(one.address, 1)
+        else:
             recorded.append(type(one.arguments).from_buffer_copy(one.arguments))
-        self._run(one.address, 1)
 
     def replay(self, calls: Calls) -> None:
         """Compute what was recorded, in its order. What its pointers name must be there still."""
@@ -71,7 +72,8 @@ class Library:
 
     @contextmanager
     def recording(self) -> Iterator[list[ctypes.Structure]]:
-        """Within the block, the arguments of every call of this thread are collected, as they are at the call."""
+        """Within the block, the arguments of every call of this thread are collected, as they are at the call, and
+        nothing is computed."""
         recorded: list[ctypes.Structure] = []
         self._local.recorded = recorded
         try:

@@ -67,6 +67,10 @@ class Largest(ctypes.Structure):
     _fields_ = [("x", c_void_p), ("out", c_void_p), ("rows", c_int64), ("columns", c_int64)]
 
 
+class Take(ctypes.Structure):
+    _fields_ = [("x", c_void_p), ("places", c_void_p), ("out", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+
+
 class RotateStore(ctypes.Structure):
     _fields_ = [
         ("qkv", c_void_p),
@@ -105,5 +109,13 @@ class Call(ctypes.Structure):
     _fields_ = [("arguments", c_void_p), ("kind", c_int64)]
 
 
-KINDS: dict[type[ctypes.Structure], int] = {Linear: 0, Embed: 1, Norm: 2, RotateStore: 3, Attention: 4, Largest: 5}
+KINDS: dict[type[ctypes.Structure], int] = {
+    Linear: 0,
+    Embed: 1,
+    Norm: 2,
+    RotateStore: 3,
+    Attention: 4,
+    Largest: 5,
+    Take: 6,
+}
 """NexCallKind of each struct that is an argument."""

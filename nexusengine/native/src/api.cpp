@@ -9,7 +9,7 @@
 
 #if defined(NEX_SETS)  // tests build fewer
 #elif defined(__x86_64__)
-#define NEX_SETS(X) X(avx512vnni) X(avx512) X(avx2)
+#define NEX_SETS(X) X(avx512bf16) X(avx512vnni) X(avx512) X(avx2)
 #elif defined(__aarch64__)
 #define NEX_SETS(X) X(neondot) X(neon)
 #else
@@ -28,6 +28,7 @@ bool runs_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__aarch64__)
 bool runs_neon() { return true; }
 bool runs_neondot() { return (getauxval(AT_HWCAP) & (1UL << 20)) != 0; }  // HWCAP_ASIMDDP
@@ -41,7 +42,7 @@ int threads = 1;
 #define NEX_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Version of the structs and functions here; library.py refuses another.
-NEX_EXPORT int nex_abi() { return 2; }
+NEX_EXPORT int nex_abi() { return 3; }
 
 // The n-th best instruction set that was compiled in and runs here, or null behind the last.
 NEX_EXPORT const char* nex_available(int n) {

@@ -15,7 +15,7 @@ namespace {
 static constexpr float LOWEST = -__builtin_inff();
 static constexpr int TOKENS = 64;       // of a tile of keys
 static constexpr int QUERY_ROWS = 192;  // about so many rows of (query, head) a task, fewer if threads would be idle
-static constexpr int SPLIT_TOKENS = 512;  // keys a task of a row that is split: never by threads, they must not change sums
+static constexpr int SPLIT_TOKENS = 128;  // keys a task of a row that is split: never by threads, they must not change sums
 
 // Where token `position` of a row lies, in bytes from the base.
 INLINE int64_t place(const NexCache& c, const int32_t* blocks, int64_t position) {
@@ -30,24 +30,129 @@ INLINE float row_scale(const int8_t* row, int64_t dim) {
     return scale;
 }
 
+// ---- arithmetic by type of cache ----------------------------------------------------------------------------------
+
+// How two factors of a product are kept. Floats: one number a lane.
+struct Floats {
+    INLINE vf add(vf sum, const float* x, vf line) { return sum + splat(*x) * line; }
+};
+
+// Two bfloat16 numbers a lane, which follow each other along k: a product of twice as many at the price of one.
+struct Pairs {
+#if defined(__AVX512BF16__)
+    INLINE vf add(vf sum, const float* x, vf line) {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+    }
+#endif
+};
+
+#if defined(__AVX512BF16__)
+// 2 W floats of a row as pairs.
+INLINE void put_pairs(const float* from, float* to) {
+    store(to, (vf)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
+}
+#endif
+
+// How scores become weights: e^x, or 2^x for scores that were multiplied by log2 e, and then only as exactly as bfloat16
+// needs.
+struct Natural {
+    INLINE vf of(vf x) { return exponential(x); }
+};
+#if defined(__AVX512BF16__)
+struct Binary {
+    // 2^x = 2^n 2^r, |r| <= 1/2, and a polynomial of degree 4 in r (by Chebyshev's points; within 8e-6). x <= 0, and 0
+    // for what is smaller than 2^-150; NaN stays NaN.
+    INLINE vf of(vf x) {
+        x = larger(splat(-200.0f), x);
+        const vf n = _mm512_roundscale_ps(x, 8), r = x - n;
+        const vf p = (((9.67077e-3f * r + 5.587557e-2f) * r + 2.4022212e-1f) * r + 6.9312726e-1f) * r + 1.0f;
+        return _mm512_scalef_ps(p, n);
+    }
+};
+#endif
+
+// Whether products of this type of cache are of pairs, and how scores become weights then.
+template <class T>
+struct Products {
+    typedef Natural Power;
+    static constexpr bool PAIRED = false;
+    static constexpr float UNIT = 1.0f;  // of scores
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<bf16> {
+    typedef Binary Power;
+    static constexpr bool PAIRED = true;
+    static constexpr float UNIT = 1.44269504088896341f;  // log2 e
+};
+#endif
+
+// A query as its products need it, filled up with zeros to a multiple of 2 W.
+template <class T>
+INLINE void put_query(const float* from, int64_t dim, float scale, float* to) {
+    const int64_t wide = round_up(dim, 2 * W);
+    scale *= Products<T>::UNIT;
+    for (int64_t d = 0; d < wide; ++d) to[d] = d < dim ? from[d] * scale : 0.0f;
+#if defined(__AVX512BF16__)
+    if constexpr (Products<T>::PAIRED)  // in place: what is written lies before what is still to be read
+        for (int64_t d = 0; d < wide; d += 2 * W) put_pairs(to + d, to + d / 2);
+#endif
+}
+
 // ---- one query a row ---------------------------------------------------------------------------------------------
 
-// scores [G] of one key against G queries of its group; q rows are padded with zeros to `padded`.
+// The sums of G vectors times a factor, TOKENS apart.
+template <int G>
+INLINE void put_sums(const vf (&acc)[G], float factor, float* out) {
+#if defined(__AVX512F__)
+    if constexpr (G > 1) {  // together: fewer steps than one after the other
+        auto low = [](vf a, vf b) __attribute__((always_inline)) { return (vf)_mm512_unpacklo_ps(a, b); };
+        auto high = [](vf a, vf b) __attribute__((always_inline)) { return (vf)_mm512_unpackhi_ps(a, b); };
+        const vf c = acc[G > 2 ? 2 : 0], d = acc[G > 3 ? 3 : 0];
+        const __m512d first = (__m512d)(low(acc[0], acc[1]) + high(acc[0], acc[1]));
+        const __m512d second = (__m512d)(low(c, d) + high(c, d));
+        const vf four = (vf)_mm512_unpacklo_pd(first, second) + (vf)_mm512_unpackhi_pd(first, second);
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)) * factor;
+        each<G>(EACH(g) { out[g * TOKENS] = sums[int(g)]; });
+        return;
+    }
+#endif
+    each<G>(EACH(g) { out[g * TOKENS] = sum(acc[g]) * factor; });
+}
+
+// scores [G] of one key against G queries of its group; q rows are padded with zeros to `wide`.
 template <int G, class T>
-INLINE void score(const float* q, int64_t padded, const T* key, int64_t dim, float* scores) {
+INLINE void score(const float* q, int64_t wide, const T* key, int64_t dim, float* scores) {
     vf acc[G] = {};
     int64_t d = 0;
     for (; d + W <= dim; d += W) {
         const vf k = load(key + d);
-        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
+        each<G>(EACH(g) { acc[g] += load(q + g * wide + d) * k; });
     }
     if (d < dim) {
         const vf k = load_first(key + d, int(dim - d));
-        each<G>(EACH(g) { acc[g] += load(q + g * padded + d) * k; });
+        each<G>(EACH(g) { acc[g] += load(q + g * wide + d) * k; });
     }
-    const float scale = row_scale(key, dim);
-    each<G>(EACH(g) { scores[g * TOKENS] = sum(acc[g]) * scale; });
+    put_sums<G>(acc, row_scale(key, dim), scores);
 }
+
+#if defined(__AVX512BF16__)
+// The same of bfloat16 pairs; q [G][wide] holds a head's pairs in the first half.
+template <int G>
+INLINE void score(const float* q, int64_t wide, const bf16* key, int64_t dim, float* scores, Pairs) {
+    vf acc[G] = {};
+    for (int64_t d = 0; d < dim; d += 2 * W) {
+        vf k{};
+        if (d + 2 * W <= dim) k = load(reinterpret_cast<const float*>(key + d));
+        else std::memcpy(&k, key + d, size_t(dim - d) * 2);
+        each<G>(EACH(g) { acc[g] = _mm512_dpbf16_ps(acc[g], (__m512bh)load(q + g * wide + d / 2), (__m512bh)k); });
+    }
+    put_sums<G>(acc, 1.0f, scores);
+}
+#endif
 
 // out [G][padded] += weights [G][TOKENS] times `count` values, each `offset` bytes behind its token's.
 template <int G, class T>
@@ -81,7 +186,8 @@ INLINE void mix(const float* weights, const char* const* values, int64_t offset,
     }
 }
 
-// Scores [TOKENS] of a head, `count` of them, into e^(score - maximum); returns what earlier sums are multiplied by.
+// Scores [TOKENS] of a head, `count` of them, into weights; returns what earlier sums are multiplied by.
+template <class Power>
 INLINE float soften(float* scores, int count, float& maximum, float& total) {
     const int used = int(round_up(count, W));
     for (int t = count; t < used; ++t) scores[t] = LOWEST;
@@ -91,11 +197,11 @@ INLINE float soften(float* scores, int count, float& maximum, float& total) {
     vf sums{};
     const vf shift = splat(highest);
     for (int t = 0; t < used; t += W) {
-        vf e = exponential(load(scores + t) - shift);
+        vf e = Power::of(load(scores + t) - shift);
         store(scores + t, e);
         sums += e;
     }
-    const float factor = maximum == LOWEST ? 0.0f : exponential(splat(maximum - highest))[0];
+    const float factor = maximum == LOWEST ? 0.0f : Power::of(splat(maximum - highest))[0];
     total = total * factor + sum(sums);
     maximum = highest;
     return factor;
@@ -119,7 +225,8 @@ INLINE void head_groups(int64_t kv_heads, int64_t group, F f) {
 template <class T>
 static void decode_share(const NexAttention& a, const float* q, int64_t row, int64_t begin, int64_t end, float* scores,
                          float* state) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads, head_bytes = a.cache.head_bytes;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
+    const int64_t head_bytes = a.cache.head_bytes;
     const int32_t* blocks = a.table + row * a.table_stride;
     float *maxima = state, *totals = state + a.heads, *out = state + 2 * a.heads;
     for (int64_t h = 0; h < a.heads; ++h) maxima[h] = LOWEST, totals[h] = 0.0f;
@@ -136,11 +243,12 @@ static void decode_share(const NexAttention& a, const float* q, int64_t row, int
             for (int64_t line = 0; line < a.kv_heads * head_bytes; line += 64) __builtin_prefetch(values[t] + line);
             head_groups(a.kv_heads, group, [&](auto g, int64_t kv, int64_t h) __attribute__((always_inline)) {
                 const T* key = reinterpret_cast<const T*>(keys[t] + kv * head_bytes);
-                score<g>(q + h * padded, padded, key, dim, scores + h * TOKENS + t);
+                if constexpr (Products<T>::PAIRED) score<g>(q + h * wide, wide, key, dim, scores + h * TOKENS + t, Pairs{});
+                else score<g>(q + h * wide, wide, key, dim, scores + h * TOKENS + t);
             });
         }
         for (int64_t h = 0; h < a.heads; ++h) {
-            const float factor = soften(scores + h * TOKENS, count, maxima[h], totals[h]);
+            const float factor = soften<typename Products<T>::Power>(scores + h * TOKENS, count, maxima[h], totals[h]);
             if (factor != 1.0f)
                 for (int64_t d = 0; d < padded; d += W) store(out + h * padded + d, load(out + h * padded + d) * factor);
             if (sizeof(T) == 1)
@@ -154,6 +262,7 @@ static void decode_share(const NexAttention& a, const float* q, int64_t row, int
 }
 
 // The shares of a row merged into its output.
+template <class Power>
 static void merge(const NexAttention& a, int64_t token, const float* states, int64_t shares, int64_t size) {
     const int64_t padded = round_up(a.dim, W);
     for (int64_t h = 0; h < a.heads; ++h) {
@@ -164,7 +273,7 @@ static void merge(const NexAttention& a, int64_t token, const float* states, int
         for (int64_t s = 0; s < shares; ++s) {
             const float* state = states + s * size;
             // of one share as it is, so that an infinite score gives NaN and not 0
-            const float factor = shares == 1 ? 1.0f : exponential(splat(state[h] - highest))[0];
+            const float factor = shares == 1 ? 1.0f : Power::of(splat(state[h] - highest))[0];
             total += state[a.heads + h] * factor;
             const float* values = state + 2 * a.heads + h * padded;
             for (int64_t d = 0; d < a.dim; ++d) out[d] += values[d] * factor;
@@ -175,8 +284,8 @@ static void merge(const NexAttention& a, int64_t token, const float* states, int
 
 // ---- many queries a row ------------------------------------------------------------------------------------------
 
-// sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides in floats, columns a multiple of W.
-template <int ROWS, int VECTORS>
+// sums [rows][columns] (+)= a [rows][k] times b [k][columns]; strides and k in lanes of P, columns a multiple of W.
+template <class P, int ROWS, int VECTORS>
 INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, float* sums,
                          int64_t stride, bool add) {
     vf acc[ROWS][VECTORS];
@@ -185,31 +294,31 @@ INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64
         vf line[VECTORS];
         each<VECTORS>(EACH(v) { line[v] = load(b + i * b_stride + v * W); });
         each<ROWS>(EACH(r) {
-            const vf x = splat(a[r * a_stride + i]);
-            each<VECTORS>(EACH(v) { acc[r][v] += x * line[v]; });
+            each<VECTORS>(EACH(v) { acc[r][v] = P::add(acc[r][v], a + r * a_stride + i, line[v]); });
         });
     }
     each<ROWS>(EACH(r) { each<VECTORS>(EACH(v) { store(sums + r * stride + v * W, acc[r][v]); }); });
 }
 
-template <int VECTORS>
+template <class P, int VECTORS>
 static void product_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t k,
                             float* sums, int64_t stride, bool add) {
     constexpr int ROWS = W == 8 ? 12 / VECTORS : 24 / VECTORS > 6 ? 6 : 24 / VECTORS;
     int64_t r = 0;
     for (; r + ROWS <= rows; r += ROWS)
-        product_tile<ROWS, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+        product_tile<P, ROWS, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
     for (; r < rows; ++r)
-        product_tile<1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
+        product_tile<P, 1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
 }
 
+template <class P>
 static void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t columns, int64_t k, float* sums,
                     bool add) {
     constexpr int MOST = W == 8 ? 2 : 4;
     int64_t c = 0;
     for (; c + MOST * W <= columns; c += MOST * W)
-        product_columns<MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
-    for (; c < columns; c += W) product_columns<1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+        product_columns<P, MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+    for (; c < columns; c += W) product_columns<P, 1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
 }
 
 // A tile of keys, transposed [padded][TOKENS], and values [TOKENS][padded], as floats; zeros behind the last token.
@@ -245,6 +354,41 @@ static void copy_keys(const NexAttention& a, const int32_t* blocks, int64_t kv, 
     }
 }
 
+#if defined(__AVX512BF16__)
+// A tile of bfloat16 keys [padded / 2][TOKENS] and values [TOKENS / 2][padded], as pairs. dim is even.
+static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv, int64_t at, int count, float* keys,
+                       float* values) {
+    const int64_t dim = a.dim, padded = round_up(dim, W), stop = round_up(count, W);
+    for (int64_t t = 0; t < stop; t += W) {
+        const char *key[W] = {}, *value[W] = {};
+        for (int i = 0; i < W && t + i < count; ++i) {
+            const int64_t offset = place(a.cache, blocks, at + t + i) + kv * a.cache.head_bytes;
+            key[i] = static_cast<const char*>(a.cache.k) + offset;
+            value[i] = static_cast<const char*>(a.cache.v) + offset;
+        }
+        for (int64_t d = 0; d < dim / 2; d += W) {
+            const int n = dim / 2 - d < W ? int(dim / 2 - d) : W;
+            vf square[W];
+            for (int i = 0; i < W; ++i) {
+                square[i] = vf{};
+                if (key[i] != nullptr) std::memcpy(&square[i], key[i] + 4 * d, size_t(4 * n));
+            }
+            transpose(square);
+            for (int i = 0; i < W && d + i < padded / 2; ++i) store(keys + (d + i) * TOKENS + t, square[i]);
+        }
+        for (int i = 0; i < W; i += 2)
+            for (int64_t d = 0; d < padded; d += W) {
+                const int n = dim - d < W ? int(dim - d) : W;
+                vh pair[2] = {};
+                for (int j = 0; j < 2; ++j)
+                    if (value[i + j] != nullptr) std::memcpy(&pair[j], value[i + j] + 2 * d, size_t(2 * n));
+                const vu first = __builtin_convertvector(pair[0], vu), second = __builtin_convertvector(pair[1], vu);
+                store(values + (t + i) / 2 * padded + d, (vf)(first | second << 16));
+            }
+    }
+}
+#endif
+
 struct QueryScratch {
     float *queries, *scores, *mixed, *keys, *values, *maxima, *totals;
 };
@@ -252,13 +396,13 @@ struct QueryScratch {
 // Queries first .. last of a row (counted in the row) for one KV head.
 template <class T>
 static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t first, int64_t last, const QueryScratch& s) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
     const int64_t start = a.starts[row], total_queries = a.starts[row + 1] - start, length = a.lengths[row];
     const int64_t count = last - first, rows = count * group;  // row r: query r / group, head r % group
     const int32_t* blocks = a.table + row * a.table_stride;
     for (int64_t r = 0; r < rows; ++r) {
         const float* from = a.q + (start + first + r / group) * a.q_stride + (kv * group + r % group) * dim;
-        for (int64_t d = 0; d < dim; ++d) s.queries[r * dim + d] = from[d] * a.scale;
+        put_query<T>(from, dim, a.scale, s.queries + r * wide);
         s.maxima[r] = LOWEST, s.totals[r] = 0.0f;
     }
     std::memset(s.mixed, 0, size_t(rows * padded) * 4);
@@ -266,21 +410,39 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
     const int64_t keys = before + count;
     for (int64_t at = 0; at < keys; at += TOKENS) {
         const int tokens = keys - at < TOKENS ? int(keys - at) : TOKENS;
-        copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
         // rows before `blind` see nothing of this tile
         const int64_t blind = at > before ? (at - before) * group : 0;
-        product(s.queries + blind * dim, dim, rows - blind, s.keys, TOKENS, dim, s.scores + blind * TOKENS, false);
+        const float* queries = s.queries + blind * wide;
+        float *scores = s.scores + blind * TOKENS, *mixed = s.mixed + blind * padded;
+#if defined(__AVX512BF16__)
+        if constexpr (Products<T>::PAIRED) {
+            copy_pairs(a, blocks, kv, at, tokens, s.keys, s.values);
+            product<Pairs>(queries, wide, rows - blind, s.keys, TOKENS, dim / 2, scores, false);
+        }
+#endif
+        if constexpr (!Products<T>::PAIRED) {
+            copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
+            product<Floats>(queries, wide, rows - blind, s.keys, TOKENS, dim, scores, false);
+        }
         for (int64_t r = blind; r < rows; ++r) {
             const int64_t seen = before + r / group + 1 - at;
             float* scores = s.scores + r * TOKENS;
             const int n = seen < tokens ? int(seen) : tokens;
-            const float factor = soften(scores, n, s.maxima[r], s.totals[r]);
-            for (int t = int(round_up(n, W)); t < tokens; t += W) store(scores + t, vf{});
+            const float factor = soften<typename Products<T>::Power>(scores, n, s.maxima[r], s.totals[r]);
+            for (int t = int(round_up(n, W)); t < round_up(tokens, 2 * W); t += W) store(scores + t, vf{});
+#if defined(__AVX512BF16__)
+            if constexpr (Products<T>::PAIRED)
+                for (int t = 0; t < tokens; t += 2 * W) put_pairs(scores + t, scores + t / 2);
+#endif
             if (factor != 1.0f)
                 for (int64_t d = 0; d < padded; d += W)
                     store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
         }
-        product(s.scores + blind * TOKENS, TOKENS, rows - blind, s.values, padded, tokens, s.mixed + blind * padded, true);
+#if defined(__AVX512BF16__)
+        if constexpr (Products<T>::PAIRED)
+            product<Pairs>(scores, TOKENS, rows - blind, s.values, padded, (tokens + 1) / 2, mixed, true);
+#endif
+        if constexpr (!Products<T>::PAIRED) product<Floats>(scores, TOKENS, rows - blind, s.values, padded, tokens, mixed, true);
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* to = a.out + (start + first + r / group) * a.out_stride + (kv * group + r % group) * dim;
@@ -299,7 +461,7 @@ struct Task {
 
 template <class T>
 static void attention_of(const NexAttention& a, const NexTeam& team) {
-    const int64_t dim = a.dim, padded = round_up(dim, W), group = a.heads / a.kv_heads;
+    const int64_t dim = a.dim, padded = round_up(dim, W), wide = round_up(dim, 2 * W), group = a.heads / a.kv_heads;
     const int64_t state_size = round_up(2 * a.heads + a.heads * padded, 16);
     int64_t queries = QUERY_ROWS / group > 4 ? QUERY_ROWS / group : 4;
     int64_t tasks = 0, shares = 0, chunks = 0;
@@ -335,7 +497,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
     }
     const int64_t most_rows = queries * group;
     const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
-    const size_t local = size_t(score_rows * TOKENS + most_rows * (dim + padded + 2) + (a.heads + 2 * TOKENS) * padded + 8 * 16);
+    const size_t local = size_t(score_rows * TOKENS + most_rows * (round_up(dim, 2 * W) + padded + 2) + a.heads * wide + 2 * TOKENS * padded + 8 * 16);
     parallel(team, tasks, 1, [&](NexClaims& claims) {
         float* memory = local_memory.get<float>(local);
         QueryScratch s;
@@ -344,10 +506,10 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
             memory += round_up(size, 16);
             return taken;
         };
-        s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * dim);
+        s.scores = take(score_rows * TOKENS), s.mixed = take(most_rows * padded), s.queries = take(most_rows * round_up(dim, 2 * W));
         s.keys = take(TOKENS * padded), s.values = take(TOKENS * padded);
         s.maxima = take(most_rows), s.totals = take(most_rows);
-        float* query = take(a.heads * padded);
+        float* query = take(a.heads * wide);
         for (int64_t i; (i = next(claims)) >= 0;) {
             const Task& task = list[i];
             if (task.kv >= 0) {
@@ -355,11 +517,10 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
                 continue;
             }
             const float* from = a.q + a.starts[task.row] * a.q_stride;
-            for (int64_t h = 0; h < a.heads; ++h)
-                for (int64_t d = 0; d < padded; ++d) query[h * padded + d] = d < dim ? from[h * dim + d] * a.scale : 0.0f;
+            for (int64_t h = 0; h < a.heads; ++h) put_query<T>(from + h * dim, dim, a.scale, query + h * wide);
             decode_share<T>(a, query, task.row, task.first, task.last, s.scores, states + task.state);
             if (task.first == 0 && task.last == a.lengths[task.row])
-                merge(a, a.starts[task.row], states + task.state, 1, state_size);
+                merge<typename Products<T>::Power>(a, a.starts[task.row], states + task.state, 1, state_size);
         }
     });
     // rows that were split: their states lie one behind the other
@@ -368,7 +529,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
         const Task& task = list[chunks + i];
         const int64_t length = a.lengths[task.row];
         if (task.first == 0 && task.last < length)
-            merge(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
+            merge<typename Products<T>::Power>(a, a.starts[task.row], states + task.state, (length + share - 1) / share, state_size);
     });
 }
 

@@ -100,8 +100,13 @@ static void finish(const NexLinear& op, int64_t pair, int64_t row, int64_t rows,
             const float* up = gate + PANEL;
             if (w.bias != nullptr)
                 for (int64_t i = 0; i < count; ++i) gate[i] += w.bias[at + i], gate[PANEL + i] += w.bias[half + at + i];
+            float* out = op.out + (row + r) * op.out_stride + at;
+            if (count == PANEL) {
+                for (int v = 0; v < PANEL; v += W) store(out + v, silu(load(gate + v)) * load(up + v));
+                continue;
+            }
             for (int v = 0; v < PANEL; v += W) store(gate + v, silu(load(gate + v)) * load(up + v));
-            std::memcpy(op.out + (row + r) * op.out_stride + at, gate, size_t(count) * 4);
+            std::memcpy(out, gate, size_t(count) * 4);
         }
         return;
     }
@@ -111,7 +116,10 @@ static void finish(const NexLinear& op, int64_t pair, int64_t row, int64_t rows,
         float* out = op.out + (row + r) * op.out_stride + at;
         if (w.bias != nullptr)
             for (int64_t i = 0; i < count; ++i) sum[i] += w.bias[at + i];
-        if (op.finish == NEX_ADD)
+        const bool add = op.finish == NEX_ADD;
+        if (count == 2 * PANEL)
+            for (int v = 0; v < 2 * PANEL; v += W) store(out + v, add ? load(out + v) + load(sum + v) : load(sum + v));
+        else if (add)
             for (int64_t i = 0; i < count; ++i) out[i] += sum[i];
         else
             std::memcpy(out, sum, size_t(count) * 4);

@@ -34,5 +34,6 @@ extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {
         call<NexRotateStore, rotate_store>,
         call<NexAttention, attention>,
         call<NexLargest, largest_of>,
+        call<NexTake, take_rows>,
     },
 };

@@ -79,6 +79,14 @@ struct NexLargest {
     int64_t rows, columns;
 };
 
+// Rows of x by number.
+struct NexTake {
+    const float* x;  // [.., columns]
+    const int64_t* places;
+    float* out;  // [rows, columns]
+    int64_t rows, columns;
+};
+
 // Rotate q in place, rotate k, and write k and v into the cache.
 struct NexRotateStore {
     float* qkv;  // [tokens, (heads + 2 kv_heads) * dim]
@@ -113,6 +121,7 @@ enum NexCallKind : int32_t {
     NEX_ROTATE_STORE = 3,
     NEX_ATTENTION = 4,
     NEX_LARGEST = 5,
+    NEX_TAKE = 6,
 };
 struct NexCall {
     const void* arguments;
@@ -122,6 +131,6 @@ struct NexCall {
 // One instruction set's functions, by NexCallKind.
 struct NexKernels {
     const char* name;
-    void (*calls[6])(const void* arguments, const NexTeam& team);
+    void (*calls[7])(const void* arguments, const NexTeam& team);
 };
 }

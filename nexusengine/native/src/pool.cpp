@@ -2,8 +2,8 @@
 // that they take nothing from what else computes. The caller never waits for a helper that has claimed nothing: one that
 // is not scheduled costs only its share of the work, and one that loses its core within a task costs that task's rest.
 //
-// One counter says what is left, and a claim is one compare-and-swap of it. A helper that comes late, even in a later
-// call than the one it woke for, claims a task of whatever call is there now, or none.
+// One word for each share says what is left of it, and a claim is one compare-and-swap of it. A helper that comes late,
+// even in a later call than the one it woke for, claims a task of whatever call is there now, or none.
 #include "pool.h"
 
 #include <linux/futex.h>
@@ -52,6 +52,7 @@ struct NexPool {
     NexTasks tasks{};
     alignas(64) uint32_t finished = 0;  // tasks of the call that helpers have finished
     uint32_t caller_sleeps = 0;
+    alignas(64) uint32_t calls = 0;  // how many there were: says that there may be tasks
     alignas(64) uint32_t wakes = 0;  // what helpers sleep on; counts how often they were woken
     uint32_t asleep = 0;             // not 0: some may be
     alignas(64) uint32_t running = 0;  // a run is in progress
@@ -61,20 +62,30 @@ struct NexPool {
     pthread_t threads[MOST_HELPERS];
 };
 
+struct Helper {
+    NexPool* pool;
+    int32_t share;
+};
+
 namespace {
 
 NexPool* pool = nullptr;  // never freed: helpers look at it until the process ends
 
 void* help(void* argument) {
-    NexPool& p = *static_cast<NexPool*>(argument);
+    Helper* self = static_cast<Helper*>(argument);
+    NexPool& p = *self->pool;
+    const int32_t share = self->share;
+    delete self;
+    uint32_t seen = read(p.calls) - 1;  // the call that it was made for may be there already
     while (!read(p.ending)) {
         const int64_t until = now_ns() + HELPER_LOOKS_NS;
         bool found = false;
         do {
-            for (int i = 0; i < PAUSES && !(found = read(p.tasks.left) > 0); ++i) relax();
+            for (int i = 0; i < PAUSES && !(found = read(p.calls) != seen); ++i) relax();
         } while (!found && read(p.running) && now_ns() < until);
         if (found) {
-            NexClaims claims{};
+            seen = read(p.calls);
+            NexClaims claims{&p.tasks, 0, 0, 0, share};
             if (!claim(p.tasks, 1, claims)) continue;  // one, since only now nothing else of the call can change
             p.tasks.body(p.tasks.context, claims);
             __atomic_fetch_add(&p.finished, uint32_t(claims.count), __ATOMIC_SEQ_CST);
@@ -83,7 +94,7 @@ void* help(void* argument) {
         }
         const uint32_t wakes = read(p.wakes);
         write(p.asleep, 1);  // who adds tasks after this look at them sees it
-        if (read(p.tasks.left) == 0 && !read(p.ending)) wait_while(&p.wakes, wakes);
+        if (read(p.calls) == seen && !read(p.ending)) wait_while(&p.wakes, wakes);
     }
     return nullptr;
 }
@@ -100,11 +111,17 @@ void employ(NexPool& p, int count) {
     while (p.helpers > 0) pthread_join(p.threads[--p.helpers], nullptr);
     write(p.ending, 0);
     p.wanted = count;
+    p.tasks.count = count + 1 < NEX_MOST_SHARES ? count + 1 : NEX_MOST_SHARES;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (p.helpers < count && p.helpers < MOST_HELPERS) {
-        if (pthread_create(&p.threads[p.helpers], nullptr, help, &p) != 0) break;
+        Helper* helper = new (std::nothrow) Helper{&p, (p.helpers + 1) % p.tasks.count};
+        if (helper == nullptr) break;
+        if (pthread_create(&p.threads[p.helpers], nullptr, help, helper) != 0) {
+            delete helper;
+            break;
+        }
         pthread_setname_np(p.threads[p.helpers++], "nexusengine");
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -147,14 +164,17 @@ extern "C" void nex_pool_leave(const NexTeam& team) {
 extern "C" void nex_pool_share(const NexTeam& team, int64_t tasks, int64_t together, void (*body)(void*, NexClaims&),
                                void* context) {
     NexPool& p = *team.pool;
-    p.tasks.total = tasks, p.tasks.together = together, p.tasks.body = body, p.tasks.context = context;
+    p.tasks.together = together, p.tasks.body = body, p.tasks.context = context;
     write(p.finished, 0);
-    write(p.tasks.left, tasks);
+    const int64_t shares = p.tasks.count;
+    for (int64_t i = 0; i < shares; ++i)
+        write(p.tasks.shares[i].range, uint64_t(i * tasks / shares) << 32 | uint64_t((i + 1) * tasks / shares));
+    __atomic_fetch_add(&p.calls, 1, __ATOMIC_SEQ_CST);
     if (read(p.asleep)) {
         write(p.asleep, 0);
         wake_helpers(p);
     }
-    NexClaims claims{&p.tasks, 0, 0, 0};
+    NexClaims claims{&p.tasks, 0, 0, 0, 0};
     body(context, claims);
     const uint32_t others = uint32_t(tasks - claims.count);
     int64_t until = 0;

@@ -29,6 +29,12 @@ static void rms_norm(const NexNorm& op, const NexTeam& team) {
     });
 }
 
+static void take_rows(const NexTake& op, const NexTeam& team) {
+    parallel_for(team, op.rows, 64, [&](int64_t r) {
+        std::memcpy(op.out + r * op.columns, op.x + op.places[r] * op.columns, size_t(op.columns) * 4);
+    });
+}
+
 // In one pass: a number that is not finite times 0 is a NaN, and shows in the sum. Of equal ones the first counts.
 static int64_t largest_place(const float* x, int64_t n) {
     constexpr int64_t STEP = 64;

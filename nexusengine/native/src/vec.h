@@ -113,6 +113,15 @@ INLINE float sum(vf v) {
 #endif
 }
 
+INLINE bool any_nan(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
+#else
+    const float total = sum(v * 0.0f);
+    return total != total;
+#endif
+}
+
 INLINE float largest(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(v);
