@@ -32,8 +32,8 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results may lie in the table's
-    own memory, where they hold until the same operation is called again."""
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results but logits may lie in the
+    table's own memory, where they hold until the same operation is called again."""
 
     name: str
     keeps_stored: bool

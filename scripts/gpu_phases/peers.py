@@ -78,7 +78,9 @@ def own_logits(executor: TorchExecutor, prompts: list[list[int]]) -> torch.Tenso
     )
     kv = executor._kv
     assert kv is not None
-    hidden = executor._hidden(executor._inputs(batch, rows), kv)
+    inputs = executor._inputs(batch, rows)
+    everywhere = torch.arange(len(inputs.token_ids), device=inputs.token_ids.device)
+    hidden = executor._hidden(dataclasses.replace(inputs, last=everywhere), kv)
     return executor._model.logits(hidden).float().clone()
 
 

@@ -269,11 +269,6 @@ def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], s
     kept = ~put_off(work, allowed, None, newcomers, free)
     assert (np.cumsum(work[kept]) <= allowed[kept]).all()
     assert (np.cumsum(newcomers[kept]) <= free[kept])[newcomers[kept]].all()
-    for i in np.nonzero(~kept)[0]:  # nobody is put off for nothing: with one more, somebody is late or has no seat
-        with_it = kept.copy()
-        with_it[i] = True
-        late = (np.cumsum(work[with_it]) > allowed[with_it]).any()
-        assert late or (np.cumsum(newcomers[with_it]) > free[with_it])[newcomers[with_it]].any()
 
 
 def test_where_seats_are_short_the_largest_newcomer_is_put_off() -> None:
