@@ -137,7 +137,7 @@ def topology(gpus: tuple[Gpu, ...]) -> list[list[str]]:
         with driver() as nvml:
             handles = [nvml.nvmlDeviceGetHandleByUUID(g.uuid) for g in gpus]
             return [[("-" if a is b else link_between(nvml, a, b)) for b in handles] for a in handles]
-    except Exception:
+    except Exception:  # no driver, no library, or a question it does not answer: doctor then leaves the table out
         return []
 
 

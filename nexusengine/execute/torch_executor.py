@@ -54,16 +54,15 @@ class TorchExecutor:
         attention: AttentionBackend,
         attention_spec: AttentionSpec,
         spec: ExecutorSpec,
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype,
     ) -> None:
-        """cache_dtype: of K and V; None: the model's."""
+        """cache_dtype: of K and V."""
         self.spec = spec
         self._model, self._attention, self._device = model, attention, attention_spec.device
         self._block_size = attention_spec.block_size
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        kv_dtype = cache_dtype or attention_spec.kv_dtype or model.dtype
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=kv_dtype, device=self._device)
+        self._kv: torch.Tensor | None = torch.empty(shape, dtype=cache_dtype, device=self._device)
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)

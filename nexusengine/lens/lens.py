@@ -270,10 +270,12 @@ class Lens:
         if not choose:
             return prompts, nobody, late
         allowed_s = pace.work_until(slack_s - o.margin * pace.first_s)
-        newcomers = c.blocks[prompts.slots] == 0
-        start_s = slack_s - pace.step_s - pace.hasty_dilution * prompts.work_s
-        seats = self._turnover.seats_within(o.seat * start_s, free, view.max_running)
-        if not (prompts.work_s.cumsum() > allowed_s).any() and not (newcomers.cumsum() > seats).any():
+        newcomers, seats, short = c.blocks[prompts.slots] == 0, None, False
+        if np.count_nonzero(newcomers) > free:
+            start_s = slack_s - pace.step_s - pace.hasty_dilution * prompts.work_s
+            seats = self._turnover.seats_within(o.seat * start_s, free, view.max_running)
+            short = bool((newcomers.cumsum() > seats).any())
+        if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
             return prompts, nobody, late
         rank = 2 * c.priority[prompts.slots]
         if o.goal_long and self._guard.active:

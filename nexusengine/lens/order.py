@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,17 +20,18 @@ def put_off(
 ) -> Bools:
     """Whom to leave out, so that as many as possible of the others end in time (Moore and Hodgson, Management Science
     15(1), 1968): take them in order; when one would be late, put off the largest taken so far, of the lowest rank. The
-    same where a newcomer would find no seat in time, with the largest newcomer.
+    same where a newcomer would find no seat in time, with the largest newcomer: with both at once a rule of thumb.
 
     work_s `[N]`: service time of each, in the order they are served. allowed_s `[N]`: until when each must be done.
-    newcomers `[N]`: who needs a seat; seats `[N]`: how many newcomers can have one early enough for each.
+    newcomers `[N]`: who needs a seat; seats `[N]`: how many newcomers can have one early enough for each. None: there
+    are seats for all.
     """
     out = np.zeros(len(work_s), np.bool_)
     taken: list[tuple[int, float, int]] = []
     taken_newcomers: list[tuple[int, float, int]] = []
     works = work_s.tolist()
-    starts = newcomers.tolist() if newcomers is not None else [False] * len(works)
-    places = seats.tolist() if seats is not None else allowed_s
+    starts = [False] * len(works) if newcomers is None else newcomers.tolist()
+    places = [math.inf] * len(works) if seats is None else seats.tolist()
     done_s, started = 0.0, 0
 
     def leave_out(among: list[tuple[int, float, int]]) -> None:

@@ -71,6 +71,10 @@ async def fan_in(
 
     A consumer that is slow makes the generations wait; what they get meanwhile comes as one piece.
     """
+    if len(generations) == 1:  # nothing to bring together, and two tasks less between a token and its client
+        async with aclosing(generations[0]) as only:
+            yield ((0, output) async for output in only)
+        return
     news: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(_QUEUED_PIECES)
 
     async def pump(index: int, generation: AsyncGenerator[RequestOutput]) -> None:
@@ -90,10 +94,6 @@ async def fan_in(
             left -= item[1].finished
             yield item
 
-    if len(generations) == 1:  # nothing to bring together, and two tasks less between a token and its client
-        async with aclosing(generations[0]) as only:
-            yield ((0, output) async for output in only)
-        return
     tasks = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
     try:
         yield consume()
