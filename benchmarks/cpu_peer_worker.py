@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -225,9 +226,10 @@ class OnnxRuntime:
 
         target = Path(work["converted"]) / "onnx-fp32"
         if not (target / "genai_config.json").is_file():
-            from onnxruntime_genai.models.builder import create_model
-
-            create_model("", str(_hugging_face(work)), str(target), "fp32", "cpu", str(target / "cache"))
+            builder = Path(genai.__file__).parent / "models" / "builder.py"  # imports its neighbours as a script does
+            kind = ["-p", "fp32", "-e", "cpu", "-c", str(target / "cache")]
+            command = [sys.executable, str(builder), "-i", str(_hugging_face(work)), "-o", str(target), *kind]
+            subprocess.run(command, check=True, stdout=sys.stderr)
         self._genai, self._model = genai, genai.Model(str(target))
 
     def generate(self, prompts: Prompts, output: int) -> int:
