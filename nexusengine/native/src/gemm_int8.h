@@ -1,5 +1,5 @@
 // Linear maps with integer arithmetic: rows of x are quantised to 8 bits on the fly and multiplied by weights of 8 or 4
-// bits. Same tasks and tiles as gemm.h, other inner loops.
+// bits. Tiles as in gemm.h, other inner loops, and a tile's sums leave for `out` before the next one begins.
 //
 // x = a * scale of a block of 64 (INT8) or 32 (Q4) numbers of a row: one scale a row would lose what lies beside an
 // outlier. A block's products are summed as integers, then scaled into float sums. INT8 has one scale an output, which
