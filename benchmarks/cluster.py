@@ -60,6 +60,8 @@ SCENARIOS = {
     "alike": Scenario("4xa100", "azure2023_conv.csv.gz", "mixed", 52.0),
     "shared": Scenario("h100,2xa100,2xl4", "mooncake_conversation.jsonl.gz", "mixed", 9.0, prefix_caching=True),
     "shared-alike": Scenario("4xa100", "mooncake_conversation.jsonl.gz", "mixed", 9.0, prefix_caching=True),
+    "mixed-20": Scenario("4xh100,8xa100,8xl4", "azure2023_conv.csv.gz", "mixed", 4 * 58.0),
+    "mixed-60": Scenario("12xh100,24xa100,24xl4", "azure2023_conv.csv.gz", "mixed", 12 * 58.0),
     "agentic": Scenario("4xh100", "agentic_claude_code_weka.jsonl.gz", "mixed", 0.6, prefix_caching=True),
 }
 UNSHARED = ("mixed", "interactive", "long", "consumer", "alike")

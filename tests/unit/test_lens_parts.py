@@ -309,13 +309,15 @@ def test_priority_counts_within_a_class_only() -> None:
 # ---- guard --------------------------------------------------------------------------------------------------------
 
 
-def test_the_guard_learns_where_the_longest_tenth_begins() -> None:
+def test_the_guard_protects_those_of_the_longest_tenth_that_its_goal_counts_on() -> None:
     guard = LengthGuard(0.9, 0.75)
     lengths = np.random.default_rng(1).permutation(np.arange(1, 1001)).tolist() * 3
     for tokens in lengths:
         guard.decided(tokens, False)
-    assert guard.long_tokens == pytest.approx(900, rel=0.1)
-    assert guard.protected(np.array([500, 990], np.int32)).tolist() == [False, True]
+    assert guard.long_tokens == (pytest.approx(900, rel=0.1), pytest.approx(975, rel=0.1))
+    low, high = guard.long_tokens
+    lengths_now = np.array([500, low + 1, high - 1, high + 1], np.int32)
+    assert guard.protected(lengths_now).tolist() == [False, True, True, False]
 
 
 def test_the_guard_protects_the_longest_when_they_are_lost_and_few_are() -> None:
