@@ -1,6 +1,7 @@
 """One system in a process of its own, for cpu_peers.py: imports nothing of nexusengine but where that is the system.
 
-    cpu_peer_worker.py SYSTEM VARIANT WORK      then lines on stdin: `warm` loads, `round` measures once
+    cpu_peer_worker.py SYSTEM VARIANT WORK      then lines on stdin: `warm` loads and does the whole work once,
+                                                `round` measures once
 
 Each line is answered by `RESULT {json}`. All decode greedily and end at the wanted length only.
 """
@@ -342,7 +343,7 @@ def main() -> None:
         answer: dict[str, float] = {}
         if runner is None:
             runner = RUNNERS[system](work, variant)
-            runner.generate(work["prompts"][:2], 2)
+            runner.generate(work["prompts"], work["output"])  # unmeasured: some compile, ours learns how long steps take
         if line.strip() == "round":
             answer = measured(runner, work)
         print("RESULT " + json.dumps(answer), flush=True)
