@@ -152,19 +152,30 @@ class AsyncEngine:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         processor = make_processor(request, self.tokenizer, prompt)
         inbox: deque[TokenDelta] = deque()
-        arrived = asyncio.Event()
+        arrived, late = asyncio.Event(), False
 
         def sink(delta: TokenDelta) -> None:
             inbox.append(delta)
             arrived.set()
 
-        backend, over = self.backend, False
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            arrived.set()
+
+        backend, over, end = self.backend, False, None
         self._active.add(request.request_id)
         backend.submit(request, sink)
+        if request.deadline_s is not None:
+            left_s = request.deadline_s + _DEADLINE_GRACE_S - time.monotonic()
+            end = asyncio.get_running_loop().call_later(left_s, give_up)
         try:
             while not over:
-                await _within_deadline(arrived, request.deadline_s)
-                arrived.clear()
+                if not late:
+                    await arrived.wait()
+                    arrived.clear()
+                if not inbox:  # the backend should have ended the request at its deadline
+                    raise DeadlineExceeded("the time limit of the request is over, and no answer came")
                 delta = merge(inbox)
                 inbox.clear()
                 over = delta.finish_reason is not None
@@ -177,6 +188,8 @@ class AsyncEngine:
                 if output is not None:
                     yield output
         finally:
+            if end is not None:
+                end.cancel()
             self._active.discard(request.request_id)
             if not over:
                 backend.abort(request.request_id)
@@ -204,15 +217,3 @@ async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> Async
             news = [output async for output in outputs]
     for output in news:
         yield output
-
-
-async def _within_deadline(arrived: asyncio.Event, deadline_s: float | None) -> None:
-    """Wait for news. The backend ends a request at its deadline; if even that does not come, DeadlineExceeded."""
-    if deadline_s is None:
-        await arrived.wait()
-        return
-    try:
-        async with asyncio.timeout(deadline_s + _DEADLINE_GRACE_S - time.monotonic()):
-            await arrived.wait()
-    except TimeoutError:
-        raise DeadlineExceeded("the time limit of the request is over, and no answer came") from None

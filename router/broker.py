@@ -63,7 +63,6 @@ class Broker:
                     self._on_control(self._control.get())
             if self._back in ready:
                 self._receive(self._back)
-                self.core.prepare(time.monotonic())
             if self._front in ready:
                 self._receive(self._front)
             now = time.monotonic()
@@ -71,6 +70,8 @@ class Broker:
                 self.core.on_timer(now)
                 next_timer_s = now + self._period_s
             self._flush()
+            if self._back in ready:
+                self.core.prepare(now)  # no token waits for it
             if self.core.draining and not self._drained and not len(self.core.ledger):
                 self._drained = True
                 child.emit({"type": "drained"})

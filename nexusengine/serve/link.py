@@ -70,9 +70,12 @@ class RouterLink:
             self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta]) -> None:
+        """New tokens. ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's
+        thread to finish planning and more, so that goes behind it."""
         if deltas:
             with self._lock:
                 self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas)))
+            os.sched_yield()
 
     def tell(self, findings: wire.Findings) -> None:
         with self._lock:

@@ -11,22 +11,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from nexusengine.async_engine import once_more
 from nexusengine.requests import Prompt, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.state import ServerState
-from nexusengine.server.streams import EventStream, fan_in, until_disconnect
+from nexusengine.server.streams import EventStream, fan_in, while_present
 from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
 from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
-CHAT = "/v1/chat/completions"
-router = APIRouter()
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 class Shape(Protocol):
@@ -270,7 +270,6 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
 
 
-@router.post(CHAT)
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)
@@ -283,7 +282,6 @@ async def chat_completions(request: Request) -> Response:
     return await _reply(request, generation, body)
 
 
-@router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, CompletionRequest)
@@ -301,6 +299,9 @@ async def completions(request: Request) -> Response:
 async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
     headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
-        stall_s = generation.state.config.request_timeout
-        return await EventStream(request, generation.events(body.include_usage), headers, stall_s).begin()
-    return JSONResponse(await until_disconnect(request, generation.whole()), headers=headers)
+        return EventStream(generation.events(body.include_usage), headers, generation.state.config.request_timeout)
+    async with while_present(request.receive):
+        return JSONResponse(await generation.whole(), headers=headers)
+
+
+routes = [Route(CHAT, chat_completions, methods=["POST"]), Route(TEXT, completions, methods=["POST"])]

@@ -6,8 +6,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from nexusengine.errors import InvalidRequest, NotFound
 from nexusengine.server.state import ServerState
@@ -16,11 +17,9 @@ from nexusengine.slo import Verdict, judge
 from nexusengine.types import SLO
 from nexusengine.wire import MAX_STEPS_IN_ANSWER, RequestHistory, StepHistory
 
-router = APIRouter(prefix="/debug")
 _DEFAULT_STEPS = 50
 
 
-@router.get("/steps")
 async def steps(request: Request) -> Response:
     """The newest `last` steps of each worker, oldest first. Times in milliseconds; age_ms since a step began."""
     state: ServerState = request.app.state.server
@@ -32,11 +31,11 @@ async def steps(request: Request) -> Response:
     return JSONResponse({"workers": {a.worker_id: [_step(s, now_s) for s in a.steps] for a in answers}})
 
 
-@router.get("/requests/{request_id}")
-async def one_request(request: Request, request_id: str) -> Response:
+async def one_request(request: Request) -> Response:
     """What is remembered of a request, by the `id` of its reply. Of one that went to a second worker, both histories;
     the newest first."""
     state: ServerState = request.app.state.server
+    request_id = request.path_params["request_id"]
     answers = await state.serving_engine().backend.ask(request_id=request_id)
     found = sorted((a.request for a in answers if a.request), key=lambda h: h.scheduled_s or 0.0, reverse=True)
     if not found:
@@ -116,3 +115,6 @@ def _verdict(h: RequestHistory) -> Verdict | None:
         output_tokens=h.output_tokens,
         strict=h.strict,
     )
+
+
+routes = [Route("/debug/steps", steps), Route("/debug/requests/{request_id}", one_request)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from nexusengine import __version__
 from nexusengine.errors import InvalidRequest
@@ -14,8 +15,6 @@ from nexusengine.requests import check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
 from nexusengine.server.state import ServerState
-
-router = APIRouter()
 
 
 def _state(request: Request) -> ServerState:
@@ -30,19 +29,16 @@ def _model(state: ServerState) -> dict[str, Any]:
     return model | {"max_model_len": state.engine.max_model_len, "vocab_size": state.engine.vocab_size}
 
 
-@router.get("/v1/models")
 async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_model(_state(request))]})
 
 
-@router.get("/v1/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
+async def model(request: Request) -> Response:
     state = _state(request)
-    state.check_model(name)
+    state.check_model(request.path_params["name"])
     return JSONResponse(_model(state))
 
 
-@router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """{"prompt"} or {"messages"} -> {"tokens", "count", "max_model_len"} and, if asked for, "token_strs"."""
     state = _state(request)
@@ -62,7 +58,6 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(reply)
 
 
-@router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """{"tokens"} -> {"prompt"}, special tokens written out."""
     state = _state(request)
@@ -74,32 +69,40 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
-@router.get("/livez")
-@router.get("/health")
-async def livez() -> Response:
+async def livez(request: Request) -> Response:
     """200 as soon as HTTP is up."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz")
 async def readyz(request: Request) -> Response:
     """200 while requests are served: at least one worker is ready, and the server is not shutting down."""
     state = _state(request)
     return JSONResponse(state.progress(), 200 if state.ready else 503)
 
 
-@router.get("/startupz")
 async def startupz(request: Request) -> Response:
     """503 with the phase of start-up until it is over, 200 ever after."""
     state = _state(request)
     return JSONResponse(state.progress(), 200 if state.ready or state.was_ready else 503)
 
 
-@router.get("/version")
-async def version() -> Response:
+async def version(request: Request) -> Response:
     return JSONResponse({"version": __version__})
 
 
-@router.get("/metrics")
 async def metrics(request: Request) -> Response:
     return Response(_state(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+routes = [
+    Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/livez", livez),
+    Route("/health", livez),
+    Route("/readyz", readyz),
+    Route("/startupz", startupz),
+    Route("/version", version),
+    Route("/metrics", metrics),
+]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,49 +17,35 @@ from nexusengine.server.errors import SERVER_FAILED, error_body
 from nexusengine.types import RequestOutput
 
 _QUEUED_PIECES = 16
-T = TypeVar("T")
 log = get_logger("server")
 
 
-class Presence:
-    """Whether the client of a request is still there, watched by a task until `end`."""
+@asynccontextmanager
+async def while_present(receive: Receive) -> AsyncIterator[None]:
+    """What is inside is cancelled when the client leaves, and Cancelled raised: as asyncio.timeout does at its instant,
+    so that nothing stands between the client and a task of its own that works for it."""
+    task, left = asyncio.current_task(), False
+    assert task is not None
+    before = task.cancelling()
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._left = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
             pass
-
-    async def during(self, work: Awaitable[T]) -> T:
-        """The result of `work`; if the client leaves first, `work` is cancelled and Cancelled raised."""
-        worker = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((self._left, worker), return_when=asyncio.FIRST_COMPLETED)
-            if not worker.done():
-                raise Cancelled("the client left")
-            return worker.result()
-        finally:
-            await _ended(worker)
-
-    async def end(self) -> None:
-        await _ended(self._left)
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    if not task.done():
+        left = True
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
-
-async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`; if the client leaves first, `work` is cancelled and Cancelled raised."""
-    presence = Presence(request)
+    watcher = asyncio.ensure_future(watch())
     try:
-        return await presence.during(work)
+        yield
+    except asyncio.CancelledError:
+        if left and task.cancelling() <= before + 1:
+            raise Cancelled("the client left") from None
+        raise
     finally:
-        await presence.end()
+        watcher.cancel()
+        if left:
+            task.uncancel()
 
 
 @asynccontextmanager
@@ -104,47 +89,35 @@ async def fan_in(
 
 
 class EventStream(Response):
-    """Server-sent events. The first event is awaited before the status is sent, so that an early error is a plain JSON
-    reply (raised by `begin`); a later one is an event, and the stream ends without [DONE].
+    """Server-sent events. The first event is awaited before the status is sent, so that an early error is raised and
+    can become a plain JSON reply; a later one is an event, and the stream ends without [DONE].
 
     stall_s: a client that takes nothing for so long has its connection closed.
     """
 
-    def __init__(
-        self, request: Request, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str], stall_s: float
-    ) -> None:
-        self.status_code, self.background = 200, None
-        self._presence, self._events, self._stall_s = Presence(request), events, stall_s
-        self._first: dict[str, Any] | None = None
-        self.body = b""
+    def __init__(self, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str], stall_s: float) -> None:
+        self.status_code, self.background, self.body = 200, None, b""
+        self._events, self._stall_s = events, stall_s
         self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
 
-    async def begin(self) -> EventStream:
-        """Wait for the first event. Raises what the generation raises, and Cancelled."""
-        try:
-            self._first = await self._presence.during(anext(self._events))
-        except BaseException:
-            await self._end()
-            raise
-        return self
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what the generation raises before its first event, and Cancelled if the client leaves before."""
+        begun = False
         try:
-            await self._presence.during(self._write(send))
+            async with while_present(receive), aclosing(self._events) as events:
+                first = await anext(events)
+                begun = True
+                await self._write(send, first)
         except (Cancelled, OSError) as error:  # TimeoutError is an OSError
+            if not begun:
+                raise
             log.debug("a stream was cut off: %s", error)
-        finally:
-            await self._end()
 
-    async def _end(self) -> None:
-        await self._presence.end()
-        await self._events.aclose()
-
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, first: dict[str, Any]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await self._event(send, self._first)
+            await self._event(send, first)
             async for event in self._events:
                 await self._event(send, event)
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
@@ -158,7 +131,7 @@ class EventStream(Response):
             await self._event(send, error_body(InternalError(SERVER_FAILED)))
             await send({"type": "http.response.body", "body": b""})
 
-    async def _event(self, send: Send, event: dict[str, Any] | None) -> None:
+    async def _event(self, send: Send, event: dict[str, Any]) -> None:
         body = b"data: " + msgspec.json.encode(event) + b"\n\n"
         async with asyncio.timeout(self._stall_s):
             await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -25,10 +25,10 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     ("code", "forbidden"),
     [
         ("import nexusengine", ["torch", "numpy", "msgspec"]),
-        ("from nexusengine import Engine, SamplingParams", ["torch", "fastapi"]),
+        ("from nexusengine import Engine, SamplingParams", ["torch", "starlette"]),
         ("import nexusengine.server.app", ["torch"]),
-        ("import nexusengine.router.broker", ["torch", "fastapi", "tokenizers"]),
-        ("import nexusengine.serve.supervisor", ["torch", "fastapi"]),
+        ("import nexusengine.router.broker", ["torch", "starlette", "tokenizers"]),
+        ("import nexusengine.serve.supervisor", ["torch", "starlette"]),
         ("from nexusengine.cli.main import build_parser; build_parser([])", ["torch", "numpy", "rich", "msgspec"]),
     ],
 )

@@ -8,11 +8,10 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from starlette.requests import Request
 from starlette.types import Message
 
 from nexusengine.errors import Cancelled, InvalidRequest
-from nexusengine.server.streams import EventStream, fan_in, until_disconnect
+from nexusengine.server.streams import EventStream, fan_in, while_present
 from nexusengine.types import RequestOutput
 
 
@@ -23,10 +22,6 @@ class Client:
         self.leaves = asyncio.Event()
         self.sent: list[Message] = []
         self._takes = takes
-
-    @property
-    def request(self) -> Request:
-        return Request({"type": "http", "method": "POST", "path": "/", "headers": []}, self.receive)
 
     async def receive(self) -> Message:
         await self.leaves.wait()
@@ -64,7 +59,7 @@ class Events:
 
 
 async def stream(client: Client, events: Events, stall_s: float = 5.0) -> None:
-    reply = await EventStream(client.request, events.generate(), {"x-mine": "1"}, stall_s).begin()
+    reply = EventStream(events.generate(), {"x-mine": "1"}, stall_s)
     await reply({"type": "http"}, client.receive, client.send)
 
 
@@ -119,7 +114,8 @@ async def test_a_client_that_leaves_before_the_first_event_ends_what_was_started
         finally:
             ended.set()
 
-    beginning = asyncio.create_task(EventStream(client.request, never(), {}, 5.0).begin())
+    reply = EventStream(never(), {}, 5.0)
+    beginning = asyncio.create_task(reply({"type": "http"}, client.receive, client.send))
     await started.wait()
     client.leaves.set()
     with pytest.raises(Cancelled):
@@ -146,11 +142,32 @@ async def test_work_ends_when_the_client_leaves_and_its_result_comes_through_whe
             raise
         return "done"
 
-    assert await until_disconnect(client.request, work(0)) == "done"
+    async with while_present(client.receive):
+        assert await work(0) == "done"
     client.leaves.set()
     with pytest.raises(Cancelled):
-        await until_disconnect(client.request, work(60))
+        async with while_present(client.receive):
+            await work(60)
     assert cancelled.is_set()
+    await asyncio.sleep(0)  # the task that was cancelled for it goes on
+
+
+async def test_what_is_cancelled_by_others_while_its_client_is_there_is_not_taken_for_a_client_that_left() -> None:
+    async def work() -> None:
+        async with while_present(Client().receive):
+            await asyncio.sleep(60)
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+
+
+async def test_a_time_limit_inside_is_told_from_a_client_that_left() -> None:
+    with pytest.raises(TimeoutError):
+        async with while_present(Client().receive), asyncio.timeout(0.01):
+            await asyncio.sleep(60)
 
 
 class Generation:
