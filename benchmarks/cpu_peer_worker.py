@@ -1,6 +1,7 @@
 """One system in a process of its own, for cpu_peers.py: imports nothing of nexusengine but where that is the system.
 
-    cpu_peer_worker.py SYSTEM VARIANT WORK      then lines on stdin: `warm` loads, `round` measures once
+    cpu_peer_worker.py SYSTEM VARIANT WORK      then lines on stdin: `warm` loads and does the whole work once,
+                                                `round` measures once
 
 Each line is answered by `RESULT {json}`. All decode greedily and end at the wanted length only.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -225,9 +227,10 @@ class OnnxRuntime:
 
         target = Path(work["converted"]) / "onnx-fp32"
         if not (target / "genai_config.json").is_file():
-            from onnxruntime_genai.models.builder import create_model
-
-            create_model("", str(_hugging_face(work)), str(target), "fp32", "cpu", str(target / "cache"))
+            builder = Path(genai.__file__).parent / "models" / "builder.py"  # imports its neighbours as a script does
+            kind = ["-p", "fp32", "-e", "cpu", "-c", str(target / "cache")]
+            command = [sys.executable, str(builder), "-i", str(_hugging_face(work)), "-o", str(target), *kind]
+            subprocess.run(command, check=True, stdout=sys.stderr)
         self._genai, self._model = genai, genai.Model(str(target))
 
     def generate(self, prompts: Prompts, output: int) -> int:
@@ -259,6 +262,9 @@ def _hugging_face(work: dict[str, Any]) -> Path:
         path = Path(work["gguf"])
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # the weights are float32 now, but transformers still takes them for GGUF's and would not write them
+        model.hf_quantizer = None
+        del model.config.quantization_config
         tokenizer.save_pretrained(target)
         model.save_pretrained(target)
     return target
@@ -337,7 +343,9 @@ def main() -> None:
         answer: dict[str, float] = {}
         if runner is None:
             runner = RUNNERS[system](work, variant)
-            runner.generate(work["prompts"][:2], 2)
+            runner.generate(
+                work["prompts"], work["output"]
+            )  # unmeasured: some compile, ours learns how long steps take
         if line.strip() == "round":
             answer = measured(runner, work)
         print("RESULT " + json.dumps(answer), flush=True)

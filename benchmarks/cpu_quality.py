@@ -10,6 +10,7 @@ continuations agree with the float model's before the first that does not.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -58,33 +59,25 @@ class Scorer:
         for slot in range(CONTINUATIONS):
             self._sampling.set(slot, SamplingParams(temperature=0.0, seed=0))
 
-    def _step(self, starts: list[int], tokens: list[list[int]]) -> np.ndarray:
+    def _batch(self, starts: list[int], tokens: list[list[int]]) -> StepBatch:
         counts = np.array([len(t) for t in tokens], np.int32)
         slots, flags = np.arange(len(tokens), dtype=np.int32), np.ones(len(tokens), np.bool_)
         ids = np.concatenate(tokens).astype(np.int32)
-        self._executor.submit(
-            StepBatch(slots, np.array(starts, np.int32), counts, flags, ids, self._tables, self._sampling)
-        )
+        return StepBatch(slots, np.array(starts, np.int32), counts, flags, ids, self._tables, self._sampling)
+
+    def _step(self, starts: list[int], tokens: list[list[int]]) -> np.ndarray:
+        self._executor.submit(self._batch(starts, tokens))
         return self._executor.collect().token_ids
 
     @torch.inference_mode()
     def log_probabilities(self, window: list[int]) -> torch.Tensor:
         """float32 `[len(window), V]`: at each position, of the token that follows."""
-        kept: list[torch.Tensor] = []
-        model = self._executor._model
-        compute = model.forward
-
-        def forward(*arguments: Any) -> torch.Tensor:
-            hidden: torch.Tensor = compute(*arguments)
-            kept.append(model.logits(hidden).log_softmax(-1))
-            return hidden
-
-        model.forward = forward  # type: ignore[method-assign]
-        try:
-            self._step([0], [window])
-        finally:
-            model.forward = compute  # type: ignore[method-assign]
-        return kept[0]
+        executor = self._executor
+        kv = executor._kv
+        assert kv is not None
+        inputs = executor._inputs(self._batch([0], [window]), np.arange(1))
+        everywhere = dataclasses.replace(inputs, last=torch.arange(len(window)))
+        return executor._model.logits(executor._hidden(everywhere, kv)).log_softmax(-1)
 
     def greedy(self, prompts: list[list[int]]) -> list[list[int]]:
         token = self._step([0] * len(prompts), prompts)

@@ -126,7 +126,7 @@ class LlamaForCausalLM:
         return ops.norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden `[N, C]` of the rows to sample -> float32 `[N, V]`."""
+        """hidden `[N, C]` of the rows to sample -> float32 `[N, V]`, which holds until the next call (see Ops)."""
         return self.ops.logits(self.head, hidden)
 
     @property

@@ -32,8 +32,9 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results but logits may lie in the
-    table's own memory, where they hold until the same operation is called again."""
+    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results may lie in the table's
+    own memory, where they hold until the same operation is called again: those of a step until the next one, so that
+    what is to outlive it (logits among it) must be copied."""
 
     name: str
     keeps_stored: bool

@@ -149,10 +149,10 @@ static void linear(const char* isa, int kind, int finish, int64_t rows, int64_t 
         const double wide = kind >= NEX_INT8 ? 100 : 1;  // integers as large as 127 times a scale
         for (int64_t j = 0; j < outputs; ++j) {
             double expected = y[size_t(j)], allowed = 3e-5 * wide;
-            // rounding x to 8 bits: independent errors of largest / 127 / sqrt(12), 7 standard deviations
-            if (integers) allowed = 7 * largest / 127 / std::sqrt(12.0) * std::sqrt(size[size_t(j)]) / (1 + std::fabs(expected));
             if (finish == NEX_GATED) expected = expected / (1 + std::exp(-expected)) * y[size_t(j + outputs)];
             if (finish == NEX_ADD) expected += before[size_t(r * outputs + j)];
+            // rounding x to 8 bits: independent errors of largest / 127 / sqrt(12), 7 standard deviations
+            if (integers) allowed = 7 * largest / 127 / std::sqrt(12.0) * std::sqrt(size[size_t(j)]) / (1 + std::fabs(expected));
             check("linear", isa, out[size_t(r * outputs + j)], expected, allowed);
         }
     }
@@ -228,7 +228,7 @@ static void attention(const char* isa, int kind, int64_t heads, int64_t kv_heads
     NexAttention op{queries.data(), heads * dim, out.data(), heads * dim, cache, table.data(), widest, lengths.data(), starts.data(),
                     int64_t(rows.size()), heads, kv_heads, dim, 1 / std::sqrt(float(dim))};
     run(NEX_ATTENTION, op);
-    const double tolerance = kind == NEX_F32 ? 2e-5 : kind == NEX_BF16 ? 2e-2 : 3e-2;
+    const double tolerance = kind == NEX_F32 ? 2e-5 : kind == NEX_BF16 ? 2e-2 : 5e-2;
     for (size_t r = 0; r < rows.size(); ++r)
         for (int64_t i = 0; i < rows[r].queries; ++i)
             for (int64_t h = 0; h < heads; ++h) {
@@ -266,6 +266,7 @@ int main(int count, char** arguments) {
         for (int kind : {NEX_INT8, NEX_Q4}) {
             for (int64_t rows : {1, 2, 4, 5, 12, 13, 31}) linear(isa, kind, NEX_STORE, rows, 50, 96, rows % 2 == 0, rows % 3 == 0, true);
             linear(isa, kind, NEX_ADD, 130, 33, 160, true, true, true);
+            linear(isa, kind, NEX_STORE, 210, 72, 96, true, true, true);  // enough rows that threads share them out
             linear(isa, kind, NEX_STORE, 3, 7, 32, true, true, true);
         }
         for (int64_t k : {1, 2, 5, 19, 66}) linear(isa, NEX_INT8, NEX_STORE, 6, 20, k, false, false, true);
@@ -275,6 +276,7 @@ int main(int count, char** arguments) {
                 for (int64_t kv_heads : {1, 2, 6})
                     attention(isa, kind, 6, kv_heads, dim, dim == 80 ? 1 : 16, {{1, 1}, {1, 17}, {1, 64}, {5, 5}, {40, 70}});
         attention(isa, NEX_F32, 3, 1, 256, 16, {{1, 1200}, {130, 130}, {1, 600}});
+        attention(isa, NEX_BF16, 6, 2, 64, 16, {{130, 130}, {65, 200}, {1, 600}});
         for (int64_t columns : {1, 63, 64, 200}) {
             std::vector<float> scores = noise(size_t(4 * columns));
             std::vector<int64_t> places(4), expected(4);

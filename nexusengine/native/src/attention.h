@@ -15,6 +15,7 @@ namespace {
 static constexpr float LOWEST = -__builtin_inff();
 static constexpr int TOKENS = 64;       // of a tile of keys
 static constexpr int QUERY_ROWS = 192;  // about so many rows of (query, head) a task, fewer if threads would be idle
+static constexpr int ROWS_TOGETHER = 24;  // of these meet a tile at a time: scores stay in the first-level cache
 static constexpr int SPLIT_TOKENS = 128;  // keys a task of a row that is split: never by threads, they must not change sums
 
 // Where token `position` of a row lies, in bytes from the base.
@@ -201,7 +202,9 @@ INLINE float soften(float* scores, int count, float& maximum, float& total) {
         store(scores + t, e);
         sums += e;
     }
-    const float factor = maximum == LOWEST ? 0.0f : Power::of(splat(maximum - highest))[0];
+    float factor = 1.0f;
+    if (maximum == LOWEST) factor = 0.0f;
+    else if (highest != maximum) factor = Power::of(splat(maximum - highest))[0];
     total = total * factor + sum(sums);
     maximum = highest;
     return factor;
@@ -311,14 +314,19 @@ static void product_columns(const float* a, int64_t a_stride, int64_t rows, cons
         product_tile<P, 1, VECTORS>(a + r * a_stride, a_stride, b, b_stride, k, sums + r * stride, stride, add);
 }
 
+// stride: of b and of sums.
 template <class P>
-static void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t columns, int64_t k, float* sums,
-                    bool add) {
+static void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t stride, int64_t columns,
+                    int64_t k, float* sums, bool add) {
     constexpr int MOST = W == 8 ? 2 : 4;
     int64_t c = 0;
     for (; c + MOST * W <= columns; c += MOST * W)
-        product_columns<P, MOST>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
-    for (; c < columns; c += W) product_columns<P, 1>(a, a_stride, rows, b + c, columns, k, sums + c, columns, add);
+        product_columns<P, MOST>(a, a_stride, rows, b + c, stride, k, sums + c, stride, add);
+    if (MOST == 4 && c + 2 * W <= columns) {
+        product_columns<P, 2>(a, a_stride, rows, b + c, stride, k, sums + c, stride, add);
+        c += 2 * W;
+    }
+    for (; c < columns; c += W) product_columns<P, 1>(a, a_stride, rows, b + c, stride, k, sums + c, stride, add);
 }
 
 // A tile of keys, transposed [padded][TOKENS], and values [TOKENS][padded], as floats; zeros behind the last token.
@@ -370,8 +378,8 @@ static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv,
             const int n = dim / 2 - d < W ? int(dim / 2 - d) : W;
             vf square[W];
             for (int i = 0; i < W; ++i) {
-                square[i] = vf{};
-                if (key[i] != nullptr) std::memcpy(&square[i], key[i] + 4 * d, size_t(4 * n));
+                const float* from = reinterpret_cast<const float*>(key[i]) + d;
+                square[i] = key[i] == nullptr ? vf{} : n == W ? load(from) : load_first(from, n);
             }
             transpose(square);
             for (int i = 0; i < W && d + i < padded / 2; ++i) store(keys + (d + i) * TOKENS + t, square[i]);
@@ -379,11 +387,12 @@ static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv,
         for (int i = 0; i < W; i += 2)
             for (int64_t d = 0; d < padded; d += W) {
                 const int n = dim - d < W ? int(dim - d) : W;
-                vh pair[2] = {};
-                for (int j = 0; j < 2; ++j)
-                    if (value[i + j] != nullptr) std::memcpy(&pair[j], value[i + j] + 2 * d, size_t(2 * n));
-                const vu first = __builtin_convertvector(pair[0], vu), second = __builtin_convertvector(pair[1], vu);
-                store(values + (t + i) / 2 * padded + d, (vf)(first | second << 16));
+                vf pair[2] = {};  // widened: the number in the upper half
+                for (int j = 0; j < 2; ++j) {
+                    const bf16* from = reinterpret_cast<const bf16*>(value[i + j]) + d;
+                    if (value[i + j] != nullptr) pair[j] = n == W ? load(from) : load_first(from, n);
+                }
+                store(values + (t + i) / 2 * padded + d, from_bits((vi)((vu)bits(pair[0]) >> 16) | bits(pair[1])));
             }
     }
 }
@@ -392,6 +401,42 @@ static void copy_pairs(const NexAttention& a, const int32_t* blocks, int64_t kv,
 struct QueryScratch {
     float *queries, *scores, *mixed, *keys, *values, *maxima, *totals;
 };
+
+// Rows begin .. end of a task against one tile of keys; the first row sees `seen` of them, one more for each query.
+template <class T>
+static void meet_tile(const QueryScratch& s, int64_t begin, int64_t end, int64_t group, int64_t seen, int tokens, int64_t dim) {
+    const int64_t padded = round_up(dim, W), wide = round_up(dim, 2 * W), rows = end - begin;
+    auto seen_of = [&](int64_t r) {
+        const int64_t n = seen + r / group - begin / group;
+        return n < tokens ? int(n) : tokens;
+    };
+    const int most = seen_of(end - 1), used = int(round_up(most, 2 * W));
+    const float* queries = s.queries + begin * wide;
+    float* mixed = s.mixed + begin * padded;
+#if defined(__AVX512BF16__)
+    if constexpr (Products<T>::PAIRED)
+        product<Pairs>(queries, wide, rows, s.keys, TOKENS, round_up(most, W), dim / 2, s.scores, false);
+#endif
+    if constexpr (!Products<T>::PAIRED)
+        product<Floats>(queries, wide, rows, s.keys, TOKENS, round_up(most, W), dim, s.scores, false);
+    for (int64_t r = begin; r < end; ++r) {
+        float* scores = s.scores + (r - begin) * TOKENS;
+        const int n = seen_of(r);
+        const float factor = soften<typename Products<T>::Power>(scores, n, s.maxima[r], s.totals[r]);
+        for (int t = int(round_up(n, W)); t < used; t += W) store(scores + t, vf{});
+#if defined(__AVX512BF16__)
+        if constexpr (Products<T>::PAIRED)
+            for (int t = 0; t < used; t += 2 * W) put_pairs(scores + t, scores + t / 2);
+#endif
+        if (factor != 1.0f)
+            for (int64_t d = 0; d < padded; d += W) store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (Products<T>::PAIRED)
+        product<Pairs>(s.scores, TOKENS, rows, s.values, padded, padded, (most + 1) / 2, mixed, true);
+#endif
+    if constexpr (!Products<T>::PAIRED) product<Floats>(s.scores, TOKENS, rows, s.values, padded, padded, most, mixed, true);
+}
 
 // Queries first .. last of a row (counted in the row) for one KV head.
 template <class T>
@@ -410,39 +455,13 @@ static void chunk_task(const NexAttention& a, int64_t row, int64_t kv, int64_t f
     const int64_t keys = before + count;
     for (int64_t at = 0; at < keys; at += TOKENS) {
         const int tokens = keys - at < TOKENS ? int(keys - at) : TOKENS;
-        // rows before `blind` see nothing of this tile
-        const int64_t blind = at > before ? (at - before) * group : 0;
-        const float* queries = s.queries + blind * wide;
-        float *scores = s.scores + blind * TOKENS, *mixed = s.mixed + blind * padded;
+        if constexpr (!Products<T>::PAIRED) copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
 #if defined(__AVX512BF16__)
-        if constexpr (Products<T>::PAIRED) {
-            copy_pairs(a, blocks, kv, at, tokens, s.keys, s.values);
-            product<Pairs>(queries, wide, rows - blind, s.keys, TOKENS, dim / 2, scores, false);
-        }
+        if constexpr (Products<T>::PAIRED) copy_pairs(a, blocks, kv, at, tokens, s.keys, s.values);
 #endif
-        if constexpr (!Products<T>::PAIRED) {
-            copy_keys<T>(a, blocks, kv, at, tokens, s.keys, s.values);
-            product<Floats>(queries, wide, rows - blind, s.keys, TOKENS, dim, scores, false);
-        }
-        for (int64_t r = blind; r < rows; ++r) {
-            const int64_t seen = before + r / group + 1 - at;
-            float* scores = s.scores + r * TOKENS;
-            const int n = seen < tokens ? int(seen) : tokens;
-            const float factor = soften<typename Products<T>::Power>(scores, n, s.maxima[r], s.totals[r]);
-            for (int t = int(round_up(n, W)); t < round_up(tokens, 2 * W); t += W) store(scores + t, vf{});
-#if defined(__AVX512BF16__)
-            if constexpr (Products<T>::PAIRED)
-                for (int t = 0; t < tokens; t += 2 * W) put_pairs(scores + t, scores + t / 2);
-#endif
-            if (factor != 1.0f)
-                for (int64_t d = 0; d < padded; d += W)
-                    store(s.mixed + r * padded + d, load(s.mixed + r * padded + d) * factor);
-        }
-#if defined(__AVX512BF16__)
-        if constexpr (Products<T>::PAIRED)
-            product<Pairs>(scores, TOKENS, rows - blind, s.values, padded, (tokens + 1) / 2, mixed, true);
-#endif
-        if constexpr (!Products<T>::PAIRED) product<Floats>(scores, TOKENS, rows - blind, s.values, padded, tokens, mixed, true);
+        // rows before the first see nothing of this tile
+        for (int64_t r = at > before ? (at - before) * group : 0; r < rows; r += ROWS_TOGETHER)
+            meet_tile<T>(s, r, r + ROWS_TOGETHER < rows ? r + ROWS_TOGETHER : rows, group, before + r / group + 1 - at, tokens, dim);
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* to = a.out + (start + first + r / group) * a.out_stride + (kv * group + r % group) * dim;
@@ -480,13 +499,17 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
     static thread_local Scratch task_memory, state_memory, local_memory;
     Task* list = task_memory.get<Task>(size_t(chunks + shares));
     float* states = state_memory.get<float>(size_t(shares * state_size));
-    // chunks first, those with the most keys before the others: what is long must not begin last
+    // chunks first, dealt to the threads by their keys: what is long must not begin last, nor all with one thread
+    auto dealt = [&](int64_t i) {
+        const int64_t thread = i % team.threads, more = chunks % team.threads;
+        return thread * (chunks / team.threads) + (thread < more ? thread : more) + i / team.threads;
+    };
     for (int64_t r = a.rows - 1; r >= 0; --r) {
         const int64_t count = a.starts[r + 1] - a.starts[r];
         if (count <= 1) continue;
         for (int64_t first = (count - 1) / queries * queries; first >= 0; first -= queries)
             for (int64_t kv = 0; kv < a.kv_heads; ++kv)
-                list[tasks++] = {int32_t(r), int32_t(kv), int32_t(first), int32_t(first + queries < count ? first + queries : count), 0};
+                list[dealt(tasks++)] = {int32_t(r), int32_t(kv), int32_t(first), int32_t(first + queries < count ? first + queries : count), 0};
     }
     int64_t states_used = 0, split = 0;
     for (int64_t r = 0; r < a.rows; ++r) {
@@ -496,7 +519,7 @@ static void attention_of(const NexAttention& a, const NexTeam& team) {
             list[tasks++] = {int32_t(r), -1, int32_t(at), int32_t(at + share < a.lengths[r] ? at + share : a.lengths[r]), states_used};
     }
     const int64_t most_rows = queries * group;
-    const int64_t score_rows = most_rows > a.heads ? most_rows : a.heads;
+    const int64_t score_rows = ROWS_TOGETHER > a.heads ? ROWS_TOGETHER : a.heads;
     const size_t local = size_t(score_rows * TOKENS + most_rows * (round_up(dim, 2 * W) + padded + 2) + a.heads * wide + 2 * TOKENS * padded + 8 * 16);
     parallel(team, tasks, 1, [&](NexClaims& claims) {
         float* memory = local_memory.get<float>(local);

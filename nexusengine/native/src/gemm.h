@@ -186,7 +186,7 @@ static void linear_float(const NexLinear& op, const NexTeam& team) {
             for (int64_t t = 0; t < tiles.count; ++t)
                 copy_tile(op, tiles.begin(t), tiles.height(t), copied + tiles.begin(t) * w.k);
         for (int64_t task; (task = next(claims)) >= 0;) {
-            const int64_t pair = task / shares, share = task % shares;
+            const int64_t share = task / pairs, pair = task % pairs;
             linear_task(op, tiles, copied, pair, share * tiles.count / shares, (share + 1) * tiles.count / shares, sums,
                         pieces);
         }

@@ -1,5 +1,5 @@
 // Linear maps with integer arithmetic: rows of x are quantised to 8 bits on the fly and multiplied by weights of 8 or 4
-// bits. Same tasks and tiles as gemm.h, other inner loops.
+// bits. Tiles as in gemm.h, other inner loops, and a tile's sums leave for `out` before the next one begins.
 //
 // x = a * scale of a block of 64 (INT8) or 32 (Q4) numbers of a row: one scale a row would lose what lies beside an
 // outlier. A block's products are summed as integers, then scaled into float sums. INT8 has one scale an output, which
@@ -11,11 +11,12 @@
 
 namespace {
 
-static constexpr int64_t BLOCK_PIECE = 512;  // numbers of k of Q4 that are unpacked at a time
+static constexpr int64_t SHARE_BYTES = 512 << 10;  // of integers of x that a task reads, at most
+static constexpr int64_t SHARE_TILES = 16;         // with fewer tiles each, threads share out weights and not rows
 
 // ---- four products at a time, by instruction set -------------------------------------------------------------------
 // Dot8: weights -127 .. 127. Dot4: weights 0 .. 15. GROUPS: of four numbers in a block. LANES: accumulators a panel.
-// Group: four numbers of x as they are kept in a tile. begin: a sum before the first product, from the sum of x.
+// Group: four numbers of x as they are kept in a tile. begin: a sum before the first product, from x's total.
 // KEPT: registers hold the float sums of a tile as well, so that they stay there from the first block to the last.
 
 #if defined(__AVX512VNNI__)
@@ -25,7 +26,7 @@ struct Dot8 {
     typedef __m512i Sum;
     static constexpr int LANES = 1, ROWS = at_most(6), PANELS = 2, GROUPS = 16;
     static constexpr bool KEPT = true;
-    INLINE Sum begin(int32_t x_sum) { return _mm512_set1_epi32(-128 * x_sum); }
+    INLINE Sum begin(const float* x_total) { return _mm512_castps_si512(_mm512_set1_ps(*x_total)); }
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     INLINE __m512i numbers(Group g) { return _mm512_set1_epi32(g); }
     INLINE Sum add(Sum s, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
@@ -33,7 +34,7 @@ struct Dot8 {
 };
 struct Dot4 : Dot8 {
     static constexpr int GROUPS = 8;
-    INLINE Sum begin(int32_t) { return Sum{}; }
+    INLINE Sum begin(const float*) { return Sum{}; }
     INLINE __m512i weights(const int8_t* p, int) { return _mm512_loadu_si512(p); }
     INLINE __m512i low(__m512i both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
     INLINE __m512i high(__m512i both) { return low(_mm512_srli_epi16(both, 4)); }
@@ -71,7 +72,7 @@ struct Dot8 {
         return reinterpret_cast<vi>(_mm256_permute4x64_epi64(_mm256_hadd_epi32(s[2 * v], s[2 * v + 1]), 0xd8));
     }
 #endif
-    INLINE Sum begin(int32_t) { return Sum{}; }
+    INLINE Sum begin(const float*) { return Sum{}; }
 };
 // 4 bits by 8 bits do fit: a whole block is summed in 16 bits (8 * 2 * 15 * 127 < 2^15).
 struct Dot4 {
@@ -95,7 +96,7 @@ struct Dot4 {
     INLINE Sum add(Sum s, __m256i w, __m256i x) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(w, x)); }
     INLINE vi total(const Sum* s, int v) { return reinterpret_cast<vi>(_mm256_madd_epi16(s[v], _mm256_set1_epi16(1))); }
 #endif
-    INLINE Sum begin(int32_t) { return Sum{}; }
+    INLINE Sum begin(const float*) { return Sum{}; }
 };
 #else
 struct Dot8 {
@@ -103,7 +104,7 @@ struct Dot8 {
     typedef vi Sum;
     static constexpr int LANES = 4, ROWS = at_most(6), PANELS = 1, GROUPS = 16;
     static constexpr bool KEPT = false;
-    INLINE Sum begin(int32_t) { return Sum{}; }
+    INLINE Sum begin(const float*) { return Sum{}; }
     INLINE vi weights(const int8_t* p, int lane) { return bits(load(reinterpret_cast<const float*>(p) + lane * W)); }
     INLINE vi numbers(Group g) { return vi{} + g; }
     INLINE Sum add(Sum s, vi w, vi x) {
@@ -121,16 +122,16 @@ struct Dot4 : Dot8 {
 };
 #endif
 
-// acc [ROWS][N] += tile [ROWS] times a group of panels [16][4], as many panels as the registers hold.
+// acc [ROWS][N] += a group of each row, `stride` apart, times a group of panels [16][4], as many as the registers hold.
 template <class D, int ROWS, class Sums>
-INLINE void add_group(const typename D::Group* tile, const int8_t* first, const int8_t* second, Sums& acc) {
+INLINE void add_group(const typename D::Group* tile, int64_t stride, const int8_t* first, const int8_t* second, Sums& acc) {
     constexpr int N = D::PANELS * D::LANES;
     auto weights = [&](int v) __attribute__((always_inline)) {
         return v < D::LANES ? D::weights(first, v) : D::weights(second, v - D::LANES);
     };
     if constexpr (ROWS < N) {  // the smaller side stays in registers
         decltype(D::numbers(0)) x[ROWS];
-        each<ROWS>(EACH(r) { x[r] = D::numbers(tile[r]); });
+        each<ROWS>(EACH(r) { x[r] = D::numbers(tile[r * stride]); });
         each<N>(EACH(v) {
             const auto w = weights(v);
             each<ROWS>(EACH(r) { acc[r][v] = D::add(acc[r][v], w, x[r]); });
@@ -139,7 +140,7 @@ INLINE void add_group(const typename D::Group* tile, const int8_t* first, const 
         decltype(D::numbers(0)) w[N];
         each<N>(EACH(v) { w[v] = weights(v); });
         each<ROWS>(EACH(r) {
-            const auto x = D::numbers(tile[r]);
+            const auto x = D::numbers(tile[r * stride]);
             each<N>(EACH(v) { acc[r][v] = D::add(acc[r][v], w[v], x); });
         });
     }
@@ -154,21 +155,23 @@ struct Panels {
 // multiply_blocks where registers hold all sums. A block is unrolled: with as many rows as fit, each product waits for
 // none of the others.
 template <class D, int ROWS>
-static void multiply_kept(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
-                          const float* x_sums, float* sums) {
+static void multiply_kept(const typename D::Group* tile, int64_t stride, int64_t groups, const Panels& w,
+                          const float* x_scales, const float* x_totals, float* sums) {
     constexpr int N = D::PANELS;
     constexpr bool Q4 = D::GROUPS == 8;
+    const int8_t *first = w.first, *second = w.second;
     vf total[ROWS][N];
     each<ROWS>(EACH(r) { each<N>(EACH(p) { total[r][p] = Q4 ? load(sums + r * 2 * PANEL + p * PANEL) : vf{}; }); });
     for (int64_t from = 0, b = 0; from < groups; from += D::GROUPS, ++b) {
         typename D::Sum acc[ROWS][N];
         each<ROWS>(EACH(r) {
-            const auto start = D::begin(int32_t(x_sums[b * ROWS + r]));
+            const auto start = D::begin(x_totals + b * ROWS + r);
             each<N>(EACH(p) { acc[r][p] = start; });
         });
-        const int64_t past = from + D::GROUPS < groups ? from + D::GROUPS : groups;
-        for (int64_t g = from; g < past; ++g)
-            add_group<D, ROWS>(tile + g * ROWS, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
+        const int count = groups - from < D::GROUPS ? int(groups - from) : D::GROUPS;
+        const typename D::Group* x = tile + from;
+        for (int g = 0; g < count; ++g, ++x, first += 4 * PANEL, second += 4 * PANEL)
+            add_group<D, ROWS>(x, stride, first, second, acc);
         vf scale[N];
         if (Q4) each<N>(EACH(p) { scale[p] = load((p == 0 ? w.first_scales : w.second_scales) + b * PANEL); });
         each<ROWS>(EACH(r) {
@@ -187,22 +190,22 @@ static void multiply_kept(const typename D::Group* tile, int64_t groups, const P
     each<ROWS>(EACH(r) { each<N>(EACH(p) { store(sums + r * 2 * PANEL + p * PANEL, total[r][p]); }); });
 }
 
-// sums [ROWS][32] of groups of x [groups][ROWS] times panels [groups][16][4], block by block: each scaled by x_scales
-// [blocks][ROWS] and by the panels' scales. Q4: added to the sums. x_sums [blocks][ROWS]: of the integers, for `begin`.
+// sums [ROWS][32] of rows of x [groups], `stride` groups apart, times panels [groups][16][4], block by block: each scaled
+// by x_scales [blocks][ROWS] and by the panels' scales. Q4: added to the sums. x_totals [blocks][ROWS]: for `begin`.
 template <class D, int ROWS>
-static void multiply_blocks(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
-                            const float* x_sums, float* sums) {
+static void multiply_blocks(const typename D::Group* tile, int64_t stride, int64_t groups, const Panels& w,
+                            const float* x_scales, const float* x_totals, float* sums) {
     constexpr int N = D::PANELS * D::LANES;
     if (D::GROUPS != 8) for (int r = 0; r < ROWS; ++r) std::memset(sums + r * 2 * PANEL, 0, D::PANELS * PANEL * 4);
     for (int64_t from = 0, b = 0; from < groups; from += D::GROUPS, ++b) {
         typename D::Sum acc[ROWS][N];
         each<ROWS>(EACH(r) {
-            const auto start = D::begin(int32_t(x_sums[b * ROWS + r]));
+            const auto start = D::begin(x_totals + b * ROWS + r);
             each<N>(EACH(v) { acc[r][v] = start; });
         });
         const int64_t past = from + D::GROUPS < groups ? from + D::GROUPS : groups;
         for (int64_t g = from; g < past; ++g)
-            add_group<D, ROWS>(tile + g * ROWS, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
+            add_group<D, ROWS>(tile + g, stride, w.first + g * 4 * PANEL, w.second + g * 4 * PANEL, acc);
         // through memory: else the compiler has too few registers for what follows and takes them from the loop above
         alignas(64) int32_t found[ROWS][D::PANELS * PANEL];
         each<ROWS>(EACH(r) {
@@ -235,21 +238,26 @@ static void multiply_blocks(const typename D::Group* tile, int64_t groups, const
 }
 
 template <class D, int ROWS>
-static void multiply_tile(const typename D::Group* tile, int64_t groups, const Panels& w, const float* x_scales,
-                          const float* x_sums, float* sums) {
-    if constexpr (D::KEPT) multiply_kept<D, ROWS>(tile, groups, w, x_scales, x_sums, sums);
-    else multiply_blocks<D, ROWS>(tile, groups, w, x_scales, x_sums, sums);
+static void multiply_tile(const typename D::Group* tile, int64_t stride, int64_t groups, const Panels& w,
+                          const float* x_scales, const float* x_totals, float* sums) {
+    if constexpr (D::KEPT) multiply_kept<D, ROWS>(tile, stride, groups, w, x_scales, x_totals, sums);
+    else multiply_blocks<D, ROWS>(tile, stride, groups, w, x_scales, x_totals, sums);
 }
+
+// Groups of a row of x: whole blocks, filled up with zeros.
+template <class D>
+INLINE int64_t stride_of(int64_t k) { return round_up((k + 3) / 4, D::GROUPS); }
 
 // Where a tile's integers, scales and block sums lie.
 template <class D>
 struct IntegerTile {
-    typename D::Group* groups;  // [k / 4][height]
+    typename D::Group* groups;  // [height][stride]
     float* scales;              // [blocks][height]
-    float* totals;              // [blocks][height]: the sum of the integers; Q4: times the scale
+    float* totals;              // [blocks][height]: Q4: the sum of the integers times the scale; INT8: -128 times that
+                                // sum, the bits of an int32
 };
 
-// Q4 without unpacking it first, for a single tile: sums [ROWS][32] of x [k / 4][ROWS] times two panels as they are kept.
+// Q4 without unpacking it first, for a single tile: sums [ROWS][32] of x times two panels as they are kept.
 template <class D, int ROWS>
 static void multiply_packed(const NexWeight& w, const int64_t* panel, const IntegerTile<D>& x, float* sums) {
     constexpr int N = 2;
@@ -271,8 +279,8 @@ static void multiply_packed(const NexWeight& w, const int64_t* panel, const Inte
                 low[p] = D::low(both), high[p] = D::high(both);
             });
             each<ROWS>(EACH(r) {
-                const typename D::Group* at = x.groups + (8 * b + 2 * i) * ROWS + r;
-                const auto first = D::numbers(at[0]), second = D::numbers(at[ROWS]);
+                const typename D::Group* at = x.groups + r * stride_of<D>(w.k) + 8 * b + 2 * i;
+                const auto first = D::numbers(at[0]), second = D::numbers(at[1]);
                 each<N>(EACH(p) { acc[r][p] = D::add(D::add(acc[r][p], low[p], first), high[p], second); });
             });
         });
@@ -296,7 +304,7 @@ static void multiply_packed(const NexWeight& w, const int64_t* panel, const Inte
 
 template <class D>
 static auto multiply_tile_for(int rows)
-    -> void (*)(const typename D::Group*, int64_t, const Panels&, const float*, const float*, float*) {
+    -> void (*)(const typename D::Group*, int64_t, int64_t, const Panels&, const float*, const float*, float*) {
     switch (rows) { NEX_CASES(multiply_tile) }
     return nullptr;
 }
@@ -311,33 +319,14 @@ static auto multiply_packed_for(int rows) -> void (*)(const NexWeight&, const in
 
 // ---- x in integers ---------------------------------------------------------------------------------------------------
 
-// Groups of W numbers, `stride` groups apart; the first `count` groups only.
-INLINE void put_groups(int32_t* to, int64_t stride, vi q, int count) {
-    int32_t packed[W / 4];
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q));
-    std::memcpy(packed, &bytes, sizeof(packed));
-#else
-    int32_t numbers[W];
-    std::memcpy(numbers, &q, sizeof(q));
-    for (int i = 0; i < W / 4; ++i) {
-        const int32_t* four = numbers + 4 * i;
-        packed[i] = int32_t(uint32_t(four[0] & 255) | uint32_t(four[1] & 255) << 8 | uint32_t(four[2] & 255) << 16 |
-                            uint32_t(four[3] & 255) << 24);
-    }
-#endif
-    if (count >= W / 4) each<W / 4>(EACH(i) { to[i * stride] = packed[i]; });
-    else
-        for (int i = 0; i < count; ++i) to[i * stride] = packed[i];
+// W numbers as their groups keep them.
+INLINE void put_numbers(int32_t* to, vi q) {
+    const vb bytes = __builtin_convertvector(q, vb);
+    std::memcpy(to, &bytes, sizeof(bytes));
 }
-INLINE void put_groups(int64_t* to, int64_t stride, vi q, int count) {
-    int32_t numbers[W];
-    std::memcpy(numbers, &q, sizeof(q));
-    for (int i = 0; i < W / 4 && i < count; ++i) {
-        const int32_t* four = numbers + 4 * i;
-        const int16_t narrow[4] = {int16_t(four[0]), int16_t(four[1]), int16_t(four[2]), int16_t(four[3])};
-        std::memcpy(to + i * stride, narrow, 8);
-    }
+INLINE void put_numbers(int64_t* to, vi q) {
+    const vh wide = __builtin_convertvector(q, vh);
+    std::memcpy(to, &wide, sizeof(wide));
 }
 
 // Rows of x, normalised, as integers of `block` numbers a scale. A block with a NaN or an infinity gets a NaN for a scale.
@@ -362,34 +351,37 @@ static void quantise_tile(const NexLinear& op, int64_t row, int height, const In
             vf v[N];
             each<N>(EACH(i) { v[i] = load(from + i * W); });
             if (norm != nullptr) each<N>(EACH(i) { v[i] = v[i] * factor * load(norm + i * W); });
-            vf peak{}, strange{};
+            const vi infinity = vi{} + 0x7f800000;
+            vi peak{};  // as integers, sizes are in the order of their numbers, and a NaN is larger than infinity
             each<N>(EACH(i) {
-                peak = larger(select(v[i] < vf{}, -v[i], v[i]), peak);
-                strange += v[i] * 0.0f;
+                const vi size = bits(v[i]) & 0x7fffffff;
+                peak = size > peak ? size : peak;
             });
-            const float size = largest(peak);
-            const bool odd = any_nan(strange);
+            const float size = largest(from_bits(peak < infinity ? peak : infinity));
+            const bool odd = size == __builtin_inff();
             const float scale = odd ? __builtin_nanf("") : size / 127.0f, inverse = size > 0.0f && !odd ? 127.0f / size : 0.0f;
             const vf round = splat(12582912.0f);  // see exponential
-            const int64_t groups = (k + 3) / 4 - at / 4;
             vi total{};
             each<N>(EACH(i) {
                 const vi q = odd ? vi{} : bits(v[i] * inverse + round) - bits(round);
                 total += q;
-                put_groups(to.groups + (at / 4 + i * W / 4) * height + r, height, q, int(groups - i * W / 4));
+                put_numbers(to.groups + r * stride_of<D>(k) + (at + i * W) / 4, q);
             });
             to.scales[b * height + r] = scale;
-            to.totals[b * height + r] = sum(__builtin_convertvector(total, vf)) * (D::GROUPS == 8 ? scale : 1.0f);
+            const float whole = sum(__builtin_convertvector(total, vf));
+            const int32_t moved = -128 * int32_t(whole);
+            if (D::GROUPS == 8) to.totals[b * height + r] = whole * scale;
+            else std::memcpy(to.totals + b * height + r, &moved, 4);
         }
     }
 }
 
 // ---- tasks -------------------------------------------------------------------------------------------------------------
 
-// Integers of a piece of a Q4 panel [count / 4][16][4].
-static void unpack_integers(const NexWeight& w, int64_t panel, int64_t k0, int64_t count, int8_t* out) {
-    const uint8_t* from = static_cast<const uint8_t*>(w.data) + panel * panel_bytes(w) + k0 / 2 * PANEL;
-    for (int64_t i = 0; i < count / 8; ++i)
+// Integers of a Q4 panel [k / 4][16][4].
+static void unpack_integers(const NexWeight& w, int64_t panel, int8_t* out) {
+    const uint8_t* from = static_cast<const uint8_t*>(w.data) + panel * panel_bytes(w);
+    for (int64_t i = 0; i < w.k / 8; ++i)
         for (int j = 0; j < 4 * PANEL; ++j) {
             out[i * 8 * PANEL + j] = int8_t(from[i * 4 * PANEL + j] & 15);
             out[i * 8 * PANEL + 4 * PANEL + j] = int8_t(from[i * 4 * PANEL + j] >> 4);
@@ -401,69 +393,92 @@ static void unpack_halves(const void* from, int64_t at, int64_t count, float* ou
     for (int64_t i = 0; i < count; i += W) store(out + i, load(static_cast<const half*>(from) + at + i));
 }
 
-// What a thread works with. sums [rows of a task][32]; the rest for a piece of two panels of Q4.
-struct IntegerScratch {
-    float *sums, *scales, *minima;
-    int8_t* numbers;
+// Two panels of Q4, unpacked: integers [k / 4][16][4], scales and minima [k / 32][16].
+struct Unpacked {
+    float *scales[2], *minima[2];
+    int8_t* numbers[2];
+
+    static int64_t bytes(int64_t k) { return 2 * (k * PANEL + 2 * k / 32 * PANEL * 4); }
+    Unpacked(char* memory, int64_t k) {
+        auto take = [&](int64_t size) {
+            char* taken = memory;
+            memory += size;
+            return taken;
+        };
+        for (int p = 0; p < 2; ++p) {
+            scales[p] = reinterpret_cast<float*>(take(k / 32 * PANEL * 4));
+            minima[p] = reinterpret_cast<float*>(take(k / 32 * PANEL * 4));
+            numbers[p] = reinterpret_cast<int8_t*>(take(k * PANEL));
+        }
+    }
+    void fill(const NexWeight& w, int p, int64_t panel) const {
+        const int64_t size = w.k / 32 * PANEL;
+        unpack_integers(w, panel, numbers[p]);
+        unpack_halves(w.scale, panel * size, size, scales[p]);
+        unpack_halves(w.minimum, panel * size, size, minima[p]);
+    }
 };
 
 // sums of a tile += its integers times a pair of panels; one panel at a time where the registers hold no more.
 template <class D>
-static void multiply_panels(int height, const typename D::Group* tile, int64_t groups, Panels w, const float* x_scales,
-                            const float* x_sums, float* sums) {
+static void multiply_panels(int height, const IntegerTile<D>& x, int64_t k, Panels w, float* sums) {
     auto kernel = multiply_tile_for<D>(height);
+    const int64_t stride = stride_of<D>(k), groups = (k + 3) / 4;
     const Panels other{w.second, w.second, w.second_scales, w.second_scales};
     if (w.second == nullptr) w.second = w.first, w.second_scales = w.first_scales;  // into columns that do not matter
-    kernel(tile, groups, w, x_scales, x_sums, sums);
-    if (other.first != nullptr && D::PANELS == 1) kernel(tile, groups, other, x_scales, x_sums, sums + PANEL);
+    kernel(x.groups, stride, groups, w, x.scales, x.totals, sums);
+    if (other.first != nullptr && D::PANELS == 1) kernel(x.groups, stride, groups, other, x.scales, x.totals, sums + PANEL);
 }
 
+// A pair of panels, the second < 0 if there is one only, times the tiles t0 .. t1 of x.
 template <class D>
-static void int8_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t first, int64_t second,
-                      int64_t t0, int64_t t1, float* sums) {
+static void int8_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t pair,
+                      const int64_t (&panel)[2], int64_t t0, int64_t t1) {
     const NexWeight& w = *op.weight;
-    const int64_t groups = (w.k + 3) / 4;
     const int8_t* data = static_cast<const int8_t*>(w.data);
     const float* scales = static_cast<const float*>(w.scale);
-    const bool two = second >= 0;
-    const Panels panels{data + first * groups * 4 * PANEL, two ? data + second * groups * 4 * PANEL : nullptr,
-                        scales + first * PANEL, two ? scales + second * PANEL : nullptr};
-    for (int64_t t = t0; t < t1; ++t)
-        multiply_panels<D>(tiles.height(t), copied[t].groups, groups, panels, copied[t].scales, copied[t].totals,
-                           sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL);
+    const bool two = panel[1] >= 0;
+    const Panels panels{data + panel[0] * panel_bytes(w), two ? data + panel[1] * panel_bytes(w) : nullptr,
+                        scales + panel[0] * PANEL, two ? scales + panel[1] * PANEL : nullptr};
+    alignas(64) float sums[D::ROWS * 2 * PANEL];
+    for (int64_t t = t0; t < t1; ++t) {
+        multiply_panels<D>(tiles.height(t), copied[t], w.k, panels, sums);
+        finish(op, pair, tiles.begin(t), tiles.height(t), sums);
+    }
 }
 
 template <class D>
-static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t first, int64_t second,
-                    int64_t t0, int64_t t1, const IntegerScratch& s) {
+static void q4_task(const NexLinear& op, const Tiles& tiles, const IntegerTile<D>* copied, int64_t pair,
+                    const int64_t (&panel)[2], int64_t t0, int64_t t1, const Unpacked& to) {
     const NexWeight& w = *op.weight;
-    constexpr int64_t BLOCKS = BLOCK_PIECE / 32 * PANEL;
-    const bool two = second >= 0;
+    const bool two = panel[1] >= 0;
+    alignas(64) float sums[D::ROWS * 2 * PANEL];
     if constexpr (D::KEPT) {
         if (t1 - t0 == 1) {
-            const int64_t pair[2] = {first, two ? second : first};  // one: into columns that do not matter
-            multiply_packed_for<D>(tiles.height(t0))(w, pair, copied[t0], s.sums);
-            return;
+            const int64_t both[2] = {panel[0], two ? panel[1] : panel[0]};  // one: into columns that do not matter
+            multiply_packed_for<D>(tiles.height(t0))(w, both, copied[t0], sums);
+            return finish(op, pair, tiles.begin(t0), tiles.height(t0), sums);
         }
     }
-    const Panels panels{s.numbers, two ? s.numbers + BLOCK_PIECE * PANEL : nullptr, s.scales, two ? s.scales + BLOCKS : nullptr};
-    for (int64_t k = 0; k < w.k; k += BLOCK_PIECE) {
-        const int64_t count = w.k - k < BLOCK_PIECE ? w.k - k : BLOCK_PIECE, block = k / 32, blocks = count / 32;
-        for (int p = 0; p < (two ? 2 : 1); ++p) {
-            const int64_t panel = p == 0 ? first : second, at = (panel * (w.k / 32) + block) * PANEL;
-            unpack_integers(w, panel, k, count, s.numbers + p * BLOCK_PIECE * PANEL);
-            unpack_halves(w.scale, at, blocks * PANEL, s.scales + p * BLOCKS);
-            unpack_halves(w.minimum, at, blocks * PANEL, s.minima + p * BLOCKS);
-        }
-        for (int64_t t = t0; t < t1; ++t) {
-            const int height = tiles.height(t);
-            float* out = s.sums + (tiles.begin(t) - tiles.begin(t0)) * 2 * PANEL;
-            const float *scales = copied[t].scales + block * height, *totals = copied[t].totals + block * height;
-            // the minima times the sums of x: an ordinary product over blocks
-            multiply_pair(height, totals, blocks, s.minima, two ? s.minima + BLOCKS : nullptr, out, k > 0);
-            multiply_panels<D>(height, copied[t].groups + k / 4 * height, count / 4, panels, scales, totals, out);
-        }
+    for (int p = 0; p < (two ? 2 : 1); ++p) to.fill(w, p, panel[p]);
+    const Panels panels{to.numbers[0], two ? to.numbers[1] : nullptr, to.scales[0], two ? to.scales[1] : nullptr};
+    for (int64_t t = t0; t < t1; ++t) {
+        // the minima times the sums of x: an ordinary product over blocks
+        multiply_pair(tiles.height(t), copied[t].totals, w.k / 32, to.minima[0], two ? to.minima[1] : nullptr, sums, false);
+        multiply_panels<D>(tiles.height(t), copied[t], w.k, panels, sums);
+        finish(op, pair, tiles.begin(t), tiles.height(t), sums);
     }
+}
+
+// Into how many shares the tiles are split: one for each thread, so that a row stays with the thread that rounded it,
+// unless there are so few rows that the weights, which every share reads, are what takes time; and none larger than
+// the second-level cache holds well.
+static int64_t integer_shares(const Tiles& tiles, int64_t row_bytes, int64_t pairs, int threads) {
+    const int64_t long_enough = tiles.count / SHARE_TILES < threads ? tiles.count / SHARE_TILES : threads;
+    int64_t shares = (tiles.rows * row_bytes + SHARE_BYTES - 1) / SHARE_BYTES;
+    shares = shares > long_enough ? shares : long_enough;
+    while (shares < tiles.count && pairs * shares < 4 * threads && tiles.count / shares > 2) ++shares;
+    return shares;
 }
 
 template <class D, bool Q4>
@@ -471,11 +486,11 @@ static void linear_integers(const NexLinear& op, const NexTeam& team) {
     const NexWeight& w = *op.weight;
     const Tiles tiles(op.rows, D::ROWS);
     const int64_t pairs = op.finish == NEX_GATED ? panels_of(w.n / 2) : (panels_of(w.n) + 1) / 2;
-    const int64_t shares = shares_of(tiles, pairs, team.threads);
-    const int64_t groups = (w.k + 3) / 4, blocks = (groups + D::GROUPS - 1) / D::GROUPS;
+    const int64_t stride = stride_of<D>(w.k), blocks = stride / D::GROUPS;
     const bool shared = op.rows > PRIVATE_ROWS;
     // every tile: its groups, then scales and totals
-    const int64_t row_bytes = round_up(groups * int64_t(sizeof(typename D::Group)) + 8 * blocks, 8);
+    const int64_t row_bytes = round_up(stride * int64_t(sizeof(typename D::Group)) + 8 * blocks, 8);
+    const int64_t shares = integer_shares(tiles, row_bytes, pairs, team.threads);
     static thread_local Scratch copies, locals;
     const size_t list_bytes = size_t(tiles.count) * sizeof(IntegerTile<D>), copy_bytes = list_bytes + size_t(op.rows * row_bytes);
     char* common = shared ? copies.get<char>(copy_bytes) : nullptr;
@@ -485,7 +500,7 @@ static void linear_integers(const NexLinear& op, const NexTeam& team) {
         for (int64_t t = 0; t < tiles.count; ++t) {
             const int64_t height = tiles.height(t);
             list[t].groups = reinterpret_cast<typename D::Group*>(memory);
-            list[t].scales = reinterpret_cast<float*>(list[t].groups + groups * height);
+            list[t].scales = reinterpret_cast<float*>(list[t].groups + stride * height);
             list[t].totals = list[t].scales + blocks * height;
             memory += height * row_bytes;
         }
@@ -498,27 +513,22 @@ static void linear_integers(const NexLinear& op, const NexTeam& team) {
         });
     const int64_t together = together_of(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
     parallel(team, pairs * shares, together, [&](NexClaims& claims) {
-        constexpr int64_t sums = TASK_TILES * D::ROWS * 2 * PANEL, blocks_piece = 2 * BLOCK_PIECE / 32 * PANEL;
-        const int64_t floats = sums + 2 * blocks_piece, numbers = 2 * BLOCK_PIECE * PANEL;
-        char* memory = locals.get<char>(size_t(4 * floats + numbers) + (shared ? 0 : copy_bytes));
-        float* pieces = reinterpret_cast<float*>(memory) + sums;
-        const IntegerScratch s{reinterpret_cast<float*>(memory), pieces, pieces + blocks_piece,
-                               reinterpret_cast<int8_t*>(memory) + 4 * floats};
+        const int64_t unpacked = Q4 ? Unpacked::bytes(w.k) : 0;
+        char* memory = locals.get<char>(size_t(unpacked) + (shared ? 0 : copy_bytes));
         IntegerTile<D>* mine = list;
         if (!shared) {
-            mine = lay_out(memory + 4 * floats + numbers);
+            mine = lay_out(memory + unpacked);
             for (int64_t t = 0; t < tiles.count; ++t)
                 quantise_tile<D>(op, tiles.begin(t), tiles.height(t), mine[t]);
         }
         for (int64_t task; (task = next(claims)) >= 0;) {
-            const int64_t pair = task / shares, share = task % shares;
+            const int64_t share = task / pairs, pair = task % pairs;
             const int64_t t0 = share * tiles.count / shares, t1 = (share + 1) * tiles.count / shares;
             const bool gated = op.finish == NEX_GATED;
             const int64_t first = gated ? pair : 2 * pair, next = gated ? pairs + pair : first + 1;
-            const int64_t second = gated || next < panels_of(w.n) ? next : -1;
-            if constexpr (Q4) q4_task<D>(op, tiles, mine, first, second, t0, t1, s);
-            else int8_task<D>(op, tiles, mine, first, second, t0, t1, s.sums);
-            finish(op, pair, tiles.begin(t0), tiles.begin(t1) - tiles.begin(t0), s.sums);
+            const int64_t panel[2] = {first, gated || next < panels_of(w.n) ? next : -1};
+            if constexpr (Q4) q4_task<D>(op, tiles, mine, pair, panel, t0, t1, Unpacked(memory, w.k));
+            else int8_task<D>(op, tiles, mine, pair, panel, t0, t1);
         }
     });
 }

@@ -51,7 +51,7 @@ INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
 INLINE vf from_bits(vi v) { return reinterpret_cast<vf>(v); }
-INLINE vf select(vi mask, vf yes, vf no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
+INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // The first n < W floats; the other lanes are 0, and nothing behind them is read or written.
