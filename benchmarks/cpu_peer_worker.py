@@ -343,9 +343,8 @@ def main() -> None:
         answer: dict[str, float] = {}
         if runner is None:
             runner = RUNNERS[system](work, variant)
-            runner.generate(
-                work["prompts"], work["output"]
-            )  # unmeasured: some compile, ours learns how long steps take
+            # unmeasured: some compile, ours learns how long steps take
+            runner.generate(work["prompts"], work["output"])
         if line.strip() == "round":
             answer = measured(runner, work)
         print("RESULT " + json.dumps(answer), flush=True)
