@@ -63,12 +63,12 @@ def save(folder: Path, shard_size: str = "1GB", architecture: str = "Llama", **c
 
 
 class Probe(TorchExecutor):
-    """Keeps the logits of every sampled row."""
+    """Keeps the logits of every sampled row: copies, since their memory is the next step's too."""
 
     def logits_of(self, batch: StepBatch) -> torch.Tensor:
         kept = []
         compute = self._model.logits
-        self._model.logits = lambda hidden: kept.append(compute(hidden)) or kept[-1]  # type: ignore[method-assign]
+        self._model.logits = lambda hidden: kept.append(compute(hidden).clone()) or kept[-1]  # type: ignore[method-assign]
         self.submit(batch)
         self.collect()
         self._model.logits = compute  # type: ignore[method-assign]
