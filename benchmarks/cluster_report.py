@@ -129,10 +129,12 @@ def prefix_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Attainment against load, an axis a scenario and a line a system, those of FCFS dotted; means over seeds."""
+    """Attainment against load, an axis a scenario and a line a system, those of FCFS dotted; means over seeds. Scenarios
+    of one load are left out, unless there are no others."""
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(r["scenario"] for r in rows))
+    scenarios = [s for s in scenarios if len({r["load"] for r in rows if r["scenario"] == s}) > 1] or scenarios
     figure = Figure(figsize=(3.6 * len(scenarios), 3.8), layout="constrained")
     axes = figure.subplots(1, len(scenarios), squeeze=False, sharey=True)[0]
     systems = list(dict.fromkeys(map(system_of, rows)))
