@@ -129,8 +129,8 @@ def prefix_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Attainment against load, an axis a scenario and a line a system, those of FCFS dotted; means over seeds. Scenarios
-    of one load are left out, unless there are no others."""
+    """Attainment against load, an axis a scenario and a line a system, FCFS dotted; means over seeds. Scenarios of one
+    load are left out, unless there are no others."""
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(r["scenario"] for r in rows))
