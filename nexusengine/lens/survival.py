@@ -22,8 +22,8 @@ class Survival:
         self._generated: I4 = np.zeros(0, np.int32)  # `[slots]`, when each was seen last
 
     def look(self, slots: I4, generated: I4, all_slots: int) -> None:
-        """slots, generated `[D]`: sequences that decode in this step, and the tokens that they have so far. Fewer than the
-        slot had before means another sequence."""
+        """slots, generated `[D]`: sequences that decode in this step, and the tokens that they have so far. Where they
+        are fewer than the slot had before, another sequence has it."""
         if len(self._generated) != all_slots:
             self._generated = np.zeros(all_slots, np.int32)
         before = self._generated[slots]
