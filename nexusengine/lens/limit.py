@@ -34,7 +34,7 @@ class LimitRules:
 class StepLimit:
     """limit_s: of the step. slot: the request that set it, -1 if the cap did. lost `[D]`: of the decodes, whose promise
     is lost already; they constrain nobody. tightest_tpot_s: of those that do; inf if there are none. once_s: what
-    they could bear, up to the cap, if they may spend now what they will gain; 0 if nothing is known of that."""
+    they could bear, up to the cap, if they may spend now what they will gain."""
 
     limit_s: float
     slot: int
@@ -76,14 +76,13 @@ def step_limit(
         asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
     asked_s = np.maximum(asked_s, rules.catch_up * tpot_s)
     bound = ~lost & (tpot_s > rules.possible * single_s) & (generated > 0)
-    if np.count_nonzero(bound) < len(bound):
-        asked_s, tpot_s = np.where(bound, asked_s, _INF), np.where(bound, tpot_s, _INF)
-    tightest = int(asked_s.argmin())
-    limit_s = float(asked_s[tightest])
-    once_s = 0.0
+    once_s = slack_s
     if sure_tokens:
-        gain_s = np.maximum(sure_tokens - generated[bound], 0) * np.maximum(tpot_s[bound] - decode_s, 0.0)
-        once_s = float((slack_s[bound] + gain_s).min(initial=cap_s))
+        once_s = slack_s + np.maximum(sure_tokens - generated, 0) * np.maximum(tpot_s - decode_s, 0.0)
+    if np.count_nonzero(bound) < len(bound):
+        asked_s, once_s, tpot_s = (np.where(bound, x, _INF) for x in (asked_s, once_s, tpot_s))
+    tightest = int(asked_s.argmin())
+    limit_s, least_once_s = float(asked_s[tightest]), min(float(once_s.min()), cap_s)
     if limit_s >= cap_s:
-        return StepLimit(cap_s, -1, lost, float(tpot_s.min()), once_s)
-    return StepLimit(limit_s, int(decodes[tightest]), lost, float(tpot_s.min()), once_s)
+        return StepLimit(cap_s, -1, lost, float(tpot_s.min()), least_once_s)
+    return StepLimit(limit_s, int(decodes[tightest]), lost, float(tpot_s.min()), least_once_s)
