@@ -132,8 +132,8 @@ class NativeOps:
         return rotary, positions
 
     def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
-        """The same place for the same use and number of rows, until more rows are asked for than ever before: then there is
-        room for a power of two, so that steps of ever more tokens do not leave a trail of holes behind."""
+        """The same place for the same use and number of rows, until more rows are asked for than ever before: then room
+        is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind."""
         rows = like.shape[0]
         view = self._views.get((use, rows, columns))
         if view is not None:
