@@ -8,7 +8,7 @@ any more are relegated and get what is left over, and a share of the step when t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from nexusengine.lens.pace import Costs, Pace, costs_of, extra_of, fixed_pace, p
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.pressure import to_take_back, victims
 from nexusengine.lens.step import Step
+from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
@@ -44,9 +45,11 @@ class LensOptions:
     bound (1). young: the same where a young request sets the limit, divided by its tokens so far: it may end before
     chance evens out. slack: share of every limit that is kept.
 
-    cap_ms, catch_up, bank: see LimitRules; admit, chunk, crumb, tile: see ChunkRules; saving: see pace_of. margin:
-    share of a cycle of steps by which first tokens are planned before they are due, and answer_ms for the way back.
-    seat: share of the seats which are expected to come free in time that newcomers count on.
+    cap_ms, catch_up, bank: see LimitRules; sure: tokens up to which an answer's gain is spent before it is made, while
+    nobody is relegated (see Survival), on steps up to spend times what mixing costs; 0: never. admit, chunk, crumb,
+    tile: see ChunkRules; saving: see pace_of. margin: share of a cycle of steps by which first tokens are planned
+    before they are due, and answer_ms for the way back. seat: share of the seats which are expected to come free in
+    time that newcomers count on.
     goal, goal_long: see LengthGuard; goal_long 0 turns it off. share, patience_s, give_up_s: see Behind. headroom: KV
     blocks left for each running sequence when one more starts. lookahead: how many waiting requests are ordered, the
     earliest deadlines first.
@@ -61,6 +64,8 @@ class LensOptions:
     cap_ms: float = 120
     catch_up: float = 0.7
     bank: float = 1
+    sure: float = 20
+    spend: float = 30
     saving: float = 10
     margin: float = 0.25
     seat: float = 0.5
@@ -113,6 +118,7 @@ class Lens:
         self._guard = LengthGuard(o.goal, o.goal_long)
         self._behind = Behind(o.share, o.patience_s, o.give_up_s)
         self._turnover = Turnover()
+        self._survival = Survival(int(o.sure))
         self._deadlines = Deadlines(0)
         self._arrivals = -1
         self._queue: I4 = np.zeros(0, np.int32)  # waiting slots by deadline
@@ -129,12 +135,17 @@ class Lens:
         base = step.features
         costs = self._renewed_costs(view, step)
         decode_s = model.predict(base).mean_s
-        limit = step_limit(view, deadlines, step.decodes, now, decode_s, costs.single_s, self._limits)
+        sure_tokens = self._sure_tokens(view, step.decodes)
+        limit = step_limit(view, deadlines, step.decodes, now, decode_s, costs.single_s, self._limits, sure_tokens)
         if not len(self._queue) and not step.prompts:
             self._turnover.planned(view.max_running - step.seats)
             return step.plan(restore=self._resumed(view, step, limit), notes=_notes(limit, decode_s))
-        pace = self._pace(view, step, limit, decode_s)
         prompts, behind = self._prompts(view, step, costs)
+        extra_s = extra_of(model, base, decode_s)
+        once_s = min(limit.once_s, decode_s + o.spend * extra_s)
+        if once_s > limit.limit_s and not len(behind):
+            limit = replace(limit, limit_s=once_s, slot=-1)
+        pace = self._pace(view, step, limit, decode_s, extra_s)
         can_serve = step.seats > 0 or len(step.prompts) > 0
         kept, off, late = self._order(view, prompts, pace, now, step.seats, choose=can_serve)
         if len(late):
@@ -199,6 +210,13 @@ class Lens:
             self._queue = self._queue[waits[self._queue]]
         return deadlines
 
+    def _sure_tokens(self, view: EngineView, decodes: I4) -> int:
+        if not self.options.sure or not len(decodes):
+            return 0
+        generated = view.columns.generated_tokens
+        self._survival.look(decodes, generated[decodes], len(generated))
+        return self._survival.sure_tokens()
+
     def _renewed_costs(self, view: EngineView, step: Step) -> Costs:
         """Marginal costs change slowly: they are asked for anew only now and then."""
         self._plans += 1
@@ -206,9 +224,8 @@ class Lens:
             self._costs = costs_of(view.model, step.features, min(self._seen_tokens, 1024))
         return self._costs
 
-    def _pace(self, view: EngineView, step: Step, limit: StepLimit, decode_s: float) -> Pace:
+    def _pace(self, view: EngineView, step: Step, limit: StepLimit, decode_s: float, extra_s: float) -> Pace:
         o, model, base = self.options, view.model, step.features
-        extra_s = extra_of(model, base, decode_s)
         if not o.limit:
             return fixed_pace(model, base, step.tokens, decode_s, extra_s)
         factor = 1.0

@@ -33,23 +33,34 @@ class LimitRules:
 @dataclass(frozen=True, slots=True)
 class StepLimit:
     """limit_s: of the step. slot: the request that set it, -1 if the cap did. lost `[D]`: of the decodes, whose promise
-    is lost already; they constrain nobody. tightest_tpot_s: of those that do; inf if there are none."""
+    is lost already; they constrain nobody. tightest_tpot_s: of those that do; inf if there are none. once_s: what
+    they could bear, up to the cap, if they may spend now what they will gain."""
 
     limit_s: float
     slot: int
     lost: Bools
     tightest_tpot_s: float
+    once_s: float = 0.0
 
 
 def step_limit(
-    view: EngineView, deadlines: Deadlines, decodes: I4, now: float, decode_s: float, single_s: float, rules: LimitRules
+    view: EngineView,
+    deadlines: Deadlines,
+    decodes: I4,
+    now: float,
+    decode_s: float,
+    single_s: float,
+    rules: LimitRules,
+    sure_tokens: int = 0,
 ) -> StepLimit:
     """decodes `[D]`: slots that compute one token in this step. decode_s, single_s: predicted durations of a step with
-    those decodes alone, and of one with a single decode.
+    those decodes alone, and of one with a single decode. sure_tokens: what almost every answer reaches; 0 if nothing is
+    known.
 
     With the first token at f and g tokens there, the token of this step is due at f + g * tpot, which leaves s seconds:
     s < tpot is behind, s > tpot ahead. A request is lost if its first token came late, or if it is so far behind that
     it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full speed.
+    What it will gain is the lead of decoding alone until it has sure_tokens.
     """
     c = view.columns
     cap_s = rules.longest_s(single_s)
@@ -65,10 +76,13 @@ def step_limit(
         asked_s = np.minimum(slack_s, rules.bank * slack_s + (1.0 - rules.bank) * tpot_s)
     asked_s = np.maximum(asked_s, rules.catch_up * tpot_s)
     bound = ~lost & (tpot_s > rules.possible * single_s) & (generated > 0)
+    once_s = slack_s
+    if sure_tokens:
+        once_s = slack_s + np.maximum(sure_tokens - generated, 0) * np.maximum(tpot_s - decode_s, 0.0)
     if np.count_nonzero(bound) < len(bound):
-        asked_s, tpot_s = np.where(bound, asked_s, _INF), np.where(bound, tpot_s, _INF)
+        asked_s, once_s, tpot_s = (np.where(bound, x, _INF) for x in (asked_s, once_s, tpot_s))
     tightest = int(asked_s.argmin())
-    limit_s = float(asked_s[tightest])
+    limit_s, least_once_s = float(asked_s[tightest]), min(float(once_s.min()), cap_s)
     if limit_s >= cap_s:
-        return StepLimit(cap_s, -1, lost, float(tpot_s.min()))
-    return StepLimit(limit_s, int(decodes[tightest]), lost, float(tpot_s.min()))
+        return StepLimit(cap_s, -1, lost, float(tpot_s.min()), least_once_s)
+    return StepLimit(limit_s, int(decodes[tightest]), lost, float(tpot_s.min()), least_once_s)

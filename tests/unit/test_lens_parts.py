@@ -16,6 +16,7 @@ from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
 from nexusengine.lens.order import by_priority, put_off
 from nexusengine.lens.pace import costs_of, extra_of, pace_of
 from nexusengine.lens.pressure import victims
+from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
@@ -164,6 +165,54 @@ def test_a_tpot_that_is_not_possible_constrains_nobody() -> None:
     view = bench.view()
     limit = step_limit(view, deadlines_of(view), view.running, 1.0, 0.06, 0.055, LimitRules())
     assert limit.slot == -1
+
+
+def test_what_a_young_request_is_sure_to_gain_can_be_spent_once() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=2)  # due at 1.1
+    bench.decode(first_s=-10.0, generated=2)  # lost: bears anything
+    view, rules = bench.view(), LimitRules(cap_s=1.0)
+
+    def once_s(sure_tokens: int, decode_s: float = 0.03) -> float:
+        return step_limit(view, deadlines_of(view), view.running, 1.02, decode_s, 0.006, rules, sure_tokens).once_s
+
+    assert once_s(12) == pytest.approx(0.08 + 10 * 0.02)
+    assert once_s(2) == pytest.approx(0.08)  # it has them already
+    assert once_s(12, decode_s=0.06) == pytest.approx(0.08)  # decodes are too slow to gain anything
+    assert once_s(0) == pytest.approx(0.08)  # nothing is known
+    assert once_s(1000) == 1.0  # the cap
+
+
+# ---- survival -----------------------------------------------------------------------------------------------------
+
+
+def grown_to(lengths: list[int], tokens: int) -> Survival:
+    """Answers of these lengths one after another in the same slot."""
+    survival, slot = Survival(tokens), np.array([3], np.int32)
+    for length in lengths:
+        for generated in range(1, length + 1):
+            survival.look(slot, np.array([generated], np.int32), 8)
+    return survival
+
+
+def test_answers_are_sure_to_reach_what_almost_all_have_reached() -> None:
+    assert grown_to([20] * 9, 20).sure_tokens() == 0  # too few to tell
+    assert grown_to([20] * 11, 20).sure_tokens() == 20
+    assert grown_to(([20] * 19 + [19]) * 5, 20).sure_tokens() == 20
+    assert grown_to(([20] * 9 + [19]) * 10, 20).sure_tokens() == 0
+
+
+def test_survival_forgets_answers_of_long_ago() -> None:
+    assert grown_to([3] * 200 + [50] * 200, 20).sure_tokens() == 0
+    assert grown_to([3] * 200 + [50] * 600, 20).sure_tokens() == 20
+
+
+def test_tokens_that_pass_between_two_plans_are_counted() -> None:
+    survival, slots = Survival(20), np.array([0, 5], np.int32)
+    for _ in range(6):
+        for generated in (2, 9, 27, 31):
+            survival.look(slots, np.array([generated, generated], np.int32), 8)
+    assert survival.sure_tokens() == 20
 
 
 # ---- pace ---------------------------------------------------------------------------------------------------------
