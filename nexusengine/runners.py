@@ -22,11 +22,16 @@ from nexusengine.slo_classes import promise_of
 from nexusengine.start import make_local
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 
+_SCHEDULER = "lens:cap_ms=500"
+"""Of an engine in its caller's thread: nobody comes while it computes a step, so none is kept short for newcomers."""
+
 
 class LocalRunner:
     """Runs the core's loop in the caller's thread."""
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.scheduler == "lens":
+            config = dataclasses.replace(config, scheduler=_SCHEDULER)
         self.core, self.tokenizer, self.vocab_size = make_local(config)
         self.max_model_len = self.core.max_model_len
         self._inboxes: dict[str, deque[TokenDelta]] = {}

@@ -22,7 +22,8 @@ class ExecutorSpec:
 
     num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
     device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
-    one is in flight. kv_dtype: of the cache, "" for dtype.
+    one is in flight. kv_dtype: of the cache, "" for dtype. ready_blocks: so many, the first ones, have
+    memory from the start; 0: all of them.
     """
 
     device: str
@@ -38,6 +39,7 @@ class ExecutorSpec:
     device_name: str = ""
     overlaps: bool = False
     kv_dtype: str = ""
+    ready_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

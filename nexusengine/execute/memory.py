@@ -13,6 +13,7 @@ from nexusengine.model_config import ModelConfig
 from nexusengine.types import MAX_LOGPROBS, SamplingParams
 
 _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30
+_READY_BYTES = 256 * 2**20
 
 
 def available_bytes() -> int:
@@ -30,6 +31,12 @@ def available_bytes() -> int:
 def cpu_kv_bytes() -> int:
     """A share of the memory that is available now, at most 4 GiB."""
     return min(int(available_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
+
+
+def ready_blocks(num_blocks: int, block_bytes: int) -> int:
+    """How many blocks of a KV cache on a CPU, those given out first, are to have memory when the engine starts: else it
+    comes page by page while the first steps write there, and these take longer than all others."""
+    return min(num_blocks, _READY_BYTES // block_bytes)
 
 
 def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:

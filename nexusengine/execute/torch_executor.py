@@ -17,7 +17,7 @@ from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
 from nexusengine.execute.graphs import GraphDevice, GraphShape
 from nexusengine.execute.ledger import RESERVE_SHARE, MemoryLedger, graph_budget_bytes
-from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, size_kv, wanted_length
+from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, ready_blocks, size_kv, wanted_length
 from nexusengine.execute.staging import ReadBack, Staging, Timer
 from nexusengine.layers.choice import choose_ops
 from nexusengine.loading.resolve import ModelFiles
@@ -63,6 +63,7 @@ class TorchExecutor:
         c = model.config
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
         self._kv: torch.Tensor | None = torch.empty(shape, dtype=cache_dtype, device=self._device)
+        self._kv[:, :, : spec.ready_blocks].zero_()  # else the first steps that write there wait for their pages
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
@@ -139,6 +140,7 @@ class TorchExecutor:
             )
 
         def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
+            ready = ready_blocks(num_blocks, attention_spec.block_size * token_bytes) if where.type == "cpu" else 0
             spec = ExecutorSpec(
                 device=str(device),
                 dtype=str(dtype).removeprefix("torch."),
@@ -153,6 +155,7 @@ class TorchExecutor:
                 kv_dtype=str(attention_spec.kv_dtype).removeprefix("torch.") if attention_spec.kv_dtype else "",
                 device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
                 overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
+                ready_blocks=ready,
             )
             return cls(model, backend(attention_spec), attention_spec, spec, cache_dtype)
 

@@ -132,14 +132,15 @@ class NativeOps:
         return rotary, positions
 
     def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
-        """The same place for the same use and number of rows, until more rows are asked for than ever before."""
+        """The same place for the same use and number of rows, until more rows are asked for than ever before: then room
+        is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind."""
         rows = like.shape[0]
         view = self._views.get((use, rows, columns))
         if view is not None:
             return view
         have = self._rows.get((use, columns))
         if have is None or have.shape[0] < rows:
-            have = self._rows[use, columns] = torch.empty(rows, columns)
+            have = self._rows[use, columns] = torch.empty(1 << (rows - 1).bit_length(), columns)
             self._views = {key: kept for key, kept in self._views.items() if (key[0], key[2]) != (use, columns)}
             self._steps.clear()
         view = self._views[use, rows, columns] = have[:rows]

@@ -79,7 +79,8 @@ def calibrate(
 
 
 def probe_batch(executor: Executor, shape: ProbeShape, max_running: int) -> StepBatch | None:
-    """None if the executor has no room for such a step."""
+    """None if the executor has no room for such a step, or no memory yet: pages that nobody has written are all the
+    same one, and reading it says nothing."""
     spec, size = executor.spec, executor.spec.block_size
     counts = np.array([1] * shape.decodes + [shape.chunk] * (shape.chunk > 0), np.int32)
     starts = np.array([shape.context] * shape.decodes + [shape.chunk_context] * (shape.chunk > 0), np.int32)
@@ -89,7 +90,7 @@ def probe_batch(executor: Executor, shape: ProbeShape, max_running: int) -> Step
         len(counts) > max_running
         or counts.sum() > spec.max_batch_tokens
         or ends.max() > spec.max_model_len
-        or blocks.sum() > spec.num_blocks - 1
+        or blocks.sum() > (spec.ready_blocks or spec.num_blocks) - 1
     ):
         return None
     tables = np.zeros((len(counts), int(blocks.max())), np.int32)

@@ -12,6 +12,7 @@ import pytest
 import nexusengine.runners
 from nexusengine import SLO, Engine, SamplingParams
 from nexusengine.clock import MonotonicClock
+from nexusengine.config import EngineConfig
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import ConfigError, ContextTooLong, InternalError, InvalidRequest, Unavailable
 from nexusengine.slo import CLASSES
@@ -49,6 +50,23 @@ def engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
     monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
     with Engine("fake", devices="cpu") as made:
         yield made
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [({}, "lens:cap_ms=500"), ({"scheduler": "lens:cap_ms=80"}, "lens:cap_ms=80")]
+)
+def test_steps_are_kept_short_for_newcomers_only_where_asked_since_none_come_during_one(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], made: str
+) -> None:
+    schedulers: list[str] = []
+
+    def make(config: EngineConfig) -> tuple[EngineCore, object, int]:
+        schedulers.append(config.scheduler)
+        return core, TOKENIZER, VOCABULARY
+
+    monkeypatch.setattr(nexusengine.runners, "make_local", make)
+    Engine("fake", devices="cpu", **asked).close()
+    assert schedulers == [made]
 
 
 def test_one_prompt_gives_a_list_of_one(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import pytest
 from nexusengine.errors import ConfigError
 from nexusengine.execute import memory
 from nexusengine.execute.base import ExecutorOptions
-from nexusengine.execute.memory import cpu_kv_bytes, largest_step, size_kv, wanted_length
+from nexusengine.execute.memory import cpu_kv_bytes, largest_step, ready_blocks, size_kv, wanted_length
 from nexusengine.model_config import ModelConfig
 
 CONFIG = ModelConfig("LlamaForCausalLM", 100, 32, 64, 2, 4, 2, 8, 128, 1e-6, 10_000.0)
@@ -58,3 +58,8 @@ def test_the_largest_step_has_all_rows_all_tokens_and_the_longest_context(
     assert (batch.starts + batch.counts).max() == longest
     assert batch.block_tables.shape == (len(batch.slots), -(-longest // 16))
     assert batch.sampled.all()
+
+
+def test_a_part_of_a_kv_cache_on_a_cpu_has_memory_from_the_start() -> None:
+    assert ready_blocks(10, 2**20) == 10
+    assert ready_blocks(1000, 2**20) == 256

@@ -30,12 +30,13 @@ class RooflineExecutor:
     """Takes virtual time; checks what it is given as far as FakeExecutor's spec goes."""
 
     def __init__(self, device: Roofline, clock: VirtualClock, **limits: int) -> None:
-        values = {"num_blocks": 4000, "max_model_len": 8192, "max_batch_tokens": 2048, **limits}
+        values = {"num_blocks": 4000, "max_model_len": 8192, "max_batch_tokens": 2048, "ready_blocks": 0, **limits}
         self.spec = ExecutorSpec(
             "cuda:0", "bfloat16", 16, values["num_blocks"], values["max_model_len"], values["max_batch_tokens"], 1000,
-            "fake", 0, 0,
+            "fake", 0, 0, ready_blocks=values["ready_blocks"],
         )  # fmt: skip
         self.steps: list[StepFeatures] = []
+        self.highest_block = 0
         self._device, self._clock = device, clock
 
     def submit(self, batch: StepBatch) -> None:
@@ -47,6 +48,7 @@ class RooflineExecutor:
         assert (blocks > 0).all()
         assert (blocks < self.spec.num_blocks).all()
         assert len(np.unique(blocks)) == len(blocks), "two rows write the same block"
+        self.highest_block = max(self.highest_block, int(blocks.max()))
         self.steps.append(StepFeatures.of(batch.counts, batch.starts))
         self._rows = int(batch.sampled.sum())
 
@@ -83,6 +85,13 @@ def test_a_slow_device_is_not_held_up_for_longer_than_was_allowed() -> None:
     assert 2 <= taught < 20
     assert clock.now() <= 2.5  # one step can be longer than foreseen
     assert max(s.tokens for s in executor.steps) < 256
+
+
+def test_blocks_without_memory_are_not_read() -> None:
+    clock, model = VirtualClock(), OnlineModel()
+    executor = RooflineExecutor(Roofline(), clock, ready_blocks=100)
+    assert calibrate(executor, model, max_running=256, timer=clock.now)
+    assert executor.highest_block < 100
 
 
 def test_shapes_that_do_not_fit_the_executor_are_left_out() -> None:
