@@ -52,6 +52,21 @@ def test_where_a_young_request_sets_the_limit_the_step_is_unlikely_to_take_longe
     assert 0.044 < p.upper_s <= 0.049
 
 
+@pytest.mark.parametrize(("lived", "relegated", "limit_ms"), [(20, False, 120), (3, False, 50), (20, True, 50)])
+def test_a_young_request_spends_what_almost_all_have_lived_to_gain_while_nobody_is_relegated(
+    lived: int, relegated: bool, limit_ms: float
+) -> None:
+    bench = Bench()
+    for _ in range(20):
+        bench.decode(first_s=1.0, generated=lived, tpot_s=1.0)
+    bench.decode(first_s=1.0, generated=1)
+    bench.wait(5000)
+    if relegated:
+        bench.wait(100, ttft_s=0.5, relegated=True)
+    p = plan(bench.view(), now=1.0)  # the young one's next token is due at 1.05
+    assert p.notes["limit_ms"] == pytest.approx(limit_ms)
+
+
 def test_upper_bounds_are_planned_with_if_asked_for() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=2)
