@@ -1,18 +1,13 @@
-"""The tokenizer of a model, from tokenizer.json or GGUF metadata."""
+"""The tokenizer of a model: text to token ids and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from nexusengine.errors import InvalidRequest, ModelLoadError
-from nexusengine.loading.config_json import read_json
-from nexusengine.loading.gguf_file import GGUFFile
-from nexusengine.loading.resolve import ModelFiles
-from nexusengine.tokenize import gguf_tokenizer
+from nexusengine.errors import InvalidRequest
 from nexusengine.tokenize.chat_template import ChatTemplate, Message
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
 
@@ -71,67 +66,3 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], **extra: Any) -> list[int]:
         """Token ids of the rendered template, which writes its special tokens itself."""
         return self.encode(self.render_chat(messages, **extra), add_special_tokens=False)
-
-
-def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """Raises ModelLoadError naming the file and what is wrong with it."""
-    if files.kind == "gguf":
-        return _from_gguf(files)
-    return _from_json(files)
-
-
-def _from_gguf(files: ModelFiles) -> Tokenizer:
-    metadata = GGUFFile(files.path).metadata
-    backend = gguf_tokenizer.build(metadata, files.path)
-    names = {
-        f"{kind}_token": metadata["tokenizer.ggml.tokens"][i]
-        for kind in ("bos", "eos")
-        if isinstance(i := metadata.get(f"tokenizer.ggml.{kind}_token_id"), int) and i < backend.get_vocab_size()
-    }
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(
-        backend,
-        bos_token_id=files.config.bos_token_id,
-        eos_token_ids=files.config.eos_token_ids,
-        chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-    )
-
-
-def _from_json(files: ModelFiles) -> Tokenizer:
-    path = files.path / "tokenizer.json"
-    if not path.is_file():
-        raise ModelLoadError(f"{path} is missing; a tokenizer in another format is not supported")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelLoadError(f"{path} is not a usable tokenizer: {error}") from None
-    settings_path = files.path / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.is_file() else {}
-    names = {key: _token_text(value) for key, value in settings.items() if key in ("bos_token", "eos_token")}
-    template = _template(files.path, settings)
-    eos = files.config.eos_token_ids
-    if not eos and "eos_token" in names:
-        eos = tuple(i for i in [backend.token_to_id(names["eos_token"])] if i is not None)
-    return Tokenizer(
-        backend,
-        bos_token_id=files.config.bos_token_id,
-        eos_token_ids=eos,
-        chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
-    )
-
-
-def _token_text(value: Any) -> str:
-    return str(value["content"] if isinstance(value, dict) else value)
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else chat_template.json, else the key in tokenizer_config.json (its default if several)."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text()
-    if (folder / "chat_template.json").is_file():
-        settings = read_json(folder / "chat_template.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
