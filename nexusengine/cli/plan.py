@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nexusengine.cli.sim import _Progress
+    from nexusengine.cli.sim import _Progress, seeds_of
     from nexusengine.sim.api import SimSpec
     from nexusengine.sim.plan import parse_candidates, plan
     from nexusengine.sim.plots import plot_plan, require_matplotlib
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             candidates,
             targets=targets,
             longest_decile=args.longest_decile,
-            seeds=range(args.seed, args.seed + max(args.seeds, 1)),
+            seeds=seeds_of(args),
             prices=prices,
             head_room=args.head_room,
             precision=args.precision,
@@ -117,7 +117,7 @@ def _prices(text: str | None) -> dict[str, float]:
         return dict(PRICES_PER_HOUR)
     if text.endswith(".toml"):
         try:
-            given: dict[str, Any] = tomllib.loads(Path(text).read_text())
+            given: dict[str, Any] = tomllib.loads(Path(text).read_text("utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"cannot read {text}: {error.strerror}", param="prices") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

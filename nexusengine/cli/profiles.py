@@ -79,6 +79,8 @@ def _fit(args: argparse.Namespace) -> int:
             features.append(step.features)
             took_s.append(step.ms / 1e3)
             held_tokens = max(held_tokens, sum(step.q) + sum(step.ctx))
+    if args.kv_tokens is not None and args.kv_tokens < 1:
+        raise ConfigError(f"--kv-tokens must be at least 1, got {args.kv_tokens}", param="kv_tokens")
     weights_bytes = args.weights_bytes
     if weights_bytes is None:
         if args.model not in MODELS:

@@ -182,7 +182,7 @@ def _sweep(args: argparse.Namespace) -> int:
     except ValueError:
         raise ConfigError(f"--rates are numbers, got {' '.join(args.rates)!r}") from None
     spec = _spec(args)
-    seeds = range(args.seed, args.seed + max(args.seeds, 1))
+    seeds = seeds_of(args)
     specs = specs_of(spec, args.engines or [args.engine], args.routers or [args.router], rates, seeds)
     with _Progress("sweeping", len(specs)) as bar:
         points: list[Point] = sweep(specs, args.jobs, lambda point: bar.step())
@@ -213,7 +213,7 @@ def _goodput(args: argparse.Namespace) -> int:
             spec,
             target=args.target,
             longest_decile=args.longest_decile,
-            seeds=range(args.seed, args.seed + max(args.seeds, 1)),
+            seeds=seeds_of(args),
             precision=args.precision,
             first_rate_rps=args.first_rate,
             progress=tell,
@@ -226,6 +226,13 @@ def _goodput(args: argparse.Namespace) -> int:
     else:
         print_goodput(found, args.target, args.longest_decile)
     return 0
+
+
+def seeds_of(args: argparse.Namespace) -> range:
+    """The seeds that --seed and --seeds ask for. Raises ConfigError."""
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {args.seeds}", param="seeds")
+    return range(args.seed, args.seed + args.seeds)
 
 
 class _Progress:

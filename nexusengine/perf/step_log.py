@@ -9,6 +9,7 @@ moment. ms: how long the model ran; sched_ms: how long everything around it took
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def read_steps(path: str | Path) -> Iterator[LoggedStep]:
         with _open(Path(path)) as lines:
             while line := lines.readline(_LONGEST_LINE_BYTES):
                 number += 1
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.isspace():
                     continue
                 step = _decode(line, f"{path}, line {number}")

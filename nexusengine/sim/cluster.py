@@ -43,6 +43,10 @@ from nexusengine.wire import (
 _CLIENT = b"client"
 _EPOCH = "sim"
 _PROGRESS_EVERY_EVENTS = 2000
+_HELLO_PERIOD_S = 1.0
+_IDLE_TICKED_S = 30.0
+"""For so long without any request the clock goes on tick by tick, until the router's moving means have settled; then
+it jumps to the next event."""
 HOPS = 2
 """Links on the way of a token: engine to router, router to client."""
 
@@ -176,6 +180,7 @@ class Cluster:
         self._order = itertools.count()
         self._open = 0
         self._ended = 0
+        self._idle_since_s = math.inf
         for fault in faults:
             if fault.kind == "join":
                 self.workers[fault.worker].up = False
@@ -347,11 +352,44 @@ class Cluster:
         self.core.on_timer(now)
         self._flush(now)
         self._at(now + self.link.snapshot_period_s, self._timer)
+        if self._jobs:
+            self._idle_since_s = math.inf
+        elif self._idle_since_s == math.inf:
+            self._idle_since_s = now
+        elif now - self._idle_since_s >= _IDLE_TICKED_S:
+            self._skip_idle(now)
+
+    def _skip_idle(self, now: float) -> None:
+        """Move what recurs to the next event, where the router is told what it would have heard last. Reports on their
+        way are delivered at once."""
+        periods_s = {
+            self._timer: self.link.snapshot_period_s,
+            self._report: self.link.snapshot_period_s,
+            self._hello: _HELLO_PERIOD_S,
+        }
+        reports = [e for e in self._events if e[2] == self._to_router and isinstance(e[3][1], Report)]
+        rest = [e for e in self._events if e not in reports]
+        resume_s = min((at_s for at_s, _, call, _ in rest if call not in periods_s), default=self.until_s)
+        resume_s = min(resume_s, self.until_s)
+        if resume_s - now <= _IDLE_TICKED_S:
+            return
+        for _, _, _, (identity, report) in sorted(reports, key=lambda e: e[:2]):
+            self.core.on_worker(identity, report, now)
+        self._events = []
+        for at_s, order, call, args in rest:
+            if call in periods_s and at_s < resume_s:
+                at_s += math.ceil((resume_s - at_s) / periods_s[call]) * periods_s[call]
+            self._events.append((at_s, order, call, args))
+        heapq.heapify(self._events)
+        self.core.on_client(_CLIENT, Hello(), resume_s)
+        for identity, worker in self._by_identity.items():
+            self.core.on_worker(identity, worker.report(resume_s), resume_s)
+        self._flush(resume_s)
 
     def _hello(self, now: float) -> None:
         self.core.on_client(_CLIENT, Hello(), now)
         self._flush(now)
-        self._at(now + 1.0, self._hello)
+        self._at(now + _HELLO_PERIOD_S, self._hello)
 
     def _take_sample(self, now: float) -> None:
         assert self._sample is not None

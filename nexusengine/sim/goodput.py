@@ -11,6 +11,7 @@ slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,8 +98,10 @@ def goodput(
         raise ConfigError(f"precision must be between 0.001 and 0.5, got {precision}", param="precision")
     if not 1.01 <= growth <= 2.0:
         raise ConfigError(f"growth must be between 1.01 and 2, got {growth}", param="growth")
+    if first_rate_rps is not None and not (math.isfinite(first_rate_rps) and first_rate_rps > 0):
+        raise ConfigError(f"first_rate must be a number above 0, got {first_rate_rps}", param="first_rate")
     search = _Search(spec, target, longest_decile, seeds or [spec.seed], load_profile, progress)
-    rate = first_rate_rps or 0.5 * len(parse_devices(spec.devices))
+    rate = 0.5 * len(parse_devices(spec.devices)) if first_rate_rps is None else first_rate_rps
     lowest = _FEWEST_REQUESTS / (spec.duration_s or 600.0)
     low = high = 0.0
     while low == 0.0 or high == 0.0:

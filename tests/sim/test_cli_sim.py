@@ -146,6 +146,21 @@ def test_what_is_wrong_is_said_in_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--first-rate", "0"], "first_rate must be a number above 0, got 0.0"),
+        (["--first-rate", "nan"], "first_rate must be a number above 0, got nan"),
+    ],
+)
+def test_a_zero_is_not_taken_as_not_given(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sim", "goodput", *QUICK, *words]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
 def test_a_plot_without_matplotlib_is_refused_before_the_simulation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

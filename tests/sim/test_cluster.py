@@ -11,6 +11,8 @@ import pytest
 from nexusengine.errors import ConfigError, InternalError
 from nexusengine.lens.fcfs import FCFS
 from nexusengine.lens.registry import POLICIES
+from nexusengine.router.core import RouterCore
+from nexusengine.sim import cluster as cluster_module
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings
 from nexusengine.sim.faults import parse_fault
@@ -287,3 +289,41 @@ def test_the_same_seed_gives_the_same_ends_and_another_one_does_not() -> None:
         for s in (1, 1, 2)
     ]
     assert ends[0] == ends[1] != ends[2]
+
+
+@pytest.mark.parametrize("router", ["least-outstanding", "prism"])
+def test_an_idle_day_is_skipped_and_changes_nothing(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same jobs with every tick of the idle time simulated."""
+    ticks = 0
+    on_timer = RouterCore.on_timer
+
+    def counted(core: RouterCore, now: float) -> None:
+        nonlocal ticks
+        ticks += 1
+        on_timer(core, now)
+
+    monkeypatch.setattr(RouterCore, "on_timer", counted)
+    early, late = make_jobs(40, 0.02, 0), make_jobs(40, 0.02, 1)
+    gap_s = 1200.0
+    moved = [
+        replace(job, request=replace(job.request, request_id=f"late{i}", arrival_s=job.request.arrival_s + gap_s))
+        for i, job in enumerate(late)
+    ]
+    skipped = make_cluster(3, router=router, faults=("crash:1:600:5",)).run([*early, *moved])
+    few = ticks
+    monkeypatch.setattr(cluster_module, "_IDLE_TICKED_S", 1e9)
+    every_tick = make_cluster(3, router=router, faults=("crash:1:600:5",)).run([*early, *moved])
+    assert few < 3000 < 20_000 < ticks - few
+    assert [(o.first_token_s, o.last_s, o.worker, o.error) for o in skipped] == [
+        (o.first_token_s, o.last_s, o.worker, o.error) for o in every_tick
+    ]
+
+
+def test_a_gap_of_a_year_takes_no_longer_than_a_minute_of_it() -> None:
+    jobs = [make_job("now", 0.0, 100, 5), make_job("later", 3e7, 100, 5)]
+    steps: list[float] = []
+    cluster = make_cluster(2, sample=lambda now, _: steps.append(now), sample_period_s=1e6)
+    outcomes = run(cluster, jobs)
+    assert [o.error for o in outcomes.values()] == [None, None]
+    assert outcomes["later"].first_token_s - 3e7 == pytest.approx(outcomes["now"].first_token_s, abs=1e-6)
+    assert len(steps) == 31  # samples go on through idle time

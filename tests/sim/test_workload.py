@@ -98,6 +98,12 @@ def test_the_originals_of_the_azure_and_mooncake_traces_are_understood(tmp_path:
         ("a.jsonl", '{"input_tokens": 5.5, "output_tokens": 6}\n', "line 1: input_tokens must be"),
         ("a.jsonl", '{"input_tokens": 5, "output_tokens": 6, "hash_ids": "x"}\n', "line 1: hash_ids"),
         ("a.jsonl", '{"session": 1, "input_tokens": 5, "output_tokens": 6, "hash_runs": [[1]]}\n', "line 1: hash_runs"),
+        ("a.csv", f"input_tokens,output_tokens\n{2**63},6\n", "line 2: input_tokens must be .* '9223372036854775808'"),
+        ("a.jsonl", f'{{"input_tokens": 5, "output_tokens": {2**53 + 1}}}\n', "line 1: output_tokens must be"),
+        ("a.jsonl", f'{{"input_tokens": 5, "output_tokens": {10**400}}}\n', "line 1: output_tokens must be"),
+        ("a.jsonl", f'{{"arrival_s": {10**400}, "input_tokens": 5, "output_tokens": 6}}\n', "line 1: arrival_s must"),
+        ("a.jsonl", f'{{"input_tokens": 5, "output_tokens": 6, "hash_ids": [{2**64}]}}\n', "line 1: hash_ids"),
+        ("a.csv", "arrival_s,input_tokens,output_tokens\n0,5,6\n1e300,5,6\n", "arrive over 1e.300 s; at most 1e.09 s"),
         ("a.csv.gz", "not gzip", "is not CSV"),
         ("a.jsonl", '{"rate_windows": [], "dataset_windows": {}}\n{"rate_windows": 3}\n', "line 2: not a client model"),
     ],
@@ -107,7 +113,33 @@ def test_a_bad_trace_is_refused_with_file_and_line(tmp_path: Path, name: str, te
     path.write_text(text)
     with pytest.raises(ConfigError, match=complaint) as caught:
         build(path)
-    assert str(path) in caught.value.message
+    assert str(path) in caught.value.message or path.name in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    rows = '{"input_tokens": 5, "output_tokens": 6}\n' if "json" in name else "input_tokens,output_tokens\r\n5,6\r\n"
+    content = rows.encode("utf-8-sig")
+    assert content.startswith(b"\xef\xbb\xbf")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (entry,) = read_trace(tmp_path / name).entries
+    assert (entry.input_tokens, entry.output_tokens) == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ({"rate_rps": 1e-9}, "arrive over 9.9e.10 s; at most 1e.09 s are simulated"),
+        ({"rate_rps": 1.0, "duration_s": 1e10}, "duration must be at most 1e.09 s, got 1e.10"),
+        ({"rate_rps": 1.0, "duration_s": 1e8}, "1 requests/s for 1e.08 s are more than 5000000 requests"),
+        ({"rate_rps": 1e9, "duration_s": 1e3, "arrivals": "poisson"}, "more than 5000000 requests"),
+    ],
+)
+def test_more_time_or_requests_than_can_be_simulated_are_refused(
+    conv: Path, spec: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        build(conv, **spec)
 
 
 def test_a_missing_trace_is_named(tmp_path: Path) -> None:

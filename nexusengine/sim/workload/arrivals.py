@@ -10,7 +10,10 @@ from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.draw import F8, Stream, rng_for
 
 _CHUNK = 4096
-_MOST = 5_000_000
+MOST_REQUESTS = 5_000_000
+"""More in one simulation are refused: they would not fit into memory or end in a day."""
+LONGEST_S = 1e9
+"""Longest simulated time, 31 years: beyond it float64 seconds are coarser than the steps that they time."""
 
 
 def parse_arrivals(text: str) -> float | None:
@@ -40,11 +43,17 @@ def renewal(cv: float, rate_rps: float, duration_s: float, rng: np.random.Genera
         instants = end + np.cumsum(rng.gamma(shape, 1.0 / shape, _CHUNK))
         chunks.append(instants)
         end = float(instants[-1])
-        if len(chunks) * _CHUNK > _MOST:
-            raise ConfigError(f"{rate_rps} requests/s for {duration_s} s are more than {_MOST} requests", param="rate")
+        check_count(len(chunks) * _CHUNK, rate_rps, duration_s)
     arrivals = np.concatenate(chunks) if chunks else np.zeros(0)
     kept: F8 = arrivals[arrivals < duration_s * rate_rps] / rate_rps
     return kept
+
+
+def check_count(requests: float, rate_rps: float, duration_s: float) -> None:
+    """Raises ConfigError if a rate over a time makes more requests than can be simulated."""
+    if requests > MOST_REQUESTS:
+        most = f"more than {MOST_REQUESTS} requests"
+        raise ConfigError(f"{rate_rps:g} requests/s for {duration_s:g} s are {most}", param="rate")
 
 
 def arrivals_of(cv: float, rate_rps: float, duration_s: float, seed: int) -> F8:

@@ -12,9 +12,9 @@ import numpy as np
 
 from nexusengine.errors import ConfigError
 from nexusengine.sim.job import Job, TraceBlocks, make_job
-from nexusengine.sim.workload.arrivals import arrivals_of, parse_arrivals
+from nexusengine.sim.workload.arrivals import LONGEST_S, arrivals_of, parse_arrivals
 from nexusengine.sim.workload.draw import Drawn, Source, Stream, rng_for
-from nexusengine.sim.workload.entries import Entry, Trace, json_rows, read_trace
+from nexusengine.sim.workload.entries import LARGEST_COUNT, Entry, Trace, json_rows, read_trace
 from nexusengine.sim.workload.lengths import PREFIX, Synthetic
 from nexusengine.sim.workload.recorded import Recorded
 from nexusengine.sim.workload.servegen import ServeGen, is_servegen
@@ -89,6 +89,8 @@ class Builder:
         for name, value in (("rate", spec.rate_rps), ("duration", spec.duration_s), ("scale", spec.scale)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number above 0, got {value}", param=name)
+        if spec.duration_s is not None and spec.duration_s > LONGEST_S:
+            raise ConfigError(f"duration must be at most {LONGEST_S:g} s, got {spec.duration_s:g}", param="duration")
         self.spec = spec
         self.source = open_source(spec.trace) if source is None else source
         self._cv = parse_arrivals(spec.arrivals)
@@ -105,6 +107,12 @@ class Builder:
             jobs, duration_s, notes = self._sessions(self.source)
         else:
             jobs, duration_s, notes = self._requests(self.source)
+        if duration_s > LONGEST_S:
+            raise ConfigError(
+                f"the requests of {self.source.name} arrive over {duration_s:.3g} s; at most {LONGEST_S:g} s are "
+                "simulated",
+                param="rate" if self.spec.rate_rps is not None else "trace",
+            )
         if not jobs:
             raise ConfigError(
                 f"no request arrives in {duration_s:g} s of {self.source.name} at this rate", param="duration"
@@ -126,8 +134,8 @@ class Builder:
             arrivals = arrivals_of(self._cv, rate_rps, duration_s, spec.seed)
             drawn = replace(source.lengths(len(arrivals), spec.seed), arrival_s=arrivals)
         scale = spec.scale or 1.0
-        inputs = np.maximum(drawn.input_tokens // scale, 1).astype(np.int64)
-        outputs = np.maximum(drawn.output_tokens // scale, 1).astype(np.int64)
+        inputs = np.clip(drawn.input_tokens // scale, 1, LARGEST_COUNT).astype(np.int64)
+        outputs = np.clip(drawn.output_tokens // scale, 1, LARGEST_COUNT).astype(np.int64)
         fitted_inputs, fitted_outputs = _clip(inputs, outputs, spec.max_tokens)
         names = self._class_of(len(inputs))
         jobs = [
@@ -207,7 +215,10 @@ class Builder:
         job: Job | None = None
         for i in range(len(session) - 1, -1, -1):
             entry = session[i]
-            wanted_in, wanted_out = max(int(entry.input_tokens / scale), 1), max(int(entry.output_tokens / scale), 1)
+            wanted_in, wanted_out = (
+                int(min(max(tokens / scale, 1.0), LARGEST_COUNT))
+                for tokens in (entry.input_tokens, entry.output_tokens)
+            )
             fitted = _clip(np.array([wanted_in]), np.array([wanted_out]), self.spec.max_tokens)
             inputs, outputs = int(fitted[0][0]), int(fitted[1][0])
             counts["requests"] += 1
@@ -244,6 +255,6 @@ def _parse_limit(text: str) -> int | None:
         return None
     if text == "exact":
         return 0
-    if text.isdigit() and int(text) > 0:
+    if text.isascii() and text.isdigit() and len(text) < 17 and int(text) > 0:
         return int(text)
     raise ConfigError(f"stated_limit is none, exact or a number of tokens, got {text!r}", param="stated_limit")

@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.runs import Runs
 
 MOONCAKE_BLOCK_TOKENS, SESSION_BLOCK_TOKENS = 512, 64
+LARGEST_COUNT = 2**53
+"""Largest token count or block id: whole numbers up to here are exact in float64, and sums of many fit into int64."""
 _INPUT = ("input_tokens", "input_length", "prompt_tokens", "ContextTokens")
 _OUTPUT = ("output_tokens", "output_length", "completion_tokens", "GeneratedTokens")
 
@@ -86,9 +89,10 @@ def read_trace(path: str | Path) -> Trace:
 def open_text(path: str | Path) -> IO[str]:
     """Raises ConfigError if it cannot be opened."""
     try:
+        # utf-8-sig: spreadsheets put a byte-order mark before the first column's name
         if str(path).endswith(".gz"):
-            return gzip.open(path, "rt", encoding="utf-8", newline="")
-        return open(path, encoding="utf-8", newline="")
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        return open(path, encoding="utf-8-sig", newline="")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}", param="trace") from None
 
@@ -130,8 +134,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _entry(row: Mapping[str, Any], where: str) -> Entry:
     ids = row.get("hash_ids") or ()
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ConfigError(f"{where}: hash_ids must be a list of whole numbers >= 0", param="trace")
+    if not isinstance(ids, list | tuple) or not all(map(_is_count, ids)):
+        raise ConfigError(f"{where}: hash_ids must be a list of whole numbers from 0 to 2**53", param="trace")
     return Entry(
         _tokens(row, _INPUT, where, 1),
         _tokens(row, _OUTPUT, where, 1),
@@ -144,7 +148,7 @@ def _entry(row: Mapping[str, Any], where: str) -> Entry:
 def _session_entry(row: Mapping[str, Any], where: str) -> Entry:
     runs: list[tuple[int, int]] = []
     for run in row.get("hash_runs") or ():
-        if not (isinstance(run, list) and len(run) == 2 and all(isinstance(i, int) and i >= 0 for i in run)):
+        if not (isinstance(run, list) and len(run) == 2 and all(map(_is_count, run))):
             raise ConfigError(f"{where}: hash_runs must be [first, count] pairs, got {run!r}", param="trace")
         runs.append((run[0], run[1]))
     return Entry(
@@ -166,10 +170,15 @@ def _tokens(row: Mapping[str, Any], names: tuple[str, ...], where: str, at_least
                 number = int(value)
             except (TypeError, ValueError):
                 number = -1
-            if number < 0 or isinstance(value, bool | float):
-                raise ConfigError(f"{where}: {name} must be a whole number >= 0, got {value!r}", param="trace")
+            if not _is_count(number) or isinstance(value, bool | float):
+                shown = reprlib.repr(value)
+                raise ConfigError(f"{where}: {name} must be a whole number from 0 to 2**53, got {shown}", param="trace")
             return max(number, at_least)
     raise ConfigError(f"{where}: {names[0]} is missing; there are: {', '.join(map(str, row))}", param="trace")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
 
 def _arrival_s(row: Mapping[str, Any], where: str) -> float | None:
@@ -187,7 +196,7 @@ def _arrival_s(row: Mapping[str, Any], where: str) -> float | None:
 def _number(value: Any, name: str, where: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         raise ConfigError(f"{where}: {name} must be a number >= 0, got {value!r}", param="trace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ConfigError
+from nexusengine.sim.workload.arrivals import check_count
 from nexusengine.sim.workload.draw import I8, Drawn, Stream, rng_for
 from nexusengine.sim.workload.entries import Trace
 
@@ -53,6 +54,7 @@ class Recorded:
         if seed and duration_s < length_s:
             start_s = float(rng_for(seed, Stream.ARRIVALS).uniform(0.0, length_s - duration_s))
         turns = int(np.ceil((start_s + duration_s) / length_s))
+        check_count(turns * len(instants), len(instants) / length_s, duration_s)
         all_instants = (instants[None, :] + length_s * np.arange(turns)[:, None]).ravel() - start_s
         inside = np.nonzero((all_instants >= 0.0) & (all_instants < duration_s))[0]
         return self._pick(inside % len(instants), all_instants[inside])

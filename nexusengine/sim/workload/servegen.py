@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import ConfigError
+from nexusengine.sim.workload.arrivals import check_count
 from nexusengine.sim.workload.draw import F8, I8, Drawn, Stream, rng_for
 from nexusengine.sim.workload.entries import json_rows
 
@@ -77,6 +78,8 @@ class ServeGen:
             quantiles = [fields.get(k) for k in ("input_tokens", "output_tokens")] if isinstance(fields, dict) else []
             if quantiles and all(isinstance(q, list) and q for q in quantiles):
                 inputs, outputs = (np.asarray(q, np.float64) for q in quantiles)
+                if not (np.isfinite(inputs).all() and np.isfinite(outputs).all()):
+                    raise ValueError("a quantile is not a finite number")
                 if len(inputs) != len(_PROBABILITIES) or len(outputs) != len(_PROBABILITIES):
                     raise ValueError(f"{len(inputs)} quantiles, expected {len(_PROBABILITIES)}")
                 lengths.append((float(start_s), inputs, outputs))
@@ -86,6 +89,8 @@ class ServeGen:
         rates = np.array([w[1] for w in windows], np.float64)
         cvs = np.array([w[2] for w in windows], np.float64)
         shapes = np.array([w[4] if w[3] == "Weibull" else math.nan for w in windows], np.float64)
+        if not (np.isfinite(rates).all() and (rates >= 0).all()):
+            raise ValueError("a rate is not a finite number >= 0")
         wild = (cvs > HIGHEST_CV) | ((rates > 0) & (cvs <= 0)) | (shapes <= 0)
         self.dropped_windows += int(wild.sum())
         return _Client(int(row["client"]), np.where(wild, 0.0, rates), cvs, shapes, tuple(sorted(lengths)))
@@ -112,6 +117,7 @@ class ServeGen:
             raise ConfigError(f"{self.name}: no client has a rate above 0", param="trace")
         first = int(rng_for(seed, Stream.ARRIVALS).choice(busier))
         factor = 1.0 if rate_rps is None else rate_rps * count / float(sums[first])
+        check_count(factor * float(sums[first]) * WINDOW_S, factor * float(sums[first]) / count, duration_s)
         parts = [self._requests_of(c, first, count, factor, duration_s, seed) for c in self._clients]
         arrivals = np.concatenate([p[0] for p in parts])
         order = np.argsort(arrivals, kind="stable")
