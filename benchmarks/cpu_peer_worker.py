@@ -1,9 +1,10 @@
 """One system in a process of its own, for cpu_peers.py: imports nothing of nexusengine but where that is the system.
 
-    cpu_peer_worker.py SYSTEM VARIANT WORK      then lines on stdin: `warm` loads and does the whole work once,
-                                                `round` measures once
+    cpu_peer_worker.py SYSTEM VARIANT WORK SETTINGS     then lines on stdin: `warm` loads and does the whole work once,
+                                                        `round throughput,single,ttft_ms` measures these columns once
 
-Each line is answered by `RESULT {json}`. All decode greedily and end at the wanted length only.
+Each line is answered by `RESULT {json}`. SETTINGS is a JSON object of the system's own settings; those it may have, and
+which of them serve it best, are in cpu_peer_sweep.py. All decode greedily and end at the wanted length only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Prompts = list[list[int]]
+Settings = dict[str, Any]
+COLUMNS = ("throughput", "single", "ttft_ms")
 
 
 class Runner(Protocol):
@@ -28,7 +31,7 @@ class Runner(Protocol):
 
 
 class NexusEngine:
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         from nexusengine import Engine, SamplingParams
 
         self._params = SamplingParams
@@ -47,18 +50,23 @@ class NexusEngine:
 
 
 class Transformers:
-    """A static batch: what `generate` does."""
+    """A static batch: what `generate` does. Settings: cache (dynamic, static), compile (with a static cache),
+    attention (sdpa, eager)."""
 
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import torch
         import transformers
 
         torch.set_num_threads(work["threads"])
         path = Path(work["gguf"])
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation=settings["attention"]
         ).eval()
-        self._model.generation_config.eos_token_id = None
+        config = self._model.generation_config
+        config.eos_token_id, config.cache_implementation = None, settings["cache"]
+        config.disable_compile = not settings["compile"]
+        if settings["compile"]:
+            self._model.forward = torch.compile(self._model.forward)
 
     def generate(self, prompts: Prompts, output: int) -> int:
         import torch
@@ -72,9 +80,10 @@ class Transformers:
 
 
 class LlamaCpp:
-    """Continuous batching through the library's own batch calls, all sequences in one context."""
+    """Continuous batching through the library's own batch calls, all sequences in one context. Settings: unified (one
+    KV buffer for all sequences), flash (attention), ubatch (tokens computed at once), kv (type of the cache)."""
 
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import ctypes
 
         import llama_cpp as c
@@ -92,9 +101,13 @@ class LlamaCpp:
         prompts, threads = len(work["prompts"]), work["threads"]
         room = max(len(work["prompts"][0]) + work["output"], len(work["long_prompt"]) + 64)
         params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = prompts * room, 2048, 512
+        params.n_ctx, params.n_batch, params.n_ubatch = prompts * room, 2048, settings["ubatch"]
         params.n_seq_max, params.n_threads, params.n_threads_batch = prompts, threads, threads
-        params.kv_unified = True
+        params.kv_unified = settings["unified"]
+        params.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[settings["flash"]]
+        params.type_k = params.type_v = {"f16": c.GGML_TYPE_F16, "f32": c.GGML_TYPE_F32, "q8_0": c.GGML_TYPE_Q8_0}[
+            settings["kv"]
+        ]
         self._context = c.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError("llama.cpp made no context")
@@ -108,7 +121,11 @@ class LlamaCpp:
         target = Path(work["converted"]) / f"{variant}.gguf"
         if not target.is_file():
             params = c.llama_model_quantize_default_params()
-            params.ftype = {"fp32": c.LLAMA_FTYPE_ALL_F32, "q8_0": c.LLAMA_FTYPE_MOSTLY_Q8_0}[variant]
+            params.ftype = {
+                "fp32": c.LLAMA_FTYPE_ALL_F32,
+                "q8_0": c.LLAMA_FTYPE_MOSTLY_Q8_0,
+                "q4_0": c.LLAMA_FTYPE_MOSTLY_Q4_0,
+            }[variant]
             params.allow_requantize, params.nthread = True, work["threads"]
             part = target.with_suffix(".part")
             import ctypes
@@ -148,24 +165,32 @@ class LlamaCpp:
 
 
 class OpenVino:
-    """The continuous batching pipeline, reading the GGUF itself."""
+    """The continuous batching pipeline, reading the GGUF itself. Settings: hint (LATENCY or THROUGHPUT), precision of
+    the arithmetic (f32, bf16), kv (precision of the cache), tokens (most in a step)."""
 
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import numpy as np
         import openvino as ov
         import openvino_genai as genai
 
         self._np, self._ov, self._genai = np, ov, genai
         path = work["gguf"]
-        if variant == "q8_0":
-            path = str(Path(work["converted"]) / "q8_0.gguf")
+        if variant != "q4_1":
+            path = str(Path(work["converted"]) / f"{variant}.gguf")
             if not Path(path).is_file():
-                raise RuntimeError("the Q8_0 file is made by llama-cpp-python; run that system first")
+                raise RuntimeError(f"the {variant} file is made by llama-cpp-python; run that system first")
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size, scheduler.max_num_seqs = 2, 256
-        scheduler.max_num_batched_tokens = 2048
+        scheduler.max_num_batched_tokens = settings["tokens"]
+        given = {"INFERENCE_PRECISION_HINT": settings["precision"], "KV_CACHE_PRECISION": settings["kv"]}
         self._pipe = genai.LLMPipeline(
-            path, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=work["threads"], enable_save_ov_model=False
+            path,
+            "CPU",
+            scheduler_config=scheduler,
+            INFERENCE_NUM_THREADS=work["threads"],
+            PERFORMANCE_HINT=settings["hint"],
+            enable_save_ov_model=False,
+            **{name: value for name, value in given.items() if value != "default"},
         )
 
     def generate(self, prompts: Prompts, output: int) -> int:
@@ -179,7 +204,9 @@ class OpenVino:
 
 
 class CTranslate2:
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    """Settings: replicas (of the model; the threads are shared out among them), batch (most sequences at once)."""
+
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import ctranslate2
 
         target = Path(work["converted"]) / f"ctranslate2-{variant}"
@@ -191,28 +218,44 @@ class CTranslate2:
         self._generator = ctranslate2.Generator(
             str(target),
             device="cpu",
-            intra_threads=work["threads"],
+            inter_threads=settings["replicas"],
+            intra_threads=work["threads"] // settings["replicas"],
             compute_type={"fp32": "float32"}.get(variant, variant),
         )
+        self._batch = settings["batch"]
         self._words = json.loads((target / "vocabulary.json").read_text())
 
     def generate(self, prompts: Prompts, output: int) -> int:
         tokens = [[self._words[i] for i in p] for p in prompts]
         found = self._generator.generate_batch(
-            tokens, max_length=output, min_length=output, sampling_topk=1, include_prompt_in_result=False, end_token=[]
+            tokens,
+            max_batch_size=self._batch,
+            max_length=output,
+            min_length=output,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
         )
         return sum(len(f.sequences_ids[0]) for f in found)
 
 
 class Vllm:
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    """Settings: eager (no torch.compile), tokens (most in a step)."""
+
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import vllm
 
         os.environ["OMP_NUM_THREADS"] = str(work["threads"])
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self._vllm = vllm
         self._model = vllm.LLM(
-            str(_hugging_face(work)), dtype="float32", enable_prefix_caching=False, max_model_len=1024, seed=0
+            str(_hugging_face(work)),
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[variant],
+            enable_prefix_caching=False,
+            max_model_len=1024,
+            max_num_batched_tokens=settings["tokens"],
+            enforce_eager=settings["eager"],
+            seed=0,
         )
 
     def generate(self, prompts: Prompts, output: int) -> int:
@@ -222,13 +265,13 @@ class Vllm:
 
 
 class OnnxRuntime:
-    def __init__(self, work: dict[str, Any], variant: str) -> None:
+    def __init__(self, work: dict[str, Any], variant: str, settings: Settings) -> None:
         import onnxruntime_genai as genai
 
-        target = Path(work["converted"]) / "onnx-fp32"
+        target = Path(work["converted"]) / f"onnx-{variant}"
         if not (target / "genai_config.json").is_file():
             builder = Path(genai.__file__).parent / "models" / "builder.py"  # imports its neighbours as a script does
-            kind = ["-p", "fp32", "-e", "cpu", "-c", str(target / "cache")]
+            kind = ["-p", variant, "-e", "cpu", "-c", str(target / "cache")]
             command = [sys.executable, str(builder), "-i", str(_hugging_face(work)), "-o", str(target), *kind]
             subprocess.run(command, check=True, stdout=sys.stderr)
         self._genai, self._model = genai, genai.Model(str(target))
@@ -270,7 +313,7 @@ def _hugging_face(work: dict[str, Any]) -> Path:
     return target
 
 
-def _machine(work: dict[str, Any], variant: str) -> Any:
+def _machine(work: dict[str, Any], variant: str, settings: Settings) -> Any:
     from cpu_machine import Machine
 
     return Machine(work, variant)
@@ -298,22 +341,26 @@ def seconds(runner: Runner, prompts: Prompts, output: int) -> float:
     return took_s
 
 
-def measured(runner: Runner, work: dict[str, Any]) -> dict[str, float]:
+def measured(runner: Runner, work: dict[str, Any], columns: list[str]) -> dict[str, float]:
+    """The wanted columns; with throughput the peak of memory too."""
     if hasattr(runner, "measured"):  # not a system but the machine
         return dict(runner.measured())
     prompts, output = work["prompts"], work["output"]
-    all_s = seconds(runner, prompts, output)
+    found: dict[str, float] = {}
 
     def single() -> float:
         first_s, whole_s = (seconds(runner, prompts[:1], n) for n in (1, output))
         return (output - 1) / max(whole_s - first_s, 1e-9)
 
-    return {
-        "throughput": len(prompts) * output / all_s,
-        "single": median(single),
-        "ttft_ms": median(lambda: seconds(runner, [work["long_prompt"]], 1)) * 1e3,
-        "peak_mb": peak_mb(os.getpid()),
-    }
+    if "throughput" in columns:
+        found["throughput"] = len(prompts) * output / seconds(runner, prompts, output)
+    if "single" in columns:
+        found["single"] = median(single)
+    if "ttft_ms" in columns:
+        found["ttft_ms"] = median(lambda: seconds(runner, [work["long_prompt"]], 1)) * 1e3
+    if "throughput" in columns:
+        found["peak_mb"] = peak_mb(os.getpid())
+    return found
 
 
 def median(measure: Callable[[], float]) -> float:
@@ -336,17 +383,18 @@ def peak_mb(process: int) -> float:
 
 
 def main() -> None:
-    system, variant, work = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    system, variant, work, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
     os.environ["OMP_NUM_THREADS"] = str(work["threads"])
     runner: Runner | None = None
     for line in sys.stdin:
         answer: dict[str, float] = {}
         if runner is None:
-            runner = RUNNERS[system](work, variant)
+            runner = RUNNERS[system](work, variant, settings)
             # unmeasured: some compile, ours learns how long steps take
             runner.generate(work["prompts"], work["output"])
-        if line.strip() == "round":
-            answer = measured(runner, work)
+        what, _, columns = line.strip().partition(" ")
+        if what == "round":
+            answer = measured(runner, work, columns.split(",") if columns else list(COLUMNS))
         print("RESULT " + json.dumps(answer), flush=True)
 
 
