@@ -6,8 +6,10 @@ Every peer runs in an environment of its own, made on first use under --environm
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,13 +108,14 @@ class Peer:
             stderr=self._said,
             text=True,
             env=environ,
+            start_new_session=True,  # so that what it starts can be ended with it
         )
 
     def ask(self, what: str, limit_s: float) -> dict[str, Any]:
         """Raises RuntimeError with the last line of what the process said if it ended or took too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        timer = Timer(limit_s, self._process.kill)
+        timer = Timer(limit_s, self._kill)
         timer.start()
         try:
             self._process.stdin.write(what + "\n")
@@ -125,15 +128,19 @@ class Peer:
             pass
         finally:
             timer.cancel()
-        self._process.kill()
+        self._kill()
         status = self._process.wait()
         self._said.seek(0)
         said = self._said.read().strip().splitlines()
         raise RuntimeError(said[-1][:200] if said else f"ended with status {status}")
 
     def close(self) -> None:
-        self._process.kill()
+        self._kill()
         self._process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def environment(system: System, folder: Path) -> str:

@@ -9,6 +9,8 @@ that a busy moment of the machine meets each of them; figures are medians over t
     python benchmarks/cpu_peers.py --tiny                # a minute: whether everything runs, no figures to quote
     python benchmarks/cpu_peers.py --settings sweep.json # every peer with what cpu_peer_sweep.py found best
 
+All systems are loaded at once, some 25 GB in all: where there is less, name a part of them, ours among each.
+
 Columns: output tokens/s of `--requests` requests of `--input` tokens in and `--output` out, submitted at once; tokens/s
 of one request alone; milliseconds until the first token of a prompt of 512 tokens; peak resident memory. A second table
 sets the ratios beside the targets (cpu_targets.py); for it the machine itself is measured in the same rounds. With
