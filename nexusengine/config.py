@@ -359,10 +359,10 @@ def load(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text(encoding="utf-8")).items()}
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", param="config") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", param="config") from None
 
 

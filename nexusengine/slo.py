@@ -77,7 +77,7 @@ def load_classes(path: str | Path) -> tuple[dict[str, SLOClass], dict[str, float
     Raises ConfigError naming the file, the class and the key.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", param="slo_classes") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,15 +1,17 @@
 """Compare the tokenizers built from GGUF vocabularies with llama.cpp's own, on random texts.
 
-    scripts/compare_tokenizers.py --reference PYTHON [--texts N] [--seed S] [--pre NAME ...] FILE.gguf ...
+    scripts/compare_tokenizers.py --reference PYTHON [--texts N] [--seed S] [--pre NAME ...] [--store OUT] FILE.gguf ...
 
 PYTHON is the interpreter of an environment that has llama-cpp-python. Compared are the ids of each text (special tokens
 in the text are parsed, BOS and EOS are not added), whether BOS and EOS go with a prompt, and the tokens that end
 generation. --pre takes the vocabulary of a file with another pre-tokenizer; `--pre all`: with each of them.
+--store writes what llama.cpp says of a few texts to the file that tests/unit/test_tokenize_gguf.py reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -105,6 +107,27 @@ def random_text(rng: random.Random, specials: list[str]) -> str:
     return "".join(part for _ in range(rng.randrange(1, 12)) for part in piece())
 
 
+def reference(path: Path, pre: str | None, texts: list[str], python: str) -> dict[str, Any]:
+    """What llama.cpp makes of `texts`, and what it takes for the ends of generation."""
+    job = json.dumps({"path": str(path), "pre": pre, "texts": texts})
+    done = subprocess.run([python, "-c", _REFERENCE], input=job, capture_output=True, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def store(paths: list[Path], seed: int, python: str, out: Path) -> None:
+    """Ids of a few texts for each vocabulary, and a digest of them for gpt-2's with each pre-tokenizer."""
+    rng = random.Random(seed)
+    texts = [unicodedata.normalize("NFC", random_text(rng, [])) for _ in range(30)]
+    ids = {path.stem: reference(path, None, texts, python)["ids"] for path in paths}
+    plain = next(path for path in paths if path.stem == "gpt-2")
+    digests = {}
+    for pre in BY_NAME:
+        theirs = reference(plain, pre, texts, python)["ids"]
+        digests[pre] = hashlib.sha256(json.dumps(theirs).encode()).hexdigest()[:16]
+    out.write_text(json.dumps({"texts": texts, "ids": ids, "pre": digests}, separators=(",", ":")), encoding="utf-8")
+
+
 def mismatches(path: Path, pre: str | None, count: int, seed: int, python: str) -> tuple[int, list[str]]:
     """(texts compared, what differs)."""
     metadata = dict(GGUFFile(path).metadata)
@@ -118,11 +141,10 @@ def mismatches(path: Path, pre: str | None, count: int, seed: int, python: str) 
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     if vocabulary.rstrip:  # of white space after such a token llama.cpp takes ASCII alone, transformers all of it
         texts = [re.sub(r"(?<=>)\s+", " ", text) for text in texts]
-    job = json.dumps({"path": str(path), "pre": pre, "texts": texts})
-    done = subprocess.run([python, "-c", _REFERENCE], input=job, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return 0, [f"llama.cpp: {done.stderr.strip().splitlines()[-1:]}"]
-    theirs: dict[str, Any] = json.loads(done.stdout)
+    try:
+        theirs = reference(path, pre, texts, python)
+    except subprocess.CalledProcessError as error:
+        return 0, [f"llama.cpp: {error.stderr.strip().splitlines()[-1:]}"]
     ours = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     wrong = [
         f"{text!r}: {mine}, llama.cpp {their}"
@@ -147,7 +169,11 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pre", nargs="*", default=[])
+    parser.add_argument("--store", type=Path)
     args = parser.parse_args()
+    if args.store is not None:
+        store(args.files, args.seed, args.reference, args.store)
+        return 0
     names: list[str | None] = list(BY_NAME) if args.pre == ["all"] else args.pre or [None]
     failed = False
     for path in args.files:

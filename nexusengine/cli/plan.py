@@ -117,7 +117,7 @@ def _prices(text: str | None) -> dict[str, float]:
         return dict(PRICES_PER_HOUR)
     if text.endswith(".toml"):
         try:
-            given: dict[str, Any] = tomllib.loads(Path(text).read_text())
+            given: dict[str, Any] = tomllib.loads(Path(text).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {text}: {error.strerror}", param="prices") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from nexusengine.errors import ModelLoadError
+from nexusengine.tokenize.backend import library_errors
 from nexusengine.tokenize.gguf_spm import SPACE, merges_of, never_crosses_words
 from nexusengine.tokenize.gguf_vocab import CONTROL, UNKNOWN, USER_DEFINED, Metadata, Vocabulary, read_vocabulary
 
@@ -43,10 +43,8 @@ def _added(vocabulary: Vocabulary, *kinds: int) -> list[AddedToken]:
 
 
 def _model(vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path | str, **options: Any) -> models.BPE:
-    try:
+    with library_errors(f"{path}: the tokenizer's vocabulary and merges do not agree"):
         return models.BPE(vocab=vocabulary.ids, merges=merges, **options)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelLoadError(f"{path}: the tokenizer's vocabulary and merges do not agree: {error}") from None
 
 
 def _bpe(vocabulary: Vocabulary, data: Metadata) -> Tokenizer:

@@ -89,9 +89,9 @@ class Metadata:
     def items(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> list[Any]:
         """A list of which every item is of `kind`."""
         value: list[Any] = self.get(key, list, default)
-        wrong = next((item for item in value if not isinstance(item, kind) or isinstance(item, bool)), None)
-        if wrong is not None:
-            raise self.fail(f"tokenizer.ggml.{key} holds {_short(wrong)}, which is not of the right type")
+        for item in value:
+            if not isinstance(item, kind) or isinstance(item, bool) or item != item:
+                raise self.fail(f"tokenizer.ggml.{key} holds {_short(item)}, which is not of the right type")
         return value
 
     def token_id(self, key: str, size: int, default: int | None) -> int | None:
