@@ -83,7 +83,7 @@ def special_token_texts(named: Mapping[str, Any], where: Path | str) -> dict[str
         text = value.get("content") if isinstance(value, dict) else value
         if value is None:
             continue
-        if not isinstance(text, str):
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
             raise ModelLoadError(f"{where}: {key} is {value!r}; a token is a string or an object with content")
         texts[key] = text
     return texts

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from nexusengine.config import ServeConfig
+from tests.unit.test_special_tokens import CONFIG, save
 
 
 @contextmanager
@@ -80,3 +82,25 @@ def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
                 "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
             }
             assert process.wait(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tokenizer_config.json", '{"bos_token": {}}', "bos_token is {}"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "is not a usable tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_ends_the_process_with_the_reason(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    save(tmp_path, config=CONFIG)
+    (tmp_path / name).write_text(text)
+    with server_process(tmp_path, port=0) as (process, event):
+        assert event["type"] == "listening"
+        tell(process, {"type": "model_ready", "path": str(tmp_path), "name": "m"})
+        assert process.stdout is not None
+        failed = json.loads(process.stdout.readline())
+        assert failed["type"] == "failed"
+        assert words in failed["message"]
+        assert process.wait(10) == 1
