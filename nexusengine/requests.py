@@ -65,7 +65,7 @@ def make_request(
 
 
 def _special_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> dict[int, str]:
-    """Stop strings that are one special token, by its id: they never show in a text, which leaves special tokens out."""
+    """Stop strings that are one special token, by its id: they never show in a text that leaves special tokens out."""
     ids = {tokenizer.special_token_id(stop): stop for stop in sampling.stop}
     return {token_id: stop for token_id, stop in ids.items() if token_id is not None}
 

@@ -1,9 +1,8 @@
 """How text is split before byte-pair merging: what a GGUF file means by `tokenizer.ggml.pre`.
 
 The names, their patterns and their defaults are llama.cpp's (src/llama-vocab.cpp, src/unicode.cpp), so that a file
-gives the same ids there and here. Where llama.cpp approximates the pattern of the original tokenizer, so does this
-table. The one thing that is added is the NFC normalisation of Qwen's tokenizers, which transformers applies and
-llama.cpp leaves out.
+gives the same ids there and here. Where llama.cpp approximates the pattern of the original tokenizer, or leaves out
+its normalisation, so does this table.
 """
 
 from __future__ import annotations
@@ -71,14 +70,12 @@ class Pre:
     ignore_merges: a piece that is a token is that token, whatever the merges say.
     add_bos: BOS goes before a prompt where the file does not say.
     raw: tokens are text with U+2581 for spaces, not bytes as GPT-2 writes them.
-    nfc: text is normalised to NFC first.
     """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
     raw: bool = False
-    nfc: bool = False
 
     def build(self) -> Any:
         """As a pre-tokenizer of the tokenizers library."""
@@ -116,9 +113,8 @@ _ENTRIES: tuple[tuple[str, Pre], ...] = (
         _GPT2_PRE,
     ),
     ("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", _DIGITS_PRE),
-    ("qwen2 deepseek-r1-qwen", replace(_QWEN2_PRE, nfc=True)),
-    ("qwen35", Pre((_QWEN35,), nfc=True)),
-    ("kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", _QWEN2_PRE),
+    ("qwen35", Pre((_QWEN35,))),
+    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", _QWEN2_PRE),
     (
         "deepseek-llm",
         Pre(

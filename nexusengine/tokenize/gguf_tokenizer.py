@@ -63,8 +63,6 @@ def _bpe(vocabulary: Vocabulary, data: Metadata) -> Tokenizer:
         tokenizer.normalizer = normalizers.Replace(" ", SPACE)
         tokenizer.decoder = _text_decoder()
         return tokenizer
-    if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = _byte_decoder(vocabulary)
     return tokenizer
 
