@@ -79,7 +79,8 @@ class Metadata:
         return ModelLoadError(f"{self.path}: {what}")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.values.get(f"tokenizer.ggml.{key}", default)
+        value = self.values.get(f"tokenizer.ggml.{key}")
+        value = default if value is None else value
         if value is None:
             raise self.fail(f"tokenizer.ggml.{key} is missing")
         if not isinstance(value, kind):
