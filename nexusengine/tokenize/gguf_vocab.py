@@ -204,13 +204,13 @@ def _ends(
     for text in _HARMONY:
         if text in ids:
             kinds[ids[text]] = USER_DEFINED
-    texts = {text for text in _ENDS_OF_TURN & ids.keys() if ids[text] in ends}
+    present = _ENDS_OF_TURN & ids.keys()
     # gpt-oss and solar-open end a part of a turn, not the turn, with <|end|>.
-    if "<|end|>" in texts and texts & {"<|call|>", "<|calls|>"} and texts & {"<|return|>", "<|flush|>"}:
+    if "<|end|>" in present and present & {"<|call|>", "<|calls|>"} and present & {"<|return|>", "<|flush|>"}:
         ends.discard(ids["<|end|>"])
         kinds[ids["<|end|>"]] = USER_DEFINED
     # gemma4 has a normal </s>.
-    if {"<|tool_response>", "</s>"} <= texts:
+    if {"<|tool_response>", "</s>"} <= present:
         ends.discard(ids["</s>"])
         kinds[ids["</s>"]] = _NORMAL
     return kinds, tuple(sorted(ends))
