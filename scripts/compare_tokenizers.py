@@ -122,7 +122,7 @@ def store(paths: list[Path], seed: int, python: str, out: Path) -> None:
     ids = {path.stem: reference(path, None, texts, python)["ids"] for path in paths}
     plain = next(path for path in paths if path.stem == "gpt-2")
     digests = {}
-    for pre in BY_NAME:
+    for pre in (name for name in BY_NAME if not BY_NAME[name].raw):
         theirs = reference(plain, pre, texts, python)["ids"]
         digests[pre] = hashlib.sha256(json.dumps(theirs).encode()).hexdigest()[:16]
     out.write_text(json.dumps({"texts": texts, "ids": ids, "pre": digests}, separators=(",", ":")), encoding="utf-8")
