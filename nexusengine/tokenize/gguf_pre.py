@@ -22,7 +22,9 @@ _SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_GROUPS_OF_3 = r"(?=(?:\p{N}{3})*(?!\p{N}))"
+# Digits in groups of three from the right, found by looking ahead once a run and not once a group.
+_GROUPED = r"\P{N}*(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})*(?!\p{N}))|\P{N}*(?<!\p{N})\p{N}{3}|\p{N}{3}|\P{N}+"
+_GROUPED_ASCII = r"(?<![0-9])[^0-9]*[0-9]{1,2}(?=(?:[0-9]{3})+(?![0-9]))|[0-9]{3}"
 _HAN = _class("4E00-9FFF 3400-4DBF 20000-2A6DF 2A700-2B73F 2B740-2B81F 2B820-2CEAF 2CEB0-2EBEF F900-FAFF 2F800-2FA1F")
 _HAN_KANA = f"[{_class('4E00-9FA5 3040-309F 30A0-30FF')}]+"
 # llama.cpp's classes that are written without categories do not match white space outside ASCII.
@@ -91,7 +93,7 @@ _DIGITS_PRE = Pre((r"\p{N}", _GPT2))
 _LLAMA3_PRE = Pre((_LLAMA3,))
 _QWEN2_PRE = Pre((_QWEN2,))
 _BLOOM_PRE = Pre((_BLOOM,))
-_AYA_PRE = Pre((rf"\P{{N}}*\p{{N}}{{1,3}}{_GROUPS_OF_3}|\P{{N}}+", _gpt4o(_ANY_CASE)))
+_AYA_PRE = Pre((_GROUPED, _gpt4o(_ANY_CASE)))
 _BAILING_PRE = Pre(
     (
         r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"
@@ -122,7 +124,7 @@ _ENTRIES: tuple[tuple[str, Pre], ...] = (
                 r"[\r\n]",
                 rf"\s?[{_class('41-5A 61-7A ' + _LETTERS)}]+",
                 rf"\s?[!-/:-~{_class('FF01-FF0F FF1A-FF5E 2018-201F 3001-3002')}]+",
-                r"\s+\z",
+                r"(?<!\s)\s+\z",
                 _HAN_HANGUL,
                 r"\p{N}+",
             )
@@ -177,7 +179,7 @@ _ENTRIES: tuple[tuple[str, Pre], ...] = (
         "kimi-k2",
         Pre((rf"[{_HAN}]+|{_LEAD}(?:(?![{_HAN}])\p{{L}})+{_SUFFIX}?|\p{{N}}{{1,3}}|{_SYMBOLS}[\r\n]*|{_SPACES}",)),
     ),
-    ("superbpe", Pre((r"\p{N}+", r"[0-9]{1,3}(?=(?:[0-9]{3})+(?![0-9]))"))),
+    ("superbpe", Pre((r"\p{N}+", _GROUPED_ASCII))),
     ("bailingmoe bailingmoe2 llada-moe", _BAILING_PRE),
     (
         "seed-coder",
@@ -188,7 +190,7 @@ _ENTRIES: tuple[tuple[str, Pre], ...] = (
         "afmoe",
         Pre(
             (
-                rf"\P{{N}}*\p{{N}}{{1,3}}{_GROUPS_OF_3}|\P{{N}}+",
+                _GROUPED,
                 f"[{_class('4E00-9FFF 3400-4DBF 8C48-FAFF 3040-30FF FF65-FF9F 2F00-2FDF E40-EFF 1780-17FF')}"
                 f"{_class('1000-109F AA60-AA7F A9E0-A9FF AC00-D7AF 1100-11FF')}]+",
                 rf"{_WORDS}[\r\n]*|{_SPACES}",
