@@ -20,6 +20,7 @@ from nexusengine.tokenize.gguf_vocab import read_vocabulary
 from nexusengine.tokenize.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
@@ -56,9 +57,9 @@ def json_tokenizer(folder: Path, bos_token_id: int | None, eos_token_ids: tuple[
     """
     backend = _read_backend(folder / "tokenizer.json")
     settings = _read_if_there(folder / "tokenizer_config.json")
-    named = _named_tokens(folder, settings)
+    named, others = _named_tokens(folder, settings)
     names = special_token_texts(named, folder)
-    backend.add_special_tokens([_added(named[key], text) for key, text in names.items() if _is_plain(backend, text)])
+    _mark(backend, [*named.values(), *others], folder)
     try_out(backend, str(folder / "tokenizer.json"))
     ids = {key: backend.token_to_id(text) for key, text in names.items()}
     eos = [*eos_token_ids, *(i for i in [ids.get("eos_token")] if i is not None)]
@@ -77,36 +78,44 @@ def special_token_texts(named: Mapping[str, Any], where: Path | str) -> dict[str
     named: as in tokenizer_config.json, where a token is a string, an object with a `content`, or null.
     Raises ModelLoadError naming the token that is none of these.
     """
-    texts = {}
-    for key in SPECIAL_TOKENS:
-        value = named.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if value is None:
-            continue
-        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
-            raise ModelLoadError(f"{where}: {key} is {value!r}; a token is a string or an object with content")
-        texts[key] = text
-    return texts
+    return {key: _text(named[key], key, where) for key in SPECIAL_TOKENS if named.get(key) is not None}
 
 
-def _named_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The special tokens by name, from tokenizer_config.json and special_tokens_map.json; as in transformers, the
-    latter goes first only beside a tokenizer_config.json of the old form."""
+def _text(token: Any, what: str, where: Path | str) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+        raise ModelLoadError(f"{where}: {what} is {token!r}; a token is a string or an object with content")
+    return text
+
+
+def _named_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The special tokens by name, and the others, from tokenizer_config.json and special_tokens_map.json; as in
+    transformers, the latter goes first only beside a tokenizer_config.json of the old form."""
     by_map = _read_if_there(folder / "special_tokens_map.json")
-    named = {**by_map, **settings} if "added_tokens_decoder" in settings else {**settings, **by_map}
-    return {key: named[key] for key in SPECIAL_TOKENS if key in named}
+    known = settings.get("added_tokens_decoder")
+    values = {**by_map, **settings} if known is not None else {**settings, **by_map}
+    others = [] if known is None else _items(known, "added_tokens_decoder", folder)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        others += _items(values.get(key) or [], key, folder)
+    return {key: values[key] for key in SPECIAL_TOKENS if values.get(key) is not None}, others
 
 
-def _is_plain(backend: tokenizers.Tokenizer, text: str) -> bool:
-    """Whether `text` is in the vocabulary, but not as a token that is found in a text as a whole."""
-    token_id = backend.token_to_id(text)
-    return token_id is not None and token_id not in backend.get_added_tokens_decoder()
+def _items(value: Any, what: str, where: Path) -> list[Any]:
+    if not isinstance(value, list | dict):
+        raise ModelLoadError(f"{where}: {what} is {value!r}, which is not a list or an object")
+    return list(value.values() if isinstance(value, dict) else value)
 
 
-def _added(value: Any, text: str) -> AddedToken:
-    flags = value if isinstance(value, dict) else {}
-    chosen = {key: flags[key] for key in ("lstrip", "rstrip", "single_word") if isinstance(flags.get(key), bool)}
-    return AddedToken(text, special=True, normalized=False, **chosen)
+def _mark(backend: tokenizers.Tokenizer, tokens: list[Any], where: Path) -> None:
+    """Have these tokens of the vocabulary found in a text as a whole, where tokenizer.json does not say so."""
+    marked = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in tokens:
+        text = _text(token, "a special token", where)
+        if text in marked or backend.token_to_id(text) is None:
+            continue
+        flags = token if isinstance(token, dict) else {}
+        chosen = {key: flags[key] for key in _FLAGS if isinstance(flags.get(key), bool)}
+        backend.add_tokens([AddedToken(text, **{"special": True, "normalized": False, **chosen})])
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -99,6 +99,29 @@ def test_ids_of_a_prompt_are_those_of_transformers(
         )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": ["<pad>", "<|im_end|>"]},
+        {"extra_special_tokens": {"image_token": "<pad>"}},
+        {"added_tokens_decoder": {"7": {"content": "<pad>", "special": True, "normalized": False, "rstrip": True}}},
+        {"added_tokens_decoder": {"7": {"content": "<pad>", "special": False, "normalized": False}}},
+        {"added_tokens_decoder": {"7": {"content": "<pad>", "special": False}}, "pad_token": "<pad>"},
+    ],
+)
+def test_other_special_tokens_are_those_of_transformers(tmp_path: Path, settings: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    save(tmp_path, tokenizer_config=settings, config={"model_type": "llama"})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), json_tokenizer(tmp_path, None, ())
+    for text in ("a<pad>  a b", "<|im_end|>a", "<pad><pad>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (True, False):
+            whole = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids, skip) == whole
+
+
 CONFIG = {
     **{"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1},
     **{"num_hidden_layers": 1, "vocab_size": 10, "max_position_embeddings": 64},
