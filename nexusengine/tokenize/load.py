@@ -30,6 +30,13 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     return json_tokenizer(files.path, files.config.bos_token_id, files.config.eos_token_ids)
 
 
+def end_ids(files: ModelFiles) -> tuple[int, ...]:
+    """The tokens that end generation, as far as they are known without building a tokenizer. Raises ModelLoadError."""
+    if files.kind == "gguf":
+        return read_vocabulary(GGUFFile(files.path).metadata, files.path).end_ids
+    return files.config.eos_token_ids
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], path: Path | str) -> Tokenizer:
     """The tokenizer that GGUF metadata describe. Raises ModelLoadError naming the key that is missing or wrong."""
     vocabulary = read_vocabulary(metadata, path)
