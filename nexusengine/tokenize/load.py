@@ -20,6 +20,7 @@ from nexusengine.tokenize.gguf_vocab import read_vocabulary
 from nexusengine.tokenize.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -128,7 +129,13 @@ def _mark(backend: tokenizers.Tokenizer, tokens: list[Any], where: Path) -> None
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     """Reads tokenizer.json. Raises ModelLoadError."""
     if not path.is_file():
-        raise ModelLoadError(f"{path} is missing; a tokenizer in another format is not supported")
+        found = next(
+            (name for name in _OTHER_FORMATS if (path.parent / name).is_file()), "a tokenizer in another format"
+        )
+        raise ModelLoadError(
+            f"{path} is missing, and {found} is not supported; transformers' AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...) writes a tokenizer.json"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.tokenize.gguf_tokenizer import build
+from nexusengine.tokenize.gguf_vocab import read_vocabulary
 from nexusengine.tokenize.load import json_tokenizer
 
 CASES = Path(__file__).parents[3] / "shared" / "cases" / "tokenizers"
@@ -56,7 +57,7 @@ def random_text(rng: random.Random) -> str:
     return "".join(char for char in "".join(parts) if unicodedata.category(char) != "Cs")
 
 
-def metadata(folder: Path, kind: str) -> dict[str, Any]:
+def metadata_of(folder: Path, kind: str) -> dict[str, Any]:
     if kind == "byte-level":
         return GGUFFile(resolve_model("smollm2-135m").path).metadata
     packed = CASES / "llama-spm.gguf.gz"
@@ -68,7 +69,7 @@ def metadata(folder: Path, kind: str) -> dict[str, Any]:
 
 def backend(folder: Path, form: str) -> Any:
     """tokenizer.json of one form, as a JSON value."""
-    made = build(metadata(folder, "byte-level" if form.startswith("byte-level") else "spm"), "m")
+    made = build(metadata_of(folder, "byte-level" if form.startswith("byte-level") else "spm"), "m")
     if form == "metaspace":
         made.normalizer = None
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -133,7 +134,10 @@ def test_a_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, name: str, arc
     described = {key: values[key] for key in keys if key in values}
     described |= {"tokenizer_type": values["model"], "pre_tokenizer_type": values.get("pre")}
     theirs, _ = mapping.convert_gguf_tokenizer(architecture, described)
-    ours = build(GGUFFile(tmp_path / "m.gguf").metadata, "m")
+    metadata = GGUFFile(tmp_path / "m.gguf").metadata
+    ours, vocabulary = build(metadata, "m"), read_vocabulary(metadata, "m")
+    # llama.cpp calls a token that is written </s> an end of turn, transformers goes by the file alone.
+    known = [i for i, kind in enumerate(values["token_type"]) if vocabulary.kinds[i] == kind]
     rng = random.Random(7)
     specials = [piece for piece in PIECES if piece.startswith("<")]
     for _ in range(COUNT):
@@ -142,13 +146,13 @@ def test_a_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, name: str, arc
             continue
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
-        some = [rng.randrange(len(values["tokens"])) for _ in range(rng.randrange(0, 20))]
+        some = [rng.choice(known) for _ in range(rng.randrange(0, 20))]
         assert ours.decode(ids) == theirs.decode(ids)
         assert ours.decode(some) == theirs.decode(some)
 
 
 def test_the_decoder_of_a_sentencepiece_vocabulary_joins_bytes(tmp_path: Path) -> None:
-    made = build(metadata(tmp_path, "spm"), "m")
+    made = build(metadata_of(tmp_path, "spm"), "m")
     reference = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )

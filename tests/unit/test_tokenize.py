@@ -43,6 +43,9 @@ def test_a_tokenizer_is_read_from_json_with_its_template_and_end_of_text(tmp_pat
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is missing"):
         load_tokenizer(files(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is missing, and tokenizer\.model is not supported"):
+        load_tokenizer(files(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not a usable tokenizer"):
         load_tokenizer(files(tmp_path))
