@@ -55,9 +55,10 @@ def _bpe(vocabulary: Vocabulary, data: Metadata) -> Tokenizer:
         if space < 0 or space == len(merge) - 1:
             raise data.fail(f"tokenizer.ggml.merges is malformed: {merge!r} is not two tokens")
         pairs.setdefault((merge[:space], merge[space + 1 :]))
-    tokenizer = Tokenizer(
-        _model(vocabulary, list(pairs), data.path, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw)
-    )
+    merges = list(pairs)
+    if pre.raw:  # tokens of several spaces are stored with real spaces here, and their merges have no token
+        merges = [pair for pair in merges if vocabulary.ids.keys() >= {*pair, "".join(pair)}]
+    tokenizer = Tokenizer(_model(vocabulary, merges, data.path, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw))
     tokenizer.pre_tokenizer = pre.build()
     if pre.raw:
         tokenizer.normalizer = normalizers.Replace(" ", SPACE)

@@ -136,6 +136,14 @@ def test_bpe_over_text_as_gemma_4_has_it(text: str, ids: list[int]) -> None:
     assert tokenizer.decode(ids) == text
 
 
+def test_merges_of_tokens_that_are_stored_with_real_spaces_are_left_out() -> None:
+    tokens = ["a", "\u2581", "  ", "<0x0A>"]
+    keys = {"model": "gemma4", "token_type": [1, 1, 4, 6], "add_bos_token": False}
+    tokenizer = load(tokens, ["\u2581 \u2581"], **keys)
+    assert tokenizer.encode("a   a\n") == [0, 2, 1, 0, 3]
+    assert tokenizer.decode([0, 2, 1, 0, 3]) == "a   a\n"
+
+
 SPM = {"model": "llama", "merges": None, "pre": "default"}
 
 
