@@ -6,13 +6,13 @@ or give a token the wrong kind, and people expect of a file what it does there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.obs.logs import get_logger
 from nexusengine.tokenize.gguf_pre import BY_NAME, DEFAULT, Pre
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
@@ -40,7 +40,7 @@ _OLD_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mi
 _ENDING_FIM = ("fim_pad", "fim_rep", "fim_sep")
 _HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
-logger = logging.getLogger(__name__)
+log = get_logger("tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Metadata:
             return default
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size:
             return value
-        logger.warning("%s: tokenizer.ggml.%s is %s, which is no token; it is ignored", self.path, key, _short(value))
+        log.warning("%s: tokenizer.ggml.%s is %s, which is no token; it is ignored", self.path, key, _short(value))
         return default
 
 
@@ -159,7 +159,7 @@ def _pre_tokenizer(data: Metadata, model: str) -> Pre:
     name = "gemma4" if model == "gemma4" else data.get("pre", str, "")
     if name in ("", "default"):
         said = "is 'default'" if name else "is missing"
-        logger.warning(
+        log.warning(
             "%s: tokenizer.ggml.pre %s, so text is split as llama.cpp does by default; the model may answer worse than "
             "it could: convert it anew",
             data.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -17,6 +18,8 @@ import httpx
 import pytest
 
 from nexusengine.config import ServeConfig
+from nexusengine.server import process
+from nexusengine.server.state import ServerState
 from tests.unit.test_special_tokens import CONFIG, save
 
 
@@ -104,3 +107,23 @@ def test_a_tokenizer_that_cannot_be_loaded_ends_the_process_with_the_reason(
         assert failed["type"] == "failed"
         assert words in failed["message"]
         assert process.wait(10) == 1
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def load(files: Any) -> Any:
+        raise OverflowError("too large")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(process, "resolve_model", lambda *args, **options: None)
+    monkeypatch.setattr(process, "load_tokenizer", load)
+    monkeypatch.setattr(process.child, "emit", told.append)
+    monkeypatch.setattr(process.os, "_exit", leave)
+    control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
+    with pytest.raises(SystemExit) as ended:
+        asyncio.run(control._load({"path": "m", "name": "m"}))
+    assert ended.value.code == 1
+    assert told == [{"type": "failed", "message": "the tokenizer cannot be loaded: OverflowError('too large')"}]
