@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import uuid
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ def make_request(
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
         limits = f"between {-MAX_PRIORITY} and {MAX_PRIORITY}"
         raise InvalidRequest(f"priority must be a whole number {limits}, got {priority!r}", param="priority")
+    stop_ids = _special_stops(sampling, tokenizer)
+    if stop_ids:
+        sampling = dataclasses.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *stop_ids))
     return EngineRequest(
         request_id=request_id or uuid.uuid4().hex,
         prompt_token_ids=token_ids,
@@ -58,6 +62,12 @@ def make_request(
         priority=priority,
         deadline_s=None if timeout_s is None else arrival_s + timeout_s,
     )
+
+
+def _special_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> dict[int, str]:
+    """Stop strings that are one special token, by its id: they never show in a text that leaves special tokens out."""
+    ids = {tokenizer.special_token_id(stop): stop for stop in sampling.stop}
+    return {token_id: stop for token_id, stop in ids.items() if token_id is not None}
 
 
 def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
@@ -89,6 +99,7 @@ def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt)
         slo=request.slo,
         slo_class=request.slo_class,
         arrival_s=request.arrival_s,
+        stop_names=_special_stops(request.sampling, tokenizer),
     )
 
 

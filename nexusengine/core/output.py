@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from nexusengine.core.stop import StopStrings
@@ -21,7 +22,9 @@ class Detokenizer(Protocol):
 @dataclass(slots=True)
 class OutputProcessor:
     """One request's output. When a stop string matches, `stopped` is True: the request is over for its caller, and
-    whoever feeds this must abort it in the engine; deltas that still come are ignored."""
+    whoever feeds this must abort it in the engine; deltas that still come are ignored.
+
+    stop_names: the stop strings that are one token, by its id; the engine stops at it and knows the id alone."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -31,6 +34,7 @@ class OutputProcessor:
     slo: SLO | None = None
     slo_class: str | None = None
     arrival_s: float = 0.0
+    stop_names: Mapping[int, str] = field(default_factory=dict)
     stopped: bool = False
     timings: Timings | None = None
     service: Service | None = None
@@ -54,6 +58,8 @@ class OutputProcessor:
         self.output_tokens += len(token_ids)
         reason: FinishReason | None = delta.finish_reason
         stop_reason: int | str | None = delta.stop_reason
+        if isinstance(stop_reason, int):
+            stop_reason = self.stop_names.get(stop_reason, stop_reason)
         if matched is None and reason is not None:
             rest, matched = self.stops.push(self.detokenizer.finish())
             text += rest if matched is not None else rest + self.stops.finish()

@@ -7,6 +7,7 @@ measured, and holds as many KV tokens. `emulated:h100` is h100/llama-3.1-8b what
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import zlib
 from collections import deque
@@ -23,6 +24,7 @@ from nexusengine.loading.resolve import ModelFiles
 from nexusengine.model_config import ModelConfig
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile
+from nexusengine.tokenize.load import end_ids
 
 _ELEMENT_BYTES = 2
 _INSTANT = "instant"
@@ -78,6 +80,7 @@ class EmulatedExecutor:
             overlaps=bool(options.overlap),
         )
         seed = (options.seed, zlib.crc32(f"{options.worker} {device}".encode()))
+        config = dataclasses.replace(config, eos_token_ids=end_ids(files))  # which it never makes up
         return cls(config, profile, spec, np.random.default_rng(seed))
 
     def step_s(self, batch: StepBatch) -> float:

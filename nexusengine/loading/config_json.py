@@ -45,10 +45,10 @@ class _Reader:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelLoadError."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} does not hold a JSON object")

@@ -113,8 +113,8 @@ class Generation:
 
     def _count(self, index: int, output: RequestOutput, tokens: int) -> None:
         """A choice has ended. tokens: those that were output."""
-        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
-            tokens += 1  # the one that ended it
+        if output.finish_reason == "stop" and output.timings is not None:
+            tokens = output.timings.output_tokens  # with the token that ended it, which is not output
         first = index % self.n == 0
         self._usage["prompt"] += len(output.prompt_token_ids) if first else 0
         self._usage["cached"] += output.cached_tokens if first else 0

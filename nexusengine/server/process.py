@@ -69,8 +69,9 @@ class Control:
         try:
             files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        except NexusError as error:
-            child.emit({"type": "failed", "message": error.message})
+        except Exception as error:  # it must not stay "starting" for ever, whatever the reason
+            reason = error.message if isinstance(error, NexusError) else f"the tokenizer cannot be loaded: {error!r}"
+            child.emit({"type": "failed", "message": reason})
             os._exit(1)
         client = RouterClient(self._front)
         await client.start()

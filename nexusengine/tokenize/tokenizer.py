@@ -27,6 +27,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._special_ids = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
         self.chat_template = chat_template
         self._add_bos = add_bos and bos_token_id is not None
@@ -34,6 +35,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`, or None if there is no such token."""
+        return self._special_ids.get(text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest if the text is not Unicode (lone surrogates)."""

@@ -40,6 +40,9 @@ class FakeTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [(ord(c) - 32) % VOCABULARY for c in text]
 
+    def special_token_id(self, text: str) -> int | None:
+        return None
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(i + 32) for i in token_ids)
 

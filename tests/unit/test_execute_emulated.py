@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from nexusengine.execute.batch import SamplingTable, StepBatch
 from nexusengine.execute.emulated import EmulatedExecutor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.profiles.registry import load_profile
+from nexusengine.tokenize import load_tokenizer
 
 
 class LateClock:
@@ -126,6 +129,17 @@ def test_tokens_depend_on_seed_and_position_alone(monkeypatch: pytest.MonkeyPatc
         tokens.append(executor.collect().token_ids.tolist())
         assert all(0 < t < executor.spec.vocab_size for t in tokens[-1])
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_it_makes_up_no_token_that_ends_generation() -> None:
+    files = resolve_model("smollm2-135m", weights=False)
+    ends = load_tokenizer(files).eos_token_ids
+    small = dataclasses.replace(files, config=dataclasses.replace(files.config, vocab_size=max(ends) + 4))
+    executor = make_executor(small, parse_device("emulated:instant"), ExecutorOptions())
+    executor.submit(batch([1] * 200, list(range(200))))
+    tokens = set(executor.collect().token_ids.tolist())
+    assert len(tokens) == 3
+    assert not tokens & set(ends)
 
 
 def test_the_instant_device_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

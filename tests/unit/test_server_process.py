@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from nexusengine.config import ServeConfig
+from nexusengine.server import process
+from nexusengine.server.state import ServerState
+from tests.unit.test_special_tokens import CONFIG, save
 
 
 @contextmanager
@@ -80,3 +85,45 @@ def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
                 "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
             }
             assert process.wait(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tokenizer_config.json", '{"bos_token": {}}', "bos_token is {}"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "is not a usable tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_ends_the_process_with_the_reason(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    save(tmp_path, config=CONFIG)
+    (tmp_path / name).write_text(text)
+    with server_process(tmp_path, port=0) as (process, event):
+        assert event["type"] == "listening"
+        tell(process, {"type": "model_ready", "path": str(tmp_path), "name": "m"})
+        assert process.stdout is not None
+        failed = json.loads(process.stdout.readline())
+        assert failed["type"] == "failed"
+        assert words in failed["message"]
+        assert process.wait(10) == 1
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def load(files: Any) -> Any:
+        raise OverflowError("too large")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(process, "resolve_model", lambda *args, **options: None)
+    monkeypatch.setattr(process, "load_tokenizer", load)
+    monkeypatch.setattr(process.child, "emit", told.append)
+    monkeypatch.setattr(process.os, "_exit", leave)
+    control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
+    with pytest.raises(SystemExit) as ended:
+        asyncio.run(control._load({"path": "m", "name": "m"}))
+    assert ended.value.code == 1
+    assert told == [{"type": "failed", "message": "the tokenizer cannot be loaded: OverflowError('too large')"}]

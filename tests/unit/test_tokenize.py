@@ -43,6 +43,9 @@ def test_a_tokenizer_is_read_from_json_with_its_template_and_end_of_text(tmp_pat
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is missing"):
         load_tokenizer(files(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is missing, and tokenizer\.model is not supported"):
+        load_tokenizer(files(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not a usable tokenizer"):
         load_tokenizer(files(tmp_path))
@@ -63,7 +66,20 @@ def test_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"model": "llama"}, "'llama' is not supported"),
+        ({"model": "bert"}, "'bert' is not supported"),
+        ({"model": "t5"}, "'t5' is not supported"),
+        ({"model": "rwkv"}, "'rwkv' is not supported"),
+        ({"model": "plamo2"}, "'plamo2' is not supported"),
+        ({"model": 5}, "model is 5, which is not of the right type"),
+        ({"model": None}, "model is missing"),
+        ({"pre": 7}, "pre is 7"),
+        ({"tokens": []}, "tokens is empty"),
+        ({"tokens": ["a", "b", 3]}, "tokens holds 3"),
+        ({"tokens": ["a", "b", "a"]}, "'a' is there twice, as 0 and 2"),
+        ({"merges": None}, "merges is missing"),
+        ({"merges": [" "]}, "malformed"),
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'"),
+        ({"scores": [1.0]}, "malformed"),
         ({"pre": "unheard-of"}, "unheard-of"),
         ({"tokens": None}, "tokens is missing"),
         ({"merges": ["a"]}, "malformed"),
