@@ -13,13 +13,14 @@ import zmq
 from nexusengine import child, wire
 from nexusengine.config import ServeConfig
 from nexusengine.kv.hashing import block_hashes
-from nexusengine.obs.logs import get_logger, setup
+from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.router.core import Outgoing, RouterCore
 from nexusengine.router.policies import make_policy
 from nexusengine.types import EngineRequest
 
 _HIGH_WATER = 10_000
 _MOST_FRAMES_A_TURN = 256
+_PAUSE_S = 1.0
 log = get_logger("router")
 
 
@@ -34,6 +35,7 @@ class Broker:
         self._control: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._drained = False
+        self._complaints = Sparse(log)
 
     def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
@@ -54,9 +56,12 @@ class Broker:
         poller = zmq.Poller()
         for source in (self._front, self._back, self._wake):
             poller.register(source, zmq.POLLIN)
-        next_timer_s = time.monotonic()
+        next_timer_s = turned_s = time.monotonic()
         while True:
             ready = dict(poller.poll(max(0, round(1000 * (next_timer_s - time.monotonic())))))
+            before_s, turned_s = turned_s, time.monotonic()
+            if turned_s - before_s > self._period_s + _PAUSE_S:
+                self.core.paused(turned_s - before_s)
             if self._wake in ready:
                 os.eventfd_read(self._wake)
                 while not self._control.empty():
@@ -91,12 +96,17 @@ class Broker:
                 else:
                     self.core.on_worker(identity, wire.decode_from_worker(frames[0]), now)
             except wire.ProtocolError as error:
-                log.warning("ignored a message from %r: %s", identity, error)
+                self._complaints.warning("ignored a message from %r: %s", identity[:64], str(error)[:500])
 
     def _on_control(self, message: dict[str, Any]) -> None:
         if message["type"] == "worker_exited":
             self.core.on_worker_exited(
-                message["worker_id"], message["epoch"], message["cause"], message["restarts"], time.monotonic()
+                message["worker_id"],
+                message["epoch"],
+                message["cause"],
+                message["restarts"],
+                time.monotonic(),
+                next_epoch=message["next_epoch"],
             )
         elif message["type"] == "drain":
             self.core.draining = True
@@ -129,13 +139,14 @@ def main() -> None:
     config = ServeConfig(**given["config"])
     setup(config.log_level)
     hash_key = bytes.fromhex(given["hash_key"])
+    os.umask(0o077)  # the sockets are for processes of this user alone
 
     def block_names(request: EngineRequest, block_size: int) -> list[bytes]:
         return block_hashes(request.prompt_token_ids, block_size, hash_key)
 
     core = RouterCore(
         make_policy(config.router),
-        [wire.WorkerInfo(w["worker_id"], "", 0, w["device"], config.model) for w in given["workers"]],
+        [wire.WorkerInfo(w["worker_id"], w["epoch"], 0, w["device"], config.model) for w in given["workers"]],
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
         report_period_s=config.snapshot_period,

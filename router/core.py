@@ -11,17 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from msgspec.structs import replace as replace_in
+
+from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
 from nexusengine.kv.digest import short_names
 from nexusengine.router.breaker import Answer, judge
+from nexusengine.router.checks import (
+    check_digest,
+    check_info,
+    check_load,
+    problem_of_delta,
+    problem_of_request,
+    wrong_version,
+)
 from nexusengine.router.ledger import Entry, Ledger, Stage
 from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
 from nexusengine.router.prefix import PrefixIndex
 from nexusengine.router.registry import Registry
+from nexusengine.router.registry import identity_of as identity_of
 from nexusengine.router.trace import PlacementTrace
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
-    MAX_DIGEST_BYTES,
     Abort,
     Ask,
     Cancel,
@@ -35,6 +45,7 @@ from nexusengine.wire import (
     PrefixDigest,
     ProtocolError,
     Ready,
+    Refused,
     RepeatPrefixes,
     Report,
     Reregister,
@@ -69,10 +80,21 @@ class Outgoing:
     message: Message
 
 
+@dataclass(slots=True)
+class Client:
+    """A client the router knows. session, since: as in Cluster."""
+
+    seen_s: float
+    session: int
+    since: int
+
+
 class RouterCore:
     """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`.
 
-    report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked up.
+    expected: the workers that may register: each with the epoch of its process, "" for any; where none are named, all
+    may. report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked
+    up. on_client and on_worker raise ProtocolError for a message that makes no sense, which then has had no effect.
     """
 
     def __init__(
@@ -92,7 +114,8 @@ class RouterCore:
         self.trace = PlacementTrace()
         self._block_names = block_names if policy.uses_prefixes else None
         self.draining = False
-        self._clients: dict[bytes, float] = {}
+        self._clients: dict[bytes, Client] = {}
+        self._sessions = 0
         self._out: list[Outgoing] = []
         self._totals: dict[str, float] = defaultdict(float)
         self._finished_per_s = 0.0
@@ -115,9 +138,24 @@ class RouterCore:
     # ---- clients -------------------------------------------------------------------------------------------------
 
     def on_client(self, identity: bytes, message: ToRouterFromClient, now: float) -> None:
-        self._clients[identity] = now
+        """Raises ProtocolError. The first message of a client that is not known, or not known any more, begins a new
+        session with it."""
+        if isinstance(message, Hello) and (reason := wrong_version(message.protocol)):
+            self._send("client", identity, Refused(reason))
+            raise ProtocolError(reason)
+        client = self._clients.get(identity)
+        if client is not None:
+            client.seen_s = now
+        elif isinstance(message, Hello | Submit):
+            self._sessions += 1
+            since = message.submitted if isinstance(message, Hello) else message.number
+            client = self._clients[identity] = Client(now, self._sessions, since)
+            if isinstance(message, Submit):
+                self._send_cluster(identity, client, self.cluster())
+        else:
+            return  # it has nothing here to abort; a question can wait for its next Hello
         if isinstance(message, Hello):
-            self._send("client", identity, self.cluster())
+            self._send_cluster(identity, client, self.cluster())
         elif isinstance(message, Submit):
             self._submit(identity, message.request, now)
         elif isinstance(message, Ask):
@@ -140,7 +178,9 @@ class RouterCore:
     def _submit(self, client: bytes, request: EngineRequest, now: float) -> None:
         self._totals["requests"] += 1
         problem: tuple[str, str, float | None] | None = None
-        if request.request_id in self.ledger:
+        if (nonsense := problem_of_request(request)) is not None:
+            problem = (InvalidRequest.code, f"the request cannot be served: {nonsense}", None)
+        elif request.request_id in self.ledger:
             problem = (InvalidRequest.code, f"a request with id {request.request_id!r} is being served", None)
         elif self.draining:
             problem = (Unavailable.code, "the server is shutting down", 5.0)
@@ -156,9 +196,13 @@ class RouterCore:
     # ---- workers -------------------------------------------------------------------------------------------------
 
     def on_worker(self, identity: bytes, message: ToRouterFromWorker, now: float) -> None:
+        """Raises ProtocolError."""
         if isinstance(message, Starting | Ready):
             self._on_hello(identity, message, now)
         elif isinstance(message, Report):
+            check_load(message.load)
+            if message.prefixes is not None:
+                check_digest(message.prefixes.batches)
             if not self.registry.report(identity, message.seq, message.load, self.ledger, now):
                 self._send("worker", identity, Reregister(self.epoch))
             elif message.prefixes is not None:
@@ -184,14 +228,24 @@ class RouterCore:
         self._deal_with_orphans(identity, cause, now)
         self._push_cluster()
 
-    def on_worker_exited(self, worker_id: str, epoch: str, cause: str, restarts: int, now: float) -> None:
-        """The supervisor saw a worker process end."""
+    def on_worker_exited(
+        self, worker_id: str, epoch: str, cause: str, restarts: int, now: float, *, next_epoch: str = ""
+    ) -> None:
+        """The supervisor saw a worker process end. next_epoch: of the process that it starts in its place; "" if it
+        is not known."""
+        self.registry.expect(worker_id, next_epoch)
         self.on_worker_gone(identity_of(worker_id, epoch), cause, now)
         worker = self.registry.workers.get(worker_id)
         if worker is not None:
             worker.restarts, worker.cause = restarts, cause
 
     def _on_hello(self, identity: bytes, message: Starting | Ready, now: float) -> None:
+        if reason := wrong_version(message.protocol):
+            self._send("worker", identity, Refused(reason))
+            raise ProtocolError(reason)
+        check_info(message.info)
+        if not self.registry.may_connect(identity, message.info):
+            raise ProtocolError(f"worker {message.info.worker_id!r} was not started by this engine")
         worker, replaced = self.registry.connect(identity, message.info, now)
         if replaced is not None:
             self.prefixes.forget(message.info.worker_id)
@@ -202,21 +256,18 @@ class RouterCore:
         else:
             self.registry.ready(worker, now)
             for request_id in message.in_flight:  # from before this router's time: their clients were told
-                self._send("worker", identity, Cancel(request_id))
+                entry = self.ledger.get(request_id)
+                if entry is None or entry.identity != identity:
+                    self._send("worker", identity, Cancel(request_id))
             self._place_held(now)
         if worker.state is not before:
             self._push_cluster()
 
     def _follow(self, identity: bytes, digest: PrefixDigest, now: float) -> None:
         worker = self.registry.of(identity)
-        size = sum(len(names) for batch in digest.batches for names in batch)
-        if worker is None or size > MAX_DIGEST_BYTES:
-            raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
-        try:
-            complete = self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now)
-        except ValueError as error:
-            raise ProtocolError(f"a digest that cannot be read: {error}") from None
-        if not complete:
+        if worker is None:
+            return
+        if not self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now):
             self._totals["prefix_digests_lost"] += 1
             self._send("worker", identity, RepeatPrefixes())
 
@@ -254,7 +305,12 @@ class RouterCore:
         for delta in join_deltas(message.plain, message.full):
             entry = self.ledger.get(delta.request_id)
             if entry is None or entry.identity != identity:
-                continue  # aborted meanwhile, or served elsewhere
+                if delta.finish_reason is None:  # aborted meanwhile, or served elsewhere
+                    self._send("worker", identity, Cancel(delta.request_id))
+                continue
+            if (nonsense := problem_of_delta(delta)) is not None:
+                self._send("worker", identity, Cancel(delta.request_id))
+                delta = _error(delta.request_id, InternalError.code, f"the worker's answer makes no sense: {nonsense}")
             if delta.finish_reason is not None and self._answered(entry, delta, now):
                 continue
             if entry.stage is not Stage.STREAMING:
@@ -301,6 +357,12 @@ class RouterCore:
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
+    def paused(self, seconds: float) -> None:
+        """The router itself did not run for so long, so that nobody's silence in this time says anything."""
+        for client in self._clients.values():
+            client.seen_s += seconds
+        self.registry.paused(seconds)
+
     def on_timer(self, now: float) -> None:
         """Called every snapshot period: health, deadlines, held requests, silent clients, and the cluster's picture."""
         silent, stalled = self.registry.refresh(now)
@@ -313,8 +375,8 @@ class RouterCore:
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
             message = f"not finished within {limit_s:.1f} s of its arrival"
             self._finish(entry, _error(entry.request.request_id, DeadlineExceeded.code, message))
-        for identity, seen_s in list(self._clients.items()):
-            if now - seen_s > CLIENT_SILENT_S:
+        for identity, client in list(self._clients.items()):
+            if now - client.seen_s > CLIENT_SILENT_S:
                 self.on_client_gone(identity, now)
         if self.ledger.held:
             self._place_held(now)
@@ -388,8 +450,11 @@ class RouterCore:
 
     def _push_cluster(self) -> None:
         cluster = self.cluster()
-        for client in self._clients:
-            self._send("client", client, cluster)
+        for identity, client in self._clients.items():
+            self._send_cluster(identity, client, cluster)
+
+    def _send_cluster(self, identity: bytes, client: Client, cluster: Cluster) -> None:
+        self._send("client", identity, replace_in(cluster, session=client.session, since=client.since))
 
     def _cancel(self, entry: Entry, now: float) -> None:
         """Take the request from its worker, if it is at one."""
@@ -406,11 +471,6 @@ class RouterCore:
     def _count_end(self, delta: TokenDelta) -> None:
         self._totals[f"requests_{delta.finish_reason}"] += 1
         self._finished_since += 1
-
-
-def identity_of(worker_id: str, epoch: str) -> bytes:
-    """The ZeroMQ identity of a worker process."""
-    return f"{worker_id}.{epoch}".encode()
 
 
 def _error(request_id: str, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:

@@ -23,7 +23,7 @@ class Worker:
 
     Only Registry changes it. version: rises with every change that a view of it would show. ready_s: when the process
     became ready. full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight
-    while it warms up.
+    while it warms up. expected_epoch: of the process that may say that it is this worker; "" for any.
     """
 
     info: WorkerInfo
@@ -46,6 +46,12 @@ class Worker:
     breaker: Breaker = field(default_factory=Breaker)
     breaker_says: str | None = None
     version: int = 0
+    expected_epoch: str = ""
+
+
+def identity_of(worker_id: str, epoch: str) -> bytes:
+    """The ZeroMQ identity of a worker process."""
+    return f"{worker_id}.{epoch}".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +65,16 @@ class _Made:
 
 
 class Registry:
-    """Workers by id, and by the identity of their process. report_period_s: how often they are expected to report."""
+    """Workers by id, and by the identity of their process.
+
+    expected: the workers that may connect, each with the epoch of its process if it is known; where none are named, all
+    may. report_period_s: how often they are expected to report.
+    """
 
     def __init__(self, expected: list[WorkerInfo], report_period_s: float = 0.1) -> None:
         self._stalled_after_s = max(SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS * report_period_s)
-        self.workers = {info.worker_id: Worker(info) for info in expected}
+        self.workers = {info.worker_id: Worker(info, expected_epoch=info.epoch) for info in expected}
+        self._open_to_all = not expected
         self._by_identity: dict[bytes, Worker] = {}
         self._made: dict[str, _Made] = {}
 
@@ -76,6 +87,25 @@ class Registry:
         return [w.identity for w in self.workers.values() if w.identity is not None and w.state in serving]
 
     # ---- life ----------------------------------------------------------------------------------------------------
+
+    def may_connect(self, identity: bytes, info: WorkerInfo) -> bool:
+        """Whether the process is the worker that it says it is."""
+        if identity != identity_of(info.worker_id, info.epoch):
+            return False
+        worker = self.workers.get(info.worker_id)
+        if worker is None:
+            return self._open_to_all
+        return worker.expected_epoch in ("", info.epoch)
+
+    def expect(self, worker_id: str, epoch: str) -> None:
+        """The next process of the worker has this epoch."""
+        if (worker := self.workers.get(worker_id)) is not None:
+            worker.expected_epoch = epoch
+
+    def paused(self, seconds: float) -> None:
+        """Nobody could be heard for so long."""
+        for worker in self._by_identity.values():
+            worker.last_seen_s += seconds
 
     def connect(self, identity: bytes, info: WorkerInfo, now: float) -> tuple[Worker, bytes | None]:
         """A process says that it is this worker. Returns the worker, and the process it replaces if there was one."""

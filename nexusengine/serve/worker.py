@@ -39,6 +39,7 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
                 link.tell(core.findings(message))
                 continue
             core.covers = message.seq
+            core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
             try:
                 core.add(message.request)
             except NexusError as error:
@@ -73,7 +74,12 @@ def main() -> None:
     child.listen(lambda message: None)
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
-    link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def refused(reason: str) -> None:
+        child.emit({"type": "failed", "message": f"worker on {device}: the router does not take it: {reason}"})
+        os._exit(1)
+
+    link = RouterLink(given["back"], info, config.snapshot_period, refused)
 
     def progress(phase: str, fraction: float) -> None:
         link.phase(phase, fraction)
