@@ -44,7 +44,11 @@ class Broker:
         socket.set(zmq.RCVHWM, _HIGH_WATER)
         socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.set(zmq.LINGER, 0)
-        socket.bind(endpoint)
+        before = os.umask(0o177)
+        try:
+            socket.bind(endpoint)  # for processes of this user alone
+        finally:
+            os.umask(before)
         return socket
 
     def control(self, message: dict[str, Any]) -> None:
@@ -139,7 +143,6 @@ def main() -> None:
     config = ServeConfig(**given["config"])
     setup(config.log_level)
     hash_key = bytes.fromhex(given["hash_key"])
-    os.umask(0o077)  # the sockets are for processes of this user alone
 
     def block_names(request: EngineRequest, block_size: int) -> list[bytes]:
         return block_hashes(request.prompt_token_ids, block_size, hash_key)

@@ -99,6 +99,8 @@ def problem_of_delta(delta: TokenDelta) -> str | None:
         return "a token id is out of range"
     if not 0 <= delta.cached_tokens <= MOST_TOKENS or not 0 <= delta.preemptions <= MOST_TOKENS:
         return "a count of it is out of range"
+    if delta.finish_reason == "error" and not delta.error_code:
+        return "it ends with an error that it does not name"
     if delta.retry_after_s is not None and not 0.0 <= delta.retry_after_s <= 1e9:
         return f"it asks to try again after {delta.retry_after_s} s"
     return None

@@ -72,6 +72,7 @@ class RouterClient:
         self._socket.connect(self._endpoint)
         self._loop.add_reader(self._socket.fileno(), self._receive)
         self._loop.add_reader(self._monitor.fileno(), self._on_disconnected)
+        self._on_disconnected()  # its descriptor tells of what comes after somebody has found nothing
         self._heart = threading.Thread(target=self._beat, name="router heartbeat", daemon=True)
         self._heart.start()
         self._tasks = [asyncio.create_task(self._watch())]
