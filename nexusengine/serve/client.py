@@ -128,6 +128,11 @@ class RouterClient:
                 self._changed.clear()
                 await self._changed.wait()
 
+    def shut(self, reason: str) -> None:
+        """End every request with this reason, and take no more."""
+        self._refused = reason
+        self._give_up(reason)
+
     async def close(self) -> None:
         for request_id in list(self._pending):
             self.abort(request_id)
