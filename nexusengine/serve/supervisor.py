@@ -281,6 +281,8 @@ class Supervisor:
         )
         if role.key == "server" and self._files is not None:
             role.child.send(self._model_message())
+        if self._draining_since_s is not None and not self._is_worker(role):
+            role.child.send({"type": "drain"})  # it was being started again when the others were told
 
     def _resolve(self) -> None:
         """Find or download the model; in a thread of its own, because it can take long."""

@@ -82,8 +82,8 @@ class Control:
             child.emit({"type": "failed", "message": error.message})
             os._exit(1)
         except Exception as error:  # a bug, but nobody must wait for ever because of it
-            log.exception("loading the tokenizer failed")
-            child.emit({"type": "failed", "message": f"cannot load the tokenizer of {message['name']!r}: {error!r}"})
+            log.debug("loading the tokenizer failed", exc_info=True)
+            child.emit({"type": "failed", "message": f"cannot load the tokenizer of {message['path']}: {error!r}"})
             os._exit(1)
         client = self._client = RouterClient(self._front)
         await client.start()
