@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msgspec.structs import replace as replace_in
-
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
 from nexusengine.kv.digest import short_names
 from nexusengine.router.breaker import Answer, judge
@@ -24,6 +22,7 @@ from nexusengine.router.checks import (
     problem_of_request,
     wrong_version,
 )
+from nexusengine.router.clients import Clients
 from nexusengine.router.ledger import Entry, Ledger, Stage
 from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
 from nexusengine.router.prefix import PrefixIndex
@@ -60,7 +59,6 @@ from nexusengine.wire import (
 )
 
 MOST_ATTEMPTS = 2
-CLIENT_SILENT_S = 15.0
 DEADLINE_GRACE_S = 1.0
 """Workers end requests at their deadline themselves, with timings; the router steps in a little later."""
 MOST_ASKED_AGAIN = 256
@@ -78,15 +76,6 @@ class Outgoing:
     side: Side
     identity: bytes
     message: Message
-
-
-@dataclass(slots=True)
-class Client:
-    """A client the router knows. session, since: as in Cluster."""
-
-    seen_s: float
-    session: int
-    since: int
 
 
 class RouterCore:
@@ -114,8 +103,7 @@ class RouterCore:
         self.trace = PlacementTrace()
         self._block_names = block_names if policy.uses_prefixes else None
         self.draining = False
-        self._clients: dict[bytes, Client] = {}
-        self._sessions = 0
+        self._clients = Clients()
         self._out: list[Outgoing] = []
         self._totals: dict[str, float] = defaultdict(float)
         self._finished_per_s = 0.0
@@ -143,20 +131,12 @@ class RouterCore:
         if isinstance(message, Hello) and (reason := wrong_version(message.protocol)):
             self._send("client", identity, Refused(reason))
             raise ProtocolError(reason)
-        client = self._clients.get(identity)
-        if client is not None:
-            client.seen_s = now
-        elif isinstance(message, Hello | Submit):
-            self._sessions += 1
-            since = message.submitted if isinstance(message, Hello) else message.number
-            client = self._clients[identity] = Client(now, self._sessions, since)
-            if isinstance(message, Submit):
-                self._send_cluster(identity, client, self.cluster())
-        else:
+        session, begins = self._clients.heard(identity, message, now)
+        if session is None:
             return  # it has nothing here to abort; a question can wait for its next Hello
-        if isinstance(message, Hello):
-            self._send_cluster(identity, client, self.cluster())
-        elif isinstance(message, Submit):
+        if begins or isinstance(message, Hello):
+            self._send("client", identity, session.of(self.cluster()))
+        if isinstance(message, Submit):
             self._submit(identity, message.request, now)
         elif isinstance(message, Ask):
             for worker in self.registry.identities():
@@ -169,7 +149,7 @@ class RouterCore:
 
     def on_client_gone(self, identity: bytes, now: float) -> None:
         """Nobody waits for its requests any more."""
-        self._clients.pop(identity, None)
+        self._clients.forget(identity)
         for entry in self.ledger.of_client(identity):
             self._cancel(entry, now)
             self.ledger.remove(entry)
@@ -359,8 +339,7 @@ class RouterCore:
 
     def paused(self, seconds: float) -> None:
         """The router itself did not run for so long, so that nobody's silence in this time says anything."""
-        for client in self._clients.values():
-            client.seen_s += seconds
+        self._clients.paused(seconds)
         self.registry.paused(seconds)
 
     def on_timer(self, now: float) -> None:
@@ -375,9 +354,8 @@ class RouterCore:
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
             message = f"not finished within {limit_s:.1f} s of its arrival"
             self._finish(entry, _error(entry.request.request_id, DeadlineExceeded.code, message))
-        for identity, client in list(self._clients.items()):
-            if now - client.seen_s > CLIENT_SILENT_S:
-                self.on_client_gone(identity, now)
+        for identity in self._clients.silent(now):
+            self.on_client_gone(identity, now)
         if self.ledger.held:
             self._place_held(now)
         if now - self._counted_at_s >= 1.0:
@@ -450,11 +428,8 @@ class RouterCore:
 
     def _push_cluster(self) -> None:
         cluster = self.cluster()
-        for identity, client in self._clients.items():
-            self._send_cluster(identity, client, cluster)
-
-    def _send_cluster(self, identity: bytes, client: Client, cluster: Cluster) -> None:
-        self._send("client", identity, replace_in(cluster, session=client.session, since=client.since))
+        for identity, session in self._clients.items():
+            self._send("client", identity, session.of(cluster))
 
     def _cancel(self, entry: Entry, now: float) -> None:
         """Take the request from its worker, if it is at one."""
