@@ -199,11 +199,13 @@ class Starting(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """A worker that takes requests from now on. in_flight: requests it still works on, after a router restart."""
+    """A worker that takes requests from now on. in_flight: requests it still works on, and covers: the last dispatch it
+    has seen, from before the router was restarted or thought it gone; new ones are numbered from there."""
 
     info: WorkerInfo
     in_flight: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
+    covers: Count = 0
 
 
 class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
@@ -227,11 +229,16 @@ class Report(Message, frozen=True):
 
 
 class WorkerDeltas(Message, frozen=True):
-    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after."""
+    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after.
+
+    covers: the last dispatch that the worker had seen by then; tokens of a request that was dispatched to it once more
+    after that are of the attempt before, and not wanted.
+    """
 
     epoch: str
     plain: tuple[tuple[str, tuple[int, ...]], ...]
     full: tuple[TokenDelta, ...] = ()
+    covers: Count = 2**53
 
 
 class Leaving(Message, frozen=True):

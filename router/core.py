@@ -234,7 +234,7 @@ class RouterCore:
         if isinstance(message, Starting):
             self.registry.starting(worker, message.phase, message.fraction)
         else:
-            self.registry.ready(worker, now)
+            self.registry.ready(worker, now, message.covers)
             for request_id in message.in_flight:  # from before this router's time: their clients were told
                 entry = self.ledger.get(request_id)
                 if entry is None or entry.identity != identity:
@@ -284,6 +284,8 @@ class RouterCore:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
         for delta in join_deltas(message.plain, message.full):
             entry = self.ledger.get(delta.request_id)
+            if entry is not None and entry.identity == identity and entry.seq > message.covers:
+                continue  # of an attempt before the router thought the worker gone
             if entry is None or entry.identity != identity:
                 if delta.finish_reason is None:  # aborted meanwhile, or served elsewhere
                     self._send("worker", identity, Cancel(delta.request_id))

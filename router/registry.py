@@ -21,9 +21,10 @@ no such limit after WARM_AFTER_S: its model knows little yet, and an empty queue
 class Worker:
     """One worker by its stable id; `identity` is the process (epoch) that serves for it now, None if there is none.
 
-    Only Registry changes it. version: rises with every change that a view of it would show. ready_s: when the process
-    became ready. full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight
-    while it warms up. expected_epoch: of the process that may say that it is this worker; "" for any.
+    Only Registry changes it. last_identity: as identity, of the last process where there is none now.
+    version: rises with every change that a view of it would show. ready_s: when the process became ready.
+    full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight while it warms
+    up. expected_epoch: of the process that may say that it is this worker; "" for any.
     """
 
     info: WorkerInfo
@@ -31,6 +32,7 @@ class Worker:
     phase: str = "waiting to start"
     fraction: float = 0.0
     identity: bytes | None = None
+    last_identity: bytes | None = None
     load: WorkerLoad | None = None
     reported_s: float = float("-inf")
     report_seq: int = -1
@@ -114,10 +116,13 @@ class Registry:
         if replaced is not None:
             self.disconnect(replaced, None)
         if worker.identity is None:
-            worker.load, worker.reported_s, worker.report_seq, worker.dispatch_seq = None, float("-inf"), -1, 0
+            worker.load, worker.reported_s, worker.report_seq = None, float("-inf"), -1
+            if identity != worker.last_identity:  # else: the same process, which was thought gone
+                worker.dispatch_seq = 0
             worker.breaker, worker.breaker_says, worker.draining = Breaker(), None, False
             worker.full_until_s, worker.full = float("-inf"), False
-        worker.identity, worker.info, worker.last_seen_s = identity, info, now
+        worker.identity = worker.last_identity = identity
+        worker.info, worker.last_seen_s = info, now
         worker.version += 1
         self._by_identity[identity] = worker
         return worker, replaced
@@ -127,8 +132,9 @@ class Registry:
         worker.state, worker.phase, worker.fraction = WorkerState.STARTING, phase, fraction
         worker.version += 1
 
-    def ready(self, worker: Worker, now: float) -> None:
-        """It takes requests from now on."""
+    def ready(self, worker: Worker, now: float, covers: int = 0) -> None:
+        """It takes requests from now on. covers: the last dispatch it has seen."""
+        worker.dispatch_seq = max(worker.dispatch_seq, covers)
         if worker.state is not WorkerState.READY:
             worker.ready_s = now
         worker.state = WorkerState.DRAINING if worker.draining else WorkerState.READY

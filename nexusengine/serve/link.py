@@ -79,12 +79,15 @@ class RouterLink:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
             self._exchange(wire.Ready(info))
 
-    def send(self, deltas: list[TokenDelta]) -> None:
-        """New tokens. ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's
-        thread to finish planning and more, so that goes behind it."""
+    def send(self, deltas: list[TokenDelta], covers: int) -> None:
+        """New tokens; covers: the last dispatch that was seen before they were computed.
+
+        ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
+        planning and more, so that goes behind it.
+        """
         if deltas:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas)))
+                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), covers))
             os.sched_yield()
 
     def tell(self, findings: wire.Findings) -> None:
@@ -152,7 +155,9 @@ class RouterLink:
             self._prefixes.start_over()
         if isinstance(message, wire.Reregister):
             # A router that does not know us was restarted; it cancels what we name as in flight.
-            again = self._heartbeat() if self._load is None else wire.Ready(self._info, tuple(self._in_flight()))
+            again = self._heartbeat()
+            if self._load is not None:
+                again = wire.Ready(self._info, tuple(self._in_flight()), covers=self._load().covers)
             self._socket.send(wire.encode(again))
         elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)

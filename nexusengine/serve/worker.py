@@ -52,8 +52,8 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
                         retry_after_s=error.retry_after_s,
                     )
                 )
-        link.send(deltas)
-        link.send(core.step())
+        link.send(deltas, core.covers)
+        link.send(core.step(), core.covers)
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
 
@@ -121,7 +121,7 @@ def main() -> None:
     except Exception as error:  # whatever it is, its requests are told before the process ends
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"
-        link.send(core.fail_all(InternalError.code, cause))
+        link.send(core.fail_all(InternalError.code, cause), core.covers)
         child.emit({"type": "failed", "message": f"worker on {device}: {cause}"})
         link.leave(cause)
         sys.exit(1)
