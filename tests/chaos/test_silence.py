@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import zmq
 
+from nexusengine import wire
 from tests.chaos.test_processes import TEXT, Stream, at_rest, start_and_fail, wait_until
 from tests.conftest import Served
 
@@ -123,3 +125,34 @@ def test_a_runtime_folder_that_others_may_write_to_is_refused_in_one_sentence(tm
     tmp_path.chmod(0o777)
     cause = start_and_fail("--devices", "emulated:t4", "--runtime-dir", str(tmp_path))
     assert f"other users may write to the runtime folder {tmp_path}" in cause
+
+
+def test_frames_of_strangers_on_its_sockets_do_not_disturb_a_server(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "runtime"
+    served = serve("--devices", "emulated:t4", "--runtime-dir", str(folder))
+    stream = Stream(served.url, 300)
+    stream.wait_for_tokens()
+    stranger = wire.WorkerInfo("w7", "e", 1, "cpu", "m", max_model_len=10_000)
+    nonsense = wire.PerfWeights("nonsense", (), 1.0, 0, 0)
+    frames = [
+        b"\x91\xa1\x81",
+        b"\x91" * 5000,
+        wire.encode(wire.Ready(stranger)),
+        wire.encode(wire.Report("e", 1, wire.WorkerLoad(0, perf=nonsense))),
+        wire.encode(wire.Hello(protocol=99)),
+    ]
+    for name in ("front", "back"):
+        assert (folder / name).stat().st_mode & 0o077 == 0
+        for identity in (b"w7.e", b"w0"):
+            socket = zmq.Context.instance().socket(zmq.DEALER)
+            socket.set(zmq.IDENTITY, identity)
+            socket.connect(f"ipc://{folder}/{name}")
+            for frame in frames * 20:
+                socket.send(frame)
+            socket.close(1000)
+    assert stream.join() == "done"
+    assert stream.tokens == 300
+    assert [Stream(served.url, 5).join() for _ in range(4)] == ["done"] * 4
+    assert [w["id"] for w in served.workers()] == ["w0"]
+    wait_until(lambda: "ignored a message from" in served.log.read_text())
+    assert "starting it again" not in served.log.read_text()
