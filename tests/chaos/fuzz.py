@@ -10,6 +10,7 @@ and every request of the client that behaves must end exactly once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import random
@@ -138,6 +139,9 @@ class Fuzz:
         identity = self.rng.choice(
             [BAD_CLIENT, NOBODY] if on_client_side else [BAD, BAD, NOBODY, identity_of("w9", "e")]
         )
+        for decode in (wire.decode_for_client, wire.decode_for_worker):  # no reader may raise anything else
+            with contextlib.suppress(wire.ProtocolError):
+                decode(frame)
         take: Callable[[], None]
         if on_client_side:
             take = lambda: self.core.on_client(identity, wire.decode_from_client(frame), self.now)  # noqa: E731
