@@ -61,6 +61,8 @@ from nexusengine.wire import (
 MOST_ATTEMPTS = 2
 DEADLINE_GRACE_S = 1.0
 """Workers end requests at their deadline themselves, with timings; the router steps in a little later."""
+MOST_NAMES_A_BLOCK, FEWEST_BLOCKS = 4, 10_000
+"""A worker that names more blocks than it has, by this factor, has lost count: its digest is begun anew."""
 MOST_ASKED_AGAIN = 256
 """Held requests that the policy is asked about at a time."""
 
@@ -247,8 +249,12 @@ class RouterCore:
         worker = self.registry.of(identity)
         if worker is None:
             return
+        most = MOST_NAMES_A_BLOCK * max(worker.info.kv_total_blocks, FEWEST_BLOCKS)
         if not self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now):
             self._totals["prefix_digests_lost"] += 1
+            self._send("worker", identity, RepeatPrefixes())
+        elif self.prefixes.count_of(worker.info.worker_id) > most:
+            self.prefixes.forget(worker.info.worker_id)
             self._send("worker", identity, RepeatPrefixes())
 
     def drain_worker(self, worker_id: str) -> bool:

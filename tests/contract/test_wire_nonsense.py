@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 
@@ -152,6 +153,17 @@ def test_an_answer_that_makes_no_sense_ends_its_request_alone(wrong: dict[str, A
     assert deltas["a"].error_code == "internal_error"
     assert deltas["b"].token_ids == (7,)
     assert [o.message for o in out if o.side == "worker"] == [wire.Cancel("a")]
+
+
+def test_a_worker_that_names_ever_more_blocks_does_not_fill_the_routers_memory() -> None:
+    core = router()
+    most = 0
+    for seq in range(60):
+        names = np.arange(2000 * seq, 2000 * (seq + 1), dtype="<u8").tobytes()
+        hear(core, wire.Report("e1", seq, GOOD_LOAD, wire.PrefixDigest(0, seq, ((names, b""),))))
+        most = max(most, len(core.prefixes))
+    assert most <= 42_000
+    assert any(isinstance(o.message, wire.RepeatPrefixes) for o in core.take())
 
 
 def test_a_worker_that_this_engine_did_not_start_is_refused() -> None:
