@@ -10,6 +10,7 @@ import dataclasses
 import os
 import queue
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ class Supervisor:
     def drain(self) -> None:
         """Take no new requests, finish those that run within drain_timeout, then end. Asked again after a second or
         more: end now (some send their signal twice)."""
-        self._events.put((None, {"type": "drain"}))
+        self._events.put((None, {"type": "drain", "at_s": time.monotonic()}))
 
     def stop(self) -> None:
         """End now."""
@@ -153,7 +154,7 @@ class Supervisor:
         finally:
             self._end_all()
         if self._lost_while_draining is not None:
-            raise Failed(f"not all requests could be finished: {self._lost_while_draining}")
+            raise Failed(self._lost_while_draining)
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -214,9 +215,9 @@ class Supervisor:
         if kind == "stop":
             self._stop_now = True
         elif kind == "drain" and self._draining_since_s is not None:
-            self._stop_now |= time.monotonic() - self._draining_since_s > _SAME_SIGNAL_S
+            self._stop_now |= event["at_s"] - self._draining_since_s > _SAME_SIGNAL_S
         elif kind == "drain":
-            self._draining_since_s = time.monotonic()
+            self._draining_since_s = event["at_s"]
             self._on_event({"type": "draining", "limit_s": self.config.drain_timeout})
             for key in ("server", "router"):
                 if (role := self._roles.get(key)) and role.child:
@@ -240,7 +241,7 @@ class Supervisor:
         role.child = None
         self._on_event({"type": "exit", "name": role.key, "cause": cause})
         if self._draining_since_s is not None:
-            self._on_lost_while_draining(role, cause)
+            self._on_lost_while_draining(role, event["code"], cause)
             if not (self._is_worker(role) and role.was_ready):
                 return
         if not role.was_ready:
@@ -258,11 +259,16 @@ class Supervisor:
             if (router := self._roles["router"]).child:
                 router.child.send({"type": "worker_exited", **message, "next_epoch": role.epoch})
 
-    def _on_lost_while_draining(self, role: _Role, cause: str) -> None:
+    def _on_lost_while_draining(self, role: _Role, code: int, cause: str) -> None:
         """The drain goes on as long as somebody can finish a request and somebody can be told: a worker is started
         again; without router or server nothing is left to wait for but the errors that the server sends."""
-        self._lost_while_draining = f"{role.key} ended while they were being finished ({cause})"
-        log.error("%s ended while requests were being finished: %s", role.key, cause)
+        told_to_end = -code in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        )  # as everybody was; those that start do not ignore it yet
+        if role.was_ready or not told_to_end:
+            self._lost_while_draining = f"{role.key} ended while the last requests were being finished: {cause}"
+            log.error(self._lost_while_draining)
         others = [r for r in self._roles.values() if self._is_worker(r) and r is not role]
         if not self._is_worker(role):
             self._stop_now = True

@@ -130,6 +130,13 @@ class Fuzz:
 
     # ---- those that do not ---------------------------------------------------------------------------------------
 
+    def start_anew(self) -> None:
+        """The bad worker is in good order again, so that its next nonsense counts."""
+        self.core.on_worker_exited("w1", "e1", "killed", 1, self.now, next_epoch="e1")
+        self.core.on_worker(BAD, wire.Ready(info("w1", "e1")), self.now)
+        self.core.on_worker(BAD, wire.Report("e1", 0, load(0, self.now, self.rng)), self.now)
+        self.settle()
+
     def throw(self) -> None:
         """One frame from somebody who does not behave."""
         self.frames += 1
@@ -174,8 +181,8 @@ class Fuzz:
         digest = wire.PrefixDigest(rng.randrange(3), self.frames, ((rng.randbytes(80), rng.randbytes(16)),))
         return rng.choice([
             wire.Ready(info("w1", "e1"), ("bad",)),
-            wire.Report("e1", self.frames, load(self.frames, self.now, rng), digest),
-            wire.Report("e1", self.frames, load(self.frames, self.now, rng)),
+            wire.Report("e1", self.frames + 1, load(self.frames, self.now, rng), digest),
+            wire.Report("e1", self.frames + 1, load(self.frames, self.now, rng)),
             wire.WorkerDeltas("e1", ((name, (3,)),), (delta,)),
             rng.choice([wire.Leaving("e1", "tired"), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
             wire.Findings(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
@@ -222,6 +229,8 @@ class Fuzz:
     def run(self, frames: int) -> None:
         with np.errstate(all="ignore"):
             for n in range(frames):
+                if n % 1000 == 0:
+                    self.start_anew()
                 if n % 10 == 0:
                     self.turn()
                 self.throw()

@@ -90,7 +90,7 @@ def test_a_process_that_dies_while_draining_is_an_error(serve: Serve, module: st
     whole.join(60)
     assert [r.status_code for r in replies] == ([] if name == "server" else [503])
     assert served.process.wait(30) == 1
-    assert f"not all requests could be finished: {name} ended" in served.log.read_text()
+    assert f"nexusengine: {name} ended while the last requests were being finished: killed by" in served.log.read_text()
 
 
 def test_what_is_not_finished_when_the_drain_time_is_over_is_told(serve: Serve) -> None:
