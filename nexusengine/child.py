@@ -143,9 +143,8 @@ class Child:
 
     def _read_events(self) -> None:
         for line in self.process.stdout:  # type: ignore[union-attr]
-            try:
-                event: Message = json.loads(line)
-            except ValueError:
+            event = _event(line)
+            if event is None:
                 sys.stderr.write(f"[{self.name}] {line.decode(errors='replace')}")
                 continue
             if event.get("type") == "failed":
@@ -165,6 +164,15 @@ class Child:
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last = f"; its last line: {self._stderr[-1]}" if self._stderr else ""
         self._on_event(self, {"type": "exit", "code": code, "cause": self._cause or ended + last})
+
+
+def _event(line: bytes) -> Message | None:
+    """What a child said; None for a line that something else in it wrote to stdout."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
 
 
 if __name__ == "__main__":

@@ -1,25 +1,32 @@
 """Every message between processes: msgspec tagged structs over ZeroMQ, msgpack-encoded.
 
-A message is one frame. Frozen dataclasses of `types` travel inside as they are. A peer that sends another protocol
-version, an unknown tag or an oversized frame is answered with `ProtocolError` and otherwise ignored.
+A message is one frame. Frozen dataclasses of `types` travel inside as they are. A frame that is no message of this
+protocol, or whose numbers are out of range, raises `ProtocolError` where it is decoded; who sent it is ignored. A peer
+that says it speaks another version of the protocol is answered with `Refused`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from nexusengine.errors import NexusError
 from nexusengine.types import EngineRequest, TokenDelta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
 MAX_DIGEST_BYTES = 32 * 2**10
 MAX_STEPS_IN_ANSWER = 512
 MAX_CHANGES_IN_ANSWER = 1024
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+"""A duration; neither NaN nor infinite."""
 
 
 class ProtocolError(NexusError):
@@ -50,8 +57,8 @@ class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
     """A prompt that is not fully computed: its TTFT deadline (monotonic; NaN without SLO), tokens left and done."""
 
     deadline_s: float
-    left_tokens: int
-    done_tokens: int
+    left_tokens: Count
+    done_tokens: Count
     tpot_s: float
     relegated: bool
 
@@ -60,10 +67,10 @@ class PerfWeights(msgspec.Struct, frozen=True, array_like=True):
     """`perf.model.PerfSnapshot` on the wire."""
 
     kind: str
-    weights: tuple[float, ...]
-    quantile: float
-    steps: int
-    epoch: int
+    weights: Annotated[tuple[float, ...], Meta(max_length=1024)]
+    quantile: Annotated[float, Meta(gt=0.0, le=1e6)]
+    steps: Count
+    epoch: Count
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -77,24 +84,24 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     totals: counters since the worker started, by metric name (see obs.metrics).
     """
 
-    covers: int
-    running: int = 0
-    waiting: int = 0
-    kv_used_blocks: int = 0
-    kv_total_blocks: int = 0
-    step: int = 0
-    step_running_s: float = 0.0
-    step_upper_s: float = 0.0
-    decodes: int = 0
-    decode_kv_tokens: int = 0
+    covers: Count
+    running: Count = 0
+    waiting: Count = 0
+    kv_used_blocks: Count = 0
+    kv_total_blocks: Count = 0
+    step: Count = 0
+    step_running_s: Seconds = 0.0
+    step_upper_s: Seconds = 0.0
+    decodes: Count = 0
+    decode_kv_tokens: Count = 0
     tightest_tpot_s: float = float("nan")
-    pending: tuple[PendingPrefill, ...] = ()
-    pending_tokens: int = 0
-    mean_output_tokens: float = 0.0
+    pending: Annotated[tuple[PendingPrefill, ...], Meta(max_length=MAX_PENDING_IN_REPORT)] = ()
+    pending_tokens: Count = 0
+    mean_output_tokens: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
     perf: PerfWeights | None = None
-    totals: dict[str, float] = {}
-    relegated: int = 0
-    relegated_tokens: int = 0
+    totals: Annotated[dict[str, float], Meta(max_length=1024)] = {}
+    relegated: Count = 0
+    relegated_tokens: Count = 0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -186,17 +193,19 @@ class Starting(Message, frozen=True):
     """A worker that is not ready yet: phase ("loading weights") and fraction done 0..1. Also a heartbeat."""
 
     info: WorkerInfo
-    phase: str
-    fraction: float
+    phase: Annotated[str, Meta(max_length=1024)]
+    fraction: Annotated[float, Meta(ge=0.0, le=1.0)]
     protocol: int = PROTOCOL_VERSION
 
 
 class Ready(Message, frozen=True):
-    """A worker that takes requests from now on. in_flight: requests it still works on, after a router restart."""
+    """A worker that takes requests from now on. in_flight: requests it still works on, and covers: the last dispatch it
+    has seen, from before the router was restarted or thought it gone; new ones are numbered from there."""
 
     info: WorkerInfo
     in_flight: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
+    covers: Count = 0
 
 
 class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
@@ -204,9 +213,9 @@ class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
     has the number seq. A batch is names that came and names that went, 8 bytes each; all together at most
     MAX_DIGEST_BYTES."""
 
-    round: int
-    seq: int
-    batches: tuple[tuple[bytes, bytes], ...]
+    round: Count
+    seq: Count
+    batches: Annotated[tuple[tuple[bytes, bytes], ...], Meta(max_length=64)]
 
 
 class Report(Message, frozen=True):
@@ -214,17 +223,22 @@ class Report(Message, frozen=True):
     seq rises with every report of an epoch. prefixes: None where there is no prefix cache."""
 
     epoch: str
-    seq: int
+    seq: Count
     load: WorkerLoad
     prefixes: PrefixDigest | None = None
 
 
 class WorkerDeltas(Message, frozen=True):
-    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after."""
+    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after.
+
+    covers: the last dispatch that the worker had seen by then; tokens of a request that was dispatched to it once more
+    after that are of the attempt before, and not wanted.
+    """
 
     epoch: str
     plain: tuple[tuple[str, tuple[int, ...]], ...]
     full: tuple[TokenDelta, ...] = ()
+    covers: Count = 2**53
 
 
 class Leaving(Message, frozen=True):
@@ -275,8 +289,8 @@ class Ask(Message, frozen=True):
     """A client asks every worker for its newest steps, or for what it remembers of a request; each answers with
     `Findings`. query: the client's number for it. client: filled in by the router."""
 
-    query: int
-    last_steps: int = 0
+    query: Count
+    last_steps: Count = 0
     request_id: str | None = None
     client: bytes = b""
 
@@ -286,13 +300,18 @@ class Ask(Message, frozen=True):
 
 class Hello(Message, frozen=True):
     """A client's first message, and its heartbeat; answered with `Cluster`. A client silent for long is forgotten and
-    its requests are cancelled."""
+    its requests are cancelled; it learns so from the `session` of the next Cluster. submitted: how many requests it has
+    submitted before this message."""
 
     protocol: int = PROTOCOL_VERSION
+    submitted: Count = 0
 
 
 class Submit(Message, frozen=True):
+    """Serve this request. number: how many requests this client has submitted before it."""
+
     request: EngineRequest
+    number: Count = 0
 
 
 class Abort(Message, frozen=True):
@@ -327,7 +346,9 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
 class Cluster(Message, frozen=True):
     """All workers, pushed to clients every snapshot period and at every change of state.
 
-    router_epoch: changes when the router was restarted: requests submitted before are lost and must be failed.
+    router_epoch, session: of the router process, and of its acquaintance with this client. Where either has changed
+    (the router was restarted, or forgot a client that was silent), the client's requests whose number is below `since`
+    are lost.
     held: requests the router holds because no worker can take them. ledger: requests in flight in all.
     totals: the router's counters since it started.
     """
@@ -337,12 +358,23 @@ class Cluster(Message, frozen=True):
     held: int = 0
     ledger: int = 0
     totals: dict[str, float] = {}
+    session: int = 0
+    since: int = 0
+
+
+# ---- router -> anybody ------------------------------------------------------------------------------------------
+
+
+class Refused(Message, frozen=True):
+    """The router does not talk to a peer that speaks another version of the protocol."""
+
+    reason: str
 
 
 ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
-ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask | Refused
 ToRouterFromClient = Hello | Submit | Abort | Ask
-ToClient = Deltas | Cluster | Findings
+ToClient = Deltas | Cluster | Findings | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {
@@ -359,7 +391,7 @@ def _decode(frame: bytes | memoryview, union: object) -> object:
         raise ProtocolError(f"a message of {len(frame)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     try:
         return _decoders[union].decode(frame)  # type: ignore[index]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:  # ValueError: text not in UTF-8
         raise ProtocolError(f"not a message of protocol {PROTOCOL_VERSION}: {error}") from None
 
 

@@ -13,13 +13,14 @@ import zmq
 from nexusengine import child, wire
 from nexusengine.config import ServeConfig
 from nexusengine.kv.hashing import block_hashes
-from nexusengine.obs.logs import get_logger, setup
+from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.router.core import Outgoing, RouterCore
 from nexusengine.router.policies import make_policy
 from nexusengine.types import EngineRequest
 
 _HIGH_WATER = 10_000
 _MOST_FRAMES_A_TURN = 256
+_PAUSE_S = 1.0
 log = get_logger("router")
 
 
@@ -34,6 +35,7 @@ class Broker:
         self._control: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._drained = False
+        self._complaints = Sparse(log)
 
     def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
@@ -42,7 +44,11 @@ class Broker:
         socket.set(zmq.RCVHWM, _HIGH_WATER)
         socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.set(zmq.LINGER, 0)
-        socket.bind(endpoint)
+        before = os.umask(0o177)
+        try:
+            socket.bind(endpoint)  # for processes of this user alone
+        finally:
+            os.umask(before)
         return socket
 
     def control(self, message: dict[str, Any]) -> None:
@@ -54,9 +60,12 @@ class Broker:
         poller = zmq.Poller()
         for source in (self._front, self._back, self._wake):
             poller.register(source, zmq.POLLIN)
-        next_timer_s = time.monotonic()
+        next_timer_s = turned_s = time.monotonic()
         while True:
             ready = dict(poller.poll(max(0, round(1000 * (next_timer_s - time.monotonic())))))
+            before_s, turned_s = turned_s, time.monotonic()
+            if turned_s - before_s > self._period_s + _PAUSE_S:
+                self.core.paused(turned_s - before_s)
             if self._wake in ready:
                 os.eventfd_read(self._wake)
                 while not self._control.empty():
@@ -91,12 +100,17 @@ class Broker:
                 else:
                     self.core.on_worker(identity, wire.decode_from_worker(frames[0]), now)
             except wire.ProtocolError as error:
-                log.warning("ignored a message from %r: %s", identity, error)
+                self._complaints.warning("ignored a message from %r: %s", identity[:64], str(error)[:500])
 
     def _on_control(self, message: dict[str, Any]) -> None:
         if message["type"] == "worker_exited":
             self.core.on_worker_exited(
-                message["worker_id"], message["epoch"], message["cause"], message["restarts"], time.monotonic()
+                message["worker_id"],
+                message["epoch"],
+                message["cause"],
+                message["restarts"],
+                time.monotonic(),
+                next_epoch=message["next_epoch"],
             )
         elif message["type"] == "drain":
             self.core.draining = True
@@ -135,7 +149,7 @@ def main() -> None:
 
     core = RouterCore(
         make_policy(config.router),
-        [wire.WorkerInfo(w["worker_id"], "", 0, w["device"], config.model) for w in given["workers"]],
+        [wire.WorkerInfo(w["worker_id"], w["epoch"], 0, w["device"], config.model) for w in given["workers"]],
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
         report_period_s=config.snapshot_period,

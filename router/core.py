@@ -11,17 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
 from nexusengine.kv.digest import short_names
 from nexusengine.router.breaker import Answer, judge
+from nexusengine.router.checks import (
+    check_digest,
+    check_info,
+    check_load,
+    problem_of_delta,
+    problem_of_request,
+    wrong_version,
+)
+from nexusengine.router.clients import Clients
 from nexusengine.router.ledger import Entry, Ledger, Stage
 from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
 from nexusengine.router.prefix import PrefixIndex
 from nexusengine.router.registry import Registry
+from nexusengine.router.registry import identity_of as identity_of
 from nexusengine.router.trace import PlacementTrace
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
-    MAX_DIGEST_BYTES,
     Abort,
     Ask,
     Cancel,
@@ -35,6 +44,7 @@ from nexusengine.wire import (
     PrefixDigest,
     ProtocolError,
     Ready,
+    Refused,
     RepeatPrefixes,
     Report,
     Reregister,
@@ -49,9 +59,10 @@ from nexusengine.wire import (
 )
 
 MOST_ATTEMPTS = 2
-CLIENT_SILENT_S = 15.0
 DEADLINE_GRACE_S = 1.0
 """Workers end requests at their deadline themselves, with timings; the router steps in a little later."""
+MOST_NAMES_A_BLOCK, FEWEST_BLOCKS = 4, 10_000
+"""A worker that names more blocks than it has, by this factor, has lost count: its digest is begun anew."""
 MOST_ASKED_AGAIN = 256
 """Held requests that the policy is asked about at a time."""
 
@@ -72,7 +83,9 @@ class Outgoing:
 class RouterCore:
     """All state of the router. Every method takes the instant `now`; what is to be sent is taken with `take`.
 
-    report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked up.
+    expected: the workers that may register: each with the epoch of its process, "" for any; where none are named, all
+    may. report_period_s: how often workers are expected to report. block_names: None where no prefix is to be looked
+    up. on_client and on_worker raise ProtocolError for a message that makes no sense, which then has had no effect.
     """
 
     def __init__(
@@ -92,7 +105,7 @@ class RouterCore:
         self.trace = PlacementTrace()
         self._block_names = block_names if policy.uses_prefixes else None
         self.draining = False
-        self._clients: dict[bytes, float] = {}
+        self._clients = Clients()
         self._out: list[Outgoing] = []
         self._totals: dict[str, float] = defaultdict(float)
         self._finished_per_s = 0.0
@@ -115,10 +128,17 @@ class RouterCore:
     # ---- clients -------------------------------------------------------------------------------------------------
 
     def on_client(self, identity: bytes, message: ToRouterFromClient, now: float) -> None:
-        self._clients[identity] = now
-        if isinstance(message, Hello):
-            self._send("client", identity, self.cluster())
-        elif isinstance(message, Submit):
+        """Raises ProtocolError. The first message of a client that is not known, or not known any more, begins a new
+        session with it."""
+        if isinstance(message, Hello) and (reason := wrong_version(message.protocol)):
+            self._send("client", identity, Refused(reason))
+            raise ProtocolError(reason)
+        session, begins = self._clients.heard(identity, message, now)
+        if session is None:
+            return  # it has nothing here to abort; a question can wait for its next Hello
+        if begins or isinstance(message, Hello):
+            self._send("client", identity, session.of(self.cluster()))
+        if isinstance(message, Submit):
             self._submit(identity, message.request, now)
         elif isinstance(message, Ask):
             for worker in self.registry.identities():
@@ -131,7 +151,7 @@ class RouterCore:
 
     def on_client_gone(self, identity: bytes, now: float) -> None:
         """Nobody waits for its requests any more."""
-        self._clients.pop(identity, None)
+        self._clients.forget(identity)
         for entry in self.ledger.of_client(identity):
             self._cancel(entry, now)
             self.ledger.remove(entry)
@@ -140,7 +160,9 @@ class RouterCore:
     def _submit(self, client: bytes, request: EngineRequest, now: float) -> None:
         self._totals["requests"] += 1
         problem: tuple[str, str, float | None] | None = None
-        if request.request_id in self.ledger:
+        if (nonsense := problem_of_request(request)) is not None:
+            problem = (InvalidRequest.code, f"the request cannot be served: {nonsense}", None)
+        elif request.request_id in self.ledger:
             problem = (InvalidRequest.code, f"a request with id {request.request_id!r} is being served", None)
         elif self.draining:
             problem = (Unavailable.code, "the server is shutting down", 5.0)
@@ -156,9 +178,13 @@ class RouterCore:
     # ---- workers -------------------------------------------------------------------------------------------------
 
     def on_worker(self, identity: bytes, message: ToRouterFromWorker, now: float) -> None:
+        """Raises ProtocolError."""
         if isinstance(message, Starting | Ready):
             self._on_hello(identity, message, now)
         elif isinstance(message, Report):
+            check_load(message.load)
+            if message.prefixes is not None:
+                check_digest(message.prefixes.batches)
             if not self.registry.report(identity, message.seq, message.load, self.ledger, now):
                 self._send("worker", identity, Reregister(self.epoch))
             elif message.prefixes is not None:
@@ -184,14 +210,24 @@ class RouterCore:
         self._deal_with_orphans(identity, cause, now)
         self._push_cluster()
 
-    def on_worker_exited(self, worker_id: str, epoch: str, cause: str, restarts: int, now: float) -> None:
-        """The supervisor saw a worker process end."""
+    def on_worker_exited(
+        self, worker_id: str, epoch: str, cause: str, restarts: int, now: float, *, next_epoch: str = ""
+    ) -> None:
+        """The supervisor saw a worker process end. next_epoch: of the process that it starts in its place; "" if it
+        is not known."""
+        self.registry.expect(worker_id, next_epoch)
         self.on_worker_gone(identity_of(worker_id, epoch), cause, now)
         worker = self.registry.workers.get(worker_id)
         if worker is not None:
             worker.restarts, worker.cause = restarts, cause
 
     def _on_hello(self, identity: bytes, message: Starting | Ready, now: float) -> None:
+        if reason := wrong_version(message.protocol):
+            self._send("worker", identity, Refused(reason))
+            raise ProtocolError(reason)
+        check_info(message.info)
+        if not self.registry.may_connect(identity, message.info):
+            raise ProtocolError(f"worker {message.info.worker_id!r} was not started by this engine")
         worker, replaced = self.registry.connect(identity, message.info, now)
         if replaced is not None:
             self.prefixes.forget(message.info.worker_id)
@@ -200,24 +236,25 @@ class RouterCore:
         if isinstance(message, Starting):
             self.registry.starting(worker, message.phase, message.fraction)
         else:
-            self.registry.ready(worker, now)
+            self.registry.ready(worker, now, message.covers)
             for request_id in message.in_flight:  # from before this router's time: their clients were told
-                self._send("worker", identity, Cancel(request_id))
+                entry = self.ledger.get(request_id)
+                if entry is None or entry.identity != identity:
+                    self._send("worker", identity, Cancel(request_id))
             self._place_held(now)
         if worker.state is not before:
             self._push_cluster()
 
     def _follow(self, identity: bytes, digest: PrefixDigest, now: float) -> None:
         worker = self.registry.of(identity)
-        size = sum(len(names) for batch in digest.batches for names in batch)
-        if worker is None or size > MAX_DIGEST_BYTES:
-            raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
-        try:
-            complete = self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now)
-        except ValueError as error:
-            raise ProtocolError(f"a digest that cannot be read: {error}") from None
-        if not complete:
+        if worker is None:
+            return
+        most = MOST_NAMES_A_BLOCK * max(worker.info.kv_total_blocks, FEWEST_BLOCKS)
+        if not self.prefixes.follow(worker.info.worker_id, digest.round, digest.seq, digest.batches, now):
             self._totals["prefix_digests_lost"] += 1
+            self._send("worker", identity, RepeatPrefixes())
+        elif self.prefixes.count_of(worker.info.worker_id) > most:
+            self.prefixes.forget(worker.info.worker_id)
             self._send("worker", identity, RepeatPrefixes())
 
     def drain_worker(self, worker_id: str) -> bool:
@@ -253,8 +290,15 @@ class RouterCore:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
         for delta in join_deltas(message.plain, message.full):
             entry = self.ledger.get(delta.request_id)
+            if entry is not None and entry.identity == identity and entry.seq > message.covers:
+                continue  # of an attempt before the router thought the worker gone
             if entry is None or entry.identity != identity:
-                continue  # aborted meanwhile, or served elsewhere
+                if delta.finish_reason is None:  # aborted meanwhile, or served elsewhere
+                    self._send("worker", identity, Cancel(delta.request_id))
+                continue
+            if (nonsense := problem_of_delta(delta)) is not None:
+                self._send("worker", identity, Cancel(delta.request_id))
+                delta = _error(delta.request_id, InternalError.code, f"the worker's answer makes no sense: {nonsense}")
             if delta.finish_reason is not None and self._answered(entry, delta, now):
                 continue
             if entry.stage is not Stage.STREAMING:
@@ -301,6 +345,11 @@ class RouterCore:
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
+    def paused(self, seconds: float) -> None:
+        """The router itself did not run for so long, so that nobody's silence in this time says anything."""
+        self._clients.paused(seconds)
+        self.registry.paused(seconds)
+
     def on_timer(self, now: float) -> None:
         """Called every snapshot period: health, deadlines, held requests, silent clients, and the cluster's picture."""
         silent, stalled = self.registry.refresh(now)
@@ -313,9 +362,8 @@ class RouterCore:
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
             message = f"not finished within {limit_s:.1f} s of its arrival"
             self._finish(entry, _error(entry.request.request_id, DeadlineExceeded.code, message))
-        for identity, seen_s in list(self._clients.items()):
-            if now - seen_s > CLIENT_SILENT_S:
-                self.on_client_gone(identity, now)
+        for identity in self._clients.silent(now):
+            self.on_client_gone(identity, now)
         if self.ledger.held:
             self._place_held(now)
         if now - self._counted_at_s >= 1.0:
@@ -388,8 +436,8 @@ class RouterCore:
 
     def _push_cluster(self) -> None:
         cluster = self.cluster()
-        for client in self._clients:
-            self._send("client", client, cluster)
+        for identity, session in self._clients.items():
+            self._send("client", identity, session.of(cluster))
 
     def _cancel(self, entry: Entry, now: float) -> None:
         """Take the request from its worker, if it is at one."""
@@ -406,11 +454,6 @@ class RouterCore:
     def _count_end(self, delta: TokenDelta) -> None:
         self._totals[f"requests_{delta.finish_reason}"] += 1
         self._finished_since += 1
-
-
-def identity_of(worker_id: str, epoch: str) -> bytes:
-    """The ZeroMQ identity of a worker process."""
-    return f"{worker_id}.{epoch}".encode()
 
 
 def _error(request_id: str, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:

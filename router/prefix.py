@@ -29,6 +29,10 @@ class PrefixIndex:
     def names_of(self, worker_id: str) -> frozenset[int]:
         return frozenset(self._names.get(worker_id, ()))
 
+    def count_of(self, worker_id: str) -> int:
+        """How many names it is believed to hold."""
+        return len(self._names.get(worker_id, ()))
+
     def forget(self, worker_id: str) -> None:
         """The worker's process has ended."""
         self._clear(worker_id)

@@ -21,9 +21,10 @@ no such limit after WARM_AFTER_S: its model knows little yet, and an empty queue
 class Worker:
     """One worker by its stable id; `identity` is the process (epoch) that serves for it now, None if there is none.
 
-    Only Registry changes it. version: rises with every change that a view of it would show. ready_s: when the process
-    became ready. full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight
-    while it warms up.
+    Only Registry changes it. last_identity: as identity, of the last process where there is none now.
+    version: rises with every change that a view of it would show. ready_s: when the process became ready.
+    full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight while it warms
+    up. expected_epoch: of the process that may say that it is this worker; "" for any.
     """
 
     info: WorkerInfo
@@ -31,6 +32,7 @@ class Worker:
     phase: str = "waiting to start"
     fraction: float = 0.0
     identity: bytes | None = None
+    last_identity: bytes | None = None
     load: WorkerLoad | None = None
     reported_s: float = float("-inf")
     report_seq: int = -1
@@ -46,6 +48,12 @@ class Worker:
     breaker: Breaker = field(default_factory=Breaker)
     breaker_says: str | None = None
     version: int = 0
+    expected_epoch: str = ""
+
+
+def identity_of(worker_id: str, epoch: str) -> bytes:
+    """The ZeroMQ identity of a worker process."""
+    return f"{worker_id}.{epoch}".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +67,16 @@ class _Made:
 
 
 class Registry:
-    """Workers by id, and by the identity of their process. report_period_s: how often they are expected to report."""
+    """Workers by id, and by the identity of their process.
+
+    expected: the workers that may connect, each with the epoch of its process if it is known; where none are named, all
+    may. report_period_s: how often they are expected to report.
+    """
 
     def __init__(self, expected: list[WorkerInfo], report_period_s: float = 0.1) -> None:
         self._stalled_after_s = max(SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS * report_period_s)
-        self.workers = {info.worker_id: Worker(info) for info in expected}
+        self.workers = {info.worker_id: Worker(info, expected_epoch=info.epoch) for info in expected}
+        self._open_to_all = not expected
         self._by_identity: dict[bytes, Worker] = {}
         self._made: dict[str, _Made] = {}
 
@@ -77,6 +90,25 @@ class Registry:
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
+    def may_connect(self, identity: bytes, info: WorkerInfo) -> bool:
+        """Whether the process is the worker that it says it is."""
+        if identity != identity_of(info.worker_id, info.epoch):
+            return False
+        worker = self.workers.get(info.worker_id)
+        if worker is None:
+            return self._open_to_all
+        return worker.expected_epoch in ("", info.epoch)
+
+    def expect(self, worker_id: str, epoch: str) -> None:
+        """The next process of the worker has this epoch."""
+        if (worker := self.workers.get(worker_id)) is not None:
+            worker.expected_epoch = epoch
+
+    def paused(self, seconds: float) -> None:
+        """Nobody could be heard for so long."""
+        for worker in self._by_identity.values():
+            worker.last_seen_s += seconds
+
     def connect(self, identity: bytes, info: WorkerInfo, now: float) -> tuple[Worker, bytes | None]:
         """A process says that it is this worker. Returns the worker, and the process it replaces if there was one."""
         worker = self.workers.setdefault(info.worker_id, Worker(info))
@@ -84,10 +116,13 @@ class Registry:
         if replaced is not None:
             self.disconnect(replaced, None)
         if worker.identity is None:
-            worker.load, worker.reported_s, worker.report_seq, worker.dispatch_seq = None, float("-inf"), -1, 0
+            worker.load, worker.reported_s, worker.report_seq = None, float("-inf"), -1
+            if identity != worker.last_identity:  # else: the same process, which was thought gone
+                worker.dispatch_seq = 0
             worker.breaker, worker.breaker_says, worker.draining = Breaker(), None, False
             worker.full_until_s, worker.full = float("-inf"), False
-        worker.identity, worker.info, worker.last_seen_s = identity, info, now
+        worker.identity = worker.last_identity = identity
+        worker.info, worker.last_seen_s = info, now
         worker.version += 1
         self._by_identity[identity] = worker
         return worker, replaced
@@ -97,8 +132,9 @@ class Registry:
         worker.state, worker.phase, worker.fraction = WorkerState.STARTING, phase, fraction
         worker.version += 1
 
-    def ready(self, worker: Worker, now: float) -> None:
-        """It takes requests from now on."""
+    def ready(self, worker: Worker, now: float, covers: int = 0) -> None:
+        """It takes requests from now on. covers: the last dispatch it has seen."""
+        worker.dispatch_seq = max(worker.dispatch_seq, covers)
         if worker.state is not WorkerState.READY:
             worker.ready_s = now
         worker.state = WorkerState.DRAINING if worker.draining else WorkerState.READY

@@ -229,7 +229,8 @@ def rebuild_curve(weights: Sequence[float]) -> Curve:
         raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")
     if (
         not all(map(math.isfinite, weights))
-        or min(weights[: n + 1]) < 0.0
+        or min(weights[:n]) < 0.0
+        or weights[n] <= 0.0
         or min(weights[n + 1 : n + 3]) < 1.0
         or weights[n + 4] <= 0.0
     ):

@@ -14,10 +14,12 @@ import zmq
 
 from nexusengine import wire
 from nexusengine.kv.digest import DigestSender
-from nexusengine.router.core import identity_of
+from nexusengine.obs.logs import Sparse, get_logger
+from nexusengine.router.registry import identity_of
 from nexusengine.types import TokenDelta
 
 _HIGH_WATER = 10_000
+log = get_logger("worker")
 
 
 class RouterLink:
@@ -26,11 +28,19 @@ class RouterLink:
 
     Before `ready` it reports phases, afterwards the worker's load: both every period, from the link's own thread, which
     answers the router meanwhile if the engine's thread is in a long step. The socket is used under a lock.
+    on_refused is called, in either thread, if the router does not take this worker.
     """
 
-    def __init__(self, endpoint: str, info: wire.WorkerInfo, period_s: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        info: wire.WorkerInfo,
+        period_s: float,
+        on_refused: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self.inbox: deque[wire.Dispatch | wire.Cancel | wire.Ask] = deque()
-        self._info, self._period_s = info, period_s
+        self._info, self._period_s, self._on_refused = info, period_s, on_refused
+        self._complaints = Sparse(log)
         self._load: Callable[[], wire.WorkerLoad] | None = None
         self._in_flight: Callable[[], list[str]] = list
         self._prefixes: DigestSender | None = None
@@ -54,7 +64,7 @@ class RouterLink:
 
     def phase(self, phase: str, fraction: float) -> None:
         """What the worker is doing before it is ready."""
-        self._phase, self._fraction = phase, fraction
+        self._phase, self._fraction = phase, min(max(fraction, 0.0), 1.0)
 
     def ready(
         self,
@@ -69,12 +79,15 @@ class RouterLink:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
             self._exchange(wire.Ready(info))
 
-    def send(self, deltas: list[TokenDelta]) -> None:
-        """New tokens. ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's
-        thread to finish planning and more, so that goes behind it."""
+    def send(self, deltas: list[TokenDelta], covers: int) -> None:
+        """New tokens; covers: the last dispatch that was seen before they were computed.
+
+        ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
+        planning and more, so that goes behind it.
+        """
         if deltas:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas)))
+                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), covers))
             os.sched_yield()
 
     def tell(self, findings: wire.Findings) -> None:
@@ -127,14 +140,24 @@ class RouterLink:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(wire.decode_for_worker(frame))
+            try:
+                arrived = wire.decode_for_worker(frame)
+            except wire.ProtocolError as error:
+                self._complaints.warning("ignored a message of the router: %s", error)
+            else:
+                self._take(arrived)
 
     def _take(self, message: wire.ToWorker) -> None:
+        if isinstance(message, wire.Refused):
+            self._on_refused(message.reason)
+            return
         if self._prefixes is not None and isinstance(message, wire.Reregister | wire.RepeatPrefixes):
             self._prefixes.start_over()
         if isinstance(message, wire.Reregister):
             # A router that does not know us was restarted; it cancels what we name as in flight.
-            again = self._heartbeat() if self._load is None else wire.Ready(self._info, tuple(self._in_flight()))
+            again = self._heartbeat()
+            if self._load is not None:
+                again = wire.Ready(self._info, tuple(self._in_flight()), covers=self._load().covers)
             self._socket.send(wire.encode(again))
         elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)

@@ -7,28 +7,25 @@ happens reaches it as an event in one queue.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import queue
 import secrets
-import shutil
-import tempfile
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
 
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
-from nexusengine.errors import ConfigError, NexusError, Unavailable
+from nexusengine.errors import NexusError, Unavailable
 from nexusengine.gpus import Gpu, visible
 from nexusengine.loading.resolve import ModelFiles, resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.router.policies import make_policy
 from nexusengine.serve.cores import numa_nodes, place_workers
 from nexusengine.serve.gpu import PINNED
+from nexusengine.serve.runtime_dir import RuntimeDir
 from nexusengine.slo_classes import SLOClasses
 
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -36,7 +33,6 @@ _RESTARTS_COUNTED_S = 300.0
 _LAST_WORDS_S = 5.0
 _TERMINATE_S = 1.5
 _SAME_SIGNAL_S = 1.0
-_LONGEST_SOCKET_PATH = 107
 log = get_logger("supervisor")
 
 
@@ -48,7 +44,11 @@ class Failed(NexusError):
 
 @dataclass(slots=True)
 class _Role:
-    """One process that should be running. key: "router", "server", or the worker's id."""
+    """One process that should be running. key: "router", "server", or the worker's id.
+
+    epoch: of the worker process that runs, or is started next. failing_since_s: when it said that it failed; it is to
+    end by itself. waiting_since_s: since when it has had all that it needs to become ready.
+    """
 
     key: str
     module: str
@@ -57,7 +57,8 @@ class _Role:
     child: Child | None = None
     epoch: str = ""
     was_ready: bool = False
-    started_s: float = 0.0
+    waiting_since_s: float | None = None
+    failing_since_s: float | None = None
     start_again_s: float | None = None
     restarts: list[float] = field(default_factory=list)
 
@@ -83,12 +84,13 @@ class Supervisor:
         self.config = config
         self._on_event = on_event
         self._events: queue.SimpleQueue[tuple[Child | None, Message]] = queue.SimpleQueue()
-        self._runtime, self._lock = _runtime_dir(config.runtime_dir)
-        self.front = f"ipc://{self._runtime}/front"
-        self._back = f"ipc://{self._runtime}/back"
+        self._runtime = RuntimeDir(config.runtime_dir)
+        self.front = f"ipc://{self._runtime.path}/front"
+        self._back = f"ipc://{self._runtime.path}/back"
         self._files: ModelFiles | None = None
         self._port = config.port
         self._draining_since_s: float | None = None
+        self._lost_while_draining: str | None = None
         self._stop_now = False
         self._ready_said = False
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
@@ -98,7 +100,14 @@ class Supervisor:
             **common,
             "hash_key": secrets.token_hex(16),
         }  # workers' and router's names of KV blocks agree
-        self._roles = {"router": _Role("router", "nexusengine.router.broker", lambda: {**inside, "workers": names})}
+        self._roles = {
+            "router": _Role("router", "nexusengine.router.broker", lambda: {**inside, "workers": expected()})
+        }
+
+        def expected() -> list[Message]:
+            """The worker processes that the router may take."""
+            return [{**name, "epoch": self._roles[name["worker_id"]].epoch} for name in names]
+
         if with_server:
             # started again, it takes the port it had, also where 0 was asked for
             self._roles["server"] = _Role(
@@ -109,6 +118,7 @@ class Supervisor:
         gpus = visible() if any(d.kind == "cuda" for d in self.devices) else ()
         for name, device in zip(names, self.devices, strict=True):
             role = _Role(name["worker_id"], "nexusengine.serve.worker", dict, worker_environ(device, gpus))
+            role.epoch = _new_epoch()
             role.config = lambda role=role, name=name: {  # type: ignore[misc]
                 **inside,
                 **name,
@@ -123,7 +133,7 @@ class Supervisor:
     def drain(self) -> None:
         """Take no new requests, finish those that run within drain_timeout, then end. Asked again after a second or
         more: end now (some send their signal twice)."""
-        self._events.put((None, {"type": "drain"}))
+        self._events.put((None, {"type": "drain", "at_s": time.monotonic()}))
 
     def stop(self) -> None:
         """End now."""
@@ -143,6 +153,8 @@ class Supervisor:
                 self._turn()
         finally:
             self._end_all()
+        if self._lost_while_draining is not None:
+            raise Failed(self._lost_while_draining)
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -157,12 +169,20 @@ class Supervisor:
         for role in self._roles.values():
             if role.start_again_s is not None and role.start_again_s <= now:
                 self._start(role)
-            starting = role.child is not None and self._is_worker(role) and not role.was_ready
-            if starting and now - role.started_s > self.config.start_timeout:
-                raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
+            self._check_progress(role, now)
         if self._draining_since_s is not None and now - self._draining_since_s >= self.config.drain_timeout:
             log.warning("requests were still running when the drain time was over")
             self._stop_now = True
+
+    def _check_progress(self, role: _Role, now: float) -> None:
+        """Raises Failed if it does not get ready."""
+        if role.child is None:
+            return
+        waiting = role.waiting_since_s is not None and not role.was_ready
+        if waiting and now - role.waiting_since_s > self.config.start_timeout:  # type: ignore[operator]
+            raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
+        if role.failing_since_s is not None and now - role.failing_since_s > _LAST_WORDS_S:
+            role.child.kill()
 
     def _handle(self, source: Child | None, event: Message) -> None:
         kind = event["type"]
@@ -184,6 +204,8 @@ class Supervisor:
         elif kind == "listening":
             self._port = event["port"]
             self._on_event(event)
+        elif kind == "failed":
+            role.failing_since_s = time.monotonic()
         elif kind == "phase" and event["fraction"] < 1.0 and role is self._first_to_load():
             self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
         elif kind == "drained":
@@ -193,9 +215,9 @@ class Supervisor:
         if kind == "stop":
             self._stop_now = True
         elif kind == "drain" and self._draining_since_s is not None:
-            self._stop_now |= time.monotonic() - self._draining_since_s > _SAME_SIGNAL_S
+            self._stop_now |= event["at_s"] - self._draining_since_s > _SAME_SIGNAL_S
         elif kind == "drain":
-            self._draining_since_s = time.monotonic()
+            self._draining_since_s = event["at_s"]
             self._on_event({"type": "draining", "limit_s": self.config.drain_timeout})
             for key in ("server", "router"):
                 if (role := self._roles.get(key)) and role.child:
@@ -205,6 +227,8 @@ class Supervisor:
             self._tell_server(event)
         elif kind == "resolved":
             self._files = event["files"]
+            if "server" in self._roles:
+                self._roles["server"].waiting_since_s = time.monotonic()
             self._tell_server(self._model_message())
             for role in self._roles.values():
                 if self._is_worker(role):
@@ -216,9 +240,10 @@ class Supervisor:
         cause = event["cause"]
         role.child = None
         self._on_event({"type": "exit", "name": role.key, "cause": cause})
-        if self._draining_since_s is not None and not (self._is_worker(role) and role.was_ready):
-            self._stop_now = True  # nothing is left to wait for
-            return
+        if self._draining_since_s is not None:
+            self._on_lost_while_draining(role, event["code"], cause)
+            if not (self._is_worker(role) and role.was_ready):
+                return
         if not role.was_ready:
             raise Failed(cause if event["code"] == 1 else f"{role.key} did not start: {cause}")
         now = time.monotonic()
@@ -228,13 +253,31 @@ class Supervisor:
         back_off_s = min(_FIRST_BACK_OFF_S * 2 ** (len(role.restarts) - 1), _LONGEST_BACK_OFF_S)
         role.start_again_s = now + back_off_s
         log.warning("%s ended (%s); starting it again in %.1f s", role.key, cause, back_off_s)
-        if self._is_worker(role) and (router := self._roles["router"]).child:
+        if self._is_worker(role):
             message = {"worker_id": role.key, "epoch": role.epoch, "cause": cause, "restarts": len(role.restarts)}
-            router.child.send({"type": "worker_exited", **message})
+            role.epoch = _new_epoch()
+            if (router := self._roles["router"]).child:
+                router.child.send({"type": "worker_exited", **message, "next_epoch": role.epoch})
+
+    def _on_lost_while_draining(self, role: _Role, code: int, cause: str) -> None:
+        """The drain goes on as long as somebody can finish a request and somebody can be told: a worker is started
+        again; without router or server nothing is left to wait for but the errors that the server sends."""
+        told_to_end = -code in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        )  # as everybody was; those that start do not ignore it yet
+        if role.was_ready or not told_to_end:
+            self._lost_while_draining = f"{role.key} ended while the last requests were being finished: {cause}"
+            log.error(self._lost_while_draining)
+        others = [r for r in self._roles.values() if self._is_worker(r) and r is not role]
+        if not self._is_worker(role):
+            self._stop_now = True
+        elif not role.was_ready:
+            self._stop_now |= not any(r.child is not None or r.start_again_s is not None for r in others)
 
     def _start(self, role: _Role) -> None:
-        role.start_again_s, role.started_s = None, time.monotonic()
-        role.epoch = secrets.token_hex(4)
+        role.start_again_s = role.failing_since_s = None
+        role.waiting_since_s = time.monotonic() if role.key != "server" or self._files is not None else None
         role.child = Child(
             role.key,
             role.module,
@@ -244,6 +287,8 @@ class Supervisor:
         )
         if role.key == "server" and self._files is not None:
             role.child.send(self._model_message())
+        if self._draining_since_s is not None and not self._is_worker(role):
+            role.child.send({"type": "drain"})  # it was being started again when the others were told
 
     def _resolve(self) -> None:
         """Find or download the model; in a thread of its own, because it can take long."""
@@ -296,30 +341,11 @@ class Supervisor:
                 if one.process.poll() is None:
                     one.kill()
                 one.process.wait()
-        if self.config.runtime_dir is None:
-            shutil.rmtree(self._runtime, ignore_errors=True)
-        self._lock.close()
+        self._runtime.close()
 
 
-def _runtime_dir(wanted: str | None) -> tuple[Path, IO[bytes]]:
-    """The folder for sockets, made if need be, and the lock on it. Raises ConfigError."""
-    folder = Path(wanted or tempfile.mkdtemp(prefix="nexusengine-"))
-    if len(f"{folder}/front") > _LONGEST_SOCKET_PATH:
-        hint = "take a shorter one" if wanted else "set TMPDIR to a shorter one, or give --runtime-dir"
-        raise ConfigError(
-            f"the path of the runtime folder {folder} is too long for sockets; {hint}", param="runtime_dir"
-        )
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (folder / "lock").open("wb")
-    except OSError as error:
-        raise ConfigError(f"cannot use the runtime folder {folder}: {error.strerror}", param="runtime_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ConfigError(f"the runtime folder {folder} is used by another engine", param="runtime_dir") from None
-    return folder, lock
+def _new_epoch() -> str:
+    return secrets.token_hex(4)
 
 
 def worker_environ(device: DeviceSpec, gpus: tuple[Gpu, ...]) -> dict[str, str]:

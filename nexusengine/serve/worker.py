@@ -39,6 +39,7 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
                 link.tell(core.findings(message))
                 continue
             core.covers = message.seq
+            core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
             try:
                 core.add(message.request)
             except NexusError as error:
@@ -51,8 +52,8 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
                         retry_after_s=error.retry_after_s,
                     )
                 )
-        link.send(deltas)
-        link.send(core.step())
+        link.send(deltas, core.covers)
+        link.send(core.step(), core.covers)
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
 
@@ -73,7 +74,12 @@ def main() -> None:
     child.listen(lambda message: None)
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
-    link = RouterLink(given["back"], info, config.snapshot_period)
+
+    def refused(reason: str) -> None:
+        child.emit({"type": "failed", "message": f"worker on {device}: the router does not take it: {reason}"})
+        os._exit(1)
+
+    link = RouterLink(given["back"], info, config.snapshot_period, refused)
 
     def progress(phase: str, fraction: float) -> None:
         link.phase(phase, fraction)
@@ -115,7 +121,7 @@ def main() -> None:
     except Exception as error:  # whatever it is, its requests are told before the process ends
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"
-        link.send(core.fail_all(InternalError.code, cause))
+        link.send(core.fail_all(InternalError.code, cause), core.covers)
         child.emit({"type": "failed", "message": f"worker on {device}: {cause}"})
         link.leave(cause)
         sys.exit(1)

@@ -17,12 +17,14 @@ from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
+from nexusengine.obs.logs import get_logger
 from nexusengine.serve.client import RouterClient
 from nexusengine.server.app import create_app
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
 _LAST_WORDS_S = 0.8
+log = get_logger("server")
 
 
 class Control:
@@ -32,6 +34,7 @@ class Control:
         self.state, self._front = state, front
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: uvicorn.Server | None = None
+        self._client: RouterClient | None = None
         self._early: list[child.Message] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -50,10 +53,16 @@ class Control:
                 self._loop.call_soon_threadsafe(self._handle, message)
 
     def on_end(self) -> None:
-        """The supervisor is gone or wants the end: replies under way get a moment."""
+        """The supervisor is gone or wants the end: what is still under way is told, and gets a moment to be written."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end)
+        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
+
+    def _end(self) -> None:
+        if self._client is not None:
+            self._client.shut("the server is shutting down")
         if self._server is not None:
             self._server.should_exit = True
-        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
 
     def _handle(self, message: child.Message) -> None:
         if message["type"] == "phase":
@@ -73,7 +82,11 @@ class Control:
             reason = error.message if isinstance(error, NexusError) else f"the tokenizer cannot be loaded: {error!r}"
             child.emit({"type": "failed", "message": reason})
             os._exit(1)
-        client = RouterClient(self._front)
+        except Exception as error:  # a bug, but nobody must wait for ever because of it
+            log.debug("loading the tokenizer failed", exc_info=True)
+            child.emit({"type": "failed", "message": f"cannot load the tokenizer of {message['path']}: {error!r}"})
+            os._exit(1)
+        client = self._client = RouterClient(self._front)
         await client.start()
         self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
         self.state.model_name = message["name"]

@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.conftest import Served, free_port, runs
 
@@ -293,6 +295,24 @@ def test_a_model_without_its_tokenizer_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     cause = start_and_fail("--model", str(tmp_path), "--devices", "emulated:instant")
     assert cause.startswith(f"nexusengine: {tmp_path}/tokenizer.json is missing")
+
+
+def test_a_tokenizer_that_raises_ends_the_start_in_one_sentence(tmp_path: Path) -> None:
+    Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {}}))
+    cause = start_and_fail("--model", str(tmp_path), "--devices", "emulated:instant")
+    assert "token" in cause
+    assert str(tmp_path) in cause
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

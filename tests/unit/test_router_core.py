@@ -184,6 +184,100 @@ def test_a_client_that_falls_silent_takes_its_requests_with_it() -> None:
     assert len(router.core.ledger) == 0
 
 
+def test_a_client_that_was_forgotten_learns_what_is_lost_with_its_next_message() -> None:
+    router = Router("w0")
+    router.ready("w0")
+
+    def sessions() -> list[tuple[int, int]]:
+        clusters = [o.message for o in router.core.take() if isinstance(o.message, wire.Cluster)]
+        return [(c.session, c.since) for c in clusters]
+
+    router.core.on_client(CLIENT, wire.Hello(), 0.0)
+    assert sessions() == [(1, 0)]
+    router.submit("a")
+    router.core.on_timer(20.0)
+    router.core.take()
+    router.now = 20.0
+    request = EngineRequest("b", [1], SamplingParams(seed=1), 20.0)
+    router.core.on_client(CLIENT, wire.Submit(request, 1), 20.0)
+    out = router.core.take()
+    assert [(o.message.session, o.message.since) for o in out if isinstance(o.message, wire.Cluster)] == [(2, 1)]
+    assert "b" in router.core.ledger
+    router.core.on_client(CLIENT, wire.Hello(submitted=2), 20.5)
+    assert sessions() == [(2, 1)]
+    router.core.on_client(b"another", wire.Hello(submitted=5), 20.5)
+    assert sessions() == [(3, 5)]
+    router.core.on_client(b"a third", wire.Abort("b"), 20.5)
+    assert router.core.take() == []
+
+
+def test_silence_while_the_router_itself_did_not_run_is_nobodys_fault() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.sent()
+    router.core.paused(40.0)
+    router.core.on_timer(41.0)
+    assert router.sent() == {}
+    assert router.core.registry.workers["w0"].state is wire.WorkerState.READY
+    assert len(router.core.ledger) == 1
+
+
+def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_for_those_of_the_next() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.now = 40.0
+    router.core.on_client(CLIENT, wire.Hello(submitted=1), 40.0)
+    router.core.on_timer(40.0)
+    router.sent()
+    identity = identity_of("w0", "e1")
+    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(1)), 40.0)
+    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Ready(info("w0"), ("a",), covers=1), 40.0)
+    sent = router.sent()[identity]
+    assert [type(m) for m in sent] == [wire.Cancel, wire.Dispatch]
+    assert isinstance(sent[1], wire.Dispatch)
+    assert sent[1].seq == 2
+    for covers, tokens in ((1, (5, 6)), (2, (7,))):
+        message = wire.WorkerDeltas("e1", (("a", tokens),), (), covers)
+        router.core.on_worker(identity, message, 40.0)
+    assert router.sent() == {CLIENT: [wire.Deltas((("a", (7,)),))]}
+
+
+def test_dispatches_after_a_restart_of_the_router_are_numbered_after_those_that_the_worker_has_seen() -> None:
+    router = Router("w0")
+    router.core.on_worker(identity_of("w0", "e1"), wire.Ready(info("w0"), covers=57), 0.0)
+    router.submit("a")
+    (dispatch,) = router.sent()[identity_of("w0", "e1")]
+    assert isinstance(dispatch, wire.Dispatch)
+    assert dispatch.seq == 58
+    router.core.on_worker_exited("w0", "e1", "killed", 1, 0.0)
+    router.ready("w0", "e2")
+    (dispatch,) = router.sent()[identity_of("w0", "e2")]
+    assert isinstance(dispatch, wire.Dispatch)
+    assert dispatch.seq == 1
+
+
+def test_a_worker_registered_twice_keeps_what_it_was_given_since() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.submit("a")
+    router.sent()
+    identity = identity_of("w0", "e1")
+    router.core.on_worker(identity, wire.Ready(info("w0"), ("a", "old")), 0.0)
+    assert router.sent() == {identity: [wire.Cancel("old")]}
+
+
+def test_a_worker_is_told_of_requests_that_are_not_its_own() -> None:
+    router = Router("w0")
+    router.ready("w0")
+    router.deltas("w0", TokenDelta("gone", (7,)))
+    assert router.sent() == {identity_of("w0", "e1"): [wire.Cancel("gone")]}
+    router.deltas("w0", TokenDelta("gone", (7,), finish_reason="stop"))
+    assert router.sent() == {}
+
+
 def test_a_deadline_is_kept_for_held_requests_too() -> None:
     router = Router("w0")
     router.submit("a", deadline_s=3.0)

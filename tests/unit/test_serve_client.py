@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,141 @@ async def test_requests_end_when_the_router_has_been_silent_for_long(
     assert client.status() is None
     await client.close()
     assert news.empty()
+
+
+class Peer:
+    """What a client talks to, one message at a time."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.client = b""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(endpoint)
+
+    async def hear(self, kind: type[wire.Message]) -> wire.Message:
+        """The next message of this kind."""
+        async with asyncio.timeout(10):
+            while True:
+                self.client, frame = await self._socket.recv_multipart()
+                if isinstance(message := wire.decode_from_client(frame), kind):
+                    return message
+
+    async def say(self, message: wire.Message) -> None:
+        await self._socket.send_multipart([self.client, wire.encode(message)])
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+
+class Asked:
+    """Requests submitted to a client, and how they ended."""
+
+    def __init__(self, client: RouterClient) -> None:
+        self._client = client
+        self.news: dict[str, asyncio.Queue[TokenDelta]] = {}
+
+    def submit(self, name: str) -> None:
+        self.news[name] = asyncio.Queue()
+        self._client.submit(EngineRequest(name, [1], SamplingParams(), 0.0), self.news[name].put_nowait)
+
+    async def end(self, name: str) -> tuple[str | None, str | None]:
+        """The code and the message of its end."""
+        async with asyncio.timeout(5):
+            while (delta := await self.news[name].get()).finish_reason is None:
+                pass
+        assert self.news[name].empty(), "news after the end"
+        assert delta.error_code is None or delta.retry_after_s is not None, "it can be tried again"
+        return delta.error_code, delta.error_message
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["the router forgot the client", "the router was restarted"])
+async def test_what_the_router_has_lost_ends_at_once_and_what_came_after_is_served(
+    tmp_path: Path, restarted: bool
+) -> None:
+    peer, client = Peer(f"ipc://{tmp_path}/front"), RouterClient(f"ipc://{tmp_path}/front")
+    asked = Asked(client)
+    await client.start()
+    await peer.hear(wire.Hello)
+    await peer.say(wire.Cluster("r1", (), session=1))
+    for name in ("streams", "waits"):
+        asked.submit(name)
+        await peer.hear(wire.Submit)
+    await peer.say(wire.Deltas((("streams", (7,)),)))
+    await asked.news["streams"].get()
+    asked.submit("new")
+    assert await peer.hear(wire.Submit) == wire.Submit(EngineRequest("new", [1], SamplingParams(), 0.0), 2)
+    epoch, session = ("r2", 1) if restarted else ("r1", 2)
+    await peer.say(wire.Cluster(epoch, (), session=session, since=2))
+    why = "the router was restarted" if restarted else "the router gave the request up: this process was silent"
+    assert await asked.end("streams") == ("worker_lost", why)
+    assert await asked.end("waits") == ("unavailable", why)
+    await peer.say(wire.Cluster(epoch, (), session=session, since=2))
+    await peer.say(wire.Deltas((), (TokenDelta("new", (3,), finish_reason="stop"),)))
+    assert await asked.end("new") == (None, None)
+    await client.close()
+    peer.close()
+
+
+async def test_requests_end_at_once_when_the_router_ends(tmp_path: Path) -> None:
+    peer, client = Peer(f"ipc://{tmp_path}/front"), RouterClient(f"ipc://{tmp_path}/front")
+    asked = Asked(client)
+    await client.start()
+    asked.submit("a")
+    await peer.hear(wire.Submit)
+    peer.close()
+    assert await asked.end("a") == ("unavailable", "the router has ended")
+    again = Peer(f"ipc://{tmp_path}/front")
+    assert await again.hear(wire.Hello)
+    await client.close()
+    again.close()
+
+
+async def test_a_loop_that_is_held_up_still_says_hello_and_hears_what_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nexusengine.serve.client, "_HELLO_EVERY_S", 0.02)
+    monkeypatch.setattr(nexusengine.serve.client, "_GONE_S", 0.3)
+    monkeypatch.setattr(nexusengine.serve.client, "_SILENT_S", 0.3)
+    client = RouterClient(f"ipc://{tmp_path}/front")
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.bind(f"ipc://{tmp_path}/front")
+    asked = Asked(client)
+    await client.start()
+    asked.submit("a")
+    hellos, submits, until_s = 0, 0, time.monotonic() + 1.0
+    while time.monotonic() < until_s:  # the loop is held up for a second, and the router is there all the time
+        identity, frame = router.recv_multipart()
+        submits += isinstance(message := wire.decode_from_client(frame), wire.Submit)
+        if isinstance(message, wire.Hello):
+            hellos += 1
+            router.send_multipart([identity, wire.encode(wire.Cluster("r", ()))])
+    assert submits == 1
+    assert hellos > 3
+    assert client.status() == wire.Cluster("r", ())
+    await asyncio.sleep(0.05)
+    assert asked.news["a"].empty(), "the router was not silent"
+    await client.close()
+    router.close(0)
+
+
+async def test_a_client_that_the_router_does_not_take_says_why(tmp_path: Path) -> None:
+    peer, client = Peer(f"ipc://{tmp_path}/front"), RouterClient(f"ipc://{tmp_path}/front")
+    asked = Asked(client)
+    await client.start()
+    asked.submit("a")
+    await peer.hear(wire.Submit)
+    await peer.say(wire.Refused("it speaks version 1"))
+    why = "the router does not take this process: it speaks version 1"
+    assert await asked.end("a") == ("unavailable", why)
+    assert client.status() is None
+    with pytest.raises(Unavailable, match="version 1"):
+        asked.submit("b")
+    with pytest.raises(wire.ProtocolError, match="version 1"):
+        await client.wait_for_ready(1.0)
+    await client.close()
+    peer.close()
 
 
 class Router:

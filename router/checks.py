@@ -1,0 +1,106 @@
+"""Whether what a message says can be true, beyond what its types say; raises ProtocolError where it cannot. PURE.
+
+One nonsensical number must not reach a placement policy: it would be met while another sender's message is handled.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from msgspec.structs import astuple
+
+from nexusengine.kv.digest import Batch
+from nexusengine.router.forecast import REFERENCE_STEP, predictor_of
+from nexusengine.types import EngineRequest, TokenDelta
+from nexusengine.wire import (
+    MAX_DIGEST_BYTES,
+    PROTOCOL_VERSION,
+    PerfWeights,
+    ProtocolError,
+    WorkerInfo,
+    WorkerLoad,
+)
+
+LONGEST_NAME = 4096
+MOST_TOKENS = 2**31 - 1
+LARGEST_TOKEN = 2**31 - 1
+LONGEST_STEP_S = 1e9
+
+
+def wrong_version(protocol: int) -> str | None:
+    """What to say to a peer of another version; None to one of ours."""
+    if protocol == PROTOCOL_VERSION:
+        return None
+    return f"it speaks version {protocol} of the protocol, the router version {PROTOCOL_VERSION}"
+
+
+def check_info(info: WorkerInfo) -> None:
+    """Raises ProtocolError."""
+    for name, value in zip(info.__struct_fields__, astuple(info), strict=True):
+        if isinstance(value, str) and len(value) > LONGEST_NAME:
+            raise ProtocolError(f"{name} of a worker has {len(value)} characters")
+        if isinstance(value, int | float) and not 0 <= value <= 2**53:
+            raise ProtocolError(f"{name} of a worker is {value}")
+
+
+def check_load(load: WorkerLoad) -> None:
+    """Raises ProtocolError."""
+    if load.tightest_tpot_s <= 0.0 or any(p.tpot_s <= 0.0 for p in load.pending):  # NaN: none
+        raise ProtocolError("a report with a time per token that is not above 0")
+    if load.perf is not None and (problem := _problem_of(load.perf)):
+        raise ProtocolError(f"a report with a performance model that cannot be used: {problem}")
+
+
+@lru_cache(maxsize=256)
+def _problem_of(perf: PerfWeights) -> str | None:
+    """A worker reports the same model until it has learned something."""
+    try:
+        model = predictor_of(perf)
+        f = REFERENCE_STEP
+        sizes = np.array([1.0, f.tokens, 2.0**20])
+        took_s = model.mean_s(sizes, np.ones(3), np.ones(3), np.full(3, f.prefill_attention), np.zeros(3))
+    except (ValueError, ArithmeticError) as error:
+        return str(error)
+    within = bool(((took_s >= 0.0) & (took_s <= LONGEST_STEP_S)).all())
+    return None if within else f"it predicts steps of {took_s.tolist()} s"
+
+
+def check_digest(batches: tuple[Batch, ...]) -> None:
+    """Raises ProtocolError."""
+    size = sum(len(names) for batch in batches for names in batch)
+    if size > MAX_DIGEST_BYTES:
+        raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
+    if any(len(names) % 8 for batch in batches for names in batch):
+        raise ProtocolError("a digest that cannot be read: its names are not of 8 bytes each")
+
+
+def problem_of_request(request: EngineRequest) -> str | None:
+    """What about a request makes no sense; None if it can be placed. Whether a model can serve it, the worker says."""
+    ids = request.prompt_token_ids
+    if not ids or min(ids) < 0 or max(ids) > LARGEST_TOKEN:
+        return "its prompt is not a list of token ids"
+    if len(request.request_id) > LONGEST_NAME:
+        return f"its id has {len(request.request_id)} characters; at most {LONGEST_NAME} are taken"
+    if not math.isfinite(request.arrival_s):
+        return f"it arrived at {request.arrival_s}"
+    if request.deadline_s is not None and math.isnan(request.deadline_s):
+        return "its deadline is not a number"
+    if not -(2**31) <= request.priority < 2**31:
+        return f"its priority is {request.priority}"
+    return None
+
+
+def problem_of_delta(delta: TokenDelta) -> str | None:
+    """What about new tokens makes no sense; None if they can be passed on."""
+    ids = delta.token_ids
+    if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN:
+        return "a token id is out of range"
+    if not 0 <= delta.cached_tokens <= MOST_TOKENS or not 0 <= delta.preemptions <= MOST_TOKENS:
+        return "a count of it is out of range"
+    if delta.finish_reason == "error" and not delta.error_code:
+        return "it ends with an error that it does not name"
+    if delta.retry_after_s is not None and not 0.0 <= delta.retry_after_s <= 1e9:
+        return f"it asks to try again after {delta.retry_after_s} s"
+    return None

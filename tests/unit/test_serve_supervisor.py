@@ -1,0 +1,55 @@
+"""The supervisor with children that do not do what they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nexusengine.serve.supervisor
+from nexusengine.child import Message
+from nexusengine.config import ServeConfig
+from nexusengine.serve.supervisor import Failed, Supervisor
+
+LISTENING, READY = {"type": "listening", "host": "127.0.0.1", "port": 1}, {"type": "ready"}
+
+
+def supervisor(tmp_path: Path, says: dict[str, list[Message]], **settings: Any) -> Supervisor:
+    """Its children only say these events, by name."""
+    fields = {"model": "smollm2-135m", "devices": "emulated:t4", "runtime_dir": str(tmp_path / "r"), **settings}
+    made = Supervisor(ServeConfig(**fields), with_server=True)
+    for name, role in made._roles.items():
+        role.module = "tests.stub_child"
+        role.environ = {"STUB_EVENTS": json.dumps(says.get(name, []))}
+    return made
+
+
+def test_a_process_that_says_that_it_failed_and_does_not_end_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nexusengine.serve.supervisor, "_LAST_WORDS_S", 0.2)
+    failed = {"type": "failed", "message": "the disk is full"}
+    made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING, failed], "w0": []})
+    made._roles["server"].environ["STUB_HANGS"] = "1"
+    with pytest.raises(Failed, match="the disk is full"):
+        made.run()
+
+
+def test_a_server_that_never_gets_ready_ends_the_start(tmp_path: Path) -> None:
+    made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING], "w0": [READY]}, start_timeout=3.0)
+    with pytest.raises(Failed, match=r"server was not ready within 3\.0 s"):
+        made.run()
+
+
+def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
+    made = supervisor(tmp_path, {}, devices="emulated:t4,emulated:t4")
+    try:
+        told = made._roles["router"].config()["workers"]
+        own = [made._roles[w].config()["epoch"] for w in ("w0", "w1")]
+        assert [w["epoch"] for w in told] == own
+        assert len({*own}) == 2
+        assert all(own)
+    finally:
+        made._end_all()
