@@ -78,13 +78,11 @@ class Control:
         try:
             files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        except Exception as error:  # it must not stay "starting" for ever, whatever the reason
-            reason = error.message if isinstance(error, NexusError) else f"the tokenizer cannot be loaded: {error!r}"
-            child.emit({"type": "failed", "message": reason})
-            os._exit(1)
-        except Exception as error:  # a bug, but nobody must wait for ever because of it
+        except Exception as error:  # whatever the reason, it must not stay "starting" for ever
             log.debug("loading the tokenizer failed", exc_info=True)
-            child.emit({"type": "failed", "message": f"cannot load the tokenizer of {message['path']}: {error!r}"})
+            known = isinstance(error, NexusError)
+            reason = error.message if known else f"cannot load the tokenizer of {message['path']}: {error!r}"
+            child.emit({"type": "failed", "message": reason})
             os._exit(1)
         client = self._client = RouterClient(self._front)
         await client.start()
