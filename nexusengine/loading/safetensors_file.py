@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.config_json import read_json
+from nexusengine.loading.files import read_json, refuse_pointer, unreadable
 
 if TYPE_CHECKING:
     import torch
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHERS = ("consolidated", "adapter_model")
+"""How files begin whose tensors have other names than ours: Mistral's own format, and LoRA adapters."""
 _MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -25,21 +28,31 @@ _MOST_OPEN = 2
 
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a checkpoint directory; empty if there are none. Raises ModelLoadError."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if not index.is_file():
-        return (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
+    """The weight files of a checkpoint directory: model.safetensors, else what the index names, as transformers
+    chooses; without either, all there are. Empty if there are none. Raises ModelLoadError."""
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    if not (folder / INDEX).is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        return tuple(folder / name for name in names if not name.startswith(_OTHERS))
+    names = indexed_files(folder / INDEX)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(f"{folder / INDEX} names {missing[0]}{more}, which is not there")
+    return tuple(folder / name for name in names)
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an index names. Raises ModelLoadError."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelLoadError(f"{index}: weight_map must map tensor names to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise ModelLoadError(f"{index}: {name!r} is not a file beside the index")
-        if not (folder / name).is_file():
-            raise ModelLoadError(f"{index} names {name}, which is not there")
-    return tuple(folder / name for name in names)
+        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{index}: {name!r} is not a safetensors file beside the index")
+    return names
 
 
 def check_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -48,6 +61,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
     def fail(what: str) -> ModelLoadError:
         return ModelLoadError(f"{path} is not a usable safetensors file: {what}")
 
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -56,7 +70,9 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise fail(f"it says its header has {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
+    except RecursionError:
+        raise fail("its header is nested too deeply") from None
     except ValueError as error:
         raise fail(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.gguf_file import SUPPORTED_TYPES, GGUFFile
+from nexusengine.loading.gguf_file import GGUFFile, supported_types
 from nexusengine.loading.resolve import resolve_model
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 256, 8, 4, 2, 40
@@ -23,10 +23,10 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write(path: Path, kind: str = "F32", **metadata: Any) -> dict[str, np.ndarray]:
+def write(path: Path, kind: str = "F32", architecture: str = "llama", **metadata: Any) -> dict[str, np.ndarray]:
     """A tiny Llama; returns its matrices by Hugging Face name, before any quantisation."""
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     values = {
         "block_count": LAYERS,
         "context_length": 128,
@@ -44,8 +44,8 @@ def write(path: Path, kind: str = "F32", **metadata: Any) -> dict[str, np.ndarra
             if isinstance(value, float)
             else writer.add_uint32
         )
-        add(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        add(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([chr(65 + i) for i in range(VOCABULARY)])
     written: dict[str, np.ndarray] = {}
@@ -120,15 +120,21 @@ def test_the_geometry_is_read_from_the_metadata(tmp_path: Path) -> None:
     assert (config.rope_scaling.kind, config.rope_scaling.factor) == ("linear", 2.0)
 
 
-def test_a_type_that_is_not_supported_is_named_with_its_tensor(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
-    kind = gguf.GGMLQuantizationType.Q3_K
-    writer.add_tensor("token_embd.weight", np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    assert "Q3_K" not in SUPPORTED_TYPES
-    with pytest.raises(ModelLoadError, match=r"model\.embed_tokens\.weight has type Q3_K"):
-        GGUFFile(tmp_path / "m.gguf").array("model.embed_tokens.weight")
+@pytest.mark.parametrize(("kind", "number"), [("Q8_1", 9), ("I32", 26), ("number 31", 31), ("number 200", 200)])
+def test_a_type_that_is_not_supported_is_named_with_its_tensor(tmp_path: Path, kind: str, number: int) -> None:
+    """Also one that the gguf package does not know: it is no reason not to say first that the architecture is wrong."""
+    written = write(tmp_path / "m.gguf", architecture="falcon")
+    content = (tmp_path / "m.gguf").read_bytes()
+    name = b"token_embd.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8
+    (tmp_path / "m.gguf").write_bytes(content[:at] + number.to_bytes(4, "little") + content[at + 4 :])
+    assert kind not in supported_types()
+    assert written
+    file = GGUFFile(tmp_path / "m.gguf")
+    with pytest.raises(ModelLoadError, match="architecture 'falcon' is not supported"):
+        file.config()
+    with pytest.raises(ModelLoadError, match=rf"model\.embed_tokens\.weight has type {kind}"):
+        file.array("model.embed_tokens.weight")
 
 
 @pytest.mark.parametrize(
