@@ -16,6 +16,7 @@ from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.errors import ModelLoadError
 from nexusengine.layers.ops import Map, Ops, TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.loading.shown import one_line
 from nexusengine.loading.weights import Stored, WeightSource
 from nexusengine.model_config import ModelConfig
 
@@ -261,4 +262,6 @@ class LlamaForCausalLM:
         surplus = sorted(n for n in names - self._taken if not n.endswith(_HARMLESS))
         if surplus:
             more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
-            raise ModelLoadError(f"the weights hold tensor {surplus[0]}{more}, which this architecture does not have")
+            raise ModelLoadError(
+                f"the weights hold tensor {one_line(surplus[0])}{more}, which this architecture does not have"
+            )

@@ -10,9 +10,10 @@ from typing import Any
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.config_keys import refuse_uncomputed
 from nexusengine.loading.files import read_json
-from nexusengine.loading.json_reader import Reader, short
+from nexusengine.loading.json_reader import Reader
 from nexusengine.loading.quantization_json import stored_weights
 from nexusengine.loading.rope_json import read_rope
+from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig
 from nexusengine.models.registry import ARCHITECTURES
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.json_reader import short
+from nexusengine.loading.shown import short
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # what is multiplied, added or cut

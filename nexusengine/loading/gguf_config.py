@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.gguf_header import GGUFTensor
+from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig, RopeScaling
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -50,14 +51,14 @@ class _Metadata:
         if isinstance(value, list) and len(set(map(str, value))) == 1:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
-            raise self.fail(f"{key} is {_short(value)}, which is not a size")
+            raise self.fail(f"{key} is {short(value)}, which is not a size")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self.get(key, default)
         if not isinstance(value, float) or not 0.0 < value < 1e12:
-            raise self.fail(f"{key} is {_short(value)}, which is not a sensible number")
+            raise self.fail(f"{key} is {short(value)}, which is not a sensible number")
         return value
 
 
@@ -72,16 +73,16 @@ def parse_metadata(
     m = _Metadata(values, path)
     kind = values.get("general.type", "model")
     if kind != "model":
-        raise m.fail(f"it holds no model but what it calls {kind!r} (general.type)")
+        raise m.fail(f"it holds no model but what it calls {short(kind)} (general.type)")
     if m.prefix not in ARCHITECTURES:
-        raise m.fail(f"architecture {_short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise m.fail(f"architecture {short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
     for key, harmless in _NOT_COMPUTED.items():
         value = values.get(f"{m.prefix}.{key}")
         if value is not None and value not in harmless:
             what = (
                 "; mixture-of-experts models are not supported" if key == "expert_count" else ", which is not supported"
             )
-            raise m.fail(f"{m.prefix}.{key} is {_short(value)}{what}")
+            raise m.fail(f"{m.prefix}.{key} is {short(value)}{what}")
     hidden, heads = m.size("embedding_length"), m.size("attention.head_count")
     kv_heads = m.size("attention.head_count_kv", heads)
     if min(hidden, heads, kv_heads) < 1 or heads % kv_heads:
@@ -137,7 +138,7 @@ def _rope_scaling(m: _Metadata) -> RopeScaling | None:
     multiplies whatever else there is, for yarn 1 + 0.1 ln(factor)."""
     kind = m.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
-        raise m.fail(f"rope.scaling.type {_short(kind)} is not supported; known: none, linear, yarn")
+        raise m.fail(f"rope.scaling.type {short(kind)} is not supported; known: none, linear, yarn")
     factor = m.number("rope.scaling.factor", m.number("rope.scale_linear", 1.0))
     attention = m.number("rope.scaling.attn_factor", 1.0)
     if kind == "none":
@@ -163,8 +164,3 @@ def _rope_factors(
     if len(factors) != head_dim // 2 or not all(0.0 < factor < math.inf for factor in factors):
         raise m.fail(f"tensor {ROPE_FACTORS} must hold {head_dim // 2} numbers above 0")
     return factors
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."

@@ -20,6 +20,7 @@ from nexusengine.loading.files import refuse_pointer
 from nexusengine.loading.gguf_config import ROPE_FACTORS, parse_metadata
 from nexusengine.loading.gguf_header import GGUFTensor, read_header
 from nexusengine.loading.gguf_names import part_names
+from nexusengine.loading.shown import one_line, short
 from nexusengine.model_config import ModelConfig
 
 _MAX_PARTS = 1 << 16
@@ -102,7 +103,9 @@ class GGUFFile:
             self._data.append(_mapped(part))
             metadata, tensors = read_header(self._data[i], part)
             if metadata.get("split.no", i) != i:
-                raise ModelLoadError(f"{part} says that it is part {metadata['split.no']} of the model, counted from 0")
+                raise ModelLoadError(
+                    f"{part} says that it is part {short(metadata['split.no'])} of the model, counted from 0"
+                )
             self._add(tensors, i)
         expected = self.metadata.get("split.tensors.count")
         if len(self.paths) > 1 and isinstance(expected, int) and expected != len(self.tensors):
@@ -113,7 +116,7 @@ class GGUFFile:
         for name, tensor in tensors.items():
             hf_name = _hf_name(name)
             if hf_name in self.tensors:
-                raise ModelLoadError(f"{self.paths[part]}: tensor {name} is there twice")
+                raise ModelLoadError(f"{self.paths[part]}: tensor {one_line(name)} is there twice")
             self.tensors[hf_name] = replace(tensor, part=part)
 
     def raw(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
@@ -128,7 +131,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         if tensor.kind not in (known := supported_types()):
             raise ModelLoadError(
-                f"{self.path}: tensor {name} has type {tensor.kind}, which is not supported; "
+                f"{self.path}: tensor {one_line(name)} has type {tensor.kind}, which is not supported; "
                 f"supported: {', '.join(known)}"
             )
         kind = GGMLQuantizationType[tensor.kind]
@@ -137,7 +140,7 @@ class GGUFFile:
             plain = raw.view(np.float32 if tensor.kind == "F32" else np.float16)
         else:
             plain = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
-        return self._in_order(name, plain.astype(np.float32, copy=False).reshape(tensor.shape))
+        return self._in_order(name, plain.astype(np.float32, copy=tensor.kind == "F32").reshape(tensor.shape))
 
     def blocks(self, name: str) -> Q4Blocks | None:
         """A matrix of type Q4_0 or Q4_1 as it is stored, rows in Hugging Face's order; None for any other type."""
@@ -172,7 +175,7 @@ class GGUFFile:
 def _all_parts(path: Path, count: Any) -> tuple[Path, ...]:
     """The files of a model of which one is `path`. Raises ModelLoadError naming a part that is missing."""
     if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
-        raise ModelLoadError(f"{path}: split.count is {count!r}, which is not a number of files")
+        raise ModelLoadError(f"{path}: split.count is {short(count)}, which is not a number of files")
     if count < 2:
         return (path,)
     parts = tuple(path.with_name(name) for name in part_names(path.name, count))

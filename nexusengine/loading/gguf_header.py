@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.shown import one_line, short
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -43,7 +44,7 @@ class Cursor:
         self.data, self.path, self.at = data, path, 0
 
     def fail(self, what: str) -> ModelLoadError:
-        return ModelLoadError(f"{self.path} is not a usable GGUF file: {what}")
+        return ModelLoadError(f"{self.path} is not a usable GGUF file: {one_line(what)}")
 
     def take(self, size: int, what: str) -> bytes:
         if size < 0 or self.at + size > len(self.data):
@@ -92,7 +93,7 @@ def read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, 
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment is {alignment!r}")
+        raise cursor.fail(f"general.alignment is {short(alignment)}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, at, nbytes in infos:

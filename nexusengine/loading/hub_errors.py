@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.shown import short
 
 _ODD_ANSWER = (
     "the hub's address answered with something that the hub does not send, a login page of this network or of a "
@@ -44,7 +45,7 @@ def _sentence(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, hub.RepositoryNotFoundError):
         return f"there is no repository {repository} at the hub, or it is private; if it is, set HF_TOKEN"
     if isinstance(error, hub.HFValidationError):
-        return f"{repository!r} is not the name of a repository at the hub (OWNER/NAME)"
+        return f"{short(repository)} is not the name of a repository at the hub (OWNER/NAME)"
     if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         return _unreachable(error, repository, revision)
     if isinstance(error, hub.HfHubHTTPError):

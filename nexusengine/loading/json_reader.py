@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.shown import short
 
 _MISSING = object()
 
@@ -45,12 +46,3 @@ class Reader:
         if not 0 < value < math.inf or value > 1e300:
             raise self.fail(f"{key} is {short(value)}; a finite number above 0 is needed")
         return float(value)
-
-
-def short(value: Any) -> str:
-    """A value as an error shows it, cut where it is far too long."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
-        return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else text[:200] + "..."

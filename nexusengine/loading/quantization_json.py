@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.json_reader import short
+from nexusengine.loading.shown import short, word
 from nexusengine.model_config import StoredWeights
 
 _ONLINE = re.compile(r"transform|rotat|hadamard", re.IGNORECASE)
@@ -26,7 +26,7 @@ def stored_weights(values: Mapping[str, Any] | None, where: str) -> StoredWeight
     for key, value in values.items():
         if value and _ONLINE.search(key):
             raise ModelLoadError(
-                f"{where} ({short(method)}): {key} asks for transforms of the activations while the model runs "
+                f"{where} ({word(method)}): {key} asks for transforms of the activations while the model runs "
                 "(rotations, as of QuIP and SpinQuant), which are not supported"
             )
     if method == "fp8":
@@ -40,7 +40,7 @@ def stored_weights(values: Mapping[str, Any] | None, where: str) -> StoredWeight
     if method in ("awq", "gptq"):
         return _packed(method, values, where)
     raise ModelLoadError(
-        f"{where} ({short(method)}) is not supported; read are fp8, fbgemm_fp8, compressed-tensors of 8-bit floats, "
+        f"{where} ({word(method)}) is not supported; read are fp8, fbgemm_fp8, compressed-tensors of 8-bit floats, "
         "awq and gptq, or take an unquantised checkpoint"
     )
 
@@ -58,8 +58,8 @@ def _compressed(values: Mapping[str, Any], where: str) -> StoredWeights:
         kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
         if (kind, bits) != ("float", 8) or strategy not in ("tensor", "channel", "block"):
             raise ModelLoadError(
-                f"{where} (compressed-tensors): {name} has weights of type {short(kind)} with {short(bits)} bits by "
-                f"{short(strategy)}; read are floats of 8 bits by tensor, channel or block"
+                f"{where} (compressed-tensors): {name} has weights of type {word(kind)} with {short(bits)} bits by "
+                f"{word(strategy)}; read are floats of 8 bits by tensor, channel or block"
             )
         shape = weights.get("block_structure") if strategy == "block" else None
         found.add(_block(shape, f"{where}: {name}: block_structure"))

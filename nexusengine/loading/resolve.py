@@ -15,6 +15,7 @@ from nexusengine.loading.embedded import embedded_model
 from nexusengine.loading.files import refuse_pointer
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.safetensors_file import find_shards
+from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig
 from nexusengine.models.aliases import ALIASES
 
@@ -53,7 +54,7 @@ def resolve_model(
     try:
         return _resolve(ref, target, revision, weights, report)
     except OSError as error:
-        raise ModelLoadError(f"cannot read model {_shown(ref)}: {error.strerror or error}{_file(error)}") from error
+        raise ModelLoadError(f"cannot read model {short(ref)}: {error.strerror or error}{_file(error)}") from error
 
 
 def _resolve(ref: str, target: str, revision: str | None, weights: bool, report: Progress) -> ModelFiles:
@@ -68,7 +69,7 @@ def _resolve(ref: str, target: str, revision: str | None, weights: bool, report:
     repository, _, quantisation = target.partition(":")
     if repository.endswith(".gguf") or target.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise ModelLoadError(
-            f"there is no model {_shown(ref)}: not a short name (see `nexusengine models`), not a Hugging Face "
+            f"there is no model {short(ref)}: not a short name (see `nexusengine models`), not a Hugging Face "
             "repository (OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files), and no such directory or file"
         )
     from nexusengine.loading.hub import download
@@ -111,8 +112,3 @@ def _instead(path: Path) -> str:
 
 def _file(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""
-
-
-def _shown(ref: str) -> str:
-    """A name as an error shows it, cut where it is far too long."""
-    return repr(ref if len(ref) <= 200 else ref[:200] + "...")

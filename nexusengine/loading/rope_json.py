@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexusengine.loading.json_reader import Reader, short
+from nexusengine.loading.json_reader import Reader
+from nexusengine.loading.shown import short
 from nexusengine.model_config import RopeScaling
 
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn")

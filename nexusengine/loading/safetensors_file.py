@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.files import read_json, refuse_pointer, unreadable
+from nexusengine.loading.shown import one_line, short
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelLoadError(f"{folder / INDEX} names {missing[0]}{more}, which is not there")
+        raise ModelLoadError(f"{folder / INDEX} names {one_line(missing[0])}{more}, which is not there")
     return tuple(folder / name for name in names)
 
 
@@ -51,7 +52,7 @@ def indexed_files(index: Path) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
-            raise ModelLoadError(f"{index}: {name!r} is not a safetensors file beside the index")
+            raise ModelLoadError(f"{index}: {short(name)} is not a safetensors file beside the index")
     return names
 
 
@@ -59,7 +60,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header's tensors, after checking it against the file's size. Raises ModelLoadError naming file and tensor."""
 
     def fail(what: str) -> ModelLoadError:
-        return ModelLoadError(f"{path} is not a usable safetensors file: {what}")
+        return ModelLoadError(f"{path} is not a usable safetensors file: {one_line(what)}")
 
     refuse_pointer(path)
     try:
@@ -90,7 +91,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
             expected = elements * _BYTES[entry["dtype"]]
             sound = 0 <= begin <= end <= size - 8 - length and end - begin == expected
         except (TypeError, ValueError, KeyError):
-            raise fail(f"the entry of tensor {name} is malformed: {str(entry)[:200]}") from None
+            raise fail(f"the entry of tensor {name} is malformed: {short(entry)}") from None
         if not sound:
             raise fail(f"tensor {name} at bytes {begin} to {end} does not fit its shape or the file of {size} bytes")
         spans.append((begin, end, name))
@@ -116,10 +117,11 @@ class SafetensorsSource:
         for path in paths:
             for name, entry in check_header(path).items():
                 if name in self._file_of:
-                    raise ModelLoadError(f"tensor {name} is in both {self._file_of[name]} and {path}")
+                    raise ModelLoadError(f"tensor {one_line(name)} is in both {self._file_of[name]} and {path}")
                 if entry["dtype"] not in (*_WEIGHT_TYPES, *also):
                     raise ModelLoadError(
-                        f"{path}: tensor {name} has type {entry['dtype']}; supported: {', '.join(_WEIGHT_TYPES)}"
+                        f"{path}: tensor {one_line(name)} has type {entry['dtype']}; "
+                        f"supported: {', '.join(_WEIGHT_TYPES)}"
                     )
                 self._file_of[name] = path
                 self._entries[name] = entry
