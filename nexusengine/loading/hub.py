@@ -87,12 +87,11 @@ def _fetch_gguf(repository: str, revision: str | None, folder: Path, quantisatio
 def _listed(repository: str, revision: str | None, folder: Path) -> list[str]:
     """Names of the repository's files; where the hub cannot be asked, of those that are here."""
     from huggingface_hub import HfApi
-    from huggingface_hub import errors as hub
 
     try:
         # the commit of the snapshot, not the revision: the branch may have moved in between
         return list(HfApi().list_repo_files(repository, revision=folder.name))
-    except (hub.OfflineModeIsEnabled, hub.HTTPError):
+    except Exception:  # of the hub's client, whichever that is; it is raised again where nothing is here
         here = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         if not any(name.endswith((".safetensors", ".gguf")) for name in here):
             raise

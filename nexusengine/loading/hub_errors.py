@@ -1,7 +1,7 @@
 """What can go wrong between this machine and the Hugging Face hub, each as one sentence that says what to do.
 
 The hub library raises what its HTTP client raises, and which client that is changes with its version. So no client is
-named here: its base class is taken from the hub library, and what is left is told by its own words.
+named here: what the hub library has no class for is told by its own words.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def _unreachable(error: Exception, repository: str, revision: str | None) -> str
     cause = error.__cause__
     if isinstance(cause, hub.HfHubHTTPError | hub.FileMetadataError):
         return _sentence(cause, repository, revision)
-    reason = ""
-    if isinstance(cause, hub.HTTPError) and str(cause):
-        reason = f" ({_first_line(cause)})"
+    reason = f" ({_first_line(cause)})" if cause and not isinstance(cause, hub.OfflineModeIsEnabled) else ""
     return f"{where} is not on this machine and the hub cannot be reached{reason}; connect, or name a local directory"
 
 
