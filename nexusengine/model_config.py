@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_LEAST_FACTOR = 1e-6
 _MOST_POSITIONS = 2**31 - 1
 
 
@@ -26,6 +27,16 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def fault(self, theta: float) -> str:
+        """What is wrong with base `theta` and these factors, such that angles would be no numbers; "" if nothing."""
+        if not _LEAST_FACTOR <= self.factor <= 1 / _LEAST_FACTOR:
+            return f"a scaling factor of {self.factor:g} is out of range"
+        if self.kind == "yarn" and theta == 1.0:
+            return "yarn needs a base other than 1"
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            return f"low_freq_factor and high_freq_factor are both {self.low_freq_factor:g}; they must differ"
+        return ""
 
     def reach(self, positions: int) -> int:
         """How many positions a model of `positions` is good for once they are scaled: those of its training times the

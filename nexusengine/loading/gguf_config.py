@@ -101,7 +101,10 @@ def parse_metadata(
         raise m.fail(f"{many} tokens, but {embedding.shape[0]} embeddings")
     eos = [values.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot")]
     bos = values.get("tokenizer.ggml.bos_token_id")
-    scaling = _rope_scaling(m)
+    theta, scaling = m.number("rope.freq_base", 10_000.0), _rope_scaling(m)
+    fault = scaling.fault(theta) if scaling else ""
+    if fault or not theta >= 1e-3:
+        raise m.fail(fault or f"rope.freq_base is {theta:g}, which is out of range")
     window = m.size("attention.sliding_window", 0)
     sizes = {"feed_forward_length": m.size("feed_forward_length"), "block_count": m.size("block_count")}
     sizes["context_length"] = context = m.size("context_length")
@@ -120,7 +123,7 @@ def parse_metadata(
         max_position=context if scaling is None else scaling.reach(context),
         sliding_window=window or None,
         rms_norm_eps=m.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=m.number("rope.freq_base", 10_000.0),
+        rope_theta=theta,
         rope_scaling=scaling,
         rope_factors=_rope_factors(m, tensors, array, head_dim),
         tie_embeddings="lm_head.weight" not in tensors,

@@ -54,7 +54,10 @@ def resolve_model(
     try:
         return _resolve(ref, target, revision, weights, report)
     except OSError as error:
-        raise ModelLoadError(f"cannot read model {short(ref)}: {error.strerror or error}{_file(error)}") from error
+        raise ModelLoadError(
+            f"cannot load model {short(ref)}: {error.strerror or error}{_file(error)}; downloads are kept in "
+            "NEXUSENGINE_CACHE and HF_HOME, which can be set to folders with space that can be written"
+        ) from error
 
 
 def _resolve(ref: str, target: str, revision: str | None, weights: bool, report: Progress) -> ModelFiles:

@@ -18,6 +18,8 @@ def read_rope(r: Reader, max_position: int) -> tuple[float, RopeScaling | None]:
     parameters = r.get("rope_scaling", dict, None) or r.get("rope_parameters", dict, None) or {}
     rope = Reader(parameters, f"{r.where}: rope_parameters")
     theta = rope.number("rope_theta", None) or r.number("rope_theta", 10_000.0)
+    if not 1e-3 <= theta <= 1e30:
+        raise r.fail(f"rope_theta is {theta:g}, which is out of range")
     partial = rope.number("partial_rotary_factor", r.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise r.fail(
@@ -26,17 +28,21 @@ def read_rope(r: Reader, max_position: int) -> tuple[float, RopeScaling | None]:
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if kind not in _KINDS:
         raise r.fail(f"rope_type {short(kind)} is not supported; known: {', '.join(_KINDS)}")
-    for key in _NOT_COMPUTED:
-        if parameters.get(key) is not None:
-            raise rope.fail(f"{key} is not supported with rope_type {kind}")
+    for key, value in parameters.items():
+        if isinstance(value, dict) or (key in _NOT_COMPUTED and value is not None):
+            raise rope.fail(f"{short(key)} is not supported with rope_type {kind}")
     if kind == "default":
         return theta, None
     if kind == "dynamic":  # changes nothing up to the positions of the training, and no more are served
         rope.number("factor")
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
-    return theta, _trained_shorter(r, rope, kind, max_position)
+        scaling = RopeScaling("linear", rope.number("factor"))
+    else:
+        scaling = _trained_shorter(r, rope, kind, max_position)
+    if fault := scaling.fault(theta):
+        raise rope.fail(fault)
+    return theta, scaling
 
 
 def _trained_shorter(r: Reader, rope: Reader, kind: Any, max_position: int) -> RopeScaling:
@@ -44,8 +50,6 @@ def _trained_shorter(r: Reader, rope: Reader, kind: Any, max_position: int) -> R
     original = r.size("original_max_position_embeddings", rope.size("original_max_position_embeddings", max_position))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low == high:
-            raise rope.fail(f"low_freq_factor and high_freq_factor are both {low:g}; they must differ")
         return RopeScaling("llama3", rope.number("factor"), original, low, high)
     if "factor" in rope.values and rope.values["factor"] is None:
         factor = max_position / original

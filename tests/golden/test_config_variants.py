@@ -133,6 +133,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "layers of another kind": ("Llama", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
     "longrope": ("Llama", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+    "a base for each kind of layer": (
+        "Qwen2",
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+        "'full_attention' is not supported",
+    ),
     "several axes": ("Qwen2", {"rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
     "a part of the head": ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "a factor of 0": ("Llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
@@ -155,6 +160,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "Llama",
         {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
         "low_freq_factor and high_freq_factor",
+    ),
+    "a base of 1 with yarn": ("Llama", {"rope_theta": 1, "rope_scaling": YARN}, "base other than 1"),
+    "a base that is next to nothing": ("Llama", {"rope_theta": 1e-300}, "rope_theta is 1e-300"),
+    "a factor that is next to nothing": (
+        "Llama",
+        {"rope_scaling": {"type": "linear", "factor": 1e-40}},
+        "factor of 1e-40 is out of range",
     ),
     "another activation": ("Llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "transforms of activations": (
