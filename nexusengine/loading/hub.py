@@ -33,12 +33,27 @@ def download(repository: str, revision: str | None, weights: bool, report: Repor
     """
     report(f"downloading {repository}", 0.0)
     with explained(repository, revision):
+        names = _names(repository, revision)
+        if names is None:  # the hub cannot be asked: what is here already may do, or this says why not
+            wanted = [*_SMALL, SINGLE] if weights and not quantisation else _SMALL
+            folder = _fetch(repository, revision, wanted, report, ignore=_NOT)
+            names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        if quantisation or "config.json" not in names:
+            return _fetch_gguf(repository, revision, names, quantisation, report)
         folder = _fetch(repository, revision, _SMALL, report, ignore=_NOT)
-        if not quantisation and (folder / "config.json").is_file():
-            if weights:
-                _fetch_safetensors(repository, revision, folder, report)
-            return folder
-        return _fetch_gguf(repository, revision, folder, quantisation, report)
+        if weights:
+            _fetch_safetensors(repository, revision, names, folder, report)
+        return folder
+
+
+def _names(repository: str, revision: str | None) -> list[str] | None:
+    """The repository's files; None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or ()]
+    except Exception:  # of whichever client the hub library has; the download that follows says why
+        return None
 
 
 def _fetch(
@@ -54,9 +69,8 @@ def _fetch(
     )
 
 
-def _fetch_safetensors(repository: str, revision: str | None, folder: Path, report: Report) -> None:
+def _fetch_safetensors(repository: str, revision: str | None, names: list[str], folder: Path, report: Report) -> None:
     """model.safetensors where there is one, else what the index names: as transformers chooses."""
-    names = _listed(repository, revision, folder)
     if SINGLE in names:
         wanted = [SINGLE]
     elif INDEX in names:
@@ -75,39 +89,23 @@ def _fetch_safetensors(repository: str, revision: str | None, folder: Path, repo
     _fetch(repository, revision, [glob.escape(name) for name in wanted], report)
 
 
-def _fetch_gguf(repository: str, revision: str | None, folder: Path, quantisation: str, report: Report) -> Path:
-    names = _listed(repository, revision, folder)
+def _fetch_gguf(repository: str, revision: str | None, names: list[str], quantisation: str, report: Report) -> Path:
     if not quantisation and not any(name.endswith(".gguf") for name in names):
         raise ModelLoadError(f"{repository} has no config.json and no .gguf file: it holds no model that can be read")
-    chosen = choose(names, quantisation, repository)
-    _fetch(repository, revision, [glob.escape(name) for name in chosen.parts], report)
-    return folder / chosen.parts[0]
-
-
-def _listed(repository: str, revision: str | None, folder: Path) -> list[str]:
-    """Names of the repository's files; where the hub cannot be asked, of those that are here."""
-    from huggingface_hub import HfApi
-
-    try:
-        # the commit of the snapshot, not the revision: the branch may have moved in between
-        return list(HfApi().list_repo_files(repository, revision=folder.name))
-    except Exception:  # of the hub's client, whichever that is; it is raised again where nothing is here
-        here = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        if not any(name.endswith((".safetensors", ".gguf")) for name in here):
-            raise
-        return here
+    parts = choose(names, quantisation, repository).parts
+    return _fetch(repository, revision, [glob.escape(name) for name in parts], report) / parts[0]
 
 
 def _progress_bar(repository: str, report: Report) -> type:
-    """A tqdm class that also tells `report` which share of the bytes has arrived."""
+    """A tqdm class that shows nothing and tells `report` which share of the bytes has arrived."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Counts for itself: a bar that is not shown, because stderr is no terminal, does not count at all."""
+        """Counts for itself: a bar that is not shown does not count at all."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._of_bytes, self._arrived = kwargs.get("unit") == "B", 0.0
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             if self._of_bytes:

@@ -80,7 +80,6 @@ except ModelLoadError as error:
             "HF_HOME": str(home),
             "HF_ENDPOINT": endpoint,
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             **environ,
         },
     )
@@ -206,6 +205,15 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, served: 
     found, error = resolve(tmp_path / "file" / "home", served[0], "org/model")
     assert found == ""
     assert "set HF_HOME to a folder that can be written" in error
+
+
+def test_a_download_that_was_cut_is_not_taken_for_whole_where_the_hub_cannot_be_reached(
+    tmp_path: Path, served: tuple[str, Repositories]
+) -> None:
+    served[1].fault, served[1].of = "403", "model.safetensors"
+    assert "HF_TOKEN" in resolve(tmp_path, served[0], "org/model")[1]
+    found, error = resolve(tmp_path, served[0], "org/model", HF_HUB_OFFLINE="1")
+    assert (found, "is not on this machine" in error) == ("", True), error
 
 
 def test_an_accepted_licence_and_a_token_open_a_gated_repository(
