@@ -36,14 +36,18 @@ def download(repository: str, revision: str | None, weights: bool, report: Repor
         names = _names(repository, revision)
         if names is None:  # the hub cannot be asked: what is here already may do, or this says why not
             wanted = [*_SMALL, SINGLE] if weights and not quantisation else _SMALL
-            folder = _fetch(repository, revision, wanted, report, ignore=_NOT)
+            folder = _fetch(repository, revision, wanted, _untold, ignore=_NOT)
             names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         if quantisation or "config.json" not in names:
             return _fetch_gguf(repository, revision, names, quantisation, report)
-        folder = _fetch(repository, revision, _SMALL, report, ignore=_NOT)
+        folder = _fetch(repository, revision, _SMALL, _untold, ignore=_NOT)
         if weights:
             _fetch_safetensors(repository, revision, names, folder, report)
         return folder
+
+
+def _untold(phase: str, fraction: float) -> None:
+    """Small files are no progress that anybody waits for."""
 
 
 def _names(repository: str, revision: str | None) -> list[str] | None:
@@ -100,6 +104,8 @@ def _progress_bar(repository: str, report: Report) -> type:
     """A tqdm class that shows nothing and tells `report` which share of the bytes has arrived."""
     from huggingface_hub.utils.tqdm import tqdm
 
+    told = 0.0  # what is there to come is only known once each file was begun: a share never falls
+
     class Bar(tqdm):
         """Counts for itself: a bar that is not shown does not count at all."""
 
@@ -111,7 +117,9 @@ def _progress_bar(repository: str, report: Report) -> type:
             if self._of_bytes:
                 self._arrived += n or 0
                 done = self._arrived / self.total if self.total else 0.0
-                report(f"downloading {repository}", min(done, 1.0))
+                nonlocal told
+                told = max(told, min(done, 1.0))
+                report(f"downloading {repository}", told)
             shown: bool | None = super().update(n)
             return shown
 

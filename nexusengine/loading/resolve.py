@@ -97,7 +97,7 @@ def _local(name: str, path: Path, weights: bool) -> ModelFiles:
         return ModelFiles(name, path, "safetensors" if shards else "none", config, shards)
     if not path.is_dir():
         raise ModelLoadError(f"{path} is neither a file nor a folder")
-    found = gguf_names.models(file.name for file in path.glob("*.gguf"))
+    found = gguf_names.models(file.name for file in path.glob("*.gguf") if file.is_file())
     if len(found) != 1:
         several = ", ".join(model.parts[0] for model in found)
         what = f"{len(found)} .gguf files; name one of them: {several}" if found else f"no .gguf file{_instead(path)}"

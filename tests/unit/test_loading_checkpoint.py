@@ -237,6 +237,14 @@ def test_names_that_the_system_does_not_take_are_one_sentence(ref: str) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NEXUSENGINE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(ModelLoadError, match=r"cannot load model 'smollm2-135m'.*NEXUSENGINE_CACHE") as caught:
+        resolve_model("smollm2-135m")
+    assert caught.value.message.isprintable()
+
+
 def test_one_file_of_a_checkpoint_is_told_apart_from_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=f"name its folder, {tmp_path}"):
         resolve_model(str(tensor_file(tmp_path / "model.safetensors")))
