@@ -34,15 +34,18 @@ def download(repository: str, revision: str | None, weights: bool, report: Repor
     report(f"downloading {repository}", 0.0)
     with explained(repository, revision):
         names = _names(repository, revision)
-        if names is None:  # the hub cannot be asked: what is here already may do, or this says why not
+        if names is None:  # the hub cannot be asked: what is here already will do, if it is whole
             wanted = [*_SMALL, SINGLE] if weights and not quantisation else _SMALL
-            folder = _fetch(repository, revision, wanted, _untold, ignore=_NOT)
-            names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+            folder = _here(repository, revision, wanted) or _fetch(repository, revision, wanted, _untold, _NOT)
+            names, revision = (
+                [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()],
+                folder.name,
+            )
         if quantisation or "config.json" not in names:
             return _fetch_gguf(repository, revision, names, quantisation, report)
-        folder = _fetch(repository, revision, _SMALL, _untold, ignore=_NOT)
+        folder = _fetch(repository, revision, _SMALL, _untold, _NOT)
         if weights:
-            _fetch_safetensors(repository, revision, names, folder, report)
+            _fetch_safetensors(repository, folder, names, report)
         return folder
 
 
@@ -73,8 +76,24 @@ def _fetch(
     )
 
 
-def _fetch_safetensors(repository: str, revision: str | None, names: list[str], folder: Path, report: Report) -> None:
-    """model.safetensors where there is one, else what the index names: as transformers chooses."""
+def _here(repository: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The snapshot on this machine, if it has all that is wanted of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT, local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: Report) -> None:
+    """model.safetensors where there is one, else what the index names: as transformers chooses. Of the commit of
+    `folder`, which the hub need not be asked for once more."""
     if SINGLE in names:
         wanted = [SINGLE]
     elif INDEX in names:
@@ -90,7 +109,7 @@ def _fetch_safetensors(repository: str, revision: str | None, names: list[str], 
             f"{repository} has neither {SINGLE} nor {INDEX}" + (f"; its weights are in {', '.join(other[:5])}, which "
             "are not read" if other else "")
         )  # fmt: skip
-    _fetch(repository, revision, [glob.escape(name) for name in wanted], report)
+    _fetch(repository, folder.name, [glob.escape(name) for name in wanted], report)
 
 
 def _fetch_gguf(repository: str, revision: str | None, names: list[str], quantisation: str, report: Report) -> Path:

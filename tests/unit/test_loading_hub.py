@@ -216,6 +216,16 @@ def test_a_download_that_was_cut_is_not_taken_for_whole_where_the_hub_cannot_be_
     assert (found, "is not on this machine" in error) == ("", True), error
 
 
+@pytest.mark.parametrize("fault", ["html", "429", "reset"])
+def test_what_is_here_already_is_used_where_the_hub_fails(
+    tmp_path: Path, served: tuple[str, Repositories], fault: str
+) -> None:
+    assert resolve(tmp_path, served[0], "org/model")[1] == ""
+    served[1].fault = fault
+    found, error = resolve(tmp_path, served[0], "org/model")
+    assert (error, found.split()[0]) == ("", "safetensors")
+
+
 def test_an_accepted_licence_and_a_token_open_a_gated_repository(
     tmp_path: Path, served: tuple[str, Repositories]
 ) -> None:
