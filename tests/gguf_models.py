@@ -52,30 +52,39 @@ ROPE: dict[str, dict[str, Any]] = {
         "rope.scaling.original_context_length": 64,
     },
     "a window, which llama.cpp does not read here": {"attention.sliding_window": 512},
+    "tied": {"tied": True},
+    "biases": {"biases": True},
+    "heads wider than the model": {
+        "attention.key_length": 96,
+        "attention.value_length": 96,
+        "rope.dimension_count": 96,
+    },
     "sizes as lists": {"attention.head_count_kv": [KV_HEADS] * LAYERS, "feed_forward_length": [WIDE] * LAYERS},
 }
 
 
-def tensors(architecture: str = "llama") -> dict[str, np.ndarray]:
-    """By llama.cpp's names, float32."""
+def tensors(architecture: str = "llama", dim: int = HIDDEN // HEADS, biases: bool = False) -> dict[str, np.ndarray]:
+    """By llama.cpp's names, float32. dim: of a head. biases: of every map, where Llama may have them."""
     rng = np.random.default_rng(11)
-    dim = HIDDEN // HEADS
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (VOCABULARY, HIDDEN),
         "output.weight": (VOCABULARY, HIDDEN),
     }
     for i in range(LAYERS):
         shapes |= {
-            f"blk.{i}.attn_q.weight": (HIDDEN, HIDDEN),
+            f"blk.{i}.attn_q.weight": (dim * HEADS, HIDDEN),
             f"blk.{i}.attn_k.weight": (dim * KV_HEADS, HIDDEN),
             f"blk.{i}.attn_v.weight": (dim * KV_HEADS, HIDDEN),
-            f"blk.{i}.attn_output.weight": (HIDDEN, HIDDEN),
+            f"blk.{i}.attn_output.weight": (HIDDEN, dim * HEADS),
             f"blk.{i}.ffn_gate.weight": (WIDE, HIDDEN),
             f"blk.{i}.ffn_up.weight": (WIDE, HIDDEN),
             f"blk.{i}.ffn_down.weight": (HIDDEN, WIDE),
         }
-        if architecture == "qwen2":
-            shapes |= {f"blk.{i}.attn_{p}.bias": (HIDDEN if p == "q" else dim * KV_HEADS,) for p in "qkv"}
+        if architecture == "qwen2" or biases:
+            shapes |= {f"blk.{i}.attn_{p}.bias": (dim * (HEADS if p == "q" else KV_HEADS),) for p in "qkv"}
+        if biases:
+            shapes |= {f"blk.{i}.{n}.bias": (HIDDEN,) for n in ("attn_output", "ffn_down")}
+            shapes |= {f"blk.{i}.ffn_{n}.bias": (WIDE,) for n in ("gate", "up")}
     found = {name: (rng.standard_normal(shape) / 12).astype(np.float32) for name, shape in shapes.items()}
     for name in ("output_norm", *(f"blk.{i}.{n}" for i in range(LAYERS) for n in ("attn_norm", "ffn_norm"))):
         found[f"{name}.weight"] = (rng.random(HIDDEN) + 0.5).astype(np.float32)
@@ -83,7 +92,8 @@ def tensors(architecture: str = "llama") -> dict[str, np.ndarray]:
 
 
 def write(path: Path, architecture: str = "llama", kind: str = "F32", split: int = 0, **metadata: Any) -> Path:
-    """A model of the given metadata (by the architecture's keys; rope_freqs: with a tensor of that name).
+    """A model of the given metadata, by the architecture's keys. rope_freqs: with a tensor of that name; biases: with
+    those too; tied: without a head.
 
     kind: of all matrices, by gguf's own quantisation. split: tensors in a file, the rest in further ones.
     """
@@ -98,7 +108,10 @@ def write(path: Path, architecture: str = "llama", kind: str = "F32", split: int
         "attention.layer_norm_rms_epsilon": 1e-5,
         "vocab_size": VOCABULARY,
     } | metadata
-    freqs = values.pop("rope_freqs", False)
+    freqs, biases, tied = (values.pop(key, False) for key in ("rope_freqs", "biases", "tied"))
+    weights = tensors(architecture, values.get("attention.key_length", HIDDEN // HEADS), biases)
+    if tied:
+        del weights["output.weight"]
     for key, value in values.items():
         if isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)
@@ -108,7 +121,7 @@ def write(path: Path, architecture: str = "llama", kind: str = "F32", split: int
             )
             add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("no_vocab")
-    for name, tensor in tensors(architecture).items():
+    for name, tensor in weights.items():
         if kind == "F32" or tensor.ndim == 1:
             writer.add_tensor(name, tensor)
         else:
