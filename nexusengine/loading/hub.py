@@ -2,7 +2,7 @@
 
 Only safetensors, GGUF, configuration and tokenizer files are taken: no code, no pickles, and of weights only the files
 that the checkpoint is made of. The hub library itself honours HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE,
-and resumes a download that was cut.
+and resumes a download whose connection was cut.
 """
 
 from __future__ import annotations

@@ -55,13 +55,13 @@ def _sentence(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, OSError) and error.errno in _DISK:
         return (
             f"downloading {where} failed: {error.strerror}{_file(error)}; free some space, or set HF_HOME to a folder "
-            "that has it, and start again: what has arrived is kept"
+            "that has it, and start again: files that arrived whole are kept"
         )
     if isinstance(error, OSError) and error.errno in _DENIED:
         return (
             f"downloading {where} failed: {error.strerror}{_file(error)}; set HF_HOME to a folder that can be written"
         )
-    return f"downloading {where} failed: {_first_line(error)}; start again: what has arrived is kept"
+    return f"downloading {where} failed: {_first_line(error)}; start again: files that arrived whole are kept"
 
 
 def _unreachable(error: Exception, repository: str, revision: str | None) -> str:

@@ -15,8 +15,9 @@ _NOT_COMPUTED = ("mrope_section", "long_factor", "short_factor", "alpha")
 
 def read_rope(r: Reader, max_position: int) -> tuple[float, RopeScaling | None]:
     """(base, scaling). Raises ModelLoadError for an unknown kind, and for factors that are no numbers above 0."""
-    parameters = r.get("rope_scaling", dict, None) or r.get("rope_parameters", dict, None) or {}
-    rope = Reader(parameters, f"{r.where}: rope_parameters")
+    key = "rope_scaling" if r.get("rope_scaling", dict, None) else "rope_parameters"
+    parameters = r.get(key, dict, {})
+    rope = Reader(parameters, f"{r.where}: {key}")
     theta = rope.number("rope_theta", None) or r.number("rope_theta", 10_000.0)
     if not 1e-3 <= theta <= 1e30:
         raise r.fail(f"rope_theta is {theta:g}, which is out of range")

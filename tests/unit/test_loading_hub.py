@@ -165,7 +165,7 @@ def test_what_cannot_be_downloaded_is_one_sentence_that_says_what_to_do(
         ("503", "", "fault of its own .*503.*later"),
         ("403", "", "HF_TOKEN is missing, wrong or expired"),
         ("404", "", "404|no repository"),
-        ("reset", "model.safetensors", "downloading org/model failed.*what has arrived is kept"),
+        ("reset", "model.safetensors", "downloading org/model failed.*files that arrived whole are kept"),
         ("html", "model.safetensors", "downloading org/model failed"),
         ("500", "model.safetensors", "fault of its own .*500"),
     ],
