@@ -68,13 +68,16 @@ def parse_metadata(
     array: Callable[[str], npt.NDArray[np.float32]],
     path: Path,
 ) -> ModelConfig:
-    """tensors: by Hugging Face name. array: reads one. Raises ModelLoadError naming the key that is missing, wrong or
-    not supported; of several reasons, the architecture first."""
+    """The geometry that GGUF metadata describes.
+
+    tensors: by Hugging Face name. array: reads one of them.
+    Raises ModelLoadError naming the key that is missing, wrong or not supported; of several, the architecture first.
+    """
     m = _Metadata(values, path)
     kind = values.get("general.type", "model")
     if kind != "model":
         raise m.fail(f"it holds no model but what it calls {short(kind)} (general.type)")
-    if m.prefix not in ARCHITECTURES:
+    if not isinstance(m.prefix, str) or m.prefix not in ARCHITECTURES:
         raise m.fail(f"architecture {short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
     for key, harmless in _NOT_COMPUTED.items():
         value = values.get(f"{m.prefix}.{key}")

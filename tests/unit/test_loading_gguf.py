@@ -192,6 +192,14 @@ def test_the_architecture_is_the_first_reason(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "m.gguf"))
 
 
+def test_an_architecture_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    file = GGUFFile(gguf_models.write(tmp_path / "m.gguf"))
+    for name in (["llama"], 7, None, "x" * 5_000 + "\n"):
+        with pytest.raises(ModelLoadError, match="architecture .* is not supported") as caught:
+            parse_metadata(file.metadata | {"general.architecture": name}, file.tensors, file.array, file.path)
+        assert caught.value.message.isprintable()
+
+
 def test_rope_factors_that_are_none_are_refused(tmp_path: Path) -> None:
     for i, factors in enumerate(([1.0] * 15 + [0.0], [1.0] * 15 + [float("nan")], [1.0] * 3)):
         path = tmp_path / f"{i}.gguf"
