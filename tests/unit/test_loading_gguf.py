@@ -195,7 +195,7 @@ def test_the_architecture_is_the_first_reason(tmp_path: Path) -> None:
 def test_an_architecture_that_is_no_name_is_refused(tmp_path: Path) -> None:
     file = GGUFFile(gguf_models.write(tmp_path / "m.gguf"))
     for name in (["llama"], 7, None, "x" * 5_000 + "\n"):
-        with pytest.raises(ModelLoadError, match="architecture .* is not supported") as caught:
+        with pytest.raises(ModelLoadError, match=r"architecture .* is not supported") as caught:
             parse_metadata(file.metadata | {"general.architecture": name}, file.tensors, file.array, file.path)
         assert caught.value.message.isprintable()
 
