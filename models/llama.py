@@ -16,6 +16,7 @@ from nexusengine.attention.base import AttentionBackend, AttentionMeta
 from nexusengine.errors import ModelLoadError
 from nexusengine.layers.ops import Map, Ops, TorchOps
 from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.loading.shown import one_line
 from nexusengine.loading.weights import Stored, WeightSource
 from nexusengine.model_config import ModelConfig
 
@@ -66,7 +67,8 @@ class LlamaForCausalLM:
         c = config
         self.ops: Ops[Any] = ops or TorchOps(c.rms_norm_eps)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.embedding = self._linear([("model.embed_tokens", c.vocab_size)], c.hidden_size, False, head=True)
+        embedding, head = self._embedding_and_head()
+        self.embedding = self._linear([(embedding, c.vocab_size)], c.hidden_size, False, head=True)
         self.layers = []
         for i in range(c.num_layers):
             name = f"model.layers.{i}"
@@ -88,11 +90,11 @@ class LlamaForCausalLM:
                 )
             )
         self.norm = self._take("model.norm.weight", (c.hidden_size,))
-        if c.tie_embeddings:
+        if head == embedding:
             self.head = self.embedding
-            self._taken.add("lm_head.weight")
+            self._taken |= {"model.embed_tokens.weight", "lm_head.weight"}
         else:
-            self.head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, False, head=True)
+            self.head = self._linear([(head, c.vocab_size)], c.hidden_size, False, head=True)
         self.ops.finish()
         self._refuse_surplus()
         self._source = None
@@ -142,6 +144,23 @@ class LlamaForCausalLM:
             yield from (layer.input_norm, layer.post_norm)
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 yield from linear.tensors()
+
+    def _embedding_and_head(self) -> tuple[str, str]:
+        """The names of both maps; one name where they are one. As transformers 5 does: what the configuration ties is
+        one all the same only where the checkpoint has one of them, or both and they are equal."""
+        both = ("model.embed_tokens", "lm_head")
+        if not self.config.tie_embeddings:
+            return both
+        there = self._source.names() if self._source else frozenset()
+        if "lm_head.weight" not in there:
+            return both[0], both[0]
+        if "model.embed_tokens.weight" not in there:
+            return both[1], both[1]
+        if self._source is None or self._source.stored("lm_head.weight") is not None:
+            return both
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        equal = torch.equal(*(self._read(f"{name}.weight", shape) for name in both))
+        return (both[0], both[0]) if equal else both
 
     def _linear(
         self,
@@ -200,6 +219,8 @@ class LlamaForCausalLM:
         return joined
 
     def _stack(self, parts: list[tuple[str, tuple[int, ...]]], factors: tuple[float, ...]) -> torch.Tensor:
+        for name, shape in parts:
+            self._check(name, shape)
         rows = sum(shape[0] for _, shape in parts)
         stacked = torch.empty(rows, *parts[0][1][1:], dtype=self.dtype, device=self.device)
         at = 0
@@ -241,4 +262,6 @@ class LlamaForCausalLM:
         surplus = sorted(n for n in names - self._taken if not n.endswith(_HARMLESS))
         if surplus:
             more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
-            raise ModelLoadError(f"the weights hold tensor {surplus[0]}{more}, which this architecture does not have")
+            raise ModelLoadError(
+                f"the weights hold tensor {one_line(surplus[0])}{more}, which this architecture does not have"
+            )

@@ -165,7 +165,10 @@ class EngineConfig:
     """Settings of one engine: model, memory, scheduling. Used by `Engine(...)` and by every worker."""
 
     model: str = setting(
-        DEFAULT_MODEL, "alias, Hugging Face repository, local directory or .gguf file", group="model", metavar="M"
+        DEFAULT_MODEL,
+        "alias, Hugging Face repository (OWNER/NAME, OWNER/NAME:Q4_K_M), local directory or .gguf file",
+        group="model",
+        metavar="M",
     )
     revision: str | None = setting(None, "branch, tag or commit of the repository", group="model")
     devices: str = setting(

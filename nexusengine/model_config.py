@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_LEAST_FACTOR = 1e-6
+_MOST_POSITIONS = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Rotary embedding scaling, in the terms of Hugging Face's `rope_scaling` (rope_type names the formula)."""
+    """Rotary embedding scaling, in the terms of Hugging Face's `rope_scaling` (rope_type names the formula).
+
+    attention_factor: by which cos and sin are multiplied; None: what the formula says.
+    """
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float
@@ -21,6 +27,24 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def fault(self, theta: float) -> str:
+        """What is wrong with base `theta` and these factors, such that angles would be no numbers; "" if nothing."""
+        if not _LEAST_FACTOR <= self.factor <= 1 / _LEAST_FACTOR:
+            return f"a scaling factor of {self.factor:g} is out of range"
+        if self.kind == "yarn" and theta == 1.0:
+            return "yarn needs a base other than 1"
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            return f"low_freq_factor and high_freq_factor are both {self.low_freq_factor:g}; they must differ"
+        return ""
+
+    def reach(self, positions: int) -> int:
+        """How many positions a model of `positions` is good for once they are scaled: those of its training times the
+        factor, where the file does not name more itself."""
+        if self.kind == "llama3":
+            return positions
+        trained = self.original_max_position if self.kind == "yarn" else positions
+        return max(positions, int(min(trained * self.factor, _MOST_POSITIONS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +81,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # tokens that a position sees, in layers that do not see all
     tie_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v
     attention_output_bias: bool = False
@@ -66,6 +91,12 @@ class ModelConfig:
     dtype: str = "float32"
     rope_factors: tuple[float, ...] | None = None  # per-frequency divisors, where the file has them ready-made
     stored: StoredWeights | None = None  # None: as numbers of `dtype`
+
+    @property
+    def longest(self) -> int:
+        """Tokens up to which the model computes what it should: within a sliding window, since beyond it positions
+        would see more than they were trained to see."""
+        return min(self.max_position, self.sliding_window or self.max_position)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of K and V over all layers for one token."""

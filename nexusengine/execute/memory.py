@@ -46,7 +46,13 @@ def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:
             f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions",
             param="max_model_len",
         )
-    return options.max_model_len or config.max_position
+    if options.max_model_len is not None and options.max_model_len > config.longest:
+        raise ConfigError(
+            f"max_model_len {options.max_model_len} is more than the model's sliding window of {config.sliding_window} "
+            f"tokens, and sliding-window attention is not supported; set it to {config.longest} or less",
+            param="max_model_len",
+        )
+    return options.max_model_len or config.longest
 
 
 def size_kv(

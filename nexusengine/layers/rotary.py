@@ -9,7 +9,11 @@ import math
 
 import torch
 
+from nexusengine.errors import ModelLoadError
 from nexusengine.model_config import ModelConfig, RopeScaling
+
+_MOST_POSITIONS = 2**24
+"""Of which tables of cos and sin are made: 4 GiB of them with heads of 128."""
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -23,7 +27,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     if scaling is None:
         return inverse, 1.0
     if scaling.kind == "linear":
-        return inverse / scaling.factor, 1.0
+        return inverse / scaling.factor, scaling.attention_factor or 1.0
     if scaling.kind == "llama3":
         return _llama3(inverse, scaling), 1.0
     return _yarn(inverse, scaling, dim, config.rope_theta)
@@ -65,6 +69,8 @@ class RotaryEmbedding:
     """Tables of cos and sin `[max_positions, D / 2]`."""
 
     def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        if max_positions > _MOST_POSITIONS:
+            raise ModelLoadError(f"{max_positions} positions are too many; set --max-model-len to what is needed")
         inverse, factor = inverse_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse)
         self.cos = (angles.cos() * factor).to(device, dtype)

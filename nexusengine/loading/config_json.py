@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.config_keys import refuse_uncomputed
+from nexusengine.loading.files import read_json as read_json  # others take it from here
+from nexusengine.loading.json_reader import Reader
 from nexusengine.loading.quantization_json import stored_weights
-from nexusengine.model_config import ModelConfig, RopeScaling
+from nexusengine.loading.rope_json import read_rope
+from nexusengine.loading.shown import short
+from nexusengine.model_config import ModelConfig
+from nexusengine.models.registry import ARCHITECTURES
 
-_MISSING = object()
-
-
-class _Reader:
-    """Typed access to a JSON object, with errors that name the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise ModelLoadError(f"{self.where}: {key} is missing")
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ModelLoadError(f"{self.where}: {key} is {value!r}, which is not of the right type")
-        return value
-
-    def size(self, key: str, default: Any = _MISSING) -> int:
-        value: int = self.get(key, int, default)
-        if not 1 <= value < 2**31:
-            raise ModelLoadError(f"{self.where}: {key} is {value}, which is not a size")
-        return value
-
-    def number(self, key: str, default: Any = _MISSING) -> Any:
-        value = self.get(key, (int, float), default)
-        return value if value is None else float(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelLoadError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} does not hold a JSON object")
-    return value
+_KV_HEADS_BY_DEFAULT = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32}
+_WINDOW_BY_DEFAULT = 4096
+"""Of a Mistral config.json that does not say, and of a Qwen2 one that uses a window and does not say which."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -68,29 +35,36 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Raises ModelLoadError naming the key that is missing, wrong or not supported."""
-    r = _Reader(values, where)
+    """The geometry a config.json describes.
+
+    Raises ModelLoadError naming the key that is missing, wrong or not supported; of several, the architecture first.
+    """
+    r = Reader(values, where)
     architectures = r.get("architectures", list)
     if not architectures or not isinstance(architectures[0], str):
-        raise ModelLoadError(f"{where}: architectures is {architectures!r}; one name is needed")
-    activation = values.get("hidden_act", "silu")
+        raise r.fail(f"architectures is {short(architectures)}; one name is needed")
+    architecture = architectures[0]
+    if architecture not in ARCHITECTURES:
+        raise r.fail(f"architecture {short(architecture)} is not supported; known: {', '.join(sorted(ARCHITECTURES))}")
+    stored = stored_weights(r.get("quantization_config", dict, None), where)
+    if r.get("compression_config", dict, None) is not None:
+        raise r.fail("compression_config is not supported; take a checkpoint with a quantization_config")
+    activation = values.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
-        raise ModelLoadError(f"{where}: hidden_act is {activation!r}; only silu is supported")
-    max_position = r.size("max_position_embeddings")
-    window = r.get("sliding_window", int, None)
-    if window is not None and values.get("use_sliding_window", True) and window < max_position:
-        raise ModelLoadError(f"{where}: sliding_window is {window}; sliding-window attention is not supported")
+        raise r.fail(f"hidden_act is {short(activation)}; only silu is supported")
+    refuse_uncomputed(values, where)
     hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    kv_heads = r.size("num_key_value_heads", heads)
+    kv_heads = _kv_heads(r, architecture, heads)
     if heads % kv_heads:
-        raise ModelLoadError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads")
+        raise r.fail(f"{heads} attention heads cannot share {kv_heads} key-value heads")
     head_dim = r.size("head_dim", hidden // heads)
     if head_dim % 2:
-        raise ModelLoadError(f"{where}: head_dim is {head_dim}; rotary embeddings need an even one")
-    theta, scaling = _rope(r, max_position)
-    qwen2 = architectures[0] == "Qwen2ForCausalLM"
+        raise r.fail(f"head_dim is {head_dim}; rotary embeddings need an even one")
+    max_position = r.size("max_position_embeddings")
+    theta, scaling = read_rope(r, max_position)
+    llama = architecture == "LlamaForCausalLM"  # the others have these biases, or have them not, whatever they say
     return ModelConfig(
-        architecture=architectures[0],
+        architecture=architecture,
         vocab_size=r.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=r.size("intermediate_size"),
@@ -98,57 +72,51 @@ def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position=max_position,
+        max_position=max_position if scaling is None else scaling.reach(max_position),
+        sliding_window=_window(r, architecture),
         rms_norm_eps=r.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
-        attention_bias=True if qwen2 else r.get("attention_bias", bool, False),
-        attention_output_bias=False if qwen2 else r.get("attention_bias", bool, False),
-        mlp_bias=r.get("mlp_bias", bool, False),
+        attention_bias=architecture == "Qwen2ForCausalLM" or (llama and r.get("attention_bias", bool, False)),
+        attention_output_bias=llama and r.get("attention_bias", bool, False),
+        mlp_bias=llama and r.get("mlp_bias", bool, False),
         bos_token_id=r.get("bos_token_id", int, None),
         eos_token_ids=_ids(values.get("eos_token_id"), where),
         dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
-        stored=stored_weights(r.get("quantization_config", dict, None), where),
+        stored=stored,
     )
+
+
+def _kv_heads(r: Reader, architecture: str, heads: int) -> int:
+    """Without the key, transformers takes a number of its own for the architecture; with null, as many as heads."""
+    if "num_key_value_heads" not in r.values and architecture in _KV_HEADS_BY_DEFAULT:
+        return _KV_HEADS_BY_DEFAULT[architecture]
+    return r.size("num_key_value_heads", heads)
+
+
+def _window(r: Reader, architecture: str) -> int | None:
+    """The sliding window that some layer has, as transformers decides it for the architecture; None for none."""
+    layers = r.size("num_hidden_layers")
+    kinds = r.get("layer_types", list, None)
+    for kind in kinds or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise r.fail(f"layer_types has {short(kind)}, which is not supported; known: full_attention")
+    slides = None if kinds is None else "sliding_attention" in kinds[:layers]
+    window: int | None = r.size("sliding_window", 0) if r.values.get("sliding_window") else None
+    if architecture == "MistralForCausalLM":
+        return _WINDOW_BY_DEFAULT if "sliding_window" not in r.values else window
+    if architecture == "Qwen2ForCausalLM":
+        if not r.get("use_sliding_window", bool, False):
+            return None
+        window = _WINDOW_BY_DEFAULT if "sliding_window" not in r.values else window
+        if slides is None:
+            slides = r.get("max_window_layers", int, 28) < layers
+    return window if slides else None
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ModelLoadError(f"{where}: eos_token_id is {value!r}; token ids are whole numbers")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+        raise ModelLoadError(f"{where}: eos_token_id is {short(value)}; token ids are whole numbers")
     return tuple(ids)
-
-
-def _rope(r: _Reader, max_position: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, in the old spelling (rope_theta, rope_scaling.type) and the new one (rope_parameters)."""
-    parameters = r.get("rope_parameters", dict, None) or r.get("rope_scaling", dict, None) or {}
-    rope = _Reader(parameters, f"{r.where}: rope_parameters")
-    theta = rope.number("rope_theta", None) or r.number("rope_theta", 10_000.0)
-    if rope.number("partial_rotary_factor", r.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelLoadError(f"{r.where}: partial_rotary_factor is not supported")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ModelLoadError(f"{r.where}: rope_type {kind!r} is not supported; known: default, linear, llama3, yarn")
-    original = rope.size("original_max_position_embeddings", max_position)
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            rope.number("factor"),
-            original,
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-        )
-    return theta, RopeScaling(
-        kind,
-        rope.number("factor"),
-        original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.number("attention_factor", None),
-        mscale=rope.number("mscale", None),
-        mscale_all_dim=rope.number("mscale_all_dim", None),
-        truncate=rope.get("truncate", bool, True),
-    )

@@ -1,84 +1,144 @@
-"""Downloading from the Hugging Face hub. Only safetensors, configuration and tokenizer files are taken: no code, no
-pickles. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured by the hub library itself."""
+"""Downloading from the Hugging Face hub.
+
+Only safetensors, GGUF, configuration and tokenizer files are taken: no code, no pickles, and of weights only the files
+that the checkpoint is made of. The hub library itself honours HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE,
+and resumes a download whose connection was cut.
+"""
 
 from __future__ import annotations
 
-import threading
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.gguf_names import choose
+from nexusengine.loading.hub_errors import explained
+from nexusengine.loading.safetensors_file import INDEX, SINGLE, indexed_files
 
 _SMALL = ["*.json", "*.jinja", "tokenizer.model"]
-_WEIGHTS = ["*.safetensors"]
-_NOT = ["original/*", "*/*"]
+_NOT = ["*/*"]
+
+Report = Callable[[str, float], None]
 
 
-def download(repository: str, revision: str | None, weights: bool, report: Callable[[str, float], None]) -> Path:
-    """The local directory of a repository's snapshot; what is there already is not fetched again.
+def download(repository: str, revision: str | None, weights: bool, report: Report, quantisation: str = "") -> Path:
+    """Download what a repository's model is made of; what is there already is not fetched again.
 
+    quantisation: of a repository of GGUF files, the one to take (`Q4_K_M`). weights=False: without the weights, where
+    there is a config.json.
+    Returns the local directory of the snapshot, or the GGUF file (the first, if it is split).
     Raises ModelLoadError with one sentence that says what to do.
     """
-    from httpx import HTTPError
-    from huggingface_hub import errors as hub
+    report(f"downloading {repository}", 0.0)
+    with explained(repository, revision):
+        names = _names(repository, revision)
+        if names is None:  # the hub cannot be asked: what is here already will do, if it is whole
+            wanted = [*_SMALL, SINGLE] if weights and not quantisation else _SMALL
+            folder = _here(repository, revision, wanted) or _fetch(repository, revision, wanted, _untold, _NOT)
+            names, revision = (
+                [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()],
+                folder.name,
+            )
+        if quantisation or "config.json" not in names:
+            return _fetch_gguf(repository, revision, names, quantisation, report)
+        folder = _fetch(repository, revision, _SMALL, _untold, _NOT)
+        if weights:
+            _fetch_safetensors(repository, folder, names, report)
+        return folder
+
+
+def _untold(phase: str, fraction: float) -> None:
+    """Small files are no progress that anybody waits for."""
+
+
+def _names(repository: str, revision: str | None) -> list[str] | None:
+    """The repository's files; None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or ()]
+    except Exception:  # of whichever client the hub library has; the download that follows says why
+        return None
+
+
+def _fetch(
+    repository: str, revision: str | None, patterns: list[str], report: Report, ignore: list[str] | None = None
+) -> Path:
     from huggingface_hub import snapshot_download
 
-    where = repository + (f" at revision {revision}" if revision else "")
-    report(f"downloading {repository}", 0.0)
+    bar = _progress_bar(repository, report)
+    return Path(
+        snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignore, tqdm_class=bar
+        )
+    )
+
+
+def _here(repository: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The snapshot on this machine, if it has all that is wanted of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         return Path(
             snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=_SMALL + (_WEIGHTS if weights else []),
-                ignore_patterns=_NOT,
-                tqdm_class=_progress_bar(repository, report),
+                repository, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT, local_files_only=True
             )
         )
-    except hub.GatedRepoError:
-        raise ModelLoadError(
-            f"{where} needs its licence accepted: do that on its page at the hub, then set HF_TOKEN to a token of yours"
-        ) from None
-    except hub.RevisionNotFoundError:
-        raise ModelLoadError(f"repository {repository} has no revision {revision!r}") from None
-    except hub.RepositoryNotFoundError:
-        raise ModelLoadError(
-            f"there is no repository {repository} at the hub, or it is private; if it is, set HF_TOKEN"
-        ) from None
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        raise ModelLoadError(
-            f"{where} is not on this machine and the hub cannot be reached; connect, or name a local directory"
-        ) from None
-    except hub.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        reason = "HF_TOKEN is missing, wrong or expired" if status in (401, 403) else f"HTTP status {status}"
-        raise ModelLoadError(f"the hub refused {where}: {reason}") from None
-    except (HTTPError, OSError) as error:
-        raise ModelLoadError(f"downloading {where} failed: {error}") from None
+    except LocalEntryNotFoundError:
+        return None
 
 
-def _progress_bar(repository: str, report: Callable[[str, float], None]) -> type:
-    """A tqdm class that also tells `report` which share of the bytes has arrived."""
+def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: Report) -> None:
+    """model.safetensors where there is one, else what the index names: as transformers chooses. Of the commit of
+    `folder`, which the hub need not be asked for once more."""
+    if SINGLE in names:
+        wanted = [SINGLE]
+    elif INDEX in names:
+        wanted = indexed_files(folder / INDEX)
+    elif any(name.endswith(".gguf") for name in names):
+        raise ModelLoadError(
+            f"{repository} has a config.json but no {SINGLE}; of its GGUF files, name one by its quantisation: "
+            f"{repository}:{choose(names, '', repository).quantisation}"
+        )
+    else:
+        other = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth")))
+        raise ModelLoadError(
+            f"{repository} has neither {SINGLE} nor {INDEX}" + (f"; its weights are in {', '.join(other[:5])}, which "
+            "are not read" if other else "")
+        )  # fmt: skip
+    _fetch(repository, folder.name, [glob.escape(name) for name in wanted], report)
+
+
+def _fetch_gguf(repository: str, revision: str | None, names: list[str], quantisation: str, report: Report) -> Path:
+    if not quantisation and not any(name.endswith(".gguf") for name in names):
+        raise ModelLoadError(f"{repository} has no config.json and no .gguf file: it holds no model that can be read")
+    parts = choose(names, quantisation, repository).parts
+    return _fetch(repository, revision, [glob.escape(name) for name in parts], report) / parts[0]
+
+
+def _progress_bar(repository: str, report: Report) -> type:
+    """A tqdm class that shows nothing and tells `report` which share of the bytes has arrived."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    lock = threading.Lock()
-    arrived = 0.0
+    told = 0.0  # what is there to come is only known once each file was begun: a share never falls
 
     class Bar(tqdm):
-        """Counts for itself: a bar that is not shown, because stderr is no terminal, does not count at all."""
+        """Counts for itself: a bar that is not shown does not count at all."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._of_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+            self._of_bytes, self._arrived = kwargs.get("unit") == "B", 0.0
+            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
-            nonlocal arrived
             if self._of_bytes:
-                with lock:
-                    arrived += n or 0
-                    done = arrived / self.total if self.total else 0.0
-                report(f"downloading {repository}", min(done, 1.0))
+                self._arrived += n or 0
+                done = self._arrived / self.total if self.total else 0.0
+                nonlocal told
+                told = max(told, min(done, 1.0))
+                report(f"downloading {repository}", told)
             shown: bool | None = super().update(n)
             return shown
 

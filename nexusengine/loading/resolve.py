@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nexusengine.errors import ConfigError, ModelLoadError
+from nexusengine.loading import gguf_names
 from nexusengine.loading.config_json import read_config
 from nexusengine.loading.embedded import embedded_model
+from nexusengine.loading.files import refuse_pointer
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.safetensors_file import find_shards
+from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig
 from nexusengine.models.aliases import ALIASES
 
 Progress = Callable[[str, float], None]
+_SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,39 +43,75 @@ def resolve_model(
 ) -> ModelFiles:
     """Find, and download if need be, the model `ref`: alias, repository, directory or .gguf file.
 
+    A repository may be followed by a colon and the quantisation of one of its GGUF files (`OWNER/NAME:Q4_K_M`).
+
     weights=False: what emulated devices need, without the weights.
     progress(phase, fraction) is called while something takes long. Raises ModelLoadError, or ConfigError if there is a
     revision and no repository for it.
     """
     report = progress or (lambda phase, fraction: None)
     target = ALIASES.get(ref.lower(), ref)
-    path = Path(target).expanduser()
-    if revision is not None and (target.startswith("embedded:") or path.exists()):
+    try:
+        return _resolve(ref, target, revision, weights, report)
+    except OSError as error:
+        raise ModelLoadError(
+            f"cannot load model {short(ref)}: {error.strerror or error}{_file(error)}; downloads are kept in "
+            "NEXUSENGINE_CACHE and HF_HOME, which can be set to folders with space that can be written"
+        ) from error
+
+
+def _resolve(ref: str, target: str, revision: str | None, weights: bool, report: Progress) -> ModelFiles:
+    path = Path(os.path.expanduser(target))
+    there = not target.startswith("embedded:") and os.path.exists(path)
+    if revision is not None and (target.startswith("embedded:") or there):
         raise ConfigError(f"revision {revision!r} was given, but model {ref!r} has none", param="revision")
     if target.startswith("embedded:"):
         return _local(ref, embedded_model(report), weights)
-    if path.exists():
+    if there:
         return _local(ref, path, weights)
-    if target.endswith(".gguf") or target.startswith((".", "/", "~")) or target.count("/") != 1:
+    repository, _, quantisation = target.partition(":")
+    if repository.endswith(".gguf") or target.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise ModelLoadError(
-            f"there is no model {ref!r}: not a short name (see `nexusengine models`), not a Hugging Face repository "
-            "(OWNER/NAME), and no such directory or file"
+            f"there is no model {short(ref)}: not a short name (see `nexusengine models`), not a Hugging Face "
+            "repository (OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files), and no such directory or file"
         )
     from nexusengine.loading.hub import download
 
-    return _local(ref, download(target, revision, weights, report), weights)
+    return _local(ref, download(repository, revision, weights, report, quantisation), weights)
 
 
 def _local(name: str, path: Path, weights: bool) -> ModelFiles:
     if path.is_file():
-        return ModelFiles(name, path, "gguf", GGUFFile(path).config(), (path,))
+        if path.suffix == ".safetensors":
+            raise ModelLoadError(f"{path} is one file of a checkpoint; name its folder, {path.parent}")
+        file = GGUFFile(path)
+        return ModelFiles(name, path, "gguf", file.config(), file.paths)
     if (path / "config.json").is_file():
+        config = read_config(path)
+        for small in _SMALL_FILES:
+            if (path / small).is_file():
+                refuse_pointer(path / small)
         shards = find_shards(path) if weights else ()
         if weights and not shards:
-            raise ModelLoadError(f"{path} has a config.json but no *.safetensors weights")
-        return ModelFiles(name, path, "safetensors" if shards else "none", read_config(path), shards)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) != 1:
-        found = f"{len(ggufs)} .gguf files; name one of them" if ggufs else "no .gguf file"
-        raise ModelLoadError(f"{path} has no config.json and {found}")
-    return _local(name, ggufs[0], weights)
+            raise ModelLoadError(f"{path} has a config.json but no *.safetensors weights{_instead(path)}")
+        return ModelFiles(name, path, "safetensors" if shards else "none", config, shards)
+    if not path.is_dir():
+        raise ModelLoadError(f"{path} is neither a file nor a folder")
+    found = gguf_names.models(file.name for file in path.glob("*.gguf") if file.is_file())
+    if len(found) != 1:
+        several = ", ".join(model.parts[0] for model in found)
+        what = f"{len(found)} .gguf files; name one of them: {several}" if found else f"no .gguf file{_instead(path)}"
+        raise ModelLoadError(f"{path} has no config.json and {what}")
+    if found[0].missing:
+        raise ModelLoadError(f"{path / found[0].missing[0]} is missing, of a model in {len(found[0].parts)} parts")
+    return _local(name, path / found[0].parts[0], weights)
+
+
+def _instead(path: Path) -> str:
+    """What a folder holds that looks like weights and is not read."""
+    other = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".onnx"))
+    return f"; {', '.join(other[:5])} there is not read" if other else ""
+
+
+def _file(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.config_json import read_json
+from nexusengine.loading.files import read_json, refuse_pointer, unreadable
+from nexusengine.loading.shown import one_line, short
 
 if TYPE_CHECKING:
     import torch
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHERS = ("consolidated", "adapter_model")
+"""How files begin whose tensors have other names than ours: Mistral's own format, and LoRA adapters."""
 _MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -25,29 +29,40 @@ _MOST_OPEN = 2
 
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a checkpoint directory; empty if there are none. Raises ModelLoadError."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if not index.is_file():
-        return (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
+    """The weight files of a checkpoint directory: model.safetensors, else what the index names, as transformers
+    chooses; without either, all there are. Empty if there are none. Raises ModelLoadError."""
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    if not (folder / INDEX).is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        return tuple(folder / name for name in names if not name.startswith(_OTHERS))
+    names = indexed_files(folder / INDEX)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(f"{folder / INDEX} names {one_line(missing[0])}{more}, which is not there")
+    return tuple(folder / name for name in names)
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an index names. Raises ModelLoadError."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelLoadError(f"{index}: weight_map must map tensor names to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise ModelLoadError(f"{index}: {name!r} is not a file beside the index")
-        if not (folder / name).is_file():
-            raise ModelLoadError(f"{index} names {name}, which is not there")
-    return tuple(folder / name for name in names)
+        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{index}: {short(name)} is not a safetensors file beside the index")
+    return names
 
 
 def check_header(path: Path) -> dict[str, dict[str, Any]]:
     """The header's tensors, after checking it against the file's size. Raises ModelLoadError naming file and tensor."""
 
     def fail(what: str) -> ModelLoadError:
-        return ModelLoadError(f"{path} is not a usable safetensors file: {what}")
+        return ModelLoadError(f"{path} is not a usable safetensors file: {one_line(what)}")
 
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -56,7 +71,9 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise fail(f"it says its header has {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
+    except RecursionError:
+        raise fail("its header is nested too deeply") from None
     except ValueError as error:
         raise fail(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
@@ -74,7 +91,7 @@ def check_header(path: Path) -> dict[str, dict[str, Any]]:
             expected = elements * _BYTES[entry["dtype"]]
             sound = 0 <= begin <= end <= size - 8 - length and end - begin == expected
         except (TypeError, ValueError, KeyError):
-            raise fail(f"the entry of tensor {name} is malformed: {str(entry)[:200]}") from None
+            raise fail(f"the entry of tensor {name} is malformed: {short(entry)}") from None
         if not sound:
             raise fail(f"tensor {name} at bytes {begin} to {end} does not fit its shape or the file of {size} bytes")
         spans.append((begin, end, name))
@@ -100,10 +117,11 @@ class SafetensorsSource:
         for path in paths:
             for name, entry in check_header(path).items():
                 if name in self._file_of:
-                    raise ModelLoadError(f"tensor {name} is in both {self._file_of[name]} and {path}")
+                    raise ModelLoadError(f"tensor {one_line(name)} is in both {self._file_of[name]} and {path}")
                 if entry["dtype"] not in (*_WEIGHT_TYPES, *also):
                     raise ModelLoadError(
-                        f"{path}: tensor {name} has type {entry['dtype']}; supported: {', '.join(_WEIGHT_TYPES)}"
+                        f"{path}: tensor {one_line(name)} has type {entry['dtype']}; "
+                        f"supported: {', '.join(_WEIGHT_TYPES)}"
                     )
                 self._file_of[name] = path
                 self._entries[name] = entry

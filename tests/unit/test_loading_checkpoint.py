@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from nexusengine.errors import ConfigError, ModelLoadError
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.memory import wanted_length
 from nexusengine.loading.config_json import parse_config, read_config
 from nexusengine.loading.resolve import resolve_model
-from nexusengine.loading.safetensors_file import check_header, find_shards
+from nexusengine.loading.safetensors_file import INDEX, check_header, find_shards
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -61,8 +63,7 @@ def test_rope_scaling_is_read_in_its_old_and_new_spellings(rope: dict[str, Any])
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
-        ({"sliding_window": 128}, "sliding_window is 128"),
-        ({"sliding_window": "4k"}, "sliding_window is '4k'"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": "4k"}, "sliding_window is '4k'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"architectures": []}, "architectures"),
@@ -161,11 +162,123 @@ def test_a_truncated_or_damaged_file_never_ends_in_anything_but_a_clear_error(tm
     ("weight_map", "words"),
     [
         ({"a": "gone.safetensors"}, "names gone"),
-        ({"a": "../x.safetensors"}, "not a file beside"),
+        (
+            {"a": "gone.safetensors", "b": "there.safetensors", "c": "too.safetensors"},
+            "names gone.safetensors and 1 more",
+        ),
+        ({"a": "../x.safetensors"}, "not a safetensors file beside"),
+        ({"a": "x.bin"}, "not a safetensors file beside"),
         ({"a": 3}, "weight_map"),
+        ({}, "weight_map"),
     ],
 )
 def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path, weight_map: Any, words: str) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tensor_file(tmp_path / "there.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelLoadError, match=words):
         find_shards(tmp_path)
+
+
+def test_a_stale_index_beside_a_whole_file_is_no_error(tmp_path: Path) -> None:
+    """transformers takes the file too."""
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    tensor_file(tmp_path / "model.safetensors")
+    assert find_shards(tmp_path) == (tmp_path / "model.safetensors",)
+
+
+def test_files_with_tensors_of_other_names_are_not_taken_for_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        tensor_file(tmp_path / name)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(
+        ModelLoadError, match=r"no \*\.safetensors weights; adapter_model.*pytorch_model.bin there is not read"
+    ):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"],
+)
+def test_a_git_lfs_pointer_is_called_that_whatever_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    if name != INDEX:
+        tensor_file(tmp_path / "model.safetensors")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 988097824\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(
+        ModelLoadError, match=rf"{name} is a git-lfs pointer and not the file itself; run `git lfs pull`"
+    ):
+        _checked(tmp_path)
+
+
+def _checked(folder: Path) -> None:
+    for shard in resolve_model(str(folder)).weights:
+        check_header(shard)
+
+
+def test_json_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(ModelLoadError, match=r"config\.json.*nested too deeply"):
+        resolve_model(str(tmp_path))
+    tensor_file(tmp_path / "m.safetensors", b'{"a": ' + b"[" * 100_000)
+    with pytest.raises(ModelLoadError, match=r"m\.safetensors.*nested too deeply"):
+        check_header(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "ref", ["a" * 5_000, "org/" + "n" * 5_000, "x\0y", "~nobody/here", "/dev/null", "/proc/self/mem"]
+)
+def test_names_that_the_system_does_not_take_are_one_sentence(ref: str) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        resolve_model(ref)
+    assert len(caught.value.message) < 600
+    assert "\n" not in caught.value.message
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NEXUSENGINE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(ModelLoadError, match=r"cannot load model 'smollm2-135m'.*NEXUSENGINE_CACHE") as caught:
+        resolve_model("smollm2-135m")
+    assert caught.value.message.isprintable()
+
+
+def test_one_file_of_a_checkpoint_is_told_apart_from_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=f"name its folder, {tmp_path}"):
+        resolve_model(str(tensor_file(tmp_path / "model.safetensors")))
+
+
+def test_scaled_positions_reach_further_than_those_of_the_training() -> None:
+    """By yarn and linear scaling; 32,768 times 4 is what Qwen2.5's page says of itself."""
+    qwen = {"factor": 4.0, "original_max_position_embeddings": 32_768, "type": "yarn"}
+    for scaling, positions, expected in (
+        (qwen, 32_768, 131_072),
+        (qwen, 131_072, 131_072),
+        ({"factor": 4.0, "type": "yarn"}, 256, 1_024),
+        ({"factor": 2.5, "type": "linear"}, 256, 640),
+        ({"factor": 4.0, "type": "dynamic"}, 256, 256),
+        ({"factor": 8.0, "type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 256, 256),
+        (None, 256, 256),
+    ):
+        change = {"rope_scaling": scaling, "max_position_embeddings": positions}
+        assert parse_config(CONFIG | change, "config.json").max_position == expected, scaling
+
+
+@pytest.mark.parametrize(
+    ("change", "longest"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, 128),
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32_768}, 4_096),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 256),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}, 256),
+        ({"sliding_window": 128}, 256),
+    ],
+)
+def test_a_model_is_served_as_far_as_its_window_sees(change: dict[str, Any], longest: int) -> None:
+    config = parse_config(CONFIG | change, "config.json")
+    assert config.longest == longest
+    assert wanted_length(config, ExecutorOptions()) == longest
+    with pytest.raises(ConfigError, match="max_model_len"):
+        wanted_length(config, ExecutorOptions(max_model_len=longest + 1))

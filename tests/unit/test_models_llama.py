@@ -74,9 +74,25 @@ def test_every_tensor_ends_up_where_it_belongs() -> None:
     assert model.weights_bytes == 4 * sum(t.numel() for t in tensors.values())
 
 
-def test_tied_embeddings_are_the_head_even_where_the_file_repeats_it() -> None:
-    model = load(checkpoint() | {"lm_head.weight": torch.zeros(23, 16)})
+def test_tied_embeddings_are_one_where_the_file_repeats_them() -> None:
+    tensors = checkpoint()
+    model = load(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert model.head is model.embedding
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_ties() -> None:
+    """As transformers 5: the configuration is wrong, not the file."""
+    model = load(checkpoint() | {"lm_head.weight": torch.zeros(23, 16)})
+    assert torch.equal(model.head.weight, torch.zeros(23, 16))
+    assert not torch.equal(model.embedding.weight, model.head.weight)
+
+
+def test_of_tied_embeddings_either_may_be_the_one_in_the_file() -> None:
+    tensors = checkpoint()
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    model = load(tensors)
+    assert model.head is model.embedding
+    assert torch.equal(model.head.weight, tensors["lm_head.weight"])
 
 
 def test_tables_that_old_checkpoints_carry_are_ignored() -> None:
