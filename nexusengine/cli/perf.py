@@ -82,7 +82,8 @@ def _prior(device: str | None, model_config: str | None) -> Prior:
         if model_config is not None:
             raise ConfigError("--model-config says nothing without --device", param="device")
         return GENERIC
-    from nexusengine.loading.config_json import parse_config, read_json
+    from nexusengine.loading.config_json import parse_config
+    from nexusengine.loading.files import read_json
     from nexusengine.perf.prior import EIGHT_BILLION
 
     model = EIGHT_BILLION if model_config is None else parse_config(read_json(Path(model_config)), model_config)

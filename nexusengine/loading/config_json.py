@@ -9,7 +9,7 @@ from typing import Any
 
 from nexusengine.errors import ModelLoadError
 from nexusengine.loading.config_keys import refuse_uncomputed
-from nexusengine.loading.files import read_json as read_json  # others take it from here
+from nexusengine.loading.files import read_json
 from nexusengine.loading.json_reader import Reader
 from nexusengine.loading.quantization_json import stored_weights
 from nexusengine.loading.rope_json import read_rope

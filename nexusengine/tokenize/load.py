@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.config_json import read_json
+from nexusengine.loading.files import read_json
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.tokenize.backend import library_errors, try_out
