@@ -165,7 +165,7 @@ def check_gguf(metadata: dict[str, Any]) -> bool:
     [
         ("tokenizer_config.json", '{"bos_token": {}}', "bos_token is {}"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is 5"),
-        ("tokenizer_config.json", "[" * 100_000, "is not valid JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "nested too deeply"),
         ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is 5"),
         ("tokenizer_config.json", '{"chat_template": [5, {"name": "default"}, {"name": []}]}', None),
         ("special_tokens_map.json", '{"unk_token": ["<unk>"]}', "unk_token is"),
