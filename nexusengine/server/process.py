@@ -19,6 +19,7 @@ from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.serve.client import RouterClient
 from nexusengine.server.app import create_app
+from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
@@ -87,18 +88,23 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            create_app(state),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=30,
-            server_header=False,
-        )
+def http_config(state: ServerState) -> uvicorn.Config:
+    """The application with the protocol that bounds what a connection may do."""
+    return uvicorn.Config(
+        create_app(state),
+        http=http_protocol(state.config.header_timeout),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=30,
+        server_header=False,
     )
+
+
+async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
+    server = _Server(http_config(state))
     control.attach(asyncio.get_running_loop(), server)
     await server.serve([listening])
 
