@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 
 from nexusengine.errors import UnsupportedMediaType
 
-_JSON = re.compile(r"application/json|[\w.-]+/[\w.-]+\+json")
+_JSON = re.compile(r"[\w.-]+/([\w.-]+\+)?json")
 _CURLS_DEFAULT = "application/x-www-form-urlencoded"
 _UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
 

@@ -22,6 +22,7 @@ _LINGER_S = 2.0
 _PRESENCE_EVERY_S = 1.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TCP_CLOSE = 7
+_FRAMING = (b"content-length", b"transfer-encoding")
 log = get_logger("server")
 
 
@@ -44,7 +45,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._in_headers, self._header_bytes = True, 0
-        self._receiving = self._refused = False
+        self._receiving = self._refused = self._repeating = False
+        self._framing = b""  # headers that tell the length of a body which the parser is not going to read
         self._timer: asyncio.TimerHandle | None = None
         self._set_timer(self.header_timeout_s, self._headers_are_late)
 
@@ -75,27 +77,47 @@ class BoundedProtocol(HttpToolsProtocol):
         """Raises HttpParserError."""
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:  # the parser has stopped behind the request
+        except httptools.HttpParserUpgrade as upgrade:  # the parser has stopped behind the headers
             rest = data[upgrade.args[0] :]
             self.parser = httptools.HttpRequestParser(self)
+            if self._framing:
+                self._repeating = True
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self._framing + b"\r\n\r\n")
+                self._repeating, self._framing = False, b""
             if rest:
                 self._feed(rest)
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._receiving = True
+        if not self._repeating:
+            super().on_message_begin()
+            self._receiving = True
+
+    def on_url(self, url: bytes) -> None:
+        if not self._repeating:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._repeating:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._repeating:
+            return
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEADER_BYTES:
             raise _too_large()
         self._in_headers = False
         self._clear_timer()
+        if self.parser.should_upgrade():
+            lengths = (name + b": " + value for name, value in self.headers if name in _FRAMING and value != b"0")
+            self._framing = b"\r\n".join(lengths)
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             self.cycle.send = _unframed(self.cycle)  # type: ignore[method-assign]
 
     def on_message_complete(self) -> None:
+        if self._framing:  # of a request to upgrade, which ends for the parser where its body begins
+            return
         self._receiving = False
         if self.cycle is not None and self.cycle.response_complete:  # from here on the connection is idle
             self._set_timer(self.header_timeout_s, self._headers_are_late)
@@ -144,12 +166,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: NexusError) -> None:
-        """Answer what has not become a request, and close. While an earlier request is being answered, only close."""
+        """Answer what has not become a request, and close; if an earlier one is being answered, close after that."""
         if self.transport.is_closing():
             return
         self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()
+            self.cycle.keep_alive = False
+            if self.cycle.more_body:  # its own body is broken, and so is what is behind it
+                self.transport.close()
             return
         log.debug("a request from %s was refused: %s", self.client, error.message)
         reply = error_response(error, {"connection": "close"})
