@@ -122,13 +122,19 @@ def test_max_tokens_0_is_refused_where_openai_refuses_it(server: Running) -> Non
     assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT])
 @pytest.mark.parametrize("temperature", [0, 1, 2, None])
-def test_top_p_0_is_greedy(server: Running, temperature: float | None) -> None:
-    (greedy,) = choice(httpx.post(server.url + TEXT, json={"prompt": "ab", "temperature": 0}))
-    body = {"prompt": "ab", "temperature": temperature, "top_p": 0}
-    assert choice(httpx.post(server.url + TEXT, json=body)) == [greedy]
-    assert parse(json.dumps(body).encode(), CompletionRequest).sampling().greedy
-    assert httpx.post(server.url + TEXT, json=body | {"temperature": -1}).status_code == 400
+def test_top_p_0_is_greedy(
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str, temperature: float | None
+) -> None:
+    assert server.state.engine is not None
+    backend, sent = server.state.engine.backend, []
+    submit = backend.submit
+    monkeypatch.setattr(backend, "submit", lambda request, sink: (sent.append(request.sampling), submit(request, sink)))
+    body = SMALLEST[path] | {"temperature": temperature, "top_p": 0}
+    choice(httpx.post(server.url + path, json=body))
+    assert [sampling.greedy for sampling in sent] == [True]
+    assert httpx.post(server.url + path, json=body | {"temperature": -1}).status_code == 400
 
 
 @pytest.mark.parametrize(
