@@ -18,7 +18,7 @@ from nexusengine.server.errors import error_response
 
 MAX_HEADER_BYTES = 65_536
 DEFAULT_HEADER_TIMEOUT_S = 30.0
-_LINGER_S = 2.0
+_LINGER_S = 5.0
 _PRESENCE_EVERY_S = 1.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TCP_CLOSE = 7
@@ -35,7 +35,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """Differs from uvicorn's in this:
 
     A request line with headers beyond MAX_HEADER_BYTES is refused (431), before an API key is looked at. Headers that
-    do not arrive within header_timeout_s end the connection (408 if some did). So does a body that goes on for 2 s
+    do not arrive within header_timeout_s end the connection (408 if some did). So does a body that goes on for 5 s
     after its request was answered. A client that closes its sending side gets its answer. Streams to HTTP/1.0 clients
     are not chunked. Upgrades are declined by serving the request as it stands.
     """
@@ -46,6 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._in_headers, self._header_bytes = True, 0
         self._receiving = self._refused = self._repeating = False
+        self._thrown_away = 0
         self._framing = b""  # headers that tell the length of a body which the parser is not going to read
         self._timer: asyncio.TimerHandle | None = None
         self._set_timer(self.header_timeout_s, self._headers_are_late)
@@ -57,6 +58,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         if self._refused or self.transport.is_closing():
+            self._thrown_away += len(data)
+            if self._thrown_away > MAX_HEADER_BYTES:
+                self.flow.pause_reading()
             return
         if not self._receiving and not self._in_headers:  # the first bytes of a further request
             self._in_headers, self._header_bytes = True, 0

@@ -226,6 +226,16 @@ def test_too_large_headers_are_refused_before_the_key_is_looked_at(start_server:
     assert httpx.get(server.url + "/livez", headers={"x": "a" * 60_000}).status_code == 200
 
 
+def test_headers_without_end_are_not_read_on(server: Running) -> None:
+    with connected(server) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nX: ")
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 100 * 2**20:
+                sent += connection.send(b"a" * 65_536)
+    assert sent < 20 * 2**20  # what fits into the buffers of both sides
+
+
 def test_what_is_not_http_is_answered_in_openais_form(server: Running) -> None:
     for sent in (b"hello\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"):
         head, body = exchange(server, sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -11,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 
 from nexusengine.config import ServeConfig
+from nexusengine.server import process
 
 
 @contextmanager
@@ -53,30 +57,54 @@ def tell(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
 
 
 def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: Path) -> None:
-    with server_process(tmp_path, port=0, model="some/model") as (process, event):
+    with server_process(tmp_path, port=0, model="some/model") as (child, event):
         assert (event["type"], event["host"]) == ("listening", "127.0.0.1")
         url = f"http://127.0.0.1:{event['port']}"
         assert httpx.get(f"{url}/livez", timeout=20).status_code == 200
         startup = httpx.get(f"{url}/startupz")
         assert startup.status_code == 503
         assert set(startup.json()) == {"phase", "fraction", "workers"}
-        tell(process, {"type": "phase", "phase": "downloading", "fraction": 0.25})
-        tell(process, {"type": "drain"})
+        tell(child, {"type": "phase", "phase": "downloading", "fraction": 0.25})
+        tell(child, {"type": "drain"})
         while (progress := httpx.get(f"{url}/startupz").json())["phase"] != "draining":
             pass
         assert progress["fraction"] == 0.25
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "some/model"
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(10) == 0
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(10) == 0
 
 
 def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with server_process(tmp_path, port=port) as (process, event):
+        with server_process(tmp_path, port=port) as (child, event):
             assert event == {
                 "type": "failed",
                 "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
             }
-            assert process.wait(10) == 1
+            assert child.wait(10) == 1
+
+
+async def test_at_the_end_what_streams_is_ended_before_the_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's client fails what is pending when it is closed, and each stream says so in an error event."""
+    closed = asyncio.Event()
+
+    class Client:
+        async def close(self) -> None:
+            closed.set()
+
+    class Server:
+        should_exit = False
+
+    timers: list[float] = []
+    monkeypatch.setattr(
+        process, "threading", SimpleNamespace(Timer=lambda s, *_: SimpleNamespace(start=lambda: timers.append(s)))
+    )
+    control = process.Control.__new__(process.Control)
+    control._tasks, control._client = set(), Client()  # type: ignore[assignment]
+    control._loop, control._server = asyncio.get_running_loop(), Server()  # type: ignore[assignment]
+    await asyncio.to_thread(control.on_end)
+    await asyncio.wait_for(closed.wait(), 5)
+    assert control._server.should_exit
+    assert len(timers) == 1
