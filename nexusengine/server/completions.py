@@ -103,7 +103,7 @@ class Generation:
                 timeout_s=state.config.request_timeout,
                 arrival_s=arrival_s,
             )
-            if asked.tokens
+            if asked.tokens != 0
             else partial(_nothing, self.id, prompt)
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]

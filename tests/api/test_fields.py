@@ -73,7 +73,7 @@ def test_nulls_are_defaults_for_tokens_too(server: Running, path: str) -> None:
 
 
 def test_a_null_prompt_begins_a_document(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"prompt": None, "max_tokens": 3, "temperature": 0, "echo": True}
+    body = {"prompt": None, "max_tokens": 3, "temperature": 0}
     refused = httpx.post(server.url + TEXT, json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
     assert httpx.post(server.url + TEXT, json={"max_tokens": 3}).status_code == 400
@@ -88,6 +88,12 @@ def test_a_null_prompt_begins_a_document(server: Running, monkeypatch: pytest.Mo
 def test_max_tokens_null_is_openais_sixteen_in_completions(server: Running) -> None:
     for body in ({"prompt": "ab"}, {"prompt": "ab", "max_tokens": None}):
         assert httpx.post(server.url + TEXT, json=body).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("max_tokens", [{}, {"max_tokens": None}, {"max_completion_tokens": None}])
+def test_a_chat_without_a_limit_goes_on_to_the_end_of_the_context(server: Running, max_tokens: dict[str, None]) -> None:
+    usage = httpx.post(server.url + CHAT, json={"messages": MESSAGES} | max_tokens, timeout=30).json()["usage"]
+    assert usage["total_tokens"] == 400
 
 
 @pytest.mark.parametrize("echo", [False, True])
