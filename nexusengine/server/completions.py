@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from nexusengine.async_engine import once_more
-from nexusengine.requests import Prompt, check_token_ids
+from nexusengine.async_engine import AsyncEngine, once_more
+from nexusengine.errors import InvalidRequest
+from nexusengine.requests import check_fits, check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.heavy import LARGE
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -27,14 +31,22 @@ from nexusengine.slo import SLOClass
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+_FEW_LOGPROBS = 64
+"""Tokens whose logprobs, with 20 alternatives each, take a few milliseconds to write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object.
-    stream: whether the client sees tokens as they come."""
+    """What a request wants beside its prompts.
+
+    tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
+    n: choices a prompt.
+    verdict: whether it wants the `nexus` object.
+    stream: whether the client sees tokens as they come.
+    """
 
     sampling: SamplingParams
+    tokens: int | None
     n: int
     slo: SLOClass | None
     priority: int
@@ -45,8 +57,13 @@ class Asked:
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
         """Raises InvalidRequest naming the field or header."""
         state: ServerState = request.app.state.server
+        sampling = body.sampling()
+        if body.greedy:
+            sampling = replace(sampling, temperature=0.0)
+        check_token_ids(sampling.stop_token_ids, state.serving_engine().vocab_size, "stop_token_ids")
         return cls(
-            sampling=body.sampling(),
+            sampling=sampling,
+            tokens=0 if body.max_tokens == 0 else sampling.max_tokens,
             n=body.n,
             slo=state.classes.wanted(body.slo, all_headers(request)),
             priority=body.priority or 0,
@@ -62,11 +79,12 @@ class Generation:
         self,
         state: ServerState,
         shape: Shape,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Sequence[int]],
         echoes: Sequence[str],
         asked: Asked,
         arrival_s: float,
     ) -> None:
+        """prompts: token ids. echoes: what each choice's text begins with, prompt by prompt."""
         sampling, n = asked.sampling, asked.n
         self.state, self.shape = state, shape
         self.engine = state.serving_engine()
@@ -85,28 +103,51 @@ class Generation:
                 timeout_s=state.config.request_timeout,
                 arrival_s=arrival_s,
             )
+            if asked.tokens != 0
+            else partial(_nothing, self.id, prompt)
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
-        self._generations = [start() if asked.stream else once_more(start) for start in starts]
+        counted = [partial(self._counted, i, start) for i, start in enumerate(starts)]
+        self._generations = [start() if asked.stream else once_more(start) for start in counted]
+        self._lengths = [0] * len(counted)
+        self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
+
+    async def _counted(
+        self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
+    ) -> AsyncGenerator[RequestOutput]:
+        """The news of one choice, its tokens counted as they come, also those that nobody will see."""
+        self._count_cut_off(index)  # what a worker that was lost had given
+        async with aclosing(start()) as outputs:
+            async for output in outputs:
+                self._lengths[index] += len(output.token_ids)
+                self._begun[index] = output
+                yield output
+
+    def _count_cut_off(self, index: int) -> None:
+        output = self._begun.pop(index, None)
+        if output is not None:
+            self.state.metrics.cut_off(len(output.prompt_token_ids), self._lengths[index], output.cached_tokens)
+        self._lengths[index] = 0
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
-        lengths = [0] * len(self._generations)
-        left = len(lengths)
+        left = len(self._generations)
         missed: Missed | None = "unfinished"  # if the client leaves
         try:
             async with fan_in(self._generations) as news:
                 async for index, output in news:
-                    lengths[index] += len(output.token_ids)
                     if output.finished:
                         left -= 1
-                        self._count(index, output, lengths[index])
+                        self._begun.pop(index, None)
+                        self._count(index, output, self._lengths[index])
                     yield index, output
         except Exception as error:
             missed = missed_by(error)
             raise
         finally:
+            for index in list(self._begun):
+                self._count_cut_off(index)
             if missed is not None:
                 for _ in range(left):
                     self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
@@ -131,7 +172,7 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self._usage["cached"]},
         }
 
-    def envelope(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(self, name: str, choices: Sequence[Any]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": name,
@@ -140,7 +181,8 @@ class Generation:
             "choices": choices,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> bytes:
+        """The reply, as JSON."""
         texts = list(self.echoes)
         reasons: list[str | None] = [None] * len(texts)
         logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
@@ -152,15 +194,27 @@ class Generation:
                 logprobs[index].extend(output.logprobs or ())
                 if output.finished:
                     verdicts[index] = nexus(output)
-        choices = [
-            self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0)) for i, text in enumerate(texts)
-        ]
+        if sum(map(len, logprobs)) > _FEW_LOGPROBS:
+            return await asyncio.to_thread(self._reply, texts, reasons, logprobs, verdicts)
+        return self._reply(texts, reasons, logprobs, verdicts)
+
+    def _reply(
+        self,
+        texts: Sequence[str],
+        reasons: Sequence[str | None],
+        logprobs: Sequence[Sequence[TokenLogprob]],
+        verdicts: Sequence[dict[str, Any]],
+    ) -> bytes:
+        """Encodes choice by choice, so that other threads get their turns in between."""
+        told_each = self.asked.verdict and len(texts) > 1
+        choices = []
+        for i, text in enumerate(texts):
+            choice = self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0))
+            choices.append(msgspec.Raw(msgspec.json.encode(choice | ({"nexus": verdicts[i]} if told_each else {}))))
         reply = self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
-            if len(choices) > 1:
-                reply["choices"] = [choice | {"nexus": v} for choice, v in zip(choices, verdicts, strict=True)]
-        return reply
+        return msgspec.json.encode(reply)
 
     async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         no_usage = {"usage": None} if include_usage else {}
@@ -177,7 +231,11 @@ class Generation:
                         yield self.envelope(self.shape.chunk_name, [opening]) | no_usage
                 if not (text or output.finished or output.logprobs):
                     continue
-                logprobs = self._logprobs(output.logprobs or (), lengths[index])
+                items = output.logprobs or ()
+                if len(items) > _FEW_LOGPROBS:  # a client that reads slowly gets many tokens as one piece
+                    logprobs = await asyncio.to_thread(self._logprobs, items, lengths[index])
+                else:
+                    logprobs = self._logprobs(items, lengths[index])
                 lengths[index] += len(text)
                 choice = self.shape.delta(index, text, output.finish_reason, logprobs)
                 chunk = self.envelope(self.shape.chunk_name, [choice]) | no_usage
@@ -200,6 +258,11 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
 
 
+async def _nothing(request_id: str, prompt: Sequence[int]) -> AsyncGenerator[RequestOutput]:
+    """What a generation of no tokens gives."""
+    yield RequestOutput(request_id, tuple(prompt), "", (), "length")
+
+
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)
@@ -207,7 +270,8 @@ async def chat_completions(request: Request) -> Response:
     asked = Asked.of(request, body)
     engine = state.serving_engine()
     text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
-    prompt = await engine.encode(text, add_special_tokens=False)
+    prompt = await encode(state, text, add_special_tokens=False)
+    check_fits(len(prompt), asked.tokens, engine.max_model_len)
     generation = Generation(state, ChatShape(), [prompt], [""], asked, arrival_s)
     return await _reply(request, generation, body)
 
@@ -218,20 +282,53 @@ async def completions(request: Request) -> Response:
     state.check_model(body.model)
     asked = Asked.of(request, body)
     engine, prompts = state.serving_engine(), body.prompts
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            check_token_ids(prompt, engine.vocab_size, "prompt")
-    echoes = ["" if not body.echo else p if isinstance(p, str) else engine.tokenizer.decode(p) for p in prompts]
-    generation = Generation(state, TextShape(), prompts, echoes, asked, arrival_s)
+    size = sum(1 if p is None else len(p) for p in prompts)
+    async with while_present(request.receive):
+        ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
+    generation = Generation(
+        state, TextShape(), [ids for ids, _ in ready], [echo for _, echo in ready], asked, arrival_s
+    )
     return await _reply(request, generation, body)
+
+
+async def encode(state: ServerState, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text, which one that takes much memory waits for until no other does. Raises InvalidRequest."""
+    engine = state.serving_engine()
+    if len(text) > LARGE:
+        return await state.heavy.run(len(text), engine.tokenizer.encode, text, add_special_tokens)
+    return await engine.encode(text, add_special_tokens)
+
+
+def _tokenised(
+    engine: AsyncEngine, prompts: Sequence[str | list[int] | None], echo: bool, tokens: int | None
+) -> list[tuple[list[int], str]]:
+    """Of each prompt its token ids and what is echoed of it. tokens: asked for. Raises InvalidRequest."""
+    tokenizer = engine.tokenizer
+    ready = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        elif prompt is not None:
+            ids = prompt
+        elif tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id]
+        else:
+            raise InvalidRequest("the prompt is null, and this model has no token that begins a text", param="prompt")
+        check_fits(len(ids), tokens, engine.max_model_len)
+        check_token_ids(ids, engine.vocab_size, "prompt")
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt or ()) if echo else ""
+        ready.append((ids, text if echo else ""))
+    return ready
 
 
 async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
     headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
+    config = generation.state.config
     if body.stream:
-        return EventStream(generation.events(body.include_usage), headers, generation.state.config.request_timeout)
+        events = generation.events(body.include_usage)
+        return EventStream(events, headers, stall_s=config.request_timeout, keepalive_s=config.sse_keepalive)
     async with while_present(request.receive):
-        return JSONResponse(await generation.whole(), headers=headers)
+        return Response(await generation.whole(), headers=headers, media_type="application/json")
 
 
 routes = [Route(CHAT, chat_completions, methods=["POST"]), Route(TEXT, completions, methods=["POST"])]

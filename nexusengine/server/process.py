@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.serve.client import RouterClient
 from nexusengine.server.app import create_app
+from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
@@ -38,6 +40,7 @@ class Control:
         self._early: list[child.Message] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._client: RouterClient | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop, server: uvicorn.Server) -> None:
         with self._lock:
@@ -64,15 +67,18 @@ class Control:
         if self._server is not None:
             self._server.should_exit = True
 
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _handle(self, message: child.Message) -> None:
         if message["type"] == "phase":
             self.state.phase, self.state.fraction = message["phase"], message["fraction"]
         elif message["type"] == "drain":
             self.state.draining = True
         elif message["type"] == "model_ready":
-            task = asyncio.ensure_future(self._load(message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(self._load(message))
 
     async def _load(self, message: child.Message) -> None:
         try:
@@ -88,6 +94,8 @@ class Control:
         await client.start()
         self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
         self.state.model_name = message["name"]
+        gc.collect()
+        gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
         child.emit({"type": "ready"})
 
 
@@ -99,18 +107,23 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            create_app(state),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=30,
-            server_header=False,
-        )
+def http_config(state: ServerState) -> uvicorn.Config:
+    """The application with the protocol that bounds what a connection may do."""
+    return uvicorn.Config(
+        create_app(state),
+        http=http_protocol(state.config.header_timeout),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=30,
+        server_header=False,
     )
+
+
+async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
+    server = _Server(http_config(state))
     control.attach(asyncio.get_running_loop(), server)
     await server.serve([listening])
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -58,33 +59,33 @@ def tell(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
 
 
 def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: Path) -> None:
-    with server_process(tmp_path, port=0, model="some/model") as (process, event):
+    with server_process(tmp_path, port=0, model="some/model") as (child, event):
         assert (event["type"], event["host"]) == ("listening", "127.0.0.1")
         url = f"http://127.0.0.1:{event['port']}"
         assert httpx.get(f"{url}/livez", timeout=20).status_code == 200
         startup = httpx.get(f"{url}/startupz")
         assert startup.status_code == 503
         assert set(startup.json()) == {"phase", "fraction", "workers"}
-        tell(process, {"type": "phase", "phase": "downloading", "fraction": 0.25})
-        tell(process, {"type": "drain"})
+        tell(child, {"type": "phase", "phase": "downloading", "fraction": 0.25})
+        tell(child, {"type": "drain"})
         while (progress := httpx.get(f"{url}/startupz").json())["phase"] != "draining":
             pass
         assert progress["fraction"] == 0.25
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "some/model"
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(10) == 0
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(10) == 0
 
 
 def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with server_process(tmp_path, port=port) as (process, event):
+        with server_process(tmp_path, port=port) as (child, event):
             assert event == {
                 "type": "failed",
                 "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
             }
-            assert process.wait(10) == 1
+            assert child.wait(10) == 1
 
 
 @pytest.mark.parametrize(
@@ -99,14 +100,14 @@ def test_a_tokenizer_that_cannot_be_loaded_ends_the_process_with_the_reason(
 ) -> None:
     save(tmp_path, config=CONFIG)
     (tmp_path / name).write_text(text)
-    with server_process(tmp_path, port=0) as (process, event):
+    with server_process(tmp_path, port=0) as (child, event):
         assert event["type"] == "listening"
-        tell(process, {"type": "model_ready", "path": str(tmp_path), "name": "m"})
-        assert process.stdout is not None
-        failed = json.loads(process.stdout.readline())
+        tell(child, {"type": "model_ready", "path": str(tmp_path), "name": "m"})
+        assert child.stdout is not None
+        failed = json.loads(child.stdout.readline())
         assert failed["type"] == "failed"
         assert words in failed["message"]
-        assert process.wait(10) == 1
+        assert child.wait(10) == 1
 
 
 def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,4 +127,29 @@ def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         asyncio.run(control._load({"path": "m", "name": "m"}))
     assert ended.value.code == 1
-    assert told == [{"type": "failed", "message": "the tokenizer cannot be loaded: OverflowError('too large')"}]
+    assert told == [{"type": "failed", "message": "cannot load the tokenizer of m: OverflowError('too large')"}]
+
+
+async def test_at_the_end_what_streams_is_ended_before_the_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's client fails what is pending when it is shut, and each stream says so in an error event."""
+    reasons: list[str] = []
+
+    class Client:
+        def shut(self, reason: str) -> None:
+            reasons.append(reason)
+
+    class Server:
+        should_exit = False
+
+    timers: list[float] = []
+    monkeypatch.setattr(
+        process, "threading", SimpleNamespace(Timer=lambda s, *_: SimpleNamespace(start=lambda: timers.append(s)))
+    )
+    control = process.Control.__new__(process.Control)
+    control._tasks, control._client = set(), Client()  # type: ignore[assignment]
+    control._loop, control._server = asyncio.get_running_loop(), Server()  # type: ignore[assignment]
+    control.on_end()
+    await asyncio.sleep(0)
+    assert reasons == ["the server is shutting down"]
+    assert control._server.should_exit
+    assert len(timers) == 1
