@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from nexusengine.async_engine import once_more
 from nexusengine.requests import Prompt, check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.pieces import JSONPieces, Pace
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -89,6 +92,8 @@ class Generation:
         ]
         self._generations = [start() if asked.stream else once_more(start) for start in starts]
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
+        self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
+        self._pace = Pace()
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
@@ -140,31 +145,36 @@ class Generation:
             "choices": choices,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> list[bytes]:
+        """The reply's JSON, in pieces."""
         texts = list(self.echoes)
         reasons: list[str | None] = [None] * len(texts)
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        entries: list[list[Any]] = [[] for _ in texts]
         verdicts: list[dict[str, Any]] = [{} for _ in texts]
         async with aclosing(self.outputs()) as outputs:
             async for index, output in outputs:
                 texts[index] += output.text
                 reasons[index] = output.finish_reason
-                logprobs[index].extend(output.logprobs or ())
+                entries[index] += await self._entries(index, output)
                 if output.finished:
                     verdicts[index] = nexus(output)
-        choices = [
-            self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0)) for i, text in enumerate(texts)
-        ]
-        reply = self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
+                await self._pace.rest()
+        pieces: list[bytes] = []
+        for i, text in enumerate(texts):
+            choice = self.shape.choice(i, text, reasons[i], self._joined(entries[i]))
+            if self.asked.verdict and len(texts) > 1:
+                choice["nexus"] = verdicts[i]
+            pieces += [b"," if i else b"", msgspec.json.encode(choice)]
+            entries[i].clear()
+            await self._pace.rest()
+        reply = self.envelope(self.shape.object_name, []) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
-            if len(choices) > 1:
-                reply["choices"] = [choice | {"nexus": v} for choice, v in zip(choices, verdicts, strict=True)]
-        return reply
+        before, after = msgspec.json.encode(reply).split(b'"choices":[]', 1)
+        return [before, b'"choices":[', *pieces, b"]", after]
 
     async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         no_usage = {"usage": None} if include_usage else {}
-        lengths = [0] * len(self.echoes)
         opened: set[int] = set()
         verdicts: list[dict[str, Any]] = []
         async with aclosing(self.outputs()) as outputs:
@@ -175,11 +185,10 @@ class Generation:
                     text = self.echoes[index] + text
                     if (opening := self.shape.opening(index)) is not None:
                         yield self.envelope(self.shape.chunk_name, [opening]) | no_usage
-                if not (text or output.finished or output.logprobs):
+                entries = await self._entries(index, output)
+                if not (text or output.finished or entries):
                     continue
-                logprobs = self._logprobs(output.logprobs or (), lengths[index])
-                lengths[index] += len(text)
-                choice = self.shape.delta(index, text, output.finish_reason, logprobs)
+                choice = self.shape.delta(index, text, output.finish_reason, self._joined(entries))
                 chunk = self.envelope(self.shape.chunk_name, [choice]) | no_usage
                 if output.finished and self.asked.verdict:
                     verdicts.append(nexus(output))
@@ -189,10 +198,18 @@ class Generation:
             last = {"nexus": of_all(verdicts)} if verdicts else {}
             yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()} | last
 
-    def _logprobs(self, items: Sequence[TokenLogprob], offset: int) -> Any:
-        if self.asked.sampling.logprobs is None:
-            return None
-        return self.shape.logprobs(self.engine.tokenizer, items, offset)
+    async def _entries(self, index: int, output: RequestOutput) -> list[Any]:
+        """The logprobs of the tokens whose text has come, as the shape wants them."""
+        waiting, before = self._logprobs[index], len(self.echoes[index])
+        waiting.extend(output.logprobs or ())
+        entries: list[Any] = []
+        for offset in output.text_offsets if waiting else ():
+            entries.append(self.shape.entry(self.engine.tokenizer, waiting.popleft(), before + offset))
+            await self._pace.rest()
+        return entries
+
+    def _joined(self, entries: Sequence[Any]) -> dict[str, Any] | None:
+        return None if self.asked.sampling.logprobs is None else self.shape.logprobs(entries)
 
 
 def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
@@ -231,7 +248,7 @@ async def _reply(request: Request, generation: Generation, body: ChatRequest | C
     if body.stream:
         return EventStream(generation.events(body.include_usage), headers, generation.state.config.request_timeout)
     async with while_present(request.receive):
-        return JSONResponse(await generation.whole(), headers=headers)
+        return JSONPieces(await generation.whole(), headers)
 
 
 routes = [Route(CHAT, chat_completions, methods=["POST"]), Route(TEXT, completions, methods=["POST"])]
