@@ -75,7 +75,7 @@ class TextEntry(NamedTuple):
 class TextShape:
     """top_logprobs holds the most likely tokens by their text, and the output token if it is not one of them.
 
-    A token that is no text by itself (a part of a character) is called "bytes:\\\\xf0\\\\x9f", as OpenAI does, and so is
+    A token that is no text by itself (a part of a character) is called "bytes:\\xf0\\x9f", as OpenAI does, and so is
     one whose text another token at the same place has; if that is taken, too, "token_id:" and its id.
     """
 
