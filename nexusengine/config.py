@@ -93,6 +93,23 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_api_key(text: str) -> str:
+    """A bearer token as an Authorization header can carry it: visible ASCII characters."""
+    if not re.fullmatch(r"[!-~]+", text, re.ASCII):
+        wrong = "it is empty" if not text else "it holds spaces or characters that are not ASCII"
+        raise ValueError(f"this API key cannot be sent in a header: {wrong}; leave the setting out to ask for none")
+    return text
+
+
+def parse_origins(text: str) -> str:
+    """`*`, or origins as browsers send them, separated by commas: https://example.org,http://localhost:3000."""
+    origins = [word.strip() for word in text.split(",")]
+    wrong = [o for o in origins if o != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,?#]+|null", o)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no origin; write *, or scheme://host:port without a path")
+    return ",".join(origins)
+
+
 # ---- devices ------------------------------------------------------------------------------------------------------
 
 
@@ -251,8 +268,29 @@ class ServeConfig(EngineConfig):
     served_model_name: str | None = setting(None, "name clients use; default: the value of --model", group="http")
     host: str = setting("127.0.0.1", "address to listen on", group="http")
     port: int = setting(8000, "port to listen on; 0 takes a free one", parse=whole(0, 65_535), group="http")
-    api_key: str | None = setting(None, "ask clients for this bearer token", group="http")
+    api_key: str | None = setting(None, "ask clients for this bearer token", parse=parse_api_key, group="http")
+    cors_origins: str | None = setting(
+        None,
+        "origins whose web pages may call this server, e.g. https://example.org,http://localhost:3000, or *",
+        parse=parse_origins,
+        group="http",
+    )
     max_body_bytes: int = setting(8 * 2**20, "largest request body", parse=parse_bytes, group="http")
+    max_buffered_bytes: int = setting(
+        256 * 2**20,
+        "most memory for request bodies on their way in; those up to 64 KiB always find room",
+        parse=parse_bytes,
+        group="http",
+    )
+    header_timeout: float = setting(
+        30.0, "seconds a connection gets to send the headers of a request", parse=seconds(0.1), group="http"
+    )
+    sse_keepalive: float = setting(
+        5.0,
+        "seconds of silence after which a stream gets a comment, so that proxies keep it open; 0: never",
+        parse=seconds(0.0),
+        group="http",
+    )
     max_requests: int = setting(4096, "most requests in the server at a time", parse=whole(1, 1_000_000), group="http")
     request_timeout: float = setting(
         600.0, "seconds after which a request is given up", parse=seconds(0.1), group="http"

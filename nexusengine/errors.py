@@ -80,6 +80,27 @@ class PayloadTooLarge(InvalidRequest):
     http_status = 413
 
 
+class UnsupportedMediaType(InvalidRequest):
+    """The request body is not declared as JSON, or is compressed."""
+
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class HeadersTooLarge(InvalidRequest):
+    """The request line and headers are larger than the server reads."""
+
+    code = "headers_too_large"
+    http_status = 431
+
+
+class HeadersTimeout(InvalidRequest):
+    """The request line and headers did not arrive in time."""
+
+    code = "headers_timeout"
+    http_status = 408
+
+
 class Overloaded(NexusError):
     """A queue is full. `retry_after_s` says when it is predicted to have drained."""
 

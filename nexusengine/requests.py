@@ -62,14 +62,18 @@ def make_request(
 
 def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
     """What every worker would refuse, refused before it is sent. Raises ContextTooLong or InvalidRequest."""
-    length, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
+    check_fits(len(request.prompt_token_ids), request.sampling.max_tokens, max_model_len)
+    check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
+
+
+def check_fits(length: int, wanted: int | None, max_model_len: int) -> None:
+    """Raises ContextTooLong if a prompt of `length` tokens and `wanted` further ones are too many together."""
     if length + (wanted or 1) > max_model_len:
         asked = f" and {wanted} output tokens were asked for" if wanted else ""
         raise ContextTooLong(
             f"the prompt has {length} tokens{asked}, but prompt and output together can have at most {max_model_len}",
             param="prompt" if length >= max_model_len else "max_tokens",
         )
-    check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:

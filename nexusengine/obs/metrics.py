@@ -48,9 +48,9 @@ class WorkerMetric:
 SERVER_METRICS = (
     ServerMetric("http_requests", "counter", "Generation requests by endpoint and HTTP status", ("endpoint", "status")),
     ServerMetric("requests_in_progress", "gauge", "Generation requests in the server now"),
-    ServerMetric("prompt_tokens", "counter", "Prompt tokens of finished generations"),
-    ServerMetric("output_tokens", "counter", "Output tokens of finished generations"),
-    ServerMetric("cached_prompt_tokens", "counter", "Prompt tokens of finished generations found in the prefix cache"),
+    ServerMetric("prompt_tokens", "counter", "Prompt tokens of generations, from their first token on"),
+    ServerMetric("output_tokens", "counter", "Output tokens of generations, also of those cut off"),
+    ServerMetric("cached_prompt_tokens", "counter", "Prompt tokens found in the prefix cache"),
     ServerMetric("ttft_seconds", "histogram", "Time from arrival to the first token", (), _LATENCY_BUCKETS_S),
     ServerMetric("tpot_seconds", "histogram", "Mean time per output token after the first", (), _TPOT_BUCKETS_S),
     ServerMetric("e2e_seconds", "histogram", "Time from arrival to the last token", (), _LATENCY_BUCKETS_S),
@@ -220,6 +220,12 @@ class Metrics:
             seconds = getattr(timings, f"{name}_s")
             if seconds is not None:
                 self._by_name[f"{name}_seconds"].observe(seconds)
+
+    def cut_off(self, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        """One generation ended before its end, after it had given these tokens."""
+        self._by_name["prompt_tokens"].inc(prompt_tokens)
+        self._by_name["output_tokens"].inc(output_tokens)
+        self._by_name["cached_prompt_tokens"].inc(cached_tokens)
 
     def judged(self, output: RequestOutput, output_tokens: int) -> None:
         """The last output of a generation, with what was promised for it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import uuid
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nexusengine.errors import (
@@ -27,7 +29,8 @@ from nexusengine.server.state import ServerState
 
 _GENERATION = (completions.CHAT, completions.TEXT)
 _OPEN_TO_ALL = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
-_MAX_REQUEST_ID = 128
+_REQUEST_ID = re.compile(r"[ -~]{1,128}", re.ASCII)
+_SHOWN_TO_PAGES = ["x-request-id", "x-nexus-ignored", "retry-after"]
 log = get_logger("server")
 
 
@@ -36,7 +39,16 @@ def create_app(state: ServerState) -> ASGIApp:
     routes = [*completions.routes, *info.routes, *(debug.routes if state.config.debug_endpoints else ())]
     app = Starlette(routes=routes)
     app.state.server = state
-    return Edge(app, state)
+    edge = Edge(app, state)
+    if state.config.cors_origins is None:
+        return edge
+    return CORSMiddleware(
+        edge,
+        allow_origins=state.config.cors_origins.split(","),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=_SHOWN_TO_PAGES,
+    )
 
 
 def refusal(error: Exception, scope: Scope, state: ServerState) -> NexusError:
@@ -53,7 +65,8 @@ def refusal(error: Exception, scope: Scope, state: ServerState) -> NexusError:
         hint = "; the server runs without --debug-endpoints" if off else ""
         return NotFound(f"there is nothing at {path}{hint}")
     if error.status_code == 405:
-        return MethodNotAllowed(f"{path} does not take {scope['method']}")
+        allowed = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowed(f"{path} does not take {scope['method']}, only {allowed}")
     return InvalidRequest(str(error.detail))
 
 
@@ -69,7 +82,7 @@ class Edge:
             return
         scope["app"] = self._app
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+        request_id = _request_id(headers)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -90,7 +103,8 @@ class Edge:
             if not isinstance(error, NexusError | HTTPException):
                 log.exception("request %s to %s failed", request_id, scope["path"])
             if status == 0:
-                await error_response(refusal(error, scope, self._state))(scope, receive, send_with_id)
+                further = error.headers if isinstance(error, HTTPException) else None
+                await error_response(refusal(error, scope, self._state), further)(scope, receive, send_with_id)
         finally:
             if generation:
                 self._state.in_progress -= 1
@@ -99,9 +113,23 @@ class Edge:
     def _admit(self, scope: Scope, headers: Headers, generation: bool) -> None:
         """Raises Unauthorized or Overloaded."""
         config = self._state.config
-        if config.api_key and scope["path"] not in _OPEN_TO_ALL:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), config.api_key.encode()):
-                raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+        closed = config.api_key is not None and scope["path"] not in _OPEN_TO_ALL
+        if closed and not _is_bearer(headers.getlist("authorization"), config.api_key or ""):
+            raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
         if generation and self._state.in_progress > config.max_requests:
             raise Overloaded(f"{config.max_requests} requests are in progress already", retry_after_s=1.0)
+
+
+def _is_bearer(given: list[str], api_key: str) -> bool:
+    """Whether there is one Authorization header, and it is `Bearer KEY`; the scheme's case does not matter."""
+    if len(given) != 1:
+        return False
+    scheme, _, token = given[0].partition(" ")
+    right = secrets.compare_digest(token.strip().encode(), api_key.encode())
+    return right and scheme.lower() == "bearer"
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's, up to 128 characters of it; one of ours if there is none that a header could carry back."""
+    found = _REQUEST_ID.match(headers.get("x-request-id", ""))
+    return found.group().strip() if found and found.group().strip() else uuid.uuid4().hex

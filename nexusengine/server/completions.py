@@ -6,7 +6,7 @@ import itertools
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +17,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nexusengine.async_engine import once_more
-from nexusengine.requests import Prompt, check_token_ids
+from nexusengine.async_engine import AsyncEngine, once_more
+from nexusengine.errors import InvalidRequest
+from nexusengine.requests import check_fits, check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.heavy import LARGE
 from nexusengine.server.pieces import JSONPieces, Pace
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
@@ -34,10 +36,16 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts. n: choices a prompt. verdict: whether it wants the `nexus` object.
-    stream: whether the client sees tokens as they come."""
+    """What a request wants beside its prompts.
+
+    tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
+    n: choices a prompt.
+    verdict: whether it wants the `nexus` object.
+    stream: whether the client sees tokens as they come.
+    """
 
     sampling: SamplingParams
+    tokens: int | None
     n: int
     slo: SLOClass | None
     priority: int
@@ -48,8 +56,11 @@ class Asked:
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
         """Raises InvalidRequest naming the field or header."""
         state: ServerState = request.app.state.server
+        sampling = body.sampling()
+        check_token_ids(sampling.stop_token_ids, state.serving_engine().vocab_size, "stop_token_ids")
         return cls(
-            sampling=body.sampling(),
+            sampling=sampling,
+            tokens=0 if body.max_tokens == 0 else sampling.max_tokens,
             n=body.n,
             slo=state.classes.wanted(body.slo, all_headers(request)),
             priority=body.priority or 0,
@@ -65,11 +76,12 @@ class Generation:
         self,
         state: ServerState,
         shape: Shape,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Sequence[int]],
         echoes: Sequence[str],
         asked: Asked,
         arrival_s: float,
     ) -> None:
+        """prompts: token ids. echoes: what each choice's text begins with, prompt by prompt."""
         sampling, n = asked.sampling, asked.n
         self.state, self.shape = state, shape
         self.engine = state.serving_engine()
@@ -88,30 +100,53 @@ class Generation:
                 timeout_s=state.config.request_timeout,
                 arrival_s=arrival_s,
             )
+            if asked.tokens != 0
+            else partial(_nothing, self.id, prompt)
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
-        self._generations = [start() if asked.stream else once_more(start) for start in starts]
+        counted = [partial(self._counted, i, start) for i, start in enumerate(starts)]
+        self._generations = [start() if asked.stream else once_more(start) for start in counted]
+        self._lengths = [0] * len(counted)
+        self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
         self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
         self._pace = Pace()
 
+    async def _counted(
+        self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
+    ) -> AsyncGenerator[RequestOutput]:
+        """The news of one choice, its tokens counted as they come, also those that nobody will see."""
+        self._count_cut_off(index)  # what a worker that was lost had given
+        async with aclosing(start()) as outputs:
+            async for output in outputs:
+                self._lengths[index] += len(output.token_ids)
+                self._begun[index] = output
+                yield output
+
+    def _count_cut_off(self, index: int) -> None:
+        output = self._begun.pop(index, None)
+        if output is not None:
+            self.state.metrics.cut_off(len(output.prompt_token_ids), self._lengths[index], output.cached_tokens)
+        self._lengths[index] = 0
+
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
-        lengths = [0] * len(self._generations)
-        left = len(lengths)
+        left = len(self._generations)
         missed: Missed | None = "unfinished"  # if the client leaves
         try:
             async with fan_in(self._generations) as news:
                 async for index, output in news:
-                    lengths[index] += len(output.token_ids)
                     if output.finished:
                         left -= 1
-                        self._count(index, output, lengths[index])
+                        self._begun.pop(index, None)
+                        self._count(index, output, self._lengths[index])
                     yield index, output
         except Exception as error:
             missed = missed_by(error)
             raise
         finally:
+            for index in list(self._begun):
+                self._count_cut_off(index)
             if missed is not None:
                 for _ in range(left):
                     self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
@@ -136,7 +171,7 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self._usage["cached"]},
         }
 
-    def envelope(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(self, name: str, choices: Sequence[Any]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": name,
@@ -217,6 +252,11 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, seed=((sampling.seed or 0) + k) % MAX_SEED)
 
 
+async def _nothing(request_id: str, prompt: Sequence[int]) -> AsyncGenerator[RequestOutput]:
+    """What a generation of no tokens gives."""
+    yield RequestOutput(request_id, tuple(prompt), "", (), "length")
+
+
 async def chat_completions(request: Request) -> Response:
     arrival_s, state = time.monotonic(), request.app.state.server
     body = await read_body(request, ChatRequest)
@@ -224,7 +264,8 @@ async def chat_completions(request: Request) -> Response:
     asked = Asked.of(request, body)
     engine = state.serving_engine()
     text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
-    prompt = await engine.encode(text, add_special_tokens=False)
+    prompt = await encode(state, text, add_special_tokens=False)
+    check_fits(len(prompt), asked.tokens, engine.max_model_len)
     generation = Generation(state, ChatShape(), [prompt], [""], asked, arrival_s)
     return await _reply(request, generation, body)
 
@@ -235,18 +276,51 @@ async def completions(request: Request) -> Response:
     state.check_model(body.model)
     asked = Asked.of(request, body)
     engine, prompts = state.serving_engine(), body.prompts
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            check_token_ids(prompt, engine.vocab_size, "prompt")
-    echoes = ["" if not body.echo else p if isinstance(p, str) else engine.tokenizer.decode(p) for p in prompts]
-    generation = Generation(state, TextShape(), prompts, echoes, asked, arrival_s)
+    size = sum(1 if p is None else len(p) for p in prompts)
+    async with while_present(request.receive):
+        ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
+    generation = Generation(
+        state, TextShape(), [ids for ids, _ in ready], [echo for _, echo in ready], asked, arrival_s
+    )
     return await _reply(request, generation, body)
+
+
+async def encode(state: ServerState, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text, which one that takes much memory waits for until no other does. Raises InvalidRequest."""
+    engine = state.serving_engine()
+    if len(text) > LARGE:
+        return await state.heavy.run(len(text), engine.tokenizer.encode, text, add_special_tokens)
+    return await engine.encode(text, add_special_tokens)
+
+
+def _tokenised(
+    engine: AsyncEngine, prompts: Sequence[str | list[int] | None], echo: bool, tokens: int | None
+) -> list[tuple[list[int], str]]:
+    """Of each prompt its token ids and what is echoed of it. tokens: asked for. Raises InvalidRequest."""
+    tokenizer = engine.tokenizer
+    ready = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        elif prompt is not None:
+            ids = prompt
+        elif tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id]
+        else:
+            raise InvalidRequest("the prompt is null, and this model has no token that begins a text", param="prompt")
+        check_fits(len(ids), tokens, engine.max_model_len)
+        check_token_ids(ids, engine.vocab_size, "prompt")
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False) if echo else ""
+        ready.append((ids, text if echo else ""))
+    return ready
 
 
 async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
     headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
+    config = generation.state.config
     if body.stream:
-        return EventStream(generation.events(body.include_usage), headers, generation.state.config.request_timeout)
+        events = generation.events(body.include_usage)
+        return EventStream(events, headers, stall_s=config.request_timeout, keepalive_s=config.sse_keepalive)
     async with while_present(request.receive):
         return JSONPieces(await generation.whole(), headers)
 

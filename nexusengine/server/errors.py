@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from nexusengine.errors import NexusError
+from nexusengine.errors import NexusError, Unauthorized
 
 SERVER_FAILED = "the server failed; see its log"
 
@@ -22,6 +23,11 @@ def _valid_unicode(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def error_response(error: NexusError) -> JSONResponse:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
-    return JSONResponse(error_body(error), error.http_status, headers)
+def error_response(error: NexusError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The error as a reply. headers: further ones of it."""
+    own = {}
+    if error.retry_after_s is not None:
+        own["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, Unauthorized):
+        own["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.http_status, {**(headers or {}), **own})

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nexusengine import __version__
+from nexusengine.async_engine import AsyncEngine
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.completions import encode
 from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
 from nexusengine.server.state import ServerState
+
+_PIECE = 50_000
 
 
 def _state(request: Request) -> ServerState:
@@ -48,14 +53,26 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        tokens = await engine.encode(body.prompt, body.add_special_tokens is not False)
+        tokens = await encode(state, body.prompt, body.add_special_tokens is not False)
     else:
         text = engine.tokenizer.render_chat([m.for_template() for m in body.messages or ()])
-        tokens = await engine.encode(text, body.add_special_tokens is True)
-    reply: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
-    if body.return_token_strs:
-        reply["token_strs"] = [engine.tokenizer.token_str(i) for i in tokens]
-    return JSONResponse(reply)
+        tokens = await encode(state, text, body.add_special_tokens is True)
+    reply: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len}
+    content = await state.heavy.run(len(tokens), _tokens_reply, engine, tokens, body.return_token_strs, reply)
+    return Response(content, media_type="application/json")
+
+
+def _tokens_reply(engine: AsyncEngine, tokens: list[int], with_strings: bool, reply: dict[str, Any]) -> bytes:
+    """`reply` with the tokens, as JSON; encoded in pieces, so that other threads get their turns in between."""
+
+    def encoded(items: Sequence[Any]) -> msgspec.Raw:
+        pieces = [msgspec.json.encode(items[i : i + _PIECE])[1:-1] for i in range(0, len(items), _PIECE)]
+        return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
+
+    reply = {"tokens": encoded(tokens), **reply}
+    if with_strings:
+        reply["token_strs"] = encoded([engine.tokenizer.token_str(i) for i in tokens])
+    return msgspec.json.encode(reply)
 
 
 async def detokenize(request: Request) -> Response:
@@ -64,9 +81,12 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     state.check_model(body.model)
     engine = state.serving_engine()
-    check_token_ids(body.tokens, engine.vocab_size, "tokens")
-    text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, False)
-    return JSONResponse({"prompt": text})
+
+    def decode() -> str:
+        check_token_ids(body.tokens, engine.vocab_size, "tokens")
+        return engine.tokenizer.decode(body.tokens, False)
+
+    return JSONResponse({"prompt": await state.heavy.run(len(body.tokens), decode)})
 
 
 async def livez(request: Request) -> Response:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -19,6 +20,7 @@ from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.serve.client import RouterClient
 from nexusengine.server.app import create_app
+from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
@@ -35,6 +37,7 @@ class Control:
         self._early: list[child.Message] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._client: RouterClient | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop, server: uvicorn.Server) -> None:
         with self._lock:
@@ -50,10 +53,20 @@ class Control:
                 self._loop.call_soon_threadsafe(self._handle, message)
 
     def on_end(self) -> None:
-        """The supervisor is gone or wants the end: replies under way get a moment."""
-        if self._server is not None:
+        """The supervisor is gone or wants the end: replies under way end with an error, and get a moment to say so."""
+        if self._server is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_replies)
             self._server.should_exit = True
         threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
+
+    def _end_replies(self) -> None:
+        if self._client is not None:
+            self._keep(self._client.close())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _handle(self, message: child.Message) -> None:
         if message["type"] == "phase":
@@ -61,9 +74,7 @@ class Control:
         elif message["type"] == "drain":
             self.state.draining = True
         elif message["type"] == "model_ready":
-            task = asyncio.ensure_future(self._load(message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(self._load(message))
 
     async def _load(self, message: child.Message) -> None:
         try:
@@ -74,8 +85,11 @@ class Control:
             os._exit(1)
         client = RouterClient(self._front)
         await client.start()
+        self._client = client
         self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
         self.state.model_name = message["name"]
+        gc.collect()
+        gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
         child.emit({"type": "ready"})
 
 
@@ -87,18 +101,23 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            create_app(state),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=30,
-            server_header=False,
-        )
+def http_config(state: ServerState) -> uvicorn.Config:
+    """The application with the protocol that bounds what a connection may do."""
+    return uvicorn.Config(
+        create_app(state),
+        http=http_protocol(state.config.header_timeout),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=30,
+        server_header=False,
     )
+
+
+async def serve(state: ServerState, control: Control, listening: socket.socket) -> None:
+    server = _Server(http_config(state))
     control.attach(asyncio.get_running_loop(), server)
     await server.serve([listening])
 

@@ -10,6 +10,7 @@ from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ModelNotFound, Unavailable
 from nexusengine.obs.metrics import Metrics
+from nexusengine.server.heavy import Heavy
 from nexusengine.slo_classes import SLOClasses
 from nexusengine.wire import Cluster, WorkerState
 
@@ -18,7 +19,11 @@ _RETRY_WHILE_STARTING_S = 2.0
 
 @dataclass(slots=True)
 class ServerState:
-    """engine is None until the tokenizer is loaded; requests are served once a worker is ready."""
+    """What requests share.
+
+    engine: None until the tokenizer is loaded; requests are served once a worker is ready.
+    body_bytes: of bodies that are being received or parsed.
+    """
 
     config: ServeConfig
     model_name: str
@@ -28,6 +33,8 @@ class ServerState:
     draining: bool = False
     was_ready: bool = False
     in_progress: int = 0
+    body_bytes: int = 0
+    heavy: Heavy = field(default_factory=Heavy)
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
     classes: SLOClasses = field(init=False)

@@ -17,6 +17,7 @@ from nexusengine.server.errors import SERVER_FAILED, error_body
 from nexusengine.types import RequestOutput
 
 _QUEUED_PIECES = 16
+_STARTED_A_TURN = 4
 log = get_logger("server")
 
 
@@ -79,8 +80,12 @@ async def fan_in(
             left -= item[1].finished
             yield item
 
-    tasks = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for i, generation in enumerate(generations):
+            tasks.append(asyncio.create_task(pump(i, generation)))
+            if i % _STARTED_A_TURN == 0:  # a thousand of them would hold up the event loop
+                await asyncio.sleep(0)
         yield consume()
     finally:
         for task in tasks:
@@ -89,49 +94,82 @@ async def fan_in(
 
 
 class EventStream(Response):
-    """Server-sent events. The first event is awaited before the status is sent, so that an early error is raised and
-    can become a plain JSON reply; a later one is an event, and the stream ends without [DONE].
+    """Server-sent events. The status is sent with the first event, so that an early error is raised and can become a
+    plain JSON reply; a later one is an event, and the stream ends without [DONE].
 
+    keepalive_s: a stream that was silent for so long gets a comment, before the first event its status too; 0: never.
     stall_s: a client that takes nothing for so long has its connection closed.
     """
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]], headers: dict[str, str], stall_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[dict[str, Any]],
+        headers: dict[str, str],
+        *,
+        stall_s: float,
+        keepalive_s: float = 0.0,
+    ) -> None:
         self.status_code, self.background, self.body = 200, None, b""
-        self._events, self._stall_s = events, stall_s
+        self._events, self._stall_s, self._keepalive_s = events, stall_s, keepalive_s
+        self._begun, self._wrote = False, False
         self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises what the generation raises before its first event, and Cancelled if the client leaves before."""
-        begun = False
+        """Raises what the generation raises while nothing was sent, and Cancelled if the client leaves before."""
         try:
-            async with while_present(receive), aclosing(self._events) as events:
-                first = await anext(events)
-                begun = True
-                await self._write(send, first)
+            async with while_present(receive), self._comments(send), aclosing(self._events):
+                await self._write(send)
         except (Cancelled, OSError) as error:  # TimeoutError is an OSError
-            if not begun:
+            if not self._begun:
                 raise
             log.debug("a stream was cut off: %s", error)
 
-    async def _write(self, send: Send, first: dict[str, Any]) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _write(self, send: Send) -> None:
         try:
-            await self._event(send, first)
             async for event in self._events:
                 await self._event(send, event)
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            await self._send(send, b"data: [DONE]\n\n", last=True)
         except NexusError as error:
-            await self._event(send, error_body(error))
-            await send({"type": "http.response.body", "body": b""})
+            if not self._begun:
+                raise
+            await self._event(send, error_body(error), last=True)
         except OSError:
             raise
         except Exception:
+            if not self._begun:
+                raise
             log.exception("a stream failed")
-            await self._event(send, error_body(InternalError(SERVER_FAILED)))
-            await send({"type": "http.response.body", "body": b""})
+            await self._event(send, error_body(InternalError(SERVER_FAILED)), last=True)
 
-    async def _event(self, send: Send, event: dict[str, Any]) -> None:
+    async def _event(self, send: Send, event: dict[str, Any], *, last: bool = False) -> None:
         body = b"data: " + msgspec.json.encode(event) + b"\n\n"
         async with asyncio.timeout(self._stall_s):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await self._send(send, body, last=last)
+
+    async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
+        self._wrote = True
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    @asynccontextmanager
+    async def _comments(self, send: Send) -> AsyncIterator[None]:
+        """Inside, silence is broken."""
+
+        async def watch() -> None:
+            while True:
+                self._wrote = False
+                await asyncio.sleep(self._keepalive_s)
+                if not self._wrote:
+                    await self._send(send, b": keepalive\n\n")
+
+        if not self._keepalive_s:
+            yield
+            return
+        watcher = asyncio.ensure_future(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()

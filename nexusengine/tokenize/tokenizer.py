@@ -12,6 +12,8 @@ from nexusengine.tokenize.chat_template import ChatTemplate, Message
 from nexusengine.tokenize.incremental import ByteDetokenizer, IncrementalDetokenizer
 from nexusengine.tokenize.vocabulary import Vocabulary
 
+_MANY_TOKENS = 4096
+
 
 class Tokenizer:
     """bos_token_id is put before a text when `add_bos` says so and the tokenizer itself does not."""
@@ -50,6 +52,9 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if len(token_ids) > _MANY_TOKENS:  # the batch call lets other threads run meanwhile
+            (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+            return str(text)
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def token_str(self, token_id: int) -> str:

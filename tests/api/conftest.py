@@ -20,7 +20,7 @@ from nexusengine.core.core import EngineCore
 from nexusengine.lens.fcfs import FCFS
 from nexusengine.local import LocalBackend
 from nexusengine.perf.registry import make_model
-from nexusengine.server.app import create_app
+from nexusengine.server.process import http_config
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
@@ -109,7 +109,7 @@ def start_server() -> Iterator[Callable[..., Running]]:
         )
         state = ServerState(ServeConfig(**settings), MODEL)
         listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(http_config(state))
         backend = LocalBackend(core, MODEL)
 
         started = threading.Event()

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, Any, int, str, str | None]] = {  # path, body, statu
     "max_tokens as text": (TEXT, {"prompt": "x", "max_tokens": "5"}, 400, "'5'", "max_tokens"),
     "temperature as text": (TEXT, {"prompt": "x", "temperature": "hot"}, 400, "hot", "temperature"),
     "temperature out of range": (TEXT, {"prompt": "x", "temperature": -0.5}, 400, "-0.5", "temperature"),
-    "top_p of zero": (TEXT, {"prompt": "x", "top_p": 0}, 400, "top_p", "top_p"),
+    "top_p below zero": (TEXT, {"prompt": "x", "top_p": -0.1}, 400, "top_p", "top_p"),
     "too many choices": (TEXT, {"prompt": "x", "n": 17}, 400, "16", "n"),
     "no choices": (TEXT, {"prompt": "x", "n": 0}, 400, "1", "n"),
     "an empty stop string": (TEXT, {"prompt": "x", "stop": [""]}, 400, "non-empty", "stop"),

@@ -59,7 +59,7 @@ class Events:
 
 
 async def stream(client: Client, events: Events, stall_s: float = 5.0) -> None:
-    reply = EventStream(events.generate(), {"x-mine": "1"}, stall_s)
+    reply = EventStream(events.generate(), {"x-mine": "1"}, stall_s=stall_s)
     await reply({"type": "http"}, client.receive, client.send)
 
 
@@ -114,7 +114,7 @@ async def test_a_client_that_leaves_before_the_first_event_ends_what_was_started
         finally:
             ended.set()
 
-    reply = EventStream(never(), {}, 5.0)
+    reply = EventStream(never(), {}, stall_s=5.0)
     beginning = asyncio.create_task(reply({"type": "http"}, client.receive, client.send))
     await started.wait()
     client.leaves.set()
