@@ -32,15 +32,19 @@ def _words(length: int) -> str:
 
 BODIES: dict[str, tuple[str, Callable[[], bytes], int]] = {  # path, body, how many at once
     "nothing special": (TEXT, lambda: _json(prompt="2 + 2 =", max_tokens=1), 1),
-    "1,024 prompts of 7.6 kB": (TEXT, lambda: _json(prompt=[_words(7_600)] * 1024, max_tokens=1), 1),
-    "1,024 prompts of 100 tokens, one token each": (TEXT, lambda: _json(prompt=[[5] * 100] * 1024, max_tokens=1), 1),
+    "1,024 prompts of 7.6 kB": (TEXT, lambda: _json(prompt=[_words(7_600)] * 1024, max_tokens=1, slo="none"), 1),
+    "1,024 prompts of 100 tokens, one token each": (
+        TEXT,
+        lambda: _json(prompt=[[5] * 100] * 1024, max_tokens=1, slo="none"),
+        1,
+    ),
     "a prompt of 4,000,000 ids": (TEXT, lambda: b'{"prompt": [' + b"5," * 3_999_000 + b"5]}", 1),
     "a prompt of 1,300,000 large ids": (TEXT, lambda: b'{"prompt": [' + b"49000," * 1_300_000 + b"5]}", 1),
     "2,000,000 prompts": (TEXT, lambda: b'{"prompt": [' + b'"a",' * 1_990_000 + b'"a"]}', 1),
     "140,000 prompts": (TEXT, lambda: b'{"prompt": [' + b'"a",' * 140_000 + b'"a"]}', 1),
     "a prompt of 8 MB": (TEXT, lambda: _json(prompt=_words(_MB8)), 1),
     "a chat of 8 MB": (CHAT, lambda: _json(messages=[{"role": "user", "content": _words(_MB8)}]), 1),
-    "45,000 parts of a message": (
+    "20,000 parts of a message": (
         CHAT,
         lambda: _json(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 20_000}]),
         1,
@@ -96,7 +100,8 @@ def measure(host: str, port: int, path: str, body: bytes, at_once: int) -> dict[
     ready, stop, longest_s = context.Event(), context.Event(), context.Value("d", 0.0)
     prober = context.Process(target=probe, args=(host, port, ready, stop, longest_s))
     prober.start()
-    ready.wait()
+    if not ready.wait(30):
+        raise SystemExit(f"http://{host}:{port}/livez does not answer")
     longest_s.value = 0.0
     statuses: list[str] = []
     threads = [threading.Thread(target=lambda: statuses.append(send(host, port, path, body))) for _ in range(at_once)]

@@ -57,6 +57,8 @@ class Asked:
         """Raises InvalidRequest naming the field or header."""
         state: ServerState = request.app.state.server
         sampling = body.sampling()
+        if body.greedy:
+            sampling = replace(sampling, temperature=0.0)
         check_token_ids(sampling.stop_token_ids, state.serving_engine().vocab_size, "stop_token_ids")
         return cls(
             sampling=sampling,

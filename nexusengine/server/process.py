@@ -54,10 +54,10 @@ class Control:
 
     def on_end(self) -> None:
         """The supervisor is gone or wants the end: replies under way end with an error, and get a moment to say so."""
+        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
         if self._server is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._end_replies)
             self._server.should_exit = True
-        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
 
     def _end_replies(self) -> None:
         if self._client is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -93,11 +92,10 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream", param="stream_options")
         top_k = self.top_k if self.top_k not in (None, -1) else 0  # some clients write -1 for "all"
-        greedy = self.top_p == 0  # a nucleus of the most likely token alone
-        params = SamplingParams(
+        return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=top_k or 0,
-            top_p=1.0 if greedy or self.top_p is None else self.top_p,
+            top_p=self.top_p or 1.0,  # 0 is greedy: see `greedy`
             min_p=self.min_p or 0.0,
             seed=self.seed,
             max_tokens=max_tokens,
@@ -106,7 +104,6 @@ class Sampling(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
         )
-        return replace(params, temperature=0.0) if greedy else params
 
     def check_unsupported(self) -> None:
         super().check_unsupported()
@@ -118,6 +115,11 @@ class Sampling(Body):
     def _unknown(self) -> list[str]:
         options = (name for name in self._further_stream_options() if name not in fields.STREAM_OPTIONS)
         return [*(f"stream_options.{name}" for name in options), *super()._unknown()]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether top_p is 0: a nucleus of the most likely token alone, whatever the temperature."""
+        return self.top_p == 0
 
     @property
     def include_usage(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,10 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_javascript_client_chats_streams_and_sees_errors(server: Running, node_project: Path) -> None:
+def test_the_javascript_client_chats_streams_and_sees_errors(
+    start_server: Callable[..., Running], node_project: Path
+) -> None:
+    server = start_server(real_s=0.1, sse_keepalive=0.02)  # its streams hold comments
     command = ["node", "client.js", f"{server.url}/v1"]
     done = subprocess.run(command, cwd=node_project, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import openai
 import pytest
 
@@ -107,3 +109,10 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="ab")
+
+
+def test_comments_in_a_stream_that_waits_are_no_chunks(start_server: Callable[..., Running]) -> None:
+    server = start_server(real_s=0.15, sse_keepalive=0.03)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model=MODEL, prompt="ab", temperature=0, max_tokens=4, stream=True)
+    assert "".join(c.choices[0].text for c in stream) == answer("ab", 4)

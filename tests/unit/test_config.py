@@ -49,6 +49,13 @@ def test_sizes_are_read_with_decimal_and_binary_prefixes(text: str, size: int) -
         ({"kv_cache_memory": 0}, ["--kv-cache-memory", "0"]),
         ({"kv_cache_memory": -1}, ["--kv-cache-memory", "-1"]),
         ({"max_body_bytes": True}, ["--max-body-bytes", "True"]),
+        ({"api_key": ""}, ["--api-key", "empty"]),
+        ({"api_key": "sécret"}, ["--api-key", "ASCII"]),
+        ({"api_key": "two words"}, ["--api-key", "spaces"]),
+        ({"api_key": "secret\n"}, ["--api-key", "spaces"]),
+        ({"cors_origins": ""}, ["--cors-origins", "''", "scheme://host"]),
+        ({"cors_origins": "*,example.org"}, ["--cors-origins", "'example.org'"]),
+        ({"cors_origins": "https://example.org/"}, ["--cors-origins", "without a path"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_option_and_what_is_right(given: dict[str, str], words: list[str]) -> None:
@@ -107,3 +114,15 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
     args = parser.parse_args(["--no-prefix-caching", "--max-model-len", "128", "--devices", "cpu:1"])
     config = load(EngineConfig, vars(args), environ={})
     assert (config.prefix_caching, config.max_model_len, config.devices) == (False, 128, "cpu:1")
+
+
+def test_an_empty_key_in_the_environment_is_no_open_door() -> None:
+    with pytest.raises(ConfigError, match=r"NEXUSENGINE_API_KEY: .* empty"):
+        load(ServeConfig, {}, environ={"NEXUSENGINE_API_KEY": ""})
+
+
+def test_keys_and_origins_are_taken_as_they_are() -> None:
+    given = {"api_key": "sk-a/b+c~d.e_f=", "cors_origins": "https://example.org, http://localhost:3000 ,null"}
+    config = load(ServeConfig, given, environ={})
+    assert config.api_key == given["api_key"]
+    assert config.cors_origins == "https://example.org,http://localhost:3000,null"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nexusengine.errors import ERROR_TABLE, InvalidRequest, Overloaded
+from nexusengine.errors import ERROR_TABLE, InvalidRequest, Overloaded, Unauthorized
 from nexusengine.server.errors import error_body, error_response
 
 
@@ -28,3 +28,8 @@ def test_a_message_that_quotes_half_a_character_can_be_sent() -> None:
     reply = error_response(InvalidRequest("the template refuses \ud800", param="\udfff"))
     assert json.loads(reply.body)["error"]["message"] == "the template refuses \\ud800"
     assert error_body(InvalidRequest("é"))["error"]["message"] == "é"
+
+
+def test_a_refused_key_comes_with_the_scheme_that_is_wanted() -> None:
+    assert error_response(Unauthorized("no key")).headers["www-authenticate"] == "Bearer"
+    assert error_response(InvalidRequest("x"), {"Allow": "POST"}).headers["allow"] == "POST"

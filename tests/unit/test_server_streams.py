@@ -225,3 +225,86 @@ async def test_when_one_generation_fails_all_of_them_end() -> None:
     with pytest.raises(InvalidRequest):
         await consume()
     assert all(g.closed for g in made)
+
+
+async def slow(pauses: int, error: Exception | None = None) -> AsyncGenerator[dict[str, Any]]:
+    for n in range(pauses):
+        await asyncio.sleep(0.1)
+        yield {"n": n}
+    await asyncio.sleep(0.1)
+    if error is not None:
+        raise error
+
+
+async def test_silence_before_and_between_events_is_broken_by_comments() -> None:
+    client = Client()
+    await EventStream(slow(2), {}, stall_s=5.0, keepalive_s=0.03)({"type": "http"}, client.receive, client.send)
+    assert client.sent[0]["type"] == "http.response.start"
+    pieces = client.text.strip().split("\n\n")
+    assert [p for p in pieces if p != ": keepalive"] == ['data: {"n":0}', 'data: {"n":1}', "data: [DONE]"]
+    assert pieces[0] == pieces[pieces.index('data: {"n":0}') + 1] == pieces[-2] == ": keepalive"
+    assert sum(m["type"] == "http.response.start" for m in client.sent) == 1
+    assert [m.get("more_body") for m in client.sent[1:]] == [True] * (len(pieces) - 1) + [False]
+
+
+async def test_a_stream_that_is_never_silent_has_no_comments() -> None:
+    client = Client()
+    await EventStream(slow(2), {}, stall_s=5.0, keepalive_s=5.0)({"type": "http"}, client.receive, client.send)
+    assert "keepalive" not in client.text
+
+
+async def test_an_error_that_comes_after_a_comment_is_an_event_and_one_before_is_raised() -> None:
+    client = Client()
+    stream = EventStream(slow(0, InvalidRequest("no")), {}, stall_s=5.0, keepalive_s=0.03)
+    await stream({"type": "http"}, client.receive, client.send)
+    assert client.text.startswith(": keepalive\n\n")
+    assert '"code":"invalid_value"' in client.text
+    assert client.sent[-1]["more_body"] is False
+    with pytest.raises(InvalidRequest):
+        await EventStream(slow(0, InvalidRequest("no")), {}, stall_s=5.0, keepalive_s=5.0)(
+            {"type": "http"}, Client().receive, Client().send
+        )
+
+
+async def test_a_client_that_leaves_during_comments_ends_the_stream() -> None:
+    client, ended = Client(), asyncio.Event()
+
+    async def never() -> AsyncGenerator[dict[str, Any]]:
+        try:
+            await asyncio.Event().wait()
+            yield {}
+        finally:
+            ended.set()
+
+    streaming = asyncio.create_task(
+        EventStream(never(), {}, stall_s=5.0, keepalive_s=0.01)({"type": "http"}, client.receive, client.send)
+    )
+    while len(client.sent) < 3:
+        await asyncio.sleep(0.01)
+    client.leaves.set()
+    await asyncio.wait_for(streaming, 5)
+    assert ended.is_set()
+    sent = len(client.sent)
+    await asyncio.sleep(0.05)
+    assert len(client.sent) == sent
+
+
+async def test_many_generations_are_not_all_started_in_one_turn_of_the_loop() -> None:
+    """Each start takes some tenths of a millisecond: a thousand of them would hold up everybody else."""
+    turn, started_in = 0, []
+
+    async def generate() -> AsyncGenerator[RequestOutput]:
+        started_in.append(turn)
+        yield RequestOutput("r", (), "", (), "length")
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    async with fan_in([generate() for _ in range(200)]) as news:
+        assert len([item async for item in news]) == 200
+    counting.cancel()
+    assert max(started_in.count(t) for t in set(started_in)) <= 8
