@@ -312,8 +312,8 @@ def _tokenised(
             raise InvalidRequest("the prompt is null, and this model has no token that begins a text", param="prompt")
         check_fits(len(ids), tokens, engine.max_model_len)
         check_token_ids(ids, engine.vocab_size, "prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False) if echo else ""
-        ready.append((ids, text if echo else ""))
+        echoed = prompt if echo and prompt is not None else ""
+        ready.append((ids, echoed if isinstance(echoed, str) else tokenizer.decode(echoed, skip_special_tokens=False)))
     return ready
 
 
