@@ -177,13 +177,12 @@ def test_bytes_without_end_that_are_no_text_cost_what_other_tokens_do(kind: str)
     assert decoded <= 16_100
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("no decoder", "end of word", "word piece")])
 def test_bytes_of_tokens_joined_are_the_text(kind: str) -> None:
-    """What a client does with `bytes`; the first word's space aside, which some decoders leave out of a whole text."""
+    """What a client does with `bytes`; the first word's space aside, which some decoders leave out of a whole text. Other
+    decoders put spaces between tokens that are in none of them."""
     of, rng = backend(kind), random.Random(9)
     tokenizer = ours(of)
-    if kind in ("no decoder", "end of word", "word piece"):
-        pytest.skip("these put spaces between tokens that are in none of them")
     for _ in range(300):
         ids = [i for i in random_ids(rng, of, 12) if i < of.get_vocab_size()]
         text = of.decode(ids, skip_special_tokens=False)
@@ -203,7 +202,7 @@ def test_token_strings_keep_their_space_and_show_bytes() -> None:
     assert tokenizer.token_str(10**6) == "", "an id without a token"
 
 
-@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "gpt-2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "gpt-2"])
 def test_published_vocabularies_give_transformers_text(name: str, tmp_path: Path) -> None:
     theirs: Any = vocabularies.published(name, tmp_path)
     of, seed = theirs._tokenizer, 10
@@ -211,7 +210,7 @@ def test_published_vocabularies_give_transformers_text(name: str, tmp_path: Path
     if name == "llama-spm":
         assert streamed(tokenizer, [29871, 243, 162, 169, 156])[0] == "🦙"
         assert tokenizer.decode([29871, 243, 162, 169, 156]) == "🦙"
-    for _ in range(1500):
+    for _ in range(600):
         ids, skip = random_ids(rng, of, rng.randrange(24)), rng.random() < 0.5
         text = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         assert streamed(tokenizer, ids, [rng.randint(1, 3)], skip)[0] == text, (seed, ids, skip)
