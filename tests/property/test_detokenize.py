@@ -179,8 +179,8 @@ def test_bytes_without_end_that_are_no_text_cost_what_other_tokens_do(kind: str)
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("no decoder", "end of word", "word piece")])
 def test_bytes_of_tokens_joined_are_the_text(kind: str) -> None:
-    """What a client does with `bytes`; the first word's space aside, which some decoders leave out of a whole text. Other
-    decoders put spaces between tokens that are in none of them."""
+    """What a client does with `bytes`; the first word's space aside, which some decoders leave out of a whole text.
+    Other decoders put spaces between tokens that are in none of them."""
     of, rng = backend(kind), random.Random(9)
     tokenizer = ours(of)
     for _ in range(300):
