@@ -180,6 +180,7 @@ def _joined(parts: list[RequestOutput]) -> RequestOutput:
         text="".join(p.text for p in parts),
         token_ids=tuple(i for p in parts for i in p.token_ids),
         logprobs=logprobs if any(p.logprobs is not None for p in parts) else None,
+        text_offsets=tuple(offset for p in parts for offset in p.text_offsets),
     )
 
 

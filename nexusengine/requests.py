@@ -97,7 +97,7 @@ def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt)
     return OutputProcessor(
         request.request_id,
         tuple(request.prompt_token_ids),
-        tokenizer.stream(),
+        tokenizer.stream(context=request.prompt_token_ids),
         StopStrings(request.sampling.stop),
         prompt=prompt if isinstance(prompt, str) else None,
         slo=request.slo,

@@ -222,6 +222,9 @@ class RequestOutput:
     """What a caller of `Engine.generate` gets: the whole output, or with stream=True what is new since the last one.
 
     text, token_ids and logprobs are the whole output in a plain call and the news in a stream.
+    text_offsets: where in the whole text each token begins, in characters. Tokens of one character share its offset;
+    those of a stop string that was cut off have the text's end. In a stream a token's offset comes with the text that
+    it begins, so it may come later than its id.
     stop_reason: the stop string or the token id that ended it, if one did.
     timings, preemptions, service and verdict come with the end; verdict is None without an SLO.
     """
@@ -242,6 +245,7 @@ class RequestOutput:
     preemptions: int = 0
     service: Service | None = None
     verdict: Verdict | None = None
+    text_offsets: tuple[int, ...] = ()
 
     @property
     def finished(self) -> bool:

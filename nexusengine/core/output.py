@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,11 +13,20 @@ from nexusengine.types import SLO, FinishReason, RequestOutput, Service, Timings
 
 
 class Detokenizer(Protocol):
-    """Turns token ids into text that is final: whole characters only."""
+    """Turns token ids into text that is final: whole characters only.
 
-    def push(self, token_ids: tuple[int, ...]) -> str: ...
+    held: characters that the next token may still change, and that `finish` would add. take_starts: where in the text
+    tokens begin, of those that were not asked for yet and whose text is final.
+    """
+
+    @property
+    def held(self) -> str: ...
+
+    def push(self, token_ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str: ...
+
+    def take_starts(self) -> list[int]: ...
 
 
 @dataclass(slots=True)
@@ -42,6 +52,10 @@ class OutputProcessor:
     preemptions: int = 0
     output_tokens: int = 0
     seen_late: bool = False
+    _given: int = 0  # characters of text
+    _starts: deque[int] = field(default_factory=deque)  # of tokens whose text was not given out yet
+    _trial: StopStrings | None = None  # has seen what the detokenizer holds, too
+    _tried: int = 0  # characters of that
 
     def push(self, delta: TokenDelta, now: float) -> RequestOutput | None:
         """The news in `delta`; None if there are none. now: the instant at which a stop string would end it."""
@@ -71,6 +85,8 @@ class OutputProcessor:
                 self.service = replace(self.service, strict=self.service.strict and not self.seen_late)
         if not (text or token_ids or reason):
             return None
+        self._given += len(text)
+        offsets = self._offsets(ended=reason is not None)
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=self.prompt_token_ids,
@@ -79,6 +95,7 @@ class OutputProcessor:
             finish_reason=reason,
             stop_reason=stop_reason,
             logprobs=None if delta.logprobs is None else delta.logprobs[: len(token_ids)],
+            text_offsets=offsets,
             timings=self.timings if reason else None,
             cached_tokens=self.cached_tokens,
             prompt=self.prompt,
@@ -114,6 +131,30 @@ class OutputProcessor:
         for n, token_id in enumerate(token_ids, start=1):
             news, matched = self.stops.push(self.detokenizer.push((token_id,)))
             text += news
+            if matched is None and self._complete_in_held():
+                news, matched = self.stops.push(self.detokenizer.finish())
+                text += news
             if matched is not None:
                 return text, token_ids[:n], matched
         return text, token_ids, None
+
+    def _complete_in_held(self) -> bool:
+        """Whether a stop string is complete in what the detokenizer holds back: then the output ends here, which makes
+        it final. "\\n" is a byte token in many vocabularies, and waits for the token that follows it."""
+        held = self.detokenizer.held
+        if not held:
+            self._trial = None
+            return False
+        if self._trial is None:
+            self._trial, self._tried = self.stops.copy(), 0
+        _, matched = self._trial.push(held[self._tried :])
+        self._tried = len(held)
+        return matched is not None
+
+    def _offsets(self, ended: bool) -> tuple[int, ...]:
+        """Where tokens begin in the text that was given out, of those that begin in it; at the end of all."""
+        self._starts.extend(self.detokenizer.take_starts())
+        offsets = []
+        while self._starts and (ended or self._starts[0] < self._given):
+            offsets.append(min(self._starts.popleft(), self._given))
+        return tuple(offsets)

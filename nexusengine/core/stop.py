@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 
@@ -37,6 +38,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._matchers = [_Matcher(s) for s in sorted(stops, key=len, reverse=True)]
         self._held = ""
+
+    def copy(self) -> StopStrings:
+        """One in the same state, to try out text that may not stay as it is."""
+        other = copy.copy(self)
+        other._matchers = [copy.copy(m) for m in self._matchers]  # their tables are shared: a string has but one
+        return other
 
     def __bool__(self) -> bool:
         """Whether there is anything to look for."""

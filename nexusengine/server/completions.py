@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_fits, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.heavy import LARGE
+from nexusengine.server.pieces import JSONPieces, Pace
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -31,8 +32,6 @@ from nexusengine.slo import SLOClass
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-_FEW_LOGPROBS = 64
-"""Tokens whose logprobs, with 20 alternatives each, take a few milliseconds to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,8 @@ class Generation:
         self._lengths = [0] * len(counted)
         self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
+        self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
+        self._pace = Pace()
 
     async def _counted(
         self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
@@ -181,44 +182,36 @@ class Generation:
             "choices": choices,
         }
 
-    async def whole(self) -> bytes:
-        """The reply, as JSON."""
+    async def whole(self) -> list[bytes]:
+        """The reply's JSON, in pieces."""
         texts = list(self.echoes)
         reasons: list[str | None] = [None] * len(texts)
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        entries: list[list[Any]] = [[] for _ in texts]
         verdicts: list[dict[str, Any]] = [{} for _ in texts]
         async with aclosing(self.outputs()) as outputs:
             async for index, output in outputs:
                 texts[index] += output.text
                 reasons[index] = output.finish_reason
-                logprobs[index].extend(output.logprobs or ())
+                entries[index] += await self._entries(index, output)
                 if output.finished:
                     verdicts[index] = nexus(output)
-        if sum(map(len, logprobs)) > _FEW_LOGPROBS:
-            return await asyncio.to_thread(self._reply, texts, reasons, logprobs, verdicts)
-        return self._reply(texts, reasons, logprobs, verdicts)
-
-    def _reply(
-        self,
-        texts: Sequence[str],
-        reasons: Sequence[str | None],
-        logprobs: Sequence[Sequence[TokenLogprob]],
-        verdicts: Sequence[dict[str, Any]],
-    ) -> bytes:
-        """Encodes choice by choice, so that other threads get their turns in between."""
-        told_each = self.asked.verdict and len(texts) > 1
-        choices = []
+                await self._pace.rest()
+        pieces: list[bytes] = []
         for i, text in enumerate(texts):
-            choice = self.shape.choice(i, text, reasons[i], self._logprobs(logprobs[i], 0))
-            choices.append(msgspec.Raw(msgspec.json.encode(choice | ({"nexus": verdicts[i]} if told_each else {}))))
-        reply = self.envelope(self.shape.object_name, choices) | {"usage": self.usage()}
+            choice = self.shape.choice(i, text, reasons[i], self._joined(entries[i]))
+            if self.asked.verdict and len(texts) > 1:
+                choice["nexus"] = verdicts[i]
+            pieces += [b"," if i else b"", msgspec.json.encode(choice)]
+            entries[i].clear()
+            await self._pace.rest()
+        reply = self.envelope(self.shape.object_name, []) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
-        return msgspec.json.encode(reply)
+        before, after = msgspec.json.encode(reply).split(b'"choices":[]', 1)
+        return [before, b'"choices":[', *pieces, b"]", after]
 
     async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         no_usage = {"usage": None} if include_usage else {}
-        lengths = [0] * len(self.echoes)
         opened: set[int] = set()
         verdicts: list[dict[str, Any]] = []
         async with aclosing(self.outputs()) as outputs:
@@ -229,15 +222,10 @@ class Generation:
                     text = self.echoes[index] + text
                     if (opening := self.shape.opening(index)) is not None:
                         yield self.envelope(self.shape.chunk_name, [opening]) | no_usage
-                if not (text or output.finished or output.logprobs):
+                entries = await self._entries(index, output)
+                if not (text or output.finished or entries):
                     continue
-                items = output.logprobs or ()
-                if len(items) > _FEW_LOGPROBS:  # a client that reads slowly gets many tokens as one piece
-                    logprobs = await asyncio.to_thread(self._logprobs, items, lengths[index])
-                else:
-                    logprobs = self._logprobs(items, lengths[index])
-                lengths[index] += len(text)
-                choice = self.shape.delta(index, text, output.finish_reason, logprobs)
+                choice = self.shape.delta(index, text, output.finish_reason, self._joined(entries))
                 chunk = self.envelope(self.shape.chunk_name, [choice]) | no_usage
                 if output.finished and self.asked.verdict:
                     verdicts.append(nexus(output))
@@ -247,10 +235,18 @@ class Generation:
             last = {"nexus": of_all(verdicts)} if verdicts else {}
             yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()} | last
 
-    def _logprobs(self, items: Sequence[TokenLogprob], offset: int) -> Any:
-        if self.asked.sampling.logprobs is None:
-            return None
-        return self.shape.logprobs(self.engine.tokenizer, items, offset)
+    async def _entries(self, index: int, output: RequestOutput) -> list[Any]:
+        """The logprobs of the tokens whose text has come, as the shape wants them."""
+        waiting, before = self._logprobs[index], len(self.echoes[index])
+        waiting.extend(output.logprobs or ())
+        entries: list[Any] = []
+        for offset in output.text_offsets if waiting else ():
+            entries.append(self.shape.entry(self.engine.tokenizer, waiting.popleft(), before + offset))
+            await self._pace.rest()
+        return entries
+
+    def _joined(self, entries: Sequence[Any]) -> dict[str, Any] | None:
+        return None if self.asked.sampling.logprobs is None else self.shape.logprobs(entries)
 
 
 def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
@@ -316,8 +312,8 @@ def _tokenised(
             raise InvalidRequest("the prompt is null, and this model has no token that begins a text", param="prompt")
         check_fits(len(ids), tokens, engine.max_model_len)
         check_token_ids(ids, engine.vocab_size, "prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt or ()) if echo else ""
-        ready.append((ids, text if echo else ""))
+        echoed = prompt if echo and prompt is not None else ""
+        ready.append((ids, echoed if isinstance(echoed, str) else tokenizer.decode(echoed, skip_special_tokens=False)))
     return ready
 
 
@@ -328,7 +324,7 @@ async def _reply(request: Request, generation: Generation, body: ChatRequest | C
         events = generation.events(body.include_usage)
         return EventStream(events, headers, stall_s=config.request_timeout, keepalive_s=config.sse_keepalive)
     async with while_present(request.receive):
-        return Response(await generation.whole(), headers=headers, media_type="application/json")
+        return JSONPieces(await generation.whole(), headers)
 
 
 routes = [Route(CHAT, chat_completions, methods=["POST"]), Route(TEXT, completions, methods=["POST"])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -11,13 +11,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nexusengine import __version__
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.completions import encode
+from nexusengine.server.pieces import JSONPieces
 from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
 from nexusengine.server.state import ServerState
+from nexusengine.tokenize import Tokenizer
 
 _PIECE = 50_000
 
@@ -57,22 +58,26 @@ async def tokenize(request: Request) -> Response:
     else:
         text = engine.tokenizer.render_chat([m.for_template() for m in body.messages or ()])
         tokens = await encode(state, text, body.add_special_tokens is True)
-    reply: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len}
-    content = await state.heavy.run(len(tokens), _tokens_reply, engine, tokens, body.return_token_strs, reply)
-    return Response(content, media_type="application/json")
+    longest, strings = engine.max_model_len, body.return_token_strs
+    return JSONPieces(await state.heavy.run(len(tokens), _tokens_reply, engine.tokenizer, tokens, longest, strings))
 
 
-def _tokens_reply(engine: AsyncEngine, tokens: list[int], with_strings: bool, reply: dict[str, Any]) -> bytes:
-    """`reply` with the tokens, as JSON; encoded in pieces, so that other threads get their turns in between."""
-
-    def encoded(items: Sequence[Any]) -> msgspec.Raw:
-        pieces = [msgspec.json.encode(items[i : i + _PIECE])[1:-1] for i in range(0, len(items), _PIECE)]
-        return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
-
-    reply = {"tokens": encoded(tokens), **reply}
+def _tokens_reply(tokenizer: Tokenizer, tokens: list[int], max_model_len: int, with_strings: bool) -> list[bytes]:
+    """The reply's JSON in pieces, so that other threads get their turns in between."""
+    parts = [tokens[i : i + _PIECE] for i in range(0, len(tokens), _PIECE)]
+    pieces = [b'{"tokens":', *_array(parts)]
+    pieces.append(f',"count":{len(tokens)},"max_model_len":{max_model_len}'.encode())
     if with_strings:
-        reply["token_strs"] = encoded([engine.tokenizer.token_str(i) for i in tokens])
-    return msgspec.json.encode(reply)
+        pieces += [b',"token_strs":', *_array([tokenizer.token_str(i) for i in part] for part in parts)]
+    return [*pieces, b"}"]
+
+
+def _array(parts: Iterable[list[Any]]) -> Iterator[bytes]:
+    """One JSON array of all their items."""
+    yield b"["
+    for n, part in enumerate(parts):
+        yield (b"," if n else b"") + msgspec.json.encode(part)[1:-1]
+    yield b"]"
 
 
 async def detokenize(request: Request) -> Response:
@@ -82,11 +87,14 @@ async def detokenize(request: Request) -> Response:
     state.check_model(body.model)
     engine = state.serving_engine()
 
-    def decode() -> str:
-        check_token_ids(body.tokens, engine.vocab_size, "tokens")
-        return engine.tokenizer.decode(body.tokens, False)
+    def reply() -> list[bytes]:
+        for begin in range(0, len(body.tokens), _PIECE):
+            check_token_ids(body.tokens[begin : begin + _PIECE], engine.vocab_size, "tokens")
+        text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        parts = (msgspec.json.encode(text[i : i + _PIECE])[1:-1] for i in range(0, len(text), _PIECE))
+        return [b'{"prompt":"', *parts, b'"}']
 
-    return JSONResponse({"prompt": await state.heavy.run(len(body.tokens), decode)})
+    return JSONPieces(await state.heavy.run(len(body.tokens), reply))
 
 
 async def livez(request: Request) -> Response:

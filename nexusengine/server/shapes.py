@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
 
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import TokenLogprob
 
+_LOWEST = -9999.0
+"""Written for anything less likely, as OpenAI does; JSON has no -inf."""
+
 
 class Shape(Protocol):
-    """How a reply looks. text so far is passed where logprobs need offsets."""
+    """How a reply looks. entry: the logprobs of one token, which begins at `offset` of the choice's text (characters),
+    its big part encoded already; logprobs: what a choice holds of several of them."""
 
     prefix: str
     object_name: str
@@ -22,10 +28,15 @@ class Shape(Protocol):
 
     def opening(self, index: int) -> dict[str, Any] | None: ...
 
-    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any: ...
+    def entry(self, tokenizer: Tokenizer, item: TokenLogprob, offset: int) -> Any: ...
+
+    def logprobs(self, entries: Sequence[Any]) -> dict[str, Any]: ...
 
 
 class ChatShape:
+    """top_logprobs has as many entries as were asked for, the output token always among them: if it is not one of the
+    most likely, it takes the last place."""
+
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
@@ -40,24 +51,34 @@ class ChatShape:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any:
-        def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            text = tokenizer.token_str(token_id)
-            part_of_a_character = "\ufffd" in text
-            return {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if part_of_a_character else list(text.encode()),
-            }
+    def entry(self, tokenizer: Tokenizer, item: TokenLogprob, offset: int) -> msgspec.Raw:
+        top = item.top
+        if top and not _among(item):
+            top = (*top[:-1], (item.token_id, item.logprob))
+        entry = _alternative(tokenizer, item.token_id, item.logprob)
+        entry["top_logprobs"] = [_alternative(tokenizer, token_id, logprob) for token_id, logprob in top]
+        return msgspec.Raw(msgspec.json.encode(entry))
 
-        content = [
-            entry(i.token_id, i.logprob) | {"top_logprobs": [entry(token, value) for token, value in i.top]}
-            for i in items
-        ]
-        return {"content": content, "refusal": None}
+    def logprobs(self, entries: Sequence[msgspec.Raw]) -> dict[str, Any]:
+        return {"content": entries, "refusal": None}
+
+
+class TextEntry(NamedTuple):
+    """One token in the lists of a text completion's logprobs."""
+
+    token: str
+    logprob: float
+    top: msgspec.Raw
+    offset: int
 
 
 class TextShape:
+    """top_logprobs holds the most likely tokens by their text, and the output token if it is not one of them.
+
+    A token that is no text by itself (a part of a character) is called "bytes:\\xf0\\x9f", as OpenAI does, and so is
+    one whose text another token at the same place has; if that is taken, too, "token_id:" and its id.
+    """
+
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def choice(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
@@ -68,12 +89,47 @@ class TextShape:
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def logprobs(self, tokenizer: Tokenizer, items: Sequence[TokenLogprob], offset: int) -> Any:
-        texts = [tokenizer.token_str(i.token_id) for i in items]
-        offsets = [offset + sum(map(len, texts[:k])) for k in range(len(texts))]
+    def entry(self, tokenizer: Tokenizer, item: TokenLogprob, offset: int) -> TextEntry:
+        chosen = _name(tokenizer, item.token_id)
+        top = item.top if _among(item) else (*item.top, (item.token_id, item.logprob))
+        named: dict[str, float] = {}
+        for token_id, logprob in top:
+            name = chosen if token_id == item.token_id else _name(tokenizer, token_id)
+            if name in named or (name == chosen and token_id != item.token_id):
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token_id))
+                if name in named or name == chosen:
+                    name = f"token_id:{token_id}"
+            named[name] = _finite(logprob)
+        return TextEntry(chosen, _finite(item.logprob), msgspec.Raw(msgspec.json.encode(named)), offset)
+
+    def logprobs(self, entries: Sequence[TextEntry]) -> dict[str, Any]:
         return {
-            "tokens": texts,
-            "token_logprobs": [i.logprob for i in items],
-            "top_logprobs": [{tokenizer.token_str(t): value for t, value in i.top} for i in items],
-            "text_offset": offsets,
+            "tokens": [e.token for e in entries],
+            "token_logprobs": [e.logprob for e in entries],
+            "top_logprobs": [e.top for e in entries],
+            "text_offset": [e.offset for e in entries],
         }
+
+
+def _among(item: TokenLogprob) -> bool:
+    """Whether the output token is one of the most likely."""
+    return any(token_id == item.token_id for token_id, _ in item.top)
+
+
+def _alternative(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    """bytes: null for an id without a token, which a model with a padded embedding may output."""
+    data = tokenizer.token_bytes(token_id)
+    return {
+        "token": tokenizer.token_str(token_id),
+        "logprob": _finite(logprob),
+        "bytes": list(data) if data else None,
+    }
+
+
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    text = tokenizer.token_str(token_id)
+    return text if text.encode() == tokenizer.token_bytes(token_id) else f"bytes:{text}"
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)

@@ -9,7 +9,8 @@ import tokenizers
 
 from nexusengine.errors import InvalidRequest
 from nexusengine.tokenize.chat_template import ChatTemplate, Message
-from nexusengine.tokenize.incremental import IncrementalDetokenizer
+from nexusengine.tokenize.incremental import ByteDetokenizer, IncrementalDetokenizer
+from nexusengine.tokenize.vocabulary import Vocabulary
 
 _MANY_TOKENS = 4096
 
@@ -33,6 +34,7 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
         self.chat_template = chat_template
         self._add_bos = add_bos and bos_token_id is not None
+        self._vocabulary = Vocabulary(backend)
 
     @property
     def vocab_size(self) -> int:
@@ -61,11 +63,29 @@ class Tokenizer:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def token_str(self, token_id: int) -> str:
-        """A single token as text; U+FFFD for bytes that are no whole character."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """A single token as text, with its leading space; bytes that are no UTF-8 as `\\xf0\\x9f`, as OpenAI does."""
+        return self._vocabulary.token(token_id).text
 
-    def stream(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(lambda ids: self.decode(ids, skip_special_tokens))
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to a text; those of the tokens of one character, joined, are its UTF-8."""
+        return self._vocabulary.token(token_id).data
+
+    def stream(
+        self, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> ByteDetokenizer | IncrementalDetokenizer:
+        """Turns ids that come one by one into text. context: the ids before them, a prompt; its text does not come out,
+        but the first word after it keeps its leading space."""
+        token = self._vocabulary.token
+
+        def skipped(token_id: int) -> bool:
+            found = token(token_id)
+            return not found.exists or (skip_special_tokens and found.special)
+
+        if self._vocabulary.byte_level:
+            return ByteDetokenizer(lambda i: b"" if skipped(i) else token(i).data, context)
+        return IncrementalDetokenizer(
+            lambda ids: self.decode(ids, skip_special_tokens), lambda i: token(i).byte, skipped, context
+        )
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """Raises InvalidRequest if the model has no chat template or the template refuses the messages."""

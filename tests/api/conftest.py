@@ -49,8 +49,11 @@ class FakeTokenizer:
     def token_str(self, token_id: int) -> str:
         return chr(token_id + 32)
 
-    def stream(self) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self.decode)
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.token_str(token_id).encode()
+
+    def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.decode, context=context)
 
     def render_chat(self, messages: Sequence[Any], **extra: Any) -> str:
         return self._template.render(messages)

@@ -1,7 +1,10 @@
 """From token deltas to a caller's text."""
 
+from collections.abc import Sequence
+
 from nexusengine.core.output import OutputProcessor
 from nexusengine.core.stop import StopStrings
+from nexusengine.tokenize import Tokenizer
 from nexusengine.types import (
     SLO,
     FinishReason,
@@ -12,16 +15,30 @@ from nexusengine.types import (
     TokenLogprob,
     Verdict,
 )
+from tests.vocabularies import sentencepiece
 
 
 class Letters:
     """Token i is the i-th letter."""
 
-    def push(self, token_ids: tuple[int, ...]) -> str:
+    held = ""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._length = 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        for _ in token_ids:
+            self._starts.append(self._length)
+            self._length += 1
         return "".join(chr(ord("a") + i) for i in token_ids)
 
     def finish(self) -> str:
         return ""
+
+    def take_starts(self) -> list[int]:
+        starts, self._starts = self._starts, []
+        return starts
 
 
 def processor(*stops: str) -> OutputProcessor:
@@ -84,6 +101,52 @@ def test_tokens_without_text_yet_are_still_told() -> None:
     assert first is not None
     assert (first.text, first.token_ids) == ("", (0,))
     assert p.push(TokenDelta("r", ()), 1.0) is None
+
+
+def over_bytes(*stops: str) -> tuple[OutputProcessor, dict[str, int]]:
+    """A processor over a byte-fallback vocabulary, and the ids of its tokens."""
+    backend = sentencepiece()
+    tokenizer = Tokenizer(backend, bos_token_id=None, eos_token_ids=())
+    return OutputProcessor("r", (1,), tokenizer.stream(), StopStrings(stops)), backend.get_vocab()
+
+
+def test_a_stop_string_of_byte_tokens_ends_the_output_with_its_last_byte() -> None:
+    """ "\\n" is <0x0A> in Llama 2's vocabulary, which waits for its neighbours: the token after it is not needed."""
+    for stop, tokens in (("\n", ("<0x0A>",)), ("a\n😀", ("a", "<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"))):
+        p, ids = over_bytes(stop)
+        outputs = [p.push(TokenDelta("r", (ids[token],)), 1.0) for token in ("▁the", "w", *tokens)]
+        assert [o is not None and o.finish_reason for o in outputs] == [None] * (len(outputs) - 1) + ["stop"]
+        assert "".join(o.text for o in outputs if o) == "thew"
+        assert outputs[-1] is not None
+        assert outputs[-1].stop_reason == stop
+
+
+def test_bytes_that_turn_out_to_be_no_text_are_no_stop_string() -> None:
+    p, ids = over_bytes("\n\n")
+    outputs = [p.push(TokenDelta("r", (ids[t],)), 1.0) for t in ("<0x0A>", "<0xFF>", "<0x0A>", "w", "<0x0A>", "w")]
+    outputs.append(p.push(TokenDelta("r", (ids["<0x0A>"],), finish_reason="length"), 1.0))
+    assert "".join(o.text for o in outputs if o) == "\ufffd\ufffd\ufffdw\nw\n"
+    assert outputs[-1] is not None
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_the_offset_of_a_token_comes_with_the_text_it_begins() -> None:
+    p, ids = over_bytes("world")
+    tokens = ("▁the", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "w", "<s>", "or", "w", "or", "ld")
+    outputs = [p.push(TokenDelta("r", (ids[token],)), 1.0) for token in tokens]
+    assert [(o.text, o.text_offsets) for o in outputs if o is not None] == [
+        ("the", (0,)),
+        ("", ()),
+        ("", ()),
+        ("", ()),
+        ("", ()),
+        ("😀", (3, 3, 3, 3)),  # "w" may begin the stop string
+        ("", ()),
+        ("", ()),
+        ("wor", (4, 5, 5)),
+        ("", ()),
+        ("", (7, 7, 7)),
+    ]
 
 
 def judged(*pushes: tuple[TokenDelta, float], slo: SLO | None, stops: tuple[str, ...] = ()) -> RequestOutput:
