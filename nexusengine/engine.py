@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 from nexusengine.async_engine import AsyncEngine
@@ -16,7 +16,7 @@ from nexusengine.runners import LocalRunner, RemoteRunner
 from nexusengine.slo_classes import Promise, SLOClasses
 from nexusengine.start import engine_config
 from nexusengine.tokenize import Tokenizer
-from nexusengine.tokenize.chat_template import Message
+from nexusengine.tokenize.chat_template import Message, check_template_variables
 from nexusengine.types import RequestOutput, SamplingParams, TokenLogprob
 
 _PROGRESS_FROM = 9
@@ -126,16 +126,35 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """`generate` for one conversation or several, rendered with the model's chat template."""
-        conversations = [messages] if messages and not isinstance(messages[0], list | tuple) else messages
-        prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
+        """`generate` for one conversation or several, rendered with the model's chat template.
+
+        add_generation_prompt: whether an assistant's message is begun after the last one; default: yes, unless the
+        last one is continued. continue_final_message: whether the last message is continued. chat_template_kwargs:
+        what else the template reads, e.g. {"enable_thinking": False}, also tools and documents. Raises InvalidRequest
+        with what the template says is wrong with the messages.
+        """
+        several = bool(messages) and isinstance(messages[0], list | tuple)
+        variables = check_template_variables(chat_template_kwargs or {})
+        prompts = [
+            self.tokenizer.encode_chat(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            for conversation in (messages if several else [messages])
+        ]
         return self.generate(prompts, sampling, stream=stream, **options)  # type: ignore[call-overload,no-any-return]
 
     def close(self) -> None:
         """Free the device, end the workers. Safe to call twice."""
         self._runner.close()
+        self._runner.tokenizer.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from nexusengine.async_engine import once_more
 from nexusengine.requests import Prompt, check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -206,7 +207,7 @@ async def chat_completions(request: Request) -> Response:
     state.check_model(body.model)
     asked = Asked.of(request, body)
     engine = state.serving_engine()
-    text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
+    text = await engine.render_chat(in_template_form(body.messages), **body.template_options())
     prompt = await engine.encode(text, add_special_tokens=False)
     generation = Generation(state, ChatShape(), [prompt], [""], asked, arrival_s)
     return await _reply(request, generation, body)

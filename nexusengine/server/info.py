@@ -13,6 +13,7 @@ from nexusengine import __version__
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
 from nexusengine.server.state import ServerState
 
@@ -50,7 +51,7 @@ async def tokenize(request: Request) -> Response:
     if body.prompt is not None:
         tokens = await engine.encode(body.prompt, body.add_special_tokens is not False)
     else:
-        text = engine.tokenizer.render_chat([m.for_template() for m in body.messages or ()])
+        text = await engine.render_chat(in_template_form(body.messages or ()), **body.template_options())
         tokens = await engine.encode(text, body.add_special_tokens is True)
     reply: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
     if body.return_token_strs:

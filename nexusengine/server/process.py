@@ -69,6 +69,7 @@ class Control:
         try:
             files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, files)
+            await asyncio.to_thread(tokenizer.prepare)
         except NexusError as error:
             child.emit({"type": "failed", "message": error.message})
             os._exit(1)

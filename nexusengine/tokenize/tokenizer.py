@@ -57,12 +57,23 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(lambda ids: self.decode(ids, skip_special_tokens))
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Raises InvalidRequest if the model has no chat template or the template refuses the messages."""
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """options: see ChatTemplate.render. Raises InvalidRequest if the model has no chat template or the template
+        refuses the messages."""
         if self.chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        return self.chat_template.render(messages, **options)
 
-    def encode_chat(self, messages: Sequence[Message], **extra: Any) -> list[int]:
+    def prepare(self) -> None:
+        """Do now what the first chat would have to wait for. Raises InternalError if templates cannot be rendered."""
+        if self.chat_template is not None:
+            self.chat_template.prepare()
+
+    def close(self) -> None:
+        """End the processes that render the chat template; the next chat starts one again."""
+        if self.chat_template is not None:
+            self.chat_template.close()
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of the rendered template, which writes its special tokens itself."""
-        return self.encode(self.render_chat(messages, **extra), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)

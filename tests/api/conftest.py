@@ -49,8 +49,8 @@ class FakeTokenizer:
     def stream(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.decode)
 
-    def render_chat(self, messages: Sequence[Any], **extra: Any) -> str:
-        return self._template.render(messages)
+    def render_chat(self, messages: Sequence[Any], **options: Any) -> str:
+        return self._template.render(messages, **options)
 
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
         return self.encode(self.render_chat(messages))
