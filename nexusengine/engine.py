@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import parse_devices
 from nexusengine.errors import InvalidRequest
+from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.requests import DEFAULT_SAMPLING, Prompt, check_length, make_request
 from nexusengine.runners import LocalRunner, RemoteRunner
 from nexusengine.slo_classes import Promise, SLOClasses
@@ -38,6 +39,7 @@ class Engine:
     ) -> None:
         """Loads the model. Raises ModelLoadError or ConfigError."""
         config = engine_config(model, devices, settings)
+        self._model_samples = config.generation_config == "model"
         self._classes = SLOClasses.configured(config.slo_classes)
         self._runner: LocalRunner | RemoteRunner = (
             LocalRunner(config) if len(parse_devices(config.devices)) == 1 else RemoteRunner(config)
@@ -55,6 +57,12 @@ class Engine:
     def max_model_len(self) -> int:
         """Longest prompt + output in tokens."""
         return self._runner.max_model_len
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """SamplingParams(**given) with the model's own defaults for temperature, top_p, top_k and min_p where they are
+        not given, which is what a request over HTTP gets; with generation_config="none" those of SamplingParams."""
+        defaults = self.tokenizer.sampling_defaults if self._model_samples else SamplingDefaults()
+        return defaults.fill(SamplingParams(**given), given)
 
     def stats(self) -> dict[str, float]:
         """Counters of the engine core (see core.stats.CoreStats), summed over workers."""
@@ -96,7 +104,8 @@ class Engine:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt (text or token ids); a single prompt is a list of one.
 
-        sampling: for all prompts, or one for each; default: greedy, at most 256 tokens.
+        sampling: for all prompts, or one for each; default: greedy, at most 256 tokens, whatever the model's own
+        defaults are (see sampling_params for those).
         stream=False: the outputs, in the order of the prompts. stream=True: an iterator of news, each with its prompt's
         place in metadata["index"]; closing it aborts what is left.
         progress: show a bar; default: for more than 8 prompts on a terminal.

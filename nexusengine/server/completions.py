@@ -47,7 +47,7 @@ class Asked:
         """Raises InvalidRequest naming the field or header."""
         state: ServerState = request.app.state.server
         return cls(
-            sampling=body.sampling(),
+            sampling=state.with_model_defaults(body),
             n=body.n,
             slo=state.classes.wanted(body.slo, all_headers(request)),
             priority=body.priority or 0,

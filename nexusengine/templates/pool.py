@@ -5,6 +5,7 @@ from __future__ import annotations
 import marshal
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,10 @@ import nexusengine
 from nexusengine.errors import InternalError, InvalidRequest
 from nexusengine.templates.render_process import MEMORY_LIMIT_BYTES, OUTPUT_LIMIT, REPLY, REQUEST, Status
 
-TIME_LIMIT_S = 5.0
+CPU_LIMIT_S = 5.0
+"""Processor time for one rendering: on a busy machine it may take longer."""
+_GIVE_UP_S = 60.0
+"""After which a process that does not answer is killed, if it is stopped or gets no processor at all."""
 PROCESSES = max(2, min(4, os.cpu_count() or 2))
 """Most processes of one pool: while one runs into its time limit, others serve."""
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "LANG", "LC_ALL", "LC_TIME")
@@ -36,8 +40,8 @@ class RenderPool:
     Its processes end with `close`, with the pool itself, and with the process that has it.
     """
 
-    def __init__(self, time_limit_s: float = TIME_LIMIT_S) -> None:
-        self._time_limit_s = time_limit_s
+    def __init__(self, cpu_limit_s: float = CPU_LIMIT_S) -> None:
+        self._cpu_limit_s = cpu_limit_s
         self._turn = threading.BoundedSemaphore(PROCESSES)
         self._idle: list[_Process] = []
         self._end = weakref.finalize(self, _end_all, self._idle)
@@ -50,22 +54,7 @@ class RenderPool:
         except ValueError:
             raise InvalidRequest("the messages are nested too deeply", param="messages") from None
         with self._turn:
-            process = self._take()
-            try:
-                status, text = process.ask(payload, time.monotonic() + self._time_limit_s)
-            except TimeoutError:
-                process.kill()
-                raise _limit(f"it took more than {self._time_limit_s:g} s") from None
-            except (EOFError, OSError):
-                process.kill()
-                raise _limit("it ended the process that rendered it") from None
-            except BaseException:  # Ctrl-C: its reply would be taken for the next one's
-                process.kill()
-                raise
-            if status is Status.TOO_MUCH_MEMORY:  # what is left of its memory may be in pieces
-                process.kill()
-            else:
-                self._idle.append(process)
+            status, text = self._ask(payload)
         if status is Status.RENDERED:
             return text
         if status is Status.TOO_MUCH_MEMORY:
@@ -78,12 +67,35 @@ class RenderPool:
         """End the idle processes. The pool remains usable: it starts new ones."""
         _end_all(self._idle)
 
-    def _take(self) -> _Process:
+    def _ask(self, payload: bytes) -> tuple[Status, str]:
+        """Raises LimitMet or InternalError."""
+        while True:
+            was_idle, process = self._take()
+            try:
+                status, text = process.ask(payload, time.monotonic() + _GIVE_UP_S)
+            except (EOFError, OSError) as error:
+                cause = process.kill()
+                if cause == -signal.SIGPROF or isinstance(error, TimeoutError):
+                    raise _limit(f"it took more than {self._cpu_limit_s:g} s") from None
+                if not was_idle:
+                    raise _limit("it ended the process that rendered it") from None
+                continue  # it may have died before, of something else
+            except BaseException:  # Ctrl-C: its reply would be taken for the next one's
+                process.kill()
+                raise
+            if status is Status.TOO_MUCH_MEMORY:  # what is left of its memory may be in pieces
+                process.kill()
+            else:
+                self._idle.append(process)
+            return status, text
+
+    def _take(self) -> tuple[bool, _Process]:
+        """A process, and whether it has been there before."""
         while self._idle:
             process = self._idle.pop()
             if process.usable():
-                return process
-        return _Process()
+                return True, process
+        return False, _Process(self._cpu_limit_s)
 
 
 def _limit(reason: str) -> LimitMet:
@@ -98,13 +110,13 @@ def _end_all(processes: list[_Process]) -> None:
 class _Process:
     """One process, which renders one template at a time. Without the secrets that the environment may hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_limit_s: float) -> None:
         here = str(Path(nexusengine.__file__).parent.parent)
         environ = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, sys.path)]))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "nexusengine.templates.render_process"],
+                [sys.executable, "-P", "-m", "nexusengine.templates.render_process", str(cpu_limit_s)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
@@ -123,15 +135,17 @@ class _Process:
         """Whether it runs, and is this process's own and not one that a fork left behind."""
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def kill(self) -> None:
+    def kill(self) -> int | None:
+        """Returns what it ended with; None for a process that a fork left behind, which goes on."""
         if self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             pipe.close()  # type: ignore[union-attr]
+        return self._process.returncode
 
     def ask(self, payload: bytes, until_s: float) -> tuple[Status, str]:
-        """Raises TimeoutError, and EOFError or OSError if the process has ended."""
+        """Raises TimeoutError, and EOFError or another OSError if the process has ended."""
         for part in (REQUEST.pack(len(payload)), payload):
             self._write(part, until_s)
         status, length = REPLY.unpack(self._read(REPLY.size, until_s))

@@ -28,8 +28,6 @@ a template makes several copies of it."""
 OUTPUT_LIMIT = 32 * 2**20
 """Characters that a template may write: four times the largest body that the server reads by default."""
 _REASON_LENGTH = 400
-_LAST_RESORT_S = 60
-"""The parent kills a process that takes long, well before this; but the parent may be gone."""
 
 
 class Status(IntEnum):
@@ -73,12 +71,14 @@ def reply_to(payload: bytes) -> tuple[Status, str]:
         return Status.REFUSED, (reason or type(error).__name__)[:_REASON_LENGTH]
 
 
-def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+def serve(requests: BinaryIO, replies: BinaryIO, cpu_limit_s: float) -> None:
+    """cpu_limit_s: processor time that a request may take; the kernel then ends this process with SIGPROF, whatever it
+    is doing and whether its parent still lives."""
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
         payload = requests.read(*REQUEST.unpack(head))
-        signal.alarm(_LAST_RESORT_S)
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
         status, text = reply_to(payload)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         content = text.encode("utf-8", "surrogatepass")
         replies.write(REPLY.pack(status, len(content)))
         replies.write(content)
@@ -97,7 +97,7 @@ def main() -> None:
             resource.setrlimit(kind, (limit, limit))
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but replies goes to the parent
-    serve(requests, replies)
+    serve(requests, replies, cpu_limit_s=float(sys.argv[1]))
 
 
 if __name__ == "__main__":

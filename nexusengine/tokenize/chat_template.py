@@ -65,7 +65,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt. Blocks for as long as it takes, at most nexusengine.templates.pool.TIME_LIMIT_S.
+        """The prompt. Blocks for as long as it takes, which is limited: see nexusengine.templates.pool.
 
         add_generation_prompt: whether the prompt ends where an assistant's message begins; default: yes, unless the
         last message is continued. continue_final_message: whether it ends where the last message's text ends.

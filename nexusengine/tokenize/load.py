@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading import sampling_defaults
 from nexusengine.loading.config_json import read_json
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import ModelFiles
@@ -38,6 +39,7 @@ def _from_gguf(files: ModelFiles) -> Tokenizer:
         eos_token_ids=files.config.eos_token_ids,
         chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+        sampling_defaults=sampling_defaults.of_gguf(metadata, files.path),
     )
 
 
@@ -61,6 +63,7 @@ def _from_json(files: ModelFiles) -> Tokenizer:
         bos_token_id=files.config.bos_token_id,
         eos_token_ids=eos,
         chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
+        sampling_defaults=sampling_defaults.of_folder(files.path),
     )
 
 

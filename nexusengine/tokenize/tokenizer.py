@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from nexusengine.errors import InvalidRequest
+from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.tokenize.chat_template import ChatTemplate, Message
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
 
@@ -23,12 +24,13 @@ class Tokenizer:
         eos_token_ids: tuple[int, ...],
         chat_template: ChatTemplate | None = None,
         add_bos: bool = False,
+        sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 (frozen)
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
-        self.chat_template = chat_template
+        self.chat_template, self.sampling_defaults = chat_template, sampling_defaults
         self._add_bos = add_bos and bos_token_id is not None
 
     @property
