@@ -76,7 +76,7 @@ def prepared(messages: Sequence[Any], forms: Forms) -> list[dict[str, Any]]:
             param="messages",
         )
     if not messages:
-        raise InvalidRequest("messages is empty; a chat has at least one message", param="messages")
+        raise InvalidRequest("messages is empty; a chat has at least one of them", param="messages")
     return [_prepared(message, forms, f"messages.{i}") for i, message in enumerate(messages)]
 
 
