@@ -76,7 +76,8 @@ def _tojson(
 
 
 class _NothingComputed(CodeGenerator):
-    """Leaves constant expressions to the rendering, instead of computing `"x" * 10**10` while it compiles."""
+    """Leaves constant expressions to the rendering: compiling `"x" * 10**10`, or a branch that is never taken with it,
+    costs nothing."""
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
         if not isinstance(node, nodes.TemplateData | nodes.Const):
@@ -84,15 +85,13 @@ class _NothingComputed(CodeGenerator):
         return super()._output_child_to_const(node, frame, finalize)
 
 
-class _Checking(ImmutableSandboxedEnvironment):
+class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _NothingComputed
 
 
-def make_environment(*, checking: bool = False) -> ImmutableSandboxedEnvironment:
-    """checking: for looking at a template that is not to be run in this process: compiling it computes nothing."""
-    kind = _Checking if checking else ImmutableSandboxedEnvironment
-    environment = kind(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=not checking
+def make_environment() -> ImmutableSandboxedEnvironment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False
     )
     environment.filters["tojson"] = _tojson
     environment.globals.update(

@@ -19,7 +19,7 @@ import nexusengine
 from nexusengine.errors import InternalError, InvalidRequest
 from nexusengine.templates.render_process import MEMORY_LIMIT_BYTES, OUTPUT_LIMIT, REPLY, REQUEST, Status
 
-CPU_LIMIT_S = 5.0
+CPU_LIMIT_S = 2.0
 """Processor time for one rendering: on a busy machine it may take longer."""
 _GIVE_UP_S = 60.0
 """After which a process that does not answer is killed, if it is stopped or gets no processor at all."""

@@ -25,8 +25,8 @@ REQUEST, REPLY = struct.Struct("<Q"), struct.Struct("<BQ")
 MEMORY_LIMIT_BYTES = 512 * 2**20
 """Address space of the process. It needs about 40 MiB for itself; a text with one emoji takes 4 bytes a character, and
 a template makes several copies of it."""
-OUTPUT_LIMIT = 32 * 2**20
-"""Characters that a template may write: four times the largest body that the server reads by default."""
+OUTPUT_LIMIT = 16 * 2**20
+"""Characters that a template may write: twice the largest body that the server reads by default."""
 _REASON_LENGTH = 400
 
 

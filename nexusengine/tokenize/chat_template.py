@@ -36,7 +36,7 @@ class ChatTemplate:
         if "default" not in self._sources:
             names = ", ".join(sorted(self._sources))
             raise ModelLoadError(f"{where}: there are chat templates called {names}, but none called default")
-        environment = make_environment(checking=True)
+        environment = make_environment()
         for name, text in self._sources.items():
             called = "the chat template" if name == "default" else f"the chat template {name!r}"
             try:
@@ -102,7 +102,7 @@ class ChatTemplate:
         with self._probing:
             if name not in self._forms:
                 source = self._sources[name]
-                tree = make_environment(checking=True).parse(source)
+                tree = make_environment().parse(source)
 
                 def render(chat: Chat, tools: list[Any] | None) -> str:
                     return self._render(

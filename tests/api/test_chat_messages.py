@@ -133,7 +133,7 @@ def test_the_sentence_of_a_template_is_passed_on(server: Running) -> None:
     [
         ("{{ messages[0].content.x.y }}", "has no attribute"),
         ("{{ 'x' | indent(10**9) }}", "512 MiB"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than 5 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than 2 s"),
     ],
 )
 def test_a_template_that_goes_wrong_refuses_the_request_while_the_server_lives(
