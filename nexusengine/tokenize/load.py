@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -12,7 +11,7 @@ from nexusengine.loading import sampling_defaults
 from nexusengine.loading.config_json import read_json
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import ModelFiles
-from nexusengine.tokenize import gguf_tokenizer
+from nexusengine.tokenize import gguf_tokenizer, template_files
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.tokenize.tokenizer import Tokenizer
 
@@ -32,12 +31,12 @@ def _from_gguf(files: ModelFiles) -> Tokenizer:
         for kind in ("bos", "eos")
         if isinstance(i := metadata.get(f"tokenizer.ggml.{kind}_token_id"), int) and i < backend.get_vocab_size()
     }
-    template = metadata.get("tokenizer.chat_template")
+    templates = template_files.of_gguf(metadata, files.path)
     return Tokenizer(
         backend,
         bos_token_id=files.config.bos_token_id,
         eos_token_ids=files.config.eos_token_ids,
-        chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
+        chat_template=ChatTemplate(templates, names, str(files.path)) if templates else None,
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
         sampling_defaults=sampling_defaults.of_gguf(metadata, files.path),
     )
@@ -54,7 +53,7 @@ def _from_json(files: ModelFiles) -> Tokenizer:
     settings_path = files.path / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     names = {key: _token_text(value) for key, value in settings.items() if key in ("bos_token", "eos_token")}
-    template = _template(files.path, settings)
+    templates = template_files.of_folder(files.path, settings)
     eos = files.config.eos_token_ids
     if not eos and "eos_token" in names:
         eos = tuple(i for i in [backend.token_to_id(names["eos_token"])] if i is not None)
@@ -62,22 +61,10 @@ def _from_json(files: ModelFiles) -> Tokenizer:
         backend,
         bos_token_id=files.config.bos_token_id,
         eos_token_ids=eos,
-        chat_template=ChatTemplate(template, names, str(files.path)) if template else None,
+        chat_template=ChatTemplate(templates, names, str(files.path)) if templates else None,
         sampling_defaults=sampling_defaults.of_folder(files.path),
     )
 
 
 def _token_text(value: Any) -> str:
     return str(value["content"] if isinstance(value, dict) else value)
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else chat_template.json, else the key in tokenizer_config.json (its default if several)."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text()
-    if (folder / "chat_template.json").is_file():
-        settings = read_json(folder / "chat_template.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
