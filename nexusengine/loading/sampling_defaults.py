@@ -50,10 +50,11 @@ class SamplingDefaults:
         """`params` with these values for the fields that are not in `named`. Greedy parameters stay as they are."""
         if params.greedy:
             return params
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in named}
+        values = {name: getattr(self, name) for name in SAMPLED if name not in named}
         return dataclasses.replace(params, **{name: value for name, value in values.items() if value is not None})
 
 
+SAMPLED = tuple(f.name for f in dataclasses.fields(SamplingDefaults))
 _OF_FILE = {embedded.FILE_NAME: SamplingDefaults(temperature=0.0)}
 """SmolLM2-135M-Instruct in 4 bits. Its model card samples at temperature 0.2 and top_p 0.9; quantised, it then begins
 its answer to "What is the capital of France?" with "The" (15 % at temperature 1) hardly more often than with "L'"

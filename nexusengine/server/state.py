@@ -9,6 +9,7 @@ from typing import Any
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ModelNotFound, Unavailable
+from nexusengine.loading.sampling_defaults import SAMPLED
 from nexusengine.obs.metrics import Metrics
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.slo_classes import SLOClasses
@@ -64,7 +65,7 @@ class ServerState:
         if self.engine is None or self.config.generation_config == "none":
             return params
         defaults = self.engine.tokenizer.sampling_defaults
-        return defaults.fill(params, [name for name, value in body if value is not None])
+        return defaults.fill(params, [name for name in SAMPLED if getattr(body, name) is not None])
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound if the request names a model that is not served here."""
