@@ -59,16 +59,20 @@ def render(source: str, variables: dict[str, Any], messages: list[bytes]) -> str
     return "".join(pieces)
 
 
-def reply_to(payload: bytes) -> tuple[Status, str]:
+def reply_to(payload: bytes) -> tuple[Status, bytes]:
     try:
-        return Status.RENDERED, render(*marshal.loads(payload))
+        return Status.RENDERED, _encoded(render(*marshal.loads(payload)))
     except MemoryError:
-        return Status.TOO_MUCH_MEMORY, ""
+        return Status.TOO_MUCH_MEMORY, b""
     except _TooLong:
-        return Status.TOO_LONG, ""
+        return Status.TOO_LONG, b""
     except Exception as error:  # a template can raise anything
         reason = " ".join(str(error).split())
-        return Status.REFUSED, (reason or type(error).__name__)[:_REASON_LENGTH]
+        return Status.REFUSED, _encoded((reason or type(error).__name__)[:_REASON_LENGTH])
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, cpu_limit_s: float) -> None:
@@ -77,9 +81,8 @@ def serve(requests: BinaryIO, replies: BinaryIO, cpu_limit_s: float) -> None:
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
         payload = requests.read(*REQUEST.unpack(head))
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
-        status, text = reply_to(payload)
+        status, content = reply_to(payload)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        content = text.encode("utf-8", "surrogatepass")
         replies.write(REPLY.pack(status, len(content)))
         replies.write(content)
         replies.flush()
@@ -96,7 +99,7 @@ def main() -> None:
         if hard == resource.RLIM_INFINITY or limit < hard:
             resource.setrlimit(kind, (limit, limit))
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing but replies goes to the parent
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing but replies goes to the parent
     serve(requests, replies, cpu_limit_s=float(sys.argv[1]))
 
 
