@@ -117,7 +117,7 @@ VISION = """{{- bos_token }}
 {%- if add_generation_prompt %}{{- '<|h|>assistant<|b|>\\n' }}{%- endif %}
 """
 
-GUARD = """{% if messages|length % 2 == 0 %}{% set judged = "Agent" %}{% else %}{% set judged = "User" %}{% endif %}
+GUARD = """{% if messages|length % 2 == 0 %}{% set judged = "Model" %}{% else %}{% set judged = "User" %}{% endif %}
 {{- bos_token -}}
 <|h|>user<|b|>
 
@@ -136,7 +136,7 @@ B: Fraud.
 
 {% for message in messages %}
 {% if message['role'] == 'user' and loop.index0 % 2 == 0 or message['role'] == 'assistant' and loop.index0 % 2 == 1 %}
-{% if message['role'] == 'user' %}User: {% else %}Agent: {% endif %}
+{% if message['role'] == 'user' %}User: {% else %}Model: {% endif %}
 {% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}
 
 
@@ -388,9 +388,9 @@ MISTRAL_SMALL = """{%- set today = strftime_now("%Y-%m-%d") %}
 {%- endfor %}
 """
 
-GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<turn>' + role + '
-' + message['content'] | trim + '</turn>
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('There is no system here') }}{% endif %}
+{% for turn in messages %}{% set expected = ['user', 'assistant'][loop.index0 % 2] %}{% if turn['role'] != expected %}{{ raise_exception('It is the turn of ' ~ expected) }}{% endif %}{{ '<turn>' + {'assistant': 'model'}.get(turn['role'], turn['role']) + '
+' + turn['content'] | trim + '</turn>
 ' }}{% endfor %}{% if add_generation_prompt %}{{'<turn>model
 '}}{% endif %}"""
 
@@ -436,9 +436,9 @@ GEMMA3 = """{{ bos_token }}
 '}}{%- endif -%}
 """
 
-PHI3 = """{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+PHI3 = """{% set known = ['system', 'user', 'assistant'] %}{% for turn in messages if turn.role in known %}{% if turn.content or turn.role != 'system' %}{{ '<|' ~ turn.role ~ '|>\n' + turn.content + '<|z|>\n' }}{% endif %}{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"""
 
-PHI4 = """{% for message in messages %}{% if (message['role'] == 'system') and 'tools' in message and message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
+PHI4 = """{% for turn in messages %}{{ '<|' + turn['role'] + '|>' + turn['content'] }}{% if turn['role'] == 'system' and turn['tools'] is string %}{{ '<|t|>' + turn['tools'] + '<|/t|>' }}{% elif loop.first and tools is iterable %}{{ '<|t|>' + tools | tojson + '<|/t|>' }}{% endif %}{{ '<|z|>' }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt else eos_token }}"""
 
 DEEPSEEK = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='', is_first_sp=true) %}{%- for message in messages %}{%- if message['role'] == 'system' %}{%- if ns.is_first_sp %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}{% set ns.is_first_sp = false %}{%- else %}{% set ns.system_prompt = ns.system_prompt + '\\n\\n' + message['content'] %}{%- endif %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}{{'<|U|>' + message['content']}}{%- endif %}{%- if message['role'] == 'assistant' and message['content'] is none %}{%- set ns.is_tool = false -%}{%- for tool in message['tool_calls'] %}{%- if not ns.is_first %}{{'<|A|><|calls|><|call|>' + tool['type'] + '<|sep|>' + tool['function']['name'] + '\\n' + '```json' + '\\n' + tool['function']['arguments'] + '\\n' + '```' + '<|/call|>'}}{%- set ns.is_first = true -%}{%- else %}{{'\\n' + '<|call|>' + tool['type'] + '<|sep|>' + tool['function']['name'] + '\\n' + '```json' + '\\n' + tool['function']['arguments'] + '\\n' + '```' + '<|/call|>'}}{%- endif %}{%- endfor %}{{'<|/calls|><|E|>'}}{%- endif %}{%- if message['role'] == 'assistant' and message['content'] is not none %}{%- if ns.is_tool %}{{'<|/outputs|>' + message['content'] + '<|E|>'}}{%- set ns.is_tool = false -%}{%- else %}{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}{{'<|A|>' + content + '<|E|>'}}{%- endif %}{%- endif %}{%- if message['role'] == 'tool' %}{%- set ns.is_tool = true -%}{%- if ns.is_output_first %}{{'<|outputs|><|output|>' + message['content'] + '<|/output|>'}}{%- set ns.is_output_first = false %}{%- else %}{{'\\n<|output|>' + message['content'] + '<|/output|>'}}{%- endif %}{%- endif %}{%- endfor -%}{% if ns.is_tool %}{{'<|/outputs|>'}}{% endif %}{% if add_generation_prompt and not ns.is_tool %}{{'<|A|>'}}{% endif %}"""
 
