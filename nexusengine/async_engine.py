@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -24,8 +25,9 @@ from nexusengine.requests import (
 from nexusengine.slo import CLASSES
 from nexusengine.slo_classes import Promise, SLOClasses
 from nexusengine.start import engine_config, start_backend
+from nexusengine.templates.pool import PROCESSES
 from nexusengine.tokenize import Tokenizer
-from nexusengine.tokenize.chat_template import Message
+from nexusengine.tokenize.chat_template import Message, check_template_variables
 from nexusengine.types import RequestOutput, SamplingParams, TokenDelta
 from nexusengine.wire import WorkerState
 
@@ -51,6 +53,7 @@ class AsyncEngine:
         self._vocab_size = 0
         self._longest: int | None = None
         self._active: set[str] = set()
+        self._render_threads = _render_threads()
 
     @classmethod
     def over(cls, backend: AsyncBackend, tokenizer: Tokenizer, vocab_size: int) -> AsyncEngine:
@@ -59,6 +62,7 @@ class AsyncEngine:
         engine._config, engine._supervisor = None, None
         engine._backend, engine._tokenizer, engine._vocab_size = backend, tokenizer, vocab_size
         engine._longest, engine._active, engine._classes = None, set(), SLOClasses(CLASSES)
+        engine._render_threads = _render_threads()
         return engine
 
     async def start(self) -> AsyncEngine:
@@ -77,6 +81,8 @@ class AsyncEngine:
         if self._supervisor is not None:
             await asyncio.to_thread(self._supervisor.close)
             self._supervisor = None
+        if self._config is not None and self._tokenizer is not None:
+            self._tokenizer.close()
 
     async def __aenter__(self) -> AsyncEngine:
         return await self.start()
@@ -118,6 +124,15 @@ class AsyncEngine:
         if len(text) > _LONG_TEXT:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
         return self.tokenizer.encode(text, add_special_tokens)
+
+    async def render_chat(self, messages: Sequence[Message] | Callable[[], Sequence[Message]], **options: Any) -> str:
+        """The prompt of a conversation, or of what a function returns; options: see ChatTemplate.render. In a thread,
+        because a template may take seconds. Raises InvalidRequest."""
+
+        def render() -> str:
+            return self.tokenizer.render_chat(messages() if callable(messages) else messages, **options)
+
+        return await asyncio.get_running_loop().run_in_executor(self._render_threads, render)
 
     def abort(self, request_id: str) -> None:
         """End a request; its iterator then ends with finish_reason "abort"."""
@@ -195,11 +210,30 @@ class AsyncEngine:
                 backend.abort(request.request_id)
 
     async def chat(
-        self, messages: Sequence[Message], sampling: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> AsyncGenerator[RequestOutput]:
-        """`generate` for a conversation, rendered with the model's chat template."""
-        async for output in self.generate(self.tokenizer.encode_chat(messages), sampling, **options):
+        """`generate` for a conversation, rendered with the model's chat template; see Engine.chat."""
+        text = await self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **check_template_variables(chat_template_kwargs or {}),
+        )
+        prompt = await self.encode(text, add_special_tokens=False)
+        async for output in self.generate(prompt, sampling, **options):
             yield output
+
+
+def _render_threads() -> ThreadPoolExecutor:
+    """Threads that wait for chat templates, apart from asyncio's own: those that tokenise are not to wait for them."""
+    return ThreadPoolExecutor(PROCESSES, thread_name_prefix="chat template")
 
 
 async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:

@@ -194,6 +194,12 @@ class EngineConfig:
         group="model",
         metavar="D",
     )
+    generation_config: str = setting(
+        "model",
+        "where the sampling defaults of requests come from: model (its generation_config.json or GGUF keys), or none",
+        parse=one_of("model", "none"),
+        group="model",
+    )
     dtype: str = setting(
         "auto",
         "type of weights and, by default, KV cache; auto: the checkpoint's on a GPU, float32 on a CPU",

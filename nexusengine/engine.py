@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import parse_devices
 from nexusengine.errors import InvalidRequest
+from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.requests import DEFAULT_SAMPLING, Prompt, check_length, make_request
 from nexusengine.runners import LocalRunner, RemoteRunner
 from nexusengine.slo_classes import Promise, SLOClasses
 from nexusengine.start import engine_config
 from nexusengine.tokenize import Tokenizer
-from nexusengine.tokenize.chat_template import Message
+from nexusengine.tokenize.chat_template import Message, check_template_variables
 from nexusengine.types import RequestOutput, SamplingParams, TokenLogprob
 
 _PROGRESS_FROM = 9
@@ -38,6 +39,7 @@ class Engine:
     ) -> None:
         """Loads the model. Raises ModelLoadError or ConfigError."""
         config = engine_config(model, devices, settings)
+        self._model_samples = config.generation_config == "model"
         self._classes = SLOClasses.configured(config.slo_classes)
         self._runner: LocalRunner | RemoteRunner = (
             LocalRunner(config) if len(parse_devices(config.devices)) == 1 else RemoteRunner(config)
@@ -55,6 +57,12 @@ class Engine:
     def max_model_len(self) -> int:
         """Longest prompt + output in tokens."""
         return self._runner.max_model_len
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """SamplingParams(**given) with the model's own defaults for temperature, top_p, top_k and min_p where they are
+        not given, which is what a request over HTTP gets; with generation_config="none" those of SamplingParams."""
+        defaults = self.tokenizer.sampling_defaults if self._model_samples else SamplingDefaults()
+        return defaults.fill(SamplingParams(**given), given)
 
     def stats(self) -> dict[str, float]:
         """Counters of the engine core (see core.stats.CoreStats), summed over workers."""
@@ -96,7 +104,8 @@ class Engine:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt (text or token ids); a single prompt is a list of one.
 
-        sampling: for all prompts, or one for each; default: greedy, at most 256 tokens.
+        sampling: for all prompts, or one for each; default: greedy, at most 256 tokens, whatever the model's own
+        defaults are (see sampling_params for those).
         stream=False: the outputs, in the order of the prompts. stream=True: an iterator of news, each with its prompt's
         place in metadata["index"]; closing it aborts what is left.
         progress: show a bar; default: for more than 8 prompts on a terminal.
@@ -126,16 +135,35 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         stream: bool = False,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """`generate` for one conversation or several, rendered with the model's chat template."""
-        conversations = [messages] if messages and not isinstance(messages[0], list | tuple) else messages
-        prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
+        """`generate` for one conversation or several, rendered with the model's chat template.
+
+        add_generation_prompt: whether an assistant's message is begun after the last one; default: yes, unless the
+        last one is continued. continue_final_message: whether the last message is continued. chat_template_kwargs:
+        what else the template reads, e.g. {"enable_thinking": False}, also tools and documents. Raises InvalidRequest
+        with what the template says is wrong with the messages.
+        """
+        several = bool(messages) and isinstance(messages[0], list | tuple)
+        variables = check_template_variables(chat_template_kwargs or {})
+        prompts = [
+            self.tokenizer.encode_chat(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            for conversation in (messages if several else [messages])
+        ]
         return self.generate(prompts, sampling, stream=stream, **options)  # type: ignore[call-overload,no-any-return]
 
     def close(self) -> None:
         """Free the device, end the workers. Safe to call twice."""
         self._runner.close()
+        self._runner.tokenizer.close()
 
     def __enter__(self) -> Engine:
         return self

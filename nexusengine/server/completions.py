@@ -21,6 +21,7 @@ from nexusengine.async_engine import AsyncEngine, once_more
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_fits, check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
 from nexusengine.server.pieces import JSONPieces, Pace
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
@@ -56,7 +57,7 @@ class Asked:
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
         """Raises InvalidRequest naming the field or header."""
         state: ServerState = request.app.state.server
-        sampling = body.sampling()
+        sampling = state.with_model_defaults(body)
         if body.greedy:
             sampling = replace(sampling, temperature=0.0)
         check_token_ids(sampling.stop_token_ids, state.serving_engine().vocab_size, "stop_token_ids")
@@ -265,7 +266,7 @@ async def chat_completions(request: Request) -> Response:
     state.check_model(body.model)
     asked = Asked.of(request, body)
     engine = state.serving_engine()
-    text = engine.tokenizer.render_chat([m.for_template() for m in body.messages])
+    text = await engine.render_chat(in_template_form(body.messages), **body.template_options())
     prompt = await encode(state, text, add_special_tokens=False)
     check_fits(len(prompt), asked.tokens, engine.max_model_len)
     generation = Generation(state, ChatShape(), [prompt], [""], asked, arrival_s)

@@ -14,6 +14,7 @@ from nexusengine import __version__
 from nexusengine.errors import InvalidRequest
 from nexusengine.requests import check_token_ids
 from nexusengine.server.body import read_body
+from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.completions import encode
 from nexusengine.server.pieces import JSONPieces
 from nexusengine.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -56,7 +57,7 @@ async def tokenize(request: Request) -> Response:
     if body.prompt is not None:
         tokens = await encode(state, body.prompt, body.add_special_tokens is not False)
     else:
-        text = engine.tokenizer.render_chat([m.for_template() for m in body.messages or ()])
+        text = await engine.render_chat(in_template_form(body.messages or ()), **body.template_options())
         tokens = await encode(state, text, body.add_special_tokens is True)
     longest, strings = engine.max_model_len, body.return_token_strs
     return JSONPieces(await state.heavy.run(len(tokens), _tokens_reply, engine.tokenizer, tokens, longest, strings))

@@ -84,6 +84,7 @@ class Control:
         try:
             files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, files)
+            await asyncio.to_thread(tokenizer.prepare)
         except Exception as error:  # whatever the reason, it must not stay "starting" for ever
             log.debug("loading the tokenizer failed", exc_info=True)
             known = isinstance(error, NexusError)

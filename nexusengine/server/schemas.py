@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nexusengine.errors import InvalidRequest
 from nexusengine.server import fields
+from nexusengine.server.chat_messages import ChatMessage, TemplateOptions
 from nexusengine.types import MAX_PRIORITY, SamplingParams
 
 MAX_CHOICES = 16
@@ -126,27 +127,7 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """Further keys (name, tool_call_id, ...) are handed to the model's chat template."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | List[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As templates know it: "developer" is a newer name of "system". Raises InvalidRequest."""
-        if self.content is None and self.role != "assistant":
-            raise InvalidRequest(f"a message of role {self.role!r} needs content", param="messages")
-        return self.model_dump(exclude_none=True) | ({"role": "system"} if self.role == "developer" else {})
-
-
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, TemplateOptions):
     messages: Annotated[List[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
@@ -197,7 +178,7 @@ class CompletionRequest(Sampling):
         return list(self.prompt)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Body, TemplateOptions):
     UNSUPPORTED: ClassVar[fields.Harmless] = fields.TOKENIZE
 
     model: str | None = None

@@ -9,9 +9,12 @@ from typing import Any
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ModelNotFound, Unavailable
+from nexusengine.loading.sampling_defaults import SAMPLED
 from nexusengine.obs.metrics import Metrics
 from nexusengine.server.heavy import Heavy
+from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.slo_classes import SLOClasses
+from nexusengine.types import SamplingParams
 from nexusengine.wire import Cluster, WorkerState
 
 _RETRY_WHILE_STARTING_S = 2.0
@@ -62,6 +65,14 @@ class ServerState:
         if self.engine is None or not (self.ready or self.was_ready):
             raise Unavailable(f"the server is starting: {self.phase}", retry_after_s=_RETRY_WHILE_STARTING_S)
         return self.engine
+
+    def with_model_defaults(self, body: ChatRequest | CompletionRequest) -> SamplingParams:
+        """What a request asks for, and the model's own defaults where it names nothing. Raises InvalidRequest."""
+        params = body.sampling()
+        if self.engine is None or self.config.generation_config == "none":
+            return params
+        defaults = self.engine.tokenizer.sampling_defaults
+        return defaults.fill(params, [name for name in SAMPLED if getattr(body, name) is not None])
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound if the request names a model that is not served here."""

@@ -10,9 +10,11 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading import sampling_defaults
 from nexusengine.loading.files import read_json
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import ModelFiles
+from nexusengine.tokenize import template_files
 from nexusengine.tokenize.backend import library_errors, try_out
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.tokenize.gguf_tokenizer import make_backend
@@ -45,15 +47,14 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path | str) -> Tokenizer:
     try_out(backend, str(path))
     texts = {name: vocabulary.text(name.removesuffix("_token")) for name in SPECIAL_TOKENS}
     names = {name: text for name, text in texts.items() if text is not None}
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise ModelLoadError(f"{path}: tokenizer.chat_template is {template!r}, which is not a string")
+    templates = template_files.of_gguf(metadata, path)
     return Tokenizer(
         backend,
         bos_token_id=vocabulary.special.get("bos"),
         eos_token_ids=vocabulary.end_ids,
-        chat_template=ChatTemplate(template, names, str(path)) if template else None,
+        chat_template=ChatTemplate(templates, names, str(path)) if templates else None,
         add_bos=vocabulary.add_bos,
+        sampling_defaults=sampling_defaults.of_gguf(metadata, path),
     )
 
 
@@ -71,12 +72,13 @@ def json_tokenizer(folder: Path, bos_token_id: int | None, eos_token_ids: tuple[
     try_out(backend, str(folder / "tokenizer.json"))
     ids = {key: backend.token_to_id(text) for key, text in names.items()}
     eos = [*eos_token_ids, *(i for i in [ids.get("eos_token")] if i is not None)]
-    template = _template(folder, settings)
+    templates = template_files.of_folder(folder, settings)
     return Tokenizer(
         backend,
         bos_token_id=bos_token_id if ids.get("bos_token") is None else ids["bos_token"],
         eos_token_ids=tuple(dict.fromkeys(eos)),
-        chat_template=ChatTemplate(template, names, str(folder)) if template else None,
+        chat_template=ChatTemplate(templates, names, str(folder)) if templates else None,
+        sampling_defaults=sampling_defaults.of_folder(folder),
     )
 
 
@@ -148,24 +150,3 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else chat_template.json, else the key in tokenizer_config.json (its default if several)."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelLoadError(f"cannot read {path}: {error}") from None
-    if (folder / "chat_template.json").is_file():
-        settings = read_json(folder / "chat_template.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {
-            t.get("name"): t.get("template") for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)
-        }
-        template = named.get("default")
-    if not isinstance(template, str | None):
-        raise ModelLoadError(f"{folder}: chat_template is {template!r}, which is not a string")
-    return template

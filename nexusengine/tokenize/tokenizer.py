@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from nexusengine.errors import InvalidRequest
+from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.tokenize.chat_template import ChatTemplate, Message
 from nexusengine.tokenize.incremental import ByteDetokenizer, IncrementalDetokenizer
 from nexusengine.tokenize.vocabulary import Vocabulary
@@ -26,13 +27,14 @@ class Tokenizer:
         eos_token_ids: tuple[int, ...],
         chat_template: ChatTemplate | None = None,
         add_bos: bool = False,
+        sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 (frozen)
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special_ids = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
-        self.chat_template = chat_template
+        self.chat_template, self.sampling_defaults = chat_template, sampling_defaults
         self._add_bos = add_bos and bos_token_id is not None
         self._vocabulary = Vocabulary(backend)
 
@@ -87,12 +89,23 @@ class Tokenizer:
             lambda ids: self.decode(ids, skip_special_tokens), lambda i: token(i).byte, skipped, context
         )
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Raises InvalidRequest if the model has no chat template or the template refuses the messages."""
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """options: see ChatTemplate.render. Raises InvalidRequest if the model has no chat template or the template
+        refuses the messages."""
         if self.chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        return self.chat_template.render(messages, **options)
 
-    def encode_chat(self, messages: Sequence[Message], **extra: Any) -> list[int]:
+    def prepare(self) -> None:
+        """Do now what the first chat would have to wait for. Raises InternalError if templates cannot be rendered."""
+        if self.chat_template is not None:
+            self.chat_template.prepare()
+
+    def close(self) -> None:
+        """End the processes that render the chat template; the next chat starts one again."""
+        if self.chat_template is not None:
+            self.chat_template.close()
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of the rendered template, which writes its special tokens itself."""
-        return self.encode(self.render_chat(messages, **extra), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)

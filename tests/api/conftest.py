@@ -18,6 +18,7 @@ from nexusengine.clock import MonotonicClock
 from nexusengine.config import ServeConfig
 from nexusengine.core.core import EngineCore
 from nexusengine.lens.fcfs import FCFS
+from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.local import LocalBackend
 from nexusengine.perf.registry import make_model
 from nexusengine.server.process import http_config
@@ -35,6 +36,7 @@ class FakeTokenizer:
     bos_token_id, eos_token_ids, vocab_size = None, (), VOCABULARY
 
     def __init__(self) -> None:
+        self.sampling_defaults = SamplingDefaults()
         self._template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {}, "fake")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -55,8 +57,8 @@ class FakeTokenizer:
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.decode, context=context)
 
-    def render_chat(self, messages: Sequence[Any], **extra: Any) -> str:
-        return self._template.render(messages)
+    def render_chat(self, messages: Sequence[Any], **options: Any) -> str:
+        return self._template.render(messages, **options)
 
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
         return self.encode(self.render_chat(messages))
