@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.deadlines import NO_PROMISE
+from nexusengine.lens.deadlines import FALLBACK
 from nexusengine.lens.fcfs import make_room_for_the_oldest
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
@@ -32,7 +32,7 @@ class PaperLens:
         step = Step(view)
         step.take_decodes(view.running[::-1].tolist())
         present = np.concatenate([view.running, view.waiting])
-        tpot_s = min(float(np.fmin.reduce(c.tpot_s[present], initial=np.inf)), NO_PROMISE.tpot_s)
+        tpot_s = min(float(np.fmin.reduce(c.tpot_s[present], initial=np.inf)), FALLBACK.tpot_s)
         grown_s = self.floor_s + (tpot_s - self.floor_s) / self.per * len(view.waiting)
         target_s = max(min(grown_s, tpot_s), self.floor_s)
         self._fill(step, view, target_s)

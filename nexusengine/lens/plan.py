@@ -29,7 +29,7 @@ class Reason(enum.IntEnum):
     WAIT_TIME = 11  # more work would make this step longer than a running request's promise allows
     WAIT_TPOT = 12  # with it the decode step would come too near to the tightest promised time per token
     PUT_OFF = 13  # serving it in its turn would make more requests late than leaving it for now
-    AGED = 14  # relegated long ago: computes in the share kept for such requests
+    AGED = 14  # waits far beyond its turn: computes in the share kept for such requests
     LEFTOVER = 15  # relegated or put off: computes in what the others left of the step
     WAIT_SAVING = 16  # decodes run alone, so that a later step has the time for more prompts at once
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nexusengine.lens.deadlines import first_token_due_s
+from nexusengine.lens.deadlines import first_token_due_s, turn_s
 from nexusengine.lens.fcfs import FCFS, make_room_for_the_oldest
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
@@ -32,7 +32,8 @@ class Ordered(FCFS):
         self.relegate = bool(relegate)
 
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
-        """What to sort `slots` by; left: prompt tokens to compute; due_s: instants their first tokens are due."""
+        """What to sort `slots` by; left: prompt tokens to compute; due_s: instants their first tokens are due, infinite
+        without an SLO."""
         raise NotImplementedError
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
@@ -40,7 +41,7 @@ class Ordered(FCFS):
         step = Step(view, self.budget)
         step.take_decodes(view.running[::-1].tolist())
         pending, context, left = step.pending()
-        due_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending], c.prompt_tokens[pending])
+        due_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending])
         key = self.key(view, pending, left, due_s)
         lost: I4 = pending[:0]
         if self.relegate and len(pending):
@@ -71,12 +72,12 @@ class Ordered(FCFS):
 
 
 class EDF(Ordered):
-    """Earliest deadline of the first token first."""
+    """Earliest deadline of the first token first; without an SLO, when its turn comes (see deadlines.turn_s)."""
 
     name = "edf"
 
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
-        return due_s
+        return turn_s(view.columns.arrival_s[slots], due_s)
 
 
 class SRPT(Ordered):
