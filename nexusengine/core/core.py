@@ -117,6 +117,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._by_id or self._flights)
 
+    @property
+    def room(self) -> int:
+        """How many requests `add` takes now."""
+        return min(self.max_waiting - len(self._waiting), len(self._free_slots))
+
     def request_ids(self) -> list[str]:
         """Of all requests in it; safe from any thread."""
         return list(self._by_id)
@@ -124,7 +129,7 @@ class EngineCore:
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextTooLong (can never fit) or Overloaded (the queue is full)."""
         max_tokens = self.admissible(request)
-        if len(self._waiting) >= self.max_waiting or not self._free_slots:
+        if self.room < 1:
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already", retry_after_s=self._predicted_drain_s()
             )

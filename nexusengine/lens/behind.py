@@ -57,9 +57,9 @@ class Behind:
         seat_s: float,
         now: float,
     ) -> bool:
-        """The oldest of `slots` computes from what its kind is owed; a seat, where they are short, costs it the time until
-        the next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is owed,
-        because they would take the place that it waits for."""
+        """The oldest of `slots` computes from what its kind is owed; a seat, where they are short, costs it the time
+        until the next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is
+        owed, because they would take the place that it waits for."""
         passed_s, self._last_s = min(now - self._last_s, 1.0), now
         aged = deadlines.turn_s[slots] < now - self._patience_s
         if not self._share or not np.count_nonzero(aged):
