@@ -57,9 +57,12 @@ class _Parts:
         self.core = self.loop = None
 
     def abandon(self) -> None:
-        """End it without an event loop and without waiting; from any thread."""
+        """End it without waiting, and without the event loop if that has ended; from any thread."""
         if not self.home.here:
             return
+        loop, backend = self.loop, self.backend
+        if loop is not None and backend is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(backend.close()))
         if self.core is not None:
             self.core.stop()
         if self.supervisor is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 
 import zmq
 
@@ -27,6 +28,12 @@ class _Pending:
 
     def __init__(self, sink: Sink) -> None:
         self.sink, self.streamed = sink, False
+
+
+def _drop(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Of a client that nobody closed: a context that is garbage waits for its sockets, which is for ever."""
+    socket.close(linger=0)
+    context.term()
 
 
 class RouterClient:
@@ -53,6 +60,7 @@ class RouterClient:
         self._socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         self._socket.set(zmq.LINGER, 200)
         self._socket.connect(self._endpoint)
+        weakref.finalize(self, _drop, self._socket, self._context).atexit = False
         self._loop.add_reader(self._socket.fileno(), self._receive)
         self._tasks = [asyncio.create_task(self._say_hello())]
 
