@@ -284,10 +284,12 @@ def _places(config: EngineConfig) -> int:
     return max(config.max_waiting, workers * min(2 * config.max_running, config.max_waiting))
 
 
-async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
-    """The news of a generation whose caller looks at it only when it is complete: kept until then, and generated a
-    second time if the worker is lost in the middle. A worker lost before the first token is the router's concern."""
-    news: list[RequestOutput] = []
+async def once_more(
+    start: Callable[[], AsyncGenerator[RequestOutput]], news: list[RequestOutput]
+) -> AsyncGenerator[RequestOutput]:
+    """The news of a generation whose caller looks at it only when it is complete: kept in `news` until then, and
+    generated a second time if the worker is lost in the middle. A worker lost before the first token is the router's
+    concern."""
     try:
         async with aclosing(start()) as outputs:
             async for output in outputs:
@@ -295,7 +297,9 @@ async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> Async
     except WorkerLost:
         if not news:
             raise
+        news.clear()
         async with aclosing(start()) as outputs:
-            news = [output async for output in outputs]
+            async for output in outputs:
+                news.append(output)  # noqa: PERF401
     for output in news:
         yield output

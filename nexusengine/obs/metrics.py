@@ -48,9 +48,11 @@ class WorkerMetric:
 SERVER_METRICS = (
     ServerMetric("http_requests", "counter", "Generation requests by endpoint and HTTP status", ("endpoint", "status")),
     ServerMetric("requests_in_progress", "gauge", "Generation requests in the server now"),
-    ServerMetric("prompt_tokens", "counter", "Prompt tokens of finished generations"),
-    ServerMetric("output_tokens", "counter", "Output tokens of finished generations"),
-    ServerMetric("cached_prompt_tokens", "counter", "Prompt tokens of finished generations found in the prefix cache"),
+    ServerMetric(
+        "prompt_tokens", "counter", "Prompt tokens of generations, also of those cut short after their first token"
+    ),
+    ServerMetric("output_tokens", "counter", "Output tokens of generations, also of those cut short"),
+    ServerMetric("cached_prompt_tokens", "counter", "Of the prompt tokens, those found in the prefix cache"),
     ServerMetric("ttft_seconds", "histogram", "Time from arrival to the first token", (), _LATENCY_BUCKETS_S),
     ServerMetric("tpot_seconds", "histogram", "Mean time per output token after the first", (), _TPOT_BUCKETS_S),
     ServerMetric("e2e_seconds", "histogram", "Time from arrival to the last token", (), _LATENCY_BUCKETS_S),
@@ -220,6 +222,10 @@ class Metrics:
             seconds = getattr(timings, f"{name}_s")
             if seconds is not None:
                 self._by_name[f"{name}_seconds"].observe(seconds)
+
+    def cut_short(self, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        """One generation had begun its output and did not come to its end: its client left, or it failed."""
+        self.finished(prompt_tokens, output_tokens, cached_tokens, None)
 
     def judged(self, output: RequestOutput, output_tokens: int) -> None:
         """The last output of a generation, with what was promised for it."""

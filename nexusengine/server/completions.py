@@ -87,20 +87,25 @@ class Generation:
             )
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
-        self._generations = [start() if asked.stream else once_more(start) for start in starts]
+        self._seen: list[list[RequestOutput]] = [[] for _ in starts]  # of those that are not streamed, before their end
+        self._generations = [
+            start() if asked.stream else once_more(start, seen) for start, seen in zip(starts, self._seen, strict=True)
+        ]
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The news of every choice; counts usage and metrics as choices end."""
         lengths = [0] * len(self._generations)
-        left = len(lengths)
+        left = dict.fromkeys(range(len(lengths)))
         missed: Missed | None = "unfinished"  # if the client leaves
         try:
             async with fan_in(self._generations) as news:
                 async for index, output in news:
                     lengths[index] += len(output.token_ids)
+                    if self.asked.stream:
+                        self._seen[index] = [output]
                     if output.finished:
-                        left -= 1
+                        del left[index]
                         self._count(index, output, lengths[index])
                     yield index, output
         except Exception as error:
@@ -108,8 +113,9 @@ class Generation:
             raise
         finally:
             if missed is not None:
-                for _ in range(left):
+                for index in left:
                     self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
+                    self._count_unfinished(self._seen[index], lengths[index])
 
     def _count(self, index: int, output: RequestOutput, tokens: int) -> None:
         """A choice has ended. tokens: those that were output."""
@@ -121,6 +127,13 @@ class Generation:
         self._usage["output"] += tokens
         self.state.metrics.finished(len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings)
         self.state.metrics.judged(output, tokens)
+
+    def _count_unfinished(self, seen: list[RequestOutput], streamed: int) -> None:
+        """A choice was cut short, its client having left or for an error. seen: all of its outputs if it was not
+        streamed, else the last."""
+        if seen:
+            tokens = streamed or sum(len(output.token_ids) for output in seen)
+            self.state.metrics.cut_short(len(seen[-1].prompt_token_ids), tokens, seen[-1].cached_tokens)
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._usage["prompt"], self._usage["output"]
