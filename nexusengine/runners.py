@@ -23,15 +23,13 @@ from typing import Any
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import EngineConfig
 from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
+from nexusengine.lens.registry import OFFLINE
 from nexusengine.lifetime import Home
 from nexusengine.obs.logs import get_logger
 from nexusengine.requests import Prompt, error_delta, make_processor, output_of
 from nexusengine.slo import first_token_due_s
 from nexusengine.start import make_local
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
-
-_SCHEDULER = "lens:cap_ms=500"
-"""Of an engine in its caller's thread: nobody comes while it computes a step, so none is kept short for newcomers."""
 
 Outputs = Callable[[], AsyncGenerator[RequestOutput]]
 log = get_logger("engine")
@@ -46,8 +44,7 @@ class LocalRunner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.scheduler == "lens":
-            config = dataclasses.replace(config, scheduler=_SCHEDULER)
+        config = dataclasses.replace(config, scheduler=OFFLINE.get(config.scheduler, config.scheduler))
         self._home = Home()
         self.core, self.tokenizer, self.vocab_size = make_local(config)
         self.max_model_len = self.core.max_model_len

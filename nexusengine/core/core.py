@@ -35,6 +35,7 @@ from nexusengine.execute.base import Executor
 from nexusengine.execute.batch import PENDING, SampledLogprobs, SamplingTable, StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
+from nexusengine.lens.deadlines import token_due_s
 from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
@@ -430,7 +431,7 @@ class EngineCore:
                     self._commit(state, int(ends[i]))
         slots = batch.slots[rows]
         delivered = np.fromiter((state.output_tokens for state in sampled), np.int64, len(sampled))
-        late = c.arrival_s[slots] + c.ttft_s[slots] + delivered * c.tpot_s[slots] < now  # NaN, no promise, never is
+        late = token_due_s(c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots], delivered) < now
         generated = 0
         for row, (state, token) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
             slot = state.slot

@@ -11,10 +11,13 @@ device could not meet even alone is served as if it had been promised `FALLBACK`
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from nexusengine.lens.view import F8, I4, Bools, EngineView
-from nexusengine.perf.model import Predictor
+from nexusengine.lens.attainable import attainable
+from nexusengine.lens.view import F8, I4, EngineView
 from nexusengine.slo import CLASSES
+
+I8 = npt.NDArray[np.int64]
 
 FALLBACK = CLASSES["batch"]
 """The promise in place of one that cannot be kept: generous, but finite, so that the wait stays bounded."""
@@ -31,22 +34,18 @@ def first_token_due_s(arrival_s: F8, ttft_s: F8) -> F8:
     return np.where(np.isnan(due_s), np.inf, due_s)
 
 
+def token_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
+    """Instants `[N]` by which output tokens `number [N]`, from 0, are due by the strict contract of slo.py; infinite
+    without an SLO."""
+    due_s: F8 = first_token_due_s(arrival_s, ttft_s) + number * np.where(np.isnan(tpot_s), 0.0, tpot_s)
+    return due_s
+
+
 def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
     """Instants `[N]` from which waiting counts as too long: when the first token is due, or NO_SLO_TURN_S after its
     arrival where it is due at no time. Nobody is late by it; it keeps those who have no deadline from starving."""
     turn: F8 = np.where(np.isinf(first_due_s), arrival_s + NO_SLO_TURN_S, first_due_s)
     return turn
-
-
-def attainable(model: Predictor, prompt_tokens: F8, ttft_s: F8, tpot_s: F8) -> Bools:
-    """Whether the device, by its model, can meet SLOs `[N]` of requests that have it for themselves: the prompt in one
-    step (the quickest there is) within ttft_s, and a decode behind it within tpot_s. NaN bounds are met."""
-    one = np.ones(len(prompt_tokens))
-    zero = np.zeros(len(prompt_tokens))
-    prefill_s = model.mean_s(prompt_tokens, one, one, 0.5 * prompt_tokens * prompt_tokens, zero)
-    decode_s = model.mean_s(one, one, zero, zero, prompt_tokens + 1.0)
-    met: Bools = ~((prefill_s > ttft_s) | (decode_s > tpot_s))
-    return met
 
 
 class Deadlines:
@@ -82,7 +81,8 @@ class Deadlines:
         c = view.columns
         prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
         cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
-        met = attainable(view.model, (prompt - cached).astype(np.float64), ttft_s, tpot_s)
+        to_compute = (prompt - cached).astype(np.float64)
+        met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)
         ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
         self.attainable[new] = met
         self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))

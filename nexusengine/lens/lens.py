@@ -29,6 +29,7 @@ from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.wire import PolicyTraits
 
 I8 = npt.NDArray[np.int64]
 _INF = float("inf")
@@ -126,7 +127,15 @@ class Lens:
 
     def __init__(self, **options: float) -> None:
         self.options = o = LensOptions(**options)
-        self._limits = LimitRules(cap_s=o.cap_ms / 1000, catch_up=o.catch_up, bank=o.bank)
+        self._limits = limits = LimitRules(cap_s=o.cap_ms / 1000, catch_up=o.catch_up, bank=o.bank)
+        self.traits = PolicyTraits(
+            order="deadline" if o.order else "arrival",
+            relegates=bool(o.order),
+            step_tokens=int(o.budget),
+            step_s=limits.cap_s if o.limit else _INF,
+            single_steps=limits.cap_steps,
+            by_tpot=bool(o.limit),
+        )
         self._chunks = ChunkRules(int(o.chunk), int(o.crumb), int(o.tile), o.admit)
         self._guard = LengthGuard(o.goal, o.goal_long)
         self._behind = Behind(o.share, o.patience_s, o.give_up_s)
@@ -293,7 +302,7 @@ class Lens:
         late = nobody.slots
         if not o.order or not len(prompts.slots):
             return prompts, nobody, late
-        promised = prompts.due_s < _INF
+        promised: Bools = prompts.due_s < _INF
         if np.count_nonzero(promised) < len(promised):
             kept, off, late = self._order(view, prompts[promised], pace, now, free, choose=choose)
             return kept + prompts[~promised], off, late
@@ -379,7 +388,8 @@ class Lens:
             return slots[:0]
         if step.prompts:
             slots = np.concatenate([np.array(step.prompts, np.int32), slots])
-        return slots[np.isinf(due_s[slots]) & ~view.columns.relegated[slots]]
+        overtaken: I4 = slots[np.isinf(due_s[slots]) & ~view.columns.relegated[slots]]
+        return overtaken
 
     def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
         step, tpot_s = fill.step, self._deadlines.tpot_s

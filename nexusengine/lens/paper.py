@@ -15,6 +15,7 @@ from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.wire import PolicyTraits
 
 
 class PaperLens:
@@ -26,6 +27,8 @@ class PaperLens:
         if floor_ms <= 0 or per <= 0 or chunk < 1:
             raise ConfigError(f"{self.name}: floor_ms, per and chunk must be positive", param="scheduler")
         self.floor_s, self.per, self.chunk = floor_ms / 1000, per, int(chunk)
+        longest_s = max(self.floor_s, FALLBACK.tpot_s)
+        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, single_steps=0.0, by_tpot=True)
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         c = view.columns

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.lens.view import F8, I4, EngineView
+from nexusengine.wire import PolicyTraits
 
 
 class Reason(enum.IntEnum):
@@ -62,9 +63,13 @@ class StepPlan:
 
 
 class SchedulerPolicy(Protocol):
-    """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock."""
+    """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock.
+
+    name: for people; whoever wants to know what it does reads its traits.
+    """
 
     name: str
+    traits: PolicyTraits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         """Never an empty plan while something can run. Blocks and tokens planned must fit the view's limits."""

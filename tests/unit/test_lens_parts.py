@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexusengine.lens.deadlines import FALLBACK, Deadlines, attainable
+from nexusengine.core.admission import unattainable
+from nexusengine.lens.attainable import attainable
+from nexusengine.lens.deadlines import FALLBACK, Deadlines
 from nexusengine.lens.fill import largest_chunk
 from nexusengine.lens.guard import LengthGuard
 from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
@@ -21,6 +23,7 @@ from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.types import SLO
 from tests.unit.lens_views import NAN, Bench, Straight
 
 CAP_S = 0.12
@@ -74,8 +77,19 @@ def test_a_promise_the_device_cannot_keep_even_alone_is_marked_and_served_as_non
 
 def test_attainable_asks_the_model_for_the_whole_prompt_and_for_one_decode() -> None:
     prompts = np.array([1000.0, 1000.0, 1000.0])
-    met = attainable(Straight(), prompts, np.array([0.0294, 0.0296, 1.0]), np.array([1.0, 1.0, 0.005]))
+    met = attainable(Straight(), 8192, prompts, np.array([0.0294, 0.0296, 1.0]), np.array([1.0, 1.0, 0.005]))
     assert met.tolist() == [False, True, False]  # 5 + 4 + 20 ms and 0.5 ms of attention; a decode takes 5.06 ms
+
+
+def test_a_prompt_longer_than_a_full_step_takes_several_for_whoever_asks() -> None:
+    """5 + 4 ms and 20 us a token each, and 1 ns a token pair: 0.34 + 0.13 s in two steps, 0.32 + 0.13 s in one."""
+    bench = Bench()
+    two_steps_s = 2 * 0.009 + 16_000 * 20e-6 + 0.5e-9 * 16_000**2
+    for ttft_s, met in ((two_steps_s - 0.005, False), (two_steps_s + 0.001, True)):
+        slot = bench.wait(16_000, ttft_s=ttft_s)
+        view = bench.view()
+        assert deadlines_of(view).attainable[slot] == met
+        assert unattainable(view, 16_000, SLO(ttft_s, 0.05)) != met
 
 
 def test_a_resumed_request_is_due_with_its_next_token_and_some_grace() -> None:
