@@ -52,7 +52,8 @@ class Board:
         `left` tokens to compute `[W]`."""
         if self.shortest.any():
             keys = np.where(self.shortest, left, due_s)[:, None]
-            return np.minimum((self.due_s <= keys).sum(axis=1), self.count)
+            before: npt.NDArray[np.intp] = np.minimum((self.due_s <= keys).sum(axis=1), self.count)
+            return before
         if due_s == np.inf:
             return self.count
         position: npt.NDArray[np.intp] = (self.due_s <= due_s).sum(axis=1)

@@ -41,8 +41,8 @@ def attainable(model: Predictor, max_batch_tokens: int, prompt_tokens: F8, ttft_
     """Whether the device, by its model, can meet SLOs `[N]` of requests that have it for themselves: the prompt, in the
     largest steps there are, within ttft_s, and a decode behind it within tpot_s. NaN bounds are met.
 
-    prompt_tokens: those to compute, without a cached prefix; at least 1. ttft_s: or a bound of the whole answer, if that
-    is tighter.
+    prompt_tokens: those to compute, without a cached prefix; at least 1. ttft_s: or a bound of the whole answer, if
+    that is tighter.
     """
     one = np.ones(len(prompt_tokens))
     zero = np.zeros(len(prompt_tokens))

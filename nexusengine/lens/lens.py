@@ -302,10 +302,10 @@ class Lens:
         late = nobody.slots
         if not o.order or not len(prompts.slots):
             return prompts, nobody, late
-        promised: Bools = prompts.due_s < _INF
+        promised = prompts.due_s < _INF
         if np.count_nonzero(promised) < len(promised):
-            kept, off, late = self._order(view, prompts[promised], pace, now, free, choose=choose)
-            return kept + prompts[~promised], off, late
+            kept, put_aside, late = self._order(view, prompts[promised], pace, now, free, choose=choose)
+            return kept + prompts[~promised], put_aside, late
         slack_s = prompts.due_s - (now + o.answer_ms / 1000)
         doomed = prompts.work_s > slack_s - (pace.decode_s + pace.extra_s)
         if np.count_nonzero(doomed):
