@@ -75,8 +75,16 @@ class RouterClient:
 
     def status(self) -> wire.Cluster | None:
         """None before the router was heard, and when it has been silent for 5 s."""
-        silent = time.monotonic() - self._heard_s > _SILENT_S
-        return None if silent else self._cluster
+        return None if self._silent_s() > _SILENT_S else self._cluster
+
+    def _silent_s(self) -> float:
+        """How long nothing has come from the router. Where that seems long, the socket is looked at first: perhaps it
+        was this event loop that was busy."""
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s > _SILENT_S and asyncio._get_running_loop() is self._loop:
+            self._receive()
+            silent_s = time.monotonic() - self._heard_s
+        return silent_s
 
     async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
         cluster = self.status()
@@ -137,7 +145,7 @@ class RouterClient:
     async def _say_hello(self) -> None:
         while True:
             self._send(wire.Hello())
-            if self._pending and time.monotonic() - self._heard_s > _GONE_S:
+            if self._pending and self._silent_s() > _GONE_S:
                 for request_id in self._pending:
                     self.abort(request_id)
                 self._fail_all(Unavailable.code, f"the router has been silent for {_GONE_S:.0f} s")
