@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import heapq
+import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from nexusengine.errors import DeadlineExceeded, NexusError, Unavailable
+from nexusengine.requests import error_delta
+from nexusengine.slo import first_token_due_s
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import Cluster, Findings
 
@@ -37,3 +45,101 @@ class AsyncBackend(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    """A request before the queue; `number` in order of submission."""
+
+    due_s: float
+    number: int
+    request: EngineRequest = field(compare=False)
+    sink: Sink = field(compare=False)
+    expiry: asyncio.TimerHandle | None = field(compare=False, default=None)
+
+
+class UnboundedBackend:
+    """A backend that takes any number of requests: at most `places` of them are in `inner` at a time, whose queue is
+    bounded; the others wait before it, by the instant their first token is due, those without an SLO behind, as they
+    came. For callers in Python, who have all their prompts at hand anyway; a server refuses what its queue cannot hold.
+    """
+
+    def __init__(self, inner: AsyncBackend, places: int) -> None:
+        self.inner, self._places = inner, places
+        self._inside = self._submitted = 0
+        self._heap: list[_Waiting] = []
+        self._waiting: dict[str, _Waiting] = {}
+        self._letting_in = False
+
+    async def start(self) -> None:
+        await self.inner.start()
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        waiting = _Waiting(first_token_due_s(request.arrival_s, request.slo), self._submitted, request, sink)
+        self._submitted += 1
+        self._waiting[request.request_id] = waiting
+        heapq.heappush(self._heap, waiting)
+        self._let_in()
+        if request.deadline_s is not None and request.request_id in self._waiting:
+            left_s = max(request.deadline_s - time.monotonic(), 0.0)
+            waiting.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, request)
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._waiting:
+            self._end(request_id, TokenDelta(request_id, finish_reason="abort"))
+        else:
+            self.inner.abort(request_id)
+
+    def status(self) -> Cluster | None:
+        return self.inner.status()
+
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
+        return await self.inner.ask(last_steps=last_steps, request_id=request_id)
+
+    async def close(self) -> None:
+        for request_id in list(self._waiting):
+            self._end(request_id, error_delta(request_id, Unavailable("the engine was closed")))
+        await self.inner.close()
+
+    def _let_in(self) -> None:
+        """Requests from the heap while there are places. A sink may be called before `submit` returns, and calls this
+        again: the outermost call does the work."""
+        if self._letting_in:
+            return
+        self._letting_in = True
+        try:
+            while self._heap and self._inside < self._places:
+                waiting = heapq.heappop(self._heap)
+                if self._forget(waiting.request.request_id) is not None:
+                    self._submit(waiting.request, waiting.sink)
+        finally:
+            self._letting_in = False
+
+    def _submit(self, request: EngineRequest, sink: Sink) -> None:
+        def heard(delta: TokenDelta) -> None:
+            if delta.finish_reason is not None:
+                self._inside -= 1
+                self._let_in()
+            sink(delta)
+
+        self._inside += 1
+        try:
+            self.inner.submit(request, heard)
+        except NexusError as error:
+            heard(error_delta(request.request_id, error))
+
+    def _expire(self, request: EngineRequest) -> None:
+        limit_s = (request.deadline_s or math.inf) - request.arrival_s
+        error = DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival")
+        self._end(request.request_id, error_delta(request.request_id, error))
+
+    def _end(self, request_id: str, delta: TokenDelta) -> None:
+        if (waiting := self._forget(request_id)) is not None:
+            waiting.sink(delta)
+
+    def _forget(self, request_id: str) -> _Waiting | None:
+        """It waits no longer; its place in the heap is passed over."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None and waiting.expiry is not None:
+            waiting.expiry.cancel()
+        return waiting

@@ -6,11 +6,12 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import parse_devices
 from nexusengine.errors import InvalidRequest
+from nexusengine.lifetime import not_pickled
 from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.requests import DEFAULT_SAMPLING, Prompt, check_length, make_request
 from nexusengine.runners import LocalRunner, RemoteRunner
@@ -28,7 +29,11 @@ __all__ = ["AsyncEngine", "Engine"]
 class Engine:
     """A model on one device, in this process, or on several, behind a router.
 
-    settings: the fields of `nexusengine.config.EngineConfig`. One thread at a time may call it.
+    settings: the fields of `nexusengine.config.EngineConfig`.
+
+    Any number of threads may call it at once; their requests share the batch. It belongs to the process that made it:
+    in a fork of that its methods raise Unavailable. Its processes, if it has any, end when it is closed or garbage, or
+    with the process.
 
         with Engine("smollm2-135m") as engine:
             print(engine.generate("The capital of France is")[0].text)
@@ -51,11 +56,13 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self._runner.vocab_size
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt + output in tokens."""
+        self._runner.check()
         return self._runner.max_model_len
 
     def sampling_params(self, **given: Any) -> SamplingParams:
@@ -66,6 +73,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters of the engine core (see core.stats.CoreStats), summed over workers."""
+        self._runner.check()
         return self._runner.stats()
 
     @overload
@@ -111,8 +119,12 @@ class Engine:
         progress: show a bar; default: for more than 8 prompts on a terminal.
         slo: what is promised to each of them: an SLO, the name of a class, or None for no promise; priority: see
         EngineRequest. The last output of each prompt says in `verdict` whether the promise was kept.
-        Raises NexusError; nothing is started if any prompt or parameter is wrong.
+        There may be any number of prompts. Without an SLO none of them is refused, however long they wait.
+
+        Raises NexusError before anything is started if any prompt or parameter is wrong. Later, one that fails is an
+        output like the others, with finish_reason "error" and its `error`.
         """
+        longest = self.max_model_len
         many = _as_list(prompts)
         each = _sampling_list(sampling, len(many))
         promise = self._classes.in_python(slo)
@@ -122,7 +134,7 @@ class Engine:
             for p, s in zip(many, each, strict=True)
         ]
         for request in requests:
-            check_length(request, self.max_model_len, self.vocab_size)
+            check_length(request, longest, self.vocab_size)
         news = self._runner.run(requests, many, stream=stream)
         if stream:
             return news
@@ -164,6 +176,9 @@ class Engine:
         """Free the device, end the workers. Safe to call twice."""
         self._runner.close()
         self._runner.tokenizer.close()
+
+    def __reduce__(self) -> NoReturn:
+        not_pickled(self)
 
     def __enter__(self) -> Engine:
         return self

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from nexusengine import wire
+from nexusengine import lifetime, wire
 from nexusengine.backend import Sink
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
+from nexusengine.requests import error_delta
 from nexusengine.types import EngineRequest, TokenDelta
 
 _IDLE_WAIT_S = 0.5
 _ANSWER_S = 3.0
+_JOIN_EVERY_S = 0.002
+_LAST_STEP_S = 10.0  # at exit: a step under way is waited for, but not for ever
 log = get_logger("engine")
 
 
@@ -46,13 +51,13 @@ class LocalBackend:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        lifetime.started(self)
         self._thread.start()
 
     def submit(self, request: EngineRequest, sink: Sink) -> None:
         if self._failure is not None or self._closing:
-            message = self._failure or "the engine was closed"
-            code = InternalError.code if self._failure else Unavailable.code
-            sink(TokenDelta(request.request_id, finish_reason="error", error_code=code, error_message=message))
+            failure, closed = self._failure, Unavailable("the engine was closed")
+            sink(error_delta(request.request_id, InternalError(failure) if failure else closed))
             return
         self._sinks[request.request_id] = sink
         self._commands.append(request)
@@ -96,11 +101,23 @@ class LocalBackend:
             return []
 
     async def close(self) -> None:
-        self._closing = True
-        self._arrived.set()
-        await asyncio.to_thread(self._thread.join)
+        self.stop()
+        while self._thread.is_alive():  # no thread to join it in: at the exit of an interpreter there is none
+            await asyncio.sleep(_JOIN_EVERY_S)
         self._fail_all(Unavailable.code, "the engine was closed")
         self.core.executor.close()
+
+    def stop(self) -> None:
+        """Let the thread end after its step; from any thread."""
+        self._closing = True
+        self._arrived.set()
+
+    def end(self) -> None:
+        self.stop()
+        self._thread.join(_LAST_STEP_S)
+
+    def forget(self) -> None:
+        """Nothing to let go of."""
 
     def _run(self) -> None:
         try:
@@ -108,14 +125,25 @@ class LocalBackend:
                 deltas = self._take_commands()
                 deltas += self.core.step()
                 if deltas:
-                    self._loop.call_soon_threadsafe(self._deliver, deltas)
+                    self._tell(self._deliver, deltas)
                 if not self.core.has_work:
                     self._arrived.wait(_IDLE_WAIT_S)
                     self._arrived.clear()
         except Exception as error:  # whatever it is, the requests in flight must be told
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
-            self._loop.call_soon_threadsafe(self._fail_all, InternalError.code, self._failure)
+            self._tell(self._fail_all, InternalError.code, self._failure)
+        finally:
+            lifetime.ended(self)
+
+    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call it in the event loop. Where that has ended without closing the engine, nobody listens any more."""
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            self._closing = True
 
     def _take_commands(self) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -126,20 +154,12 @@ class LocalBackend:
                     deltas.append(delta)
                 continue
             if isinstance(command, _Query):
-                self._loop.call_soon_threadsafe(command.tell, self.core.findings(command.ask))
+                self._tell(command.tell, self.core.findings(command.ask))
                 continue
             try:
                 self.core.add(command)
             except NexusError as error:
-                deltas.append(
-                    TokenDelta(
-                        command.request_id,
-                        finish_reason="error",
-                        error_code=error.code,
-                        error_message=error.message,
-                        retry_after_s=error.retry_after_s,
-                    )
-                )
+                deltas.append(error_delta(command.request_id, error))
         return deltas
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:

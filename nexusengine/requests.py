@@ -6,13 +6,30 @@ import dataclasses
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nexusengine.core.output import OutputProcessor
 from nexusengine.core.stop import StopStrings
-from nexusengine.errors import ContextTooLong, InvalidRequest, NexusError, error_from_code
+from nexusengine.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidRequest,
+    NexusError,
+    Overloaded,
+    error_from_code,
+)
 from nexusengine.slo import SLOClass
 from nexusengine.tokenize import Tokenizer
-from nexusengine.types import MAX_PRIORITY, MAX_SEED, EngineRequest, SamplingParams, TokenDelta
+from nexusengine.types import (
+    MAX_PRIORITY,
+    MAX_SEED,
+    EngineRequest,
+    Missed,
+    RequestOutput,
+    SamplingParams,
+    TokenDelta,
+    Verdict,
+)
 
 Prompt = str | Sequence[int]
 
@@ -134,3 +151,30 @@ def delta_error(delta: TokenDelta) -> NexusError:
     return error_from_code(
         delta.error_code or "", delta.error_message or "no reason was given", retry_after_s=delta.retry_after_s
     )
+
+
+def error_delta(request_id: str, error: NexusError) -> TokenDelta:
+    """The last delta of a request that failed."""
+    return TokenDelta(
+        request_id,
+        finish_reason="error",
+        error_code=error.code,
+        error_message=error.message,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def output_of(processor: OutputProcessor, delta: TokenDelta, now: float) -> RequestOutput | None:
+    """`processor.push`, with the error of a request that failed in its last output."""
+    output = processor.push(delta, now)
+    if output is None or output.finish_reason != "error":
+        return output
+    error = delta_error(delta)
+    verdict = None if output.verdict is None else Verdict(False, False, _missed(error))
+    return replace(output, error=error, verdict=verdict)
+
+
+def _missed(error: NexusError) -> Missed:
+    if isinstance(error, Overloaded):
+        return "refused"
+    return "unfinished" if isinstance(error, DeadlineExceeded) else "failed"

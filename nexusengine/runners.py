@@ -1,93 +1,198 @@
-"""How a synchronous Engine runs its requests: a core's loop in the caller's thread, or an event loop in another."""
+"""How a synchronous Engine runs its requests: a core in this process, or an event loop in a thread of its own.
+
+Either may be called by any number of threads at once; their requests share the batch.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import heapq
 import queue
 import signal
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from nexusengine.async_engine import AsyncEngine, once_more
+from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import EngineConfig
-from nexusengine.errors import NexusError, Unavailable
-from nexusengine.requests import Prompt, delta_error, make_processor
-from nexusengine.slo_classes import promise_of
+from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
+from nexusengine.lens.registry import OFFLINE
+from nexusengine.lifetime import Home
+from nexusengine.obs.logs import get_logger
+from nexusengine.requests import Prompt, error_delta, make_processor, output_of
+from nexusengine.slo import first_token_due_s
 from nexusengine.start import make_local
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 
-_SCHEDULER = "lens:cap_ms=500"
-"""Of an engine in its caller's thread: nobody comes while it computes a step, so none is kept short for newcomers."""
+Outputs = Callable[[], AsyncGenerator[RequestOutput]]
+log = get_logger("engine")
 
 
 class LocalRunner:
-    """Runs the core's loop in the caller's thread."""
+    """A core in this process, stepped by its callers: whoever has no news computes the next step, for all of them, with
+    the lock held.
+
+    Only the holder of the lock touches the core. A generator may be closed by the garbage collector, in any thread and
+    also within a step, so its end takes no lock: what it leaves is written down in `_left`, for the holder to see to.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.scheduler == "lens":
-            config = dataclasses.replace(config, scheduler=_SCHEDULER)
+        config = dataclasses.replace(config, scheduler=OFFLINE.get(config.scheduler, config.scheduler))
+        self._home = Home()
         self.core, self.tokenizer, self.vocab_size = make_local(config)
         self.max_model_len = self.core.max_model_len
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._submitted = 0
+        self._queue: list[tuple[float, int, EngineRequest]] = []  # before the core's, which is bounded
         self._inboxes: dict[str, deque[TokenDelta]] = {}
-        self._closed = False
+        self._left: deque[str] = deque()
+        self._failure: NexusError | None = None
+        self._closing = False
+
+    def check(self) -> None:
+        """Raises Unavailable in a fork of the engine's process."""
+        self._home.check()
 
     def stats(self) -> dict[str, float]:
         return self.core.stats().totals()
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
         """stream: whether the caller looks at the news before a request's end."""
-        if self._closed:
-            raise Unavailable("the engine was closed")
         processors = {
             r.request_id: (i, make_processor(r, self.tokenizer, p))
             for i, (r, p) in enumerate(zip(requests, prompts, strict=True))
         }
-        waiting = list(reversed(requests))
         inbox: deque[TokenDelta] = deque()
         try:
+            self._submit(requests, inbox)
             while processors:
-                while waiting and self.core.stats().waiting < self.core.max_waiting:
-                    self._inboxes[waiting[-1].request_id] = inbox
-                    self.core.add(waiting.pop())
                 if not inbox:
-                    self._step()
+                    self._step(inbox)
                 while inbox:
                     delta = inbox.popleft()
                     if delta.request_id not in processors:
                         continue
-                    if delta.finish_reason == "error":
-                        raise delta_error(delta)
                     index, processor = processors[delta.request_id]
-                    output = processor.push(delta, time.monotonic())
+                    output = output_of(processor, delta, time.monotonic())
                     if processor.stopped and delta.finish_reason is None:
-                        self.core.abort(delta.request_id)
+                        self._leave(delta.request_id)
                     if processor.stopped or delta.finish_reason is not None:
-                        del processors[delta.request_id], self._inboxes[delta.request_id]
+                        del processors[delta.request_id]
+                        self._inboxes.pop(delta.request_id, None)
                     if output is not None:
                         output.metadata["index"] = index
                         yield output
         finally:
-            for request_id in processors:
-                self._inboxes.pop(request_id, None)
-                self.core.abort(request_id)
+            self._leave(*processors)
 
-    def _step(self) -> None:
-        """One step of the core. Its tokens go to whoever asked for them: several streams may be open at a time."""
-        with _interrupts_deferred():
-            deltas = self.core.step()
+    def close(self) -> None:
+        """What is in flight ends with an error."""
+        if not self._home.here:
+            return
+        self._closing = True
+        if self._holder != threading.get_ident():  # else a signal came within a step, which sees to it at its end
+            with self._turn():
+                pass
+
+    # ---- with the lock held --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The core is the caller's alone. Raises Unavailable if the caller, interrupted by a signal, has it already."""
+        self.check()
+        if self._holder == threading.get_ident():
+            raise Unavailable("the engine was called within a step of its own, by a handler of a signal")
+        with self._lock:
+            try:
+                self._holder = threading.get_ident()
+                self._see_to_those_left()
+                yield
+            finally:
+                if self._closing and self._failure is None:
+                    self._fail(Unavailable("the engine was closed"))
+                    self.core.executor.close()
+                self._holder = None
+        self._tidy()
+
+    def _submit(self, requests: list[EngineRequest], inbox: deque[TokenDelta]) -> None:
+        with self._turn():
+            if self._failure is not None:
+                raise type(self._failure)(self._failure.message)
+            for request in requests:
+                self._submitted += 1
+                self._inboxes[request.request_id] = inbox
+                due_s = first_token_due_s(request.arrival_s, request.slo)
+                heapq.heappush(self._queue, (due_s, self._submitted, request))
+
+    def _step(self, inbox: deque[TokenDelta]) -> None:
+        """One step of the core, unless another thread's has brought something meanwhile. Its tokens go to whoever asked
+        for them."""
+        with self._turn(), _interrupts_deferred():
+            if inbox or self._failure is not None:
+                return
+            try:
+                self._feed()
+                self._deliver(self.core.step())
+            except Exception as error:  # whatever it is, all that are in flight must be told
+                log.exception("a step failed; the engine is of no more use")
+                self._fail(InternalError(f"a step failed: {error}"))
+
+    def _feed(self) -> None:
+        """Requests into the core while it has room, those whose first token is due first."""
+        while self._queue and self.core.room:
+            request = heapq.heappop(self._queue)[-1]
+            if request.request_id in self._inboxes:  # else its caller has left
+                try:
+                    self.core.add(request)
+                except NexusError as error:
+                    self._deliver([error_delta(request.request_id, error)])
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
             if (inbox := self._inboxes.get(delta.request_id)) is not None:
                 inbox.append(delta)
 
-    def close(self) -> None:
-        self._closed = True
-        self.core.executor.close()
+    def _fail(self, error: NexusError) -> None:
+        """The end of the engine, and of all that is in flight."""
+        self._failure = error
+        self._queue.clear()
+        self._deliver([error_delta(request_id, error) for request_id in list(self._inboxes)])
+
+    def _see_to_those_left(self) -> None:
+        while self._left:
+            request_id = self._left.popleft()
+            if self._failure is None:
+                self.core.abort(request_id)
+        if not self._inboxes:
+            self._queue.clear()
+
+    # ---- without it ----------------------------------------------------------------------------------------------
+
+    def _leave(self, *request_ids: str) -> None:
+        """Nobody waits for these any more."""
+        for request_id in request_ids:
+            self._inboxes.pop(request_id, None)
+            self._left.append(request_id)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Abort those left, unless another has the core: then that one does, at the latest when it gives it back."""
+        if not self._left:
+            return
+        with _interrupts_deferred():
+            while self._left and self._lock.acquire(blocking=False):
+                try:
+                    self._see_to_those_left()
+                finally:
+                    self._lock.release()
 
 
 @contextmanager
@@ -113,28 +218,77 @@ def _interrupts_deferred() -> Iterator[None]:
         before(*seen[0])
 
 
+class _Session:
+    """An AsyncEngine in an event loop of its own, in a background thread. Knows nothing of the RemoteRunner it is for,
+    so that this can be garbage while the thread runs."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.home = Home()
+        self.engine = AsyncEngine(**dataclasses.asdict(config))
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="engine client", daemon=True)
+        self.thread.start()
+        self._closing = threading.RLock()
+
+    def call(self, coroutine: Any) -> Any:
+        running = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
+
+    def close(self) -> None:
+        if not self.home.here:
+            return
+        with self._closing:
+            if self.loop.is_closed():
+                return
+            self.call(self._end())
+            if self.loop.is_closed():  # by a handler of a signal meanwhile
+                return
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
+
+    def abandon(self) -> None:
+        """`close`, from whatever thread the garbage collector runs in."""
+        if self.home.here and threading.current_thread() is self.thread:
+            threading.Thread(target=self.close, name="engine end").start()
+        else:
+            self.close()
+
+    async def _end(self) -> None:
+        """Close the engine, and see what was interrupted to its end."""
+        await self.engine.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+
 class RemoteRunner:
     """Runs an AsyncEngine in an event loop of its own, in a background thread."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine client", daemon=True)
-        self._thread.start()
-        self._engine = AsyncEngine(**dataclasses.asdict(config))
+        self._session = _Session(config)
+        weakref.finalize(self, self._session.abandon).atexit = False  # see lifetime.py
         try:
-            self._call(self._engine.start())
+            self._session.call(self._session.engine.start())
         except BaseException:
             self.close()
             raise
-        self.tokenizer, self.vocab_size = self._engine.tokenizer, self._engine.vocab_size
+        engine = self._session.engine
+        self.tokenizer, self.vocab_size = engine.tokenizer, engine.vocab_size
+
+    def check(self) -> None:
+        """Raises Unavailable in a fork of the engine's process."""
+        self._session.home.check()
 
     @property
     def max_model_len(self) -> int:
-        return self._engine.max_model_len
+        return self._session.engine.max_model_len
 
     def stats(self) -> dict[str, float]:
-        cluster = self._engine.backend.status()
+        cluster = self._session.engine.backend.status()
         if cluster is None:
             raise Unavailable("the router is silent")
         totals: dict[str, float] = {}
@@ -145,72 +299,58 @@ class RemoteRunner:
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
         """stream: whether the caller looks at the news before a request's end; else it may be generated twice."""
-        if self._loop.is_closed():
+        session = self._session
+        if session.loop.is_closed():
             raise Unavailable("the engine was closed")
-        news: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-        running = asyncio.run_coroutine_threadsafe(self._run_all(requests, prompts, stream, news), self._loop)
+        news: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
+        pairs = list(zip(requests, prompts, strict=True))
+        starts: list[Outputs] = [partial(session.engine.serve, request, prompt) for request, prompt in pairs]
+        if not stream:
+            starts = [partial(_whole, start) for start in starts]
+        running = asyncio.run_coroutine_threadsafe(_serve_all(starts, news), session.loop)
+        running.add_done_callback(lambda _: news.put(None))
         left = len(requests)
         try:
             while left:
-                item = news.get()
-                if isinstance(item, BaseException):
-                    raise item
-                left -= item.finish_reason is not None
-                yield item
+                self.check()
+                output = news.get()
+                if output is None:
+                    raise _cause(running)
+                left -= output.finished
+                yield output
         finally:
             running.cancel()
 
-    async def _run_all(
-        self,
-        requests: list[EngineRequest],
-        prompts: Sequence[Prompt],
-        stream: bool,
-        news: queue.SimpleQueue[RequestOutput | BaseException],
-    ) -> None:
-        seats = asyncio.Semaphore(self._config.max_waiting)
-
-        async def one(index: int, request: EngineRequest, prompt: Prompt) -> None:
-            start = partial(
-                self._engine.generate,
-                prompt,
-                request.sampling,
-                request_id=request.request_id,
-                slo=promise_of(request),
-                priority=request.priority,
-                arrival_s=request.arrival_s,
-            )
-            async with seats:
-                async for output in start() if stream else once_more(start):
-                    output.metadata["index"] = index
-                    news.put(output)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-                    group.create_task(one(index, request, prompt))
-        except* NexusError as errors:
-            news.put(errors.exceptions[0])
-        except* Exception as errors:
-            news.put(errors.exceptions[0])
-
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        self._call(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._session.close()
 
-    async def _end(self) -> None:
-        """Close the engine, and see what was interrupted to its end."""
-        await self._engine.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
 
-    def _call(self, coroutine: Any) -> Any:
-        running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return running.result()
-        except BaseException:
-            running.cancel()
-            raise
+async def _serve_all(starts: list[Outputs], news: queue.SimpleQueue[RequestOutput | None]) -> None:
+    async def one(index: int, start: Outputs) -> None:
+        async for output in start():
+            output.metadata["index"] = index
+            news.put(output)
+
+    async with asyncio.TaskGroup() as group:
+        for index, start in enumerate(starts):
+            group.create_task(one(index, start))
+
+
+async def _whole(start: Outputs) -> AsyncGenerator[RequestOutput]:
+    """The outputs of a generation whose caller looks at them only when they are complete: generated a second time if
+    the worker is lost in the middle. A worker lost before the first token is the router's concern."""
+    outputs = [output async for output in start()]
+    if isinstance(outputs[-1].error, WorkerLost) and any(output.token_ids for output in outputs):
+        outputs = [output async for output in start()]
+    for output in outputs:
+        yield output
+
+
+def _cause(running: Future[None]) -> BaseException:
+    """Why requests ended without their last output."""
+    if running.cancelled():
+        return Unavailable("the engine was closed")
+    error = running.exception()
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error or InternalError("requests ended without an output")

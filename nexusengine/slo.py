@@ -16,7 +16,7 @@ from types import MappingProxyType
 from nexusengine.errors import ConfigError, InvalidRequest
 from nexusengine.types import SLO, Missed, Verdict
 
-__all__ = ["CLASSES", "MIXED", "Missed", "SLOClass", "Verdict", "judge", "load_classes"]
+__all__ = ["CLASSES", "MIXED", "Missed", "SLOClass", "Verdict", "first_token_due_s", "judge", "load_classes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ CLASSES: Mapping[str, SLOClass] = MappingProxyType(
 )
 MIXED: Mapping[str, float] = MappingProxyType({"interactive": 0.6, "standard": 0.25, "batch": 0.15})
 """Shares of the classes in the workload `mixed`."""
+
+
+def first_token_due_s(arrival_s: float, slo: SLO | None) -> float:
+    """The instant by which the first token is due; infinite without an SLO."""
+    return math.inf if slo is None else arrival_s + slo.ttft_s
 
 
 def judge(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from nexusengine import lifetime
 from nexusengine.backend import AsyncBackend
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import EngineConfig, ServeConfig, load, parse_devices
@@ -20,6 +21,8 @@ from nexusengine.serve.build import executor_options, make_core
 from nexusengine.serve.client import RouterClient
 from nexusengine.serve.supervisor import Supervisor
 from nexusengine.tokenize import Tokenizer, load_tokenizer
+
+_JOIN_EVERY_S = 0.01
 
 
 def engine_config(model: str, devices: str | Sequence[str] | None, settings: dict[str, Any]) -> EngineConfig:
@@ -49,21 +52,25 @@ async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, 
         await local.start()
         return local, tokenizer, vocab_size, None
     supervisor = SupervisorThread(config)
+    client = RouterClient(supervisor.front)
+    started = False
     try:
         files = await asyncio.to_thread(resolve_model, config.model, revision=config.revision, weights=False)
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
         await asyncio.to_thread(supervisor.wait_until_ready)
-        client = RouterClient(supervisor.front)
         await client.start()
+        started = True
         await client.wait_for_ready(10.0)
     except BaseException:
-        await asyncio.to_thread(supervisor.close)
+        if started:
+            await client.close()
+        await supervisor.closed()
         raise
     return client, tokenizer, files.config.vocab_size, supervisor
 
 
 class SupervisorThread:
-    """A supervisor without HTTP, in a thread of the caller's process."""
+    """A supervisor without HTTP, in a thread of the caller's process. Ends with that process at the latest."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._ready = threading.Event()
@@ -71,6 +78,7 @@ class SupervisorThread:
         serve = ServeConfig(**dataclasses.asdict(config))
         self._supervisor = Supervisor(serve, with_server=False, on_event=self._on_event)
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        lifetime.started(self)
         self._thread.start()
 
     @property
@@ -83,9 +91,25 @@ class SupervisorThread:
         if self._failure is not None:
             raise self._failure
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Let all processes end; does not wait for them."""
         self._supervisor.stop()
+
+    def close(self) -> None:
+        """End all processes."""
+        self.stop()
         self._thread.join()
+
+    end = close
+
+    async def closed(self) -> None:
+        """`close`, in an event loop; needs no further thread, so that it works at the exit of an interpreter too."""
+        self.stop()
+        while self._thread.is_alive():
+            await asyncio.sleep(_JOIN_EVERY_S)
+
+    def forget(self) -> None:
+        self._supervisor.forget_children()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event["type"] == "ready":
@@ -97,4 +121,5 @@ class SupervisorThread:
         except NexusError as error:
             self._failure = error
         finally:
+            lifetime.ended(self)
             self._ready.set()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from nexusengine.errors import InvalidRequest
+from nexusengine.errors import InvalidRequest, NexusError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Missed = Literal["refused", "failed", "unfinished", "ttft", "tpot", "e2e"]
@@ -227,6 +227,7 @@ class RequestOutput:
     it begins, so it may come later than its id.
     stop_reason: the stop string or the token id that ended it, if one did.
     timings, preemptions, service and verdict come with the end; verdict is None without an SLO.
+    error: why it failed, with finish_reason "error"; text and token_ids are then what there was before.
     """
 
     request_id: str
@@ -246,6 +247,7 @@ class RequestOutput:
     service: Service | None = None
     verdict: Verdict | None = None
     text_offsets: tuple[int, ...] = ()
+    error: NexusError | None = None
 
     @property
     def finished(self) -> bool:

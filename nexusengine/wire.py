@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -54,7 +54,8 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
-    """A prompt that is not fully computed: its TTFT deadline (monotonic; NaN without SLO), tokens left and done."""
+    """A prompt that is not fully computed: its TTFT deadline (monotonic; infinite without an SLO), tokens left and
+    done."""
 
     deadline_s: float
     left_tokens: Count
@@ -104,9 +105,28 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     relegated_tokens: Count = 0
 
 
+class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
+    """What others need to know of an engine policy to foresee what it does; each policy declares its own.
+
+    order: which prompts it serves first, by the "deadline" of their first token, as of their "arrival", or those with
+    the "shortest" rest. relegates: whether prompts that cannot be in time go behind all others.
+    step_tokens: most tokens of a step, 0 for the engine's own limit. step_s, single_steps: no step is planned longer
+    than step_s seconds, or than so many steps of a single token if that is longer; infinite if only tokens count.
+    by_tpot: whether steps are kept within the tightest TPOT of those that decode.
+    """
+
+    order: Literal["deadline", "arrival", "shortest"] = "deadline"
+    relegates: bool = True
+    step_tokens: Count = 0
+    step_s: float = 0.12
+    single_steps: float = 2.5
+    by_tpot: bool = True
+
+
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler: name of its
-    engine policy. max_waiting: requests that may wait in it; more are refused. 0 and "" where not known yet."""
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler, traits: name
+    of its engine policy, for people, and what it declares. max_waiting: requests that may wait in it; more are
+    refused. 0 and "" where not known yet."""
 
     worker_id: str
     epoch: str
@@ -123,6 +143,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_bytes: int = 0
     scheduler: str = ""
     max_waiting: int = 0
+    traits: PolicyTraits = PolicyTraits()
 
 
 class StepHistory(msgspec.Struct, frozen=True, array_like=True):

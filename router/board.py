@@ -20,7 +20,8 @@ class Board:
     """due_s `[W, N]`, ahead_s and slack_s `[W, N + 1]`: as in Forecast; behind a row's end due_s and slack_s are
     infinite and ahead_s stays at the sum. The numbers of a forecast are attributes of the same names, `[W]`.
 
-    takes, warming `[W]`: as in WorkerView. longest `[W]`: prompt and output it can hold, infinite if not known.
+    takes, warming `[W]`: as in WorkerView. shortest `[W]`: whether the engine serves the shortest prompt first.
+    longest `[W]`: prompt and output it can hold, infinite if not known.
     """
 
     def __init__(self) -> None:
@@ -46,8 +47,13 @@ class Board:
             return cool
         return may if may.any() else None
 
-    def position(self, due_s: float) -> npt.NDArray[np.intp]:
-        """How many prompts of each worker are due no later `[W]`. due_s may be infinite."""
+    def position(self, due_s: float, left: F8 | float) -> npt.NDArray[np.intp]:
+        """How many prompts of each worker are served before one that is due at due_s, which may be infinite, and has
+        `left` tokens to compute `[W]`."""
+        if self.shortest.any():
+            keys = np.where(self.shortest, left, due_s)[:, None]
+            before: npt.NDArray[np.intp] = np.minimum((self.due_s <= keys).sum(axis=1), self.count)
+            return before
         if due_s == np.inf:
             return self.count
         position: npt.NDArray[np.intp] = (self.due_s <= due_s).sum(axis=1)
@@ -70,6 +76,7 @@ class Board:
         one = forecast(known[2], view)
         self._write(i, one)
         self.takes[i], self.warming[i] = view.takes, view.warming
+        self.shortest[i] = view.info.traits.order == "shortest"
         self.longest[i] = view.info.max_model_len or np.inf
         if before is None or before.worker_id != view.worker_id:
             if before is not None and self.index.get(before.worker_id) == i:
@@ -101,6 +108,7 @@ class Board:
         self.rows = np.arange(count)
         self.count = np.zeros(count, np.intp)
         self.takes, self.warming = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+        self.shortest = np.zeros(count, np.bool_)
         self.longest = np.full(count, np.inf)
         self.numbers = np.zeros((len(FIELDS), count))
         (

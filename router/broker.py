@@ -6,6 +6,7 @@ import os
 import queue
 import secrets
 import time
+from logging import DEBUG, WARNING
 from typing import Any
 
 import zmq
@@ -131,7 +132,8 @@ class Broker:
         except (zmq.Again, zmq.ZMQError) as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            log.warning("gave up %s %r: %s", outgoing.side, outgoing.identity, error)
+            left = outgoing.side == "client" and error.errno == zmq.EHOSTUNREACH  # as any client may
+            log.log(DEBUG if left else WARNING, "gave up %s %r: %s", outgoing.side, outgoing.identity, error)
             if outgoing.side == "client":
                 self.core.on_client_gone(outgoing.identity, time.monotonic())
             else:

@@ -7,7 +7,6 @@ that a dispatch costs no new predictions. Times are seconds; "pairs" are query-k
 from __future__ import annotations
 
 import bisect
-import heapq
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -16,24 +15,21 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import astuple
 
+from nexusengine.lens.order import put_off
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import F8, PerfSnapshot, Predictor
 from nexusengine.perf.registry import make_model, rebuild
 from nexusengine.router.policy import WorkerView
-from nexusengine.wire import PerfWeights, WorkerLoad
+from nexusengine.wire import PerfWeights, PolicyTraits, WorkerLoad
 
 REFERENCE_STEP = StepFeatures(
     tokens=544, sequences=33, prefills=1, prefill_attention=512 * 256.0, decode_kv_tokens=32_768
 )
 """A step all workers can be compared by: a chunk of 512 tokens beside 32 decodes with 1024 tokens of context each."""
 
-IN_ORDER_OF_ARRIVAL = frozenset({"fcfs", "sarathi", "prefill-first"})
-"""Engine policies that serve prompts as they came and do not shorten steps for anybody's TPOT."""
-
+Bools = npt.NDArray[np.bool_]
 _INF = float("inf")
-_LONGEST_STEP_S = 0.12
 _LOOSEST_TPOT_S = 0.1
-_SINGLE_STEPS = 2.5
 _MARGIN_S = 0.0005
 _BLOCK_TOKENS = 16
 _BATCH_TOKENS = 2048
@@ -77,10 +73,11 @@ def speed(
     kv_tokens: float,
     tightest_tpot_s: float,
     batch_tokens: int,
-    paced: bool,
+    traits: PolicyTraits,
 ) -> Speed:
-    """paced: the engine keeps its steps within the tightest TPOT of its decodes, as LENS does (LENS.md, 3.3);
-    otherwise it fills each step to `batch_tokens`."""
+    """batch_tokens: most that a step of the engine holds. traits: of its policy, which may keep steps shorter."""
+    batch_tokens = min(batch_tokens, traits.step_tokens or batch_tokens)
+    paced = traits.by_tpot or traits.step_s < _INF
     rows = float(max(decodes, 1))
     chunks = [q * batch_tokens for q in _CHUNK_SHARES]
     probe = 0.25 * batch_tokens
@@ -95,7 +92,10 @@ def speed(
     room = float(max(batch_tokens - decodes, 1))
     chunk = room
     if paced:
-        limit_s = min(max(_LONGEST_STEP_S, _SINGLE_STEPS * decode_s), tightest_tpot_s) / quantile - _MARGIN_S
+        limit_s = max(traits.step_s, traits.single_steps * decode_s)
+        if traits.by_tpot:
+            limit_s = min(limit_s, tightest_tpot_s)
+        limit_s = limit_s / quantile - _MARGIN_S
         chunk = min(max(_between(limit_s, steps_s, chunks), _SMALLEST_CHUNK), room)
     step_s = _between(chunk, chunks, steps_s)
     work_s = max(step_s - first_s, 1e-9)
@@ -126,13 +126,15 @@ def _between(x: float, xs: list[float], ys: list[float]) -> float:
 class Snapshot:
     """A report digested, at the instant at_s when it came.
 
-    due_s, service_s `[n]`: the pending prompts that can be in time, by deadline (infinite without one), and how long
-    each keeps the worker busy. limit_s `[n]`: due_s, but infinite for those the report only sums up. late_s: work of
-    all others: relegated by the engine, or too late by this forecast.
+    due_s, service_s `[n]`: the pending prompts that can be in time, in the order they are served, and how long each
+    keeps the worker busy; due_s is what they are served by: the deadline (infinite without one), minus infinity where
+    they are served as they came, or the tokens left where the shortest goes first. limit_s `[n]`: the deadline, but
+    infinite for those whom nothing can make late: that the report only sums up, or that are late anyway. late_s: work
+    of all others: relegated by the engine, or too late by this forecast.
     decodes, decode_kv, tightest_tpot_s: those running. pending, pending_kv, pending_tpot_s: the prompts that will run,
     when they are computed. kv_tokens: what is held; pending_need: what pending prompts still need. rest_s: of the step
     under way.
-    by_deadline: whether the engine serves prompts by deadline; otherwise as they came.
+    traits: of the engine's policy.
     """
 
     at_s: float
@@ -152,20 +154,19 @@ class Snapshot:
     kv_capacity: float
     rest_s: float
     mean_output: float
-    by_deadline: bool
+    traits: PolicyTraits
 
 
 def snapshot(view: WorkerView, now: float) -> Snapshot:
     """Of the view's report; of an idle worker at `now` where there is none yet."""
     load = view.load or WorkerLoad(covers=0)
     info = view.info
-    by_deadline = info.scheduler not in IN_ORDER_OF_ARRIVAL
+    traits = info.traits
     count = len(load.pending)
     rows = np.fromiter(chain.from_iterable(map(astuple, load.pending)), np.float64, 5 * count).reshape(count, 5)
     if load.relegated:
         rows = rows[rows[:, 4] == 0.0]
     due, left, done, tpot, _ = rows.T
-    due = np.where(due == due, due, _INF)  # NaN: no promise
     tightest = load.tightest_tpot_s if load.tightest_tpot_s == load.tightest_tpot_s else _INF
     pending_tpot = float(np.fmin.reduce(tpot, initial=_INF))
     rate = speed(
@@ -175,30 +176,25 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
         float(load.decode_kv_tokens),
         min(tightest, pending_tpot),
         info.max_batch_tokens or _BATCH_TOKENS,
-        by_deadline,
+        traits,
     )
     service, limit = left * (rate.per_token_s + rate.per_pair_s * (done + 0.5 * left)), due
     pending_left = float(left.sum())
     unlisted = max(load.pending_tokens - load.relegated_tokens - pending_left, 0.0)
+    order = _sort_keys(traits, due, left)
     if unlisted:  # due after all that are listed
-        due, limit = np.append(due, due[-1] if len(due) else _INF), np.append(due, _INF)
+        order, limit = np.append(order, order.max(initial=-_INF) if len(due) else _INF), np.append(due, _INF)
         service = np.append(service, rate.per_token_s * unlisted)
-    rest_s = 0.5 * (rate.step_s if len(due) else rate.decode_s if load.decodes else 0.0)
+    rest_s = 0.5 * (rate.step_s if len(service) else rate.decode_s if load.decodes else 0.0)
     late_s = rate.per_token_s * load.relegated_tokens
     at_s = view.reported_s if view.load is not None else now
-    if by_deadline:
-        room = limit - (at_s + rest_s)
-        if (np.cumsum(service) > room).any():
-            keep = in_time(service, room)
-            late_s += float(service[~keep].sum())
-            due, limit, service = due[keep], limit[keep], service[keep]
-    else:  # whoever comes waits for all, and delays nobody
-        due, limit = np.full(len(due), -_INF), np.full(len(due), _INF)
+    order, limit, service, later_s = _decided(traits, order, limit, service, at_s + rest_s)
+    late_s += later_s
     block = info.block_size or _BLOCK_TOKENS
     return Snapshot(
         at_s=at_s,
         speed=rate,
-        due_s=due,
+        due_s=order,
         limit_s=limit,
         service_s=service,
         late_s=late_s,
@@ -213,15 +209,52 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
         kv_capacity=float(load.kv_total_blocks * block) or _INF,
         rest_s=rest_s,
         mean_output=load.mean_output_tokens,
-        by_deadline=by_deadline,
+        traits=traits,
     )
+
+
+def _sort_keys(traits: PolicyTraits, due_s: F8, left: F8) -> F8:
+    """What prompts are served by, least first: see Snapshot.due_s."""
+    if traits.order == "arrival":
+        return np.full(len(due_s), -_INF)
+    return due_s if traits.order == "deadline" else left.astype(np.float64)
+
+
+def _decided(traits: PolicyTraits, order: F8, limit_s: F8, service_s: F8, from_s: float) -> tuple[F8, F8, F8, float]:
+    """The prompts as the engine serves them from the instant from_s on: those that it can serve in time, or all if it
+    relegates nobody, and the work of those left out. order: their keys."""
+    if traits.order == "arrival":  # whoever comes waits for all, and delays nobody
+        return order, np.full(len(order), _INF), service_s, 0.0
+    if (order[1:] < order[:-1]).any():
+        by = order.argsort(kind="stable")
+        order, limit_s, service_s = order[by], limit_s[by], service_s[by]
+    late = np.cumsum(service_s) > limit_s - from_s
+    if not late.any():
+        return order, limit_s, service_s, 0.0
+    if not traits.relegates:
+        return order, np.where(late, _INF, limit_s), service_s, 0.0
+    if traits.order == "deadline":
+        late = put_off(service_s, limit_s - from_s)
+    else:
+        late = _late_in_turn(service_s, limit_s - from_s)
+    return order[~late], limit_s[~late], service_s[~late], float(service_s[late].sum())
+
+
+def _late_in_turn(service_s: F8, room_s: F8) -> Bools:
+    """Who is late and so left out, one after the other."""
+    late, done_s = np.zeros(len(service_s), np.bool_), 0.0
+    for i, (service, room) in enumerate(zip(service_s.tolist(), room_s.tolist(), strict=True)):
+        late[i] = done_s + service > room
+        done_s += 0.0 if late[i] else service
+    return late
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """A worker's future as far as it is decided, seen from the instant of its report.
 
-    due_s `[n]`: deadlines of the prompts it can serve in time, rising. ahead_s `[n + 1]`: work of the first i of them.
+    due_s `[n]`: of the prompts it can serve in time, as in Snapshot, rising. ahead_s `[n + 1]`: work of the first i of
+    them.
     slack_s `[n + 1]`: by how much those from the i-th on can be put off without any becoming late; infinite at the end.
     numbers: in the order of FIELDS.
     """
@@ -266,34 +299,31 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
     for r in view.started:
         rows, kv, kv_tokens = rows + 1, kv + r.prompt_tokens, kv_tokens + r.prompt_tokens
         tightest = min(tightest, r.slo.tpot_s) if r.slo else tightest
-    due, limit, service = base.due_s, base.limit_s, base.service_s
+    due, limit, service, late_s = base.due_s, base.limit_s, base.service_s, base.late_s
     if view.unreported:
-        new_due, new_service = [], []
+        new_due, new_left, new_service = [], [], []
         for r in view.unreported:
             done = r.cached_tokens.get(view.worker_id, 0)
             left = r.prompt_tokens - done
-            new_due.append(r.first_token_due_s if base.by_deadline else -_INF)
+            new_due.append(r.first_token_due_s)
+            new_left.append(left)
             new_service.append(left * (v.per_token_s + v.per_pair_s * (done + 0.5 * left)))
             rows, kv, kv_tokens = rows + 1, kv + r.prompt_tokens, kv_tokens + left
             tightest = min(tightest, r.slo.tpot_s) if r.slo else tightest
-        due, service = np.append(due, new_due), np.append(service, new_service)
-        limit = np.append(limit, new_due if base.by_deadline else [_INF] * len(new_due))
-        if base.by_deadline:
-            order = due.argsort(kind="stable")
-            due, limit, service = due[order], limit[order], service[order]
-    late_s = base.late_s
+        keys = _sort_keys(base.traits, np.array(new_due), np.array(new_left))
+        due, limit, service, later_s = _decided(
+            base.traits,
+            np.append(due, keys),
+            np.append(limit, new_due),
+            np.append(service, new_service),
+            base.at_s + base.rest_s,
+        )
+        late_s += later_s
     ahead = np.zeros(len(due) + 1)
     np.cumsum(service, out=ahead[1:])
     slack = np.full(len(due) + 1, _INF)
-    if base.by_deadline and len(due):
-        room = limit - (base.at_s + base.rest_s)
-        if view.unreported and (ahead[1:] > room).any():
-            keep = in_time(service, room)
-            late_s += float(service[~keep].sum())
-            due, service, room = due[keep], service[keep], room[keep]
-            ahead, slack = ahead[: len(due) + 1], slack[: len(due) + 1]
-            np.cumsum(service, out=ahead[1:])
-        np.minimum.accumulate((room - ahead[1:])[::-1], out=slack[-2::-1])
+    if len(due):
+        np.minimum.accumulate((limit - (base.at_s + base.rest_s) - ahead[1:])[::-1], out=slack[-2::-1])
     drain_s = base.rest_s + float(ahead[-1]) + late_s
     stays_s = base.mean_output * min(tightest, _LOOSEST_TPOT_S)
     at_once = min(stays_s / drain_s, 1.0) if stays_s and drain_s else 1.0
@@ -315,22 +345,6 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
         base.mean_output,
     )
     return Forecast(due, ahead, slack, numbers)
-
-
-def in_time(service_s: F8, room_s: F8) -> npt.NDArray[np.bool_]:
-    """A largest set of jobs that are all done in time, and of those sets one of least work. Jobs in order of deadline;
-    room_s: until then. Moore and Hodgson, Management Science 15 (1968)."""
-    keep = np.ones(len(service_s), np.bool_)
-    taken: list[tuple[float, int]] = []
-    total_s = 0.0
-    for i, (service, room) in enumerate(zip(service_s.tolist(), room_s.tolist(), strict=True)):
-        heapq.heappush(taken, (-service, i))
-        total_s += service
-        if total_s > room:
-            largest, dropped = heapq.heappop(taken)
-            total_s += largest
-            keep[dropped] = False
-    return keep
 
 
 def predictor_of(perf: PerfWeights | None) -> Predictor:

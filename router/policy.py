@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from nexusengine.slo import first_token_due_s
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerInfo, WorkerLoad, WorkerState
 
@@ -30,7 +31,7 @@ class PlacementRequest:
     @property
     def first_token_due_s(self) -> float:
         """When its first token is due; infinite without an SLO."""
-        return float("inf") if self.slo is None else self.arrival_s + self.slo.ttft_s
+        return first_token_due_s(self.arrival_s, self.slo)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,8 @@ class Prism:
         able = may & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
         wait_s = board.rest_s + board.ahead_s[:, -1] + board.late_s
         score = np.where(able if able.any() else may, wait_s, _INF)
-        return self._choose(workers, costs, score, 0.0, "relegated: nobody can serve it in time")
+        reason = "relegated: nobody can serve it in time" if request.slo else "where it waits least"
+        return self._choose(workers, costs, score, 0.0, reason)
 
     def _choose(self, workers: Sequence[WorkerView], costs: Costs, score: F8, tie: float, reason: str) -> Place:
         """The least score, ties in rotation: the one that has waited longest for its turn."""
@@ -134,7 +135,7 @@ def assess(board: Board, request: PlacementRequest, now: float, roll: float = 0.
     """The costs of a request on every worker of the board. roll: see Prism."""
     cached = board.cached_tokens(request)
     left = request.prompt_tokens - cached
-    position = board.position(request.first_token_due_s)
+    position = board.position(request.first_token_due_s, left)
     wait_s = board.rest_s + board.ahead_s[board.rows, position]
     if roll:
         wait_s = np.maximum(wait_s - roll * (now - board.at_s), board.rest_s)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ContextTooLong, InvalidRequest
+from nexusengine.lens.attainable import attainable, prompts_s
 from nexusengine.lens.view import EngineView
-from nexusengine.perf.features import StepFeatures
 from nexusengine.types import SLO, EngineRequest
 
 
@@ -47,40 +47,23 @@ def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
     ahead = ahead[~c.relegated[ahead]]
     computed = np.where(c.computed_tokens[ahead] > 0, c.computed_tokens[ahead], c.cached_tokens[ahead])
     q = (c.known_tokens[ahead] - computed).astype(np.float64)
-    return _steps_s(
-        view,
-        tokens=float(q.sum()) + prompt_tokens,
-        attention=float((q * (computed + 0.5 * q)).sum()) + 0.5 * float(prompt_tokens) ** 2,
-        prompts=len(ahead) + 1,
+    took_s = prompts_s(
+        view.model,
+        view.max_batch_tokens,
+        np.array([float(q.sum()) + prompt_tokens]),
+        np.array([float((q * (computed + 0.5 * q)).sum()) + 0.5 * float(prompt_tokens) ** 2]),
+        np.array([len(ahead) + 1.0]),
         decodes=len(decodes),
         kv_tokens=float(c.computed_tokens[decodes].sum()) + len(decodes),
     )
+    return float(took_s[0])
 
 
 def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
-    """Whether the device would break the promise even if it served nothing else: the prompt alone takes longer than the
-    TTFT (or the whole answer) may, or one decode step longer than a token may."""
-    alone_s = _steps_s(
-        view, tokens=prompt_tokens, attention=0.5 * float(prompt_tokens) ** 2, prompts=1, decodes=0, kv_tokens=0.0
+    """Whether the device would break the promise even if it served nothing else: see lens.attainable; the whole answer
+    may not take longer than its bound either."""
+    ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
+    met = attainable(
+        view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])
     )
-    decode_s = view.model.predict(StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)).mean_s
-    return alone_s > min(slo.ttft_s, slo.e2e_s or slo.ttft_s) or decode_s > slo.tpot_s
-
-
-def _steps_s(
-    view: EngineView, *, tokens: float, attention: float, prompts: int, decodes: int, kv_tokens: float
-) -> float:
-    """Seconds that `tokens` of prompts take in the largest steps there may be, each beside all decodes: full steps and
-    a last one, with the prompts and their attention spread evenly."""
-    room = max(view.max_batch_tokens - decodes, 1)
-    steps = -(-tokens // room)
-    chunk = np.array([room, tokens - (steps - 1) * room])  # of a full step and of the last one
-    prompts_a_step = max(prompts / steps, 1.0)
-    times_s = view.model.mean_s(
-        chunk + decodes,
-        np.full(2, prompts_a_step + decodes),
-        np.full(2, prompts_a_step),
-        chunk * (attention / tokens),
-        np.full(2, kv_tokens),
-    )
-    return float((steps - 1) * times_s[0] + times_s[1])
+    return not met[0]

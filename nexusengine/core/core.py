@@ -35,6 +35,7 @@ from nexusengine.execute.base import Executor
 from nexusengine.execute.batch import PENDING, SampledLogprobs, SamplingTable, StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
+from nexusengine.lens.deadlines import token_due_s
 from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
@@ -117,6 +118,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._by_id or self._flights)
 
+    @property
+    def room(self) -> int:
+        """How many requests `add` takes now."""
+        return min(self.max_waiting - len(self._waiting), len(self._free_slots))
+
     def request_ids(self) -> list[str]:
         """Of all requests in it; safe from any thread."""
         return list(self._by_id)
@@ -124,7 +130,7 @@ class EngineCore:
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextTooLong (can never fit) or Overloaded (the queue is full)."""
         max_tokens = self.admissible(request)
-        if len(self._waiting) >= self.max_waiting or not self._free_slots:
+        if self.room < 1:
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already", retry_after_s=self._predicted_drain_s()
             )
@@ -425,7 +431,7 @@ class EngineCore:
                     self._commit(state, int(ends[i]))
         slots = batch.slots[rows]
         delivered = np.fromiter((state.output_tokens for state in sampled), np.int64, len(sampled))
-        late = c.arrival_s[slots] + c.ttft_s[slots] + delivered * c.tpot_s[slots] < now  # NaN, no promise, never is
+        late = token_due_s(c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots], delivered) < now
         generated = 0
         for row, (state, token) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
             slot = state.slot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.core.stats import CoreStats
+from nexusengine.lens.deadlines import first_token_due_s
 from nexusengine.lens.view import I4, RequestColumns
 from nexusengine.perf.model import PerfSnapshot
 from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfWeights, WorkerLoad
@@ -26,7 +27,7 @@ def worker_load(
     decodes = running[left == 1]
     pending = np.concatenate([running[left > 1], waiting])
     pending_left = c.known_tokens[pending] - c.computed_tokens[pending]
-    deadlines_s = c.arrival_s[pending] + c.ttft_s[pending]
+    deadlines_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending])
     relegated = c.relegated[pending]
     first = np.lexsort((deadlines_s, relegated))[:MAX_PENDING_IN_REPORT]
     tpot_s = c.tpot_s[decodes]

@@ -1,4 +1,5 @@
-"""Requests that are relegated: what is left over, a share when they have grown old, and an end of waiting."""
+"""Requests that are relegated: what is left over, a share when they have grown old, and an end of waiting. The share is
+also for those without an SLO, which others with one may overtake for ever, but nothing else here."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _CHUNK = 128  # tokens, the smallest piece that is computed out of the share
 
 
 class Behind:
-    """share: of the time for prompts, that goes to the oldest of those who are `patience_s` past their deadline.
+    """share: of the time for prompts, that goes to the oldest of those who are `patience_s` past their turn (see
+    deadlines.turn_s).
     give_up_s: one that computes nothing in a step is refused a little before it is older than 3 TTFTs and this, or when
     the queue is nearly full, unless it streams already; 0: never.
 
@@ -48,24 +50,24 @@ class Behind:
         fill: Fill,
         view: EngineView,
         deadlines: Deadlines,
-        behind: I4,
+        slots: I4,
         costs: Costs,
         pace: Pace,
         newcomers: bool,
         seat_s: float,
         now: float,
     ) -> bool:
-        """The oldest computes from what its kind is owed; a seat, where they are short, costs it the time until the
-        next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is owed,
-        because they would take the place that it waits for."""
+        """The oldest of `slots` computes from what its kind is owed; a seat, where they are short, costs it the time
+        until the next one comes free (seat_s). True if newcomers may start: not if the oldest cannot although much is
+        owed, because they would take the place that it waits for."""
         passed_s, self._last_s = min(now - self._last_s, 1.0), now
-        aged = deadlines.first_due_s[behind] < now - self._patience_s
+        aged = deadlines.turn_s[slots] < now - self._patience_s
         if not self._share or not np.count_nonzero(aged):
             self._owed_s = 0.0
             return newcomers
         most_s = max(pace.first_prompts_s, _CHUNK * costs.token_s)
         c, step = view.columns, fill.step
-        old = behind[aged]
+        old = slots[aged]
         slot = int(old[c.arrival_s[old].argmin()])
         context, left = _rest(view, slot)
         per_token_s = costs.token_s + costs.pair_s * context

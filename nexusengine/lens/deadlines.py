@@ -1,55 +1,67 @@
 """What each request was promised, as instants: when its first token and when its next token are due.
 
 The promise is the mean one of slo.py: the first token by arrival + ttft_s; and with the first token at f, the mean time
-of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s. A request without an SLO
-is served as if it had been promised `NO_PROMISE`; so is one whose SLO the device could not meet even alone.
+of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
+
+A request without an SLO has no deadline: its instants are infinite, so that it is never late, never relegated or
+refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
+device could not meet even alone is served as if it had been promised `FALLBACK`.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from nexusengine.lens.view import F8, I4, Bools, EngineView
-from nexusengine.perf.model import Predictor
+from nexusengine.lens.attainable import attainable
+from nexusengine.lens.view import F8, I4, EngineView
 from nexusengine.slo import CLASSES
 
-NO_PROMISE = CLASSES["batch"]
-"""Bounds for requests that state none: generous, but finite, so that they neither starve nor hold others up."""
+I8 = npt.NDArray[np.int64]
+
+FALLBACK = CLASSES["batch"]
+"""The promise in place of one that cannot be kept: generous, but finite, so that the wait stays bounded."""
+NO_SLO_TURN_S = FALLBACK.ttft_s
+"""Seconds after its arrival at which it is the turn of a request without an SLO; see `turn_s`."""
 
 _RESUME_TOKENS = 64
 _RESUME_SHARE = 0.25
 
 
-def first_token_due_s(arrival_s: F8, ttft_s: F8, prompt_tokens: I4) -> F8:
-    """`arrival_s + ttft_s`, with NO_PROMISE's bound where ttft_s is NaN."""
-    bound_s = np.where(np.isnan(ttft_s), NO_PROMISE.ttft_s + NO_PROMISE.ttft_per_token_s * prompt_tokens, ttft_s)
-    due_s: F8 = arrival_s + bound_s
+def first_token_due_s(arrival_s: F8, ttft_s: F8) -> F8:
+    """Instants `[N]` by which first tokens are due; infinite without an SLO (ttft_s NaN)."""
+    due_s: F8 = arrival_s + ttft_s
+    return np.where(np.isnan(due_s), np.inf, due_s)
+
+
+def token_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
+    """Instants `[N]` by which output tokens `number [N]`, from 0, are due by the strict contract of slo.py; infinite
+    without an SLO."""
+    due_s: F8 = first_token_due_s(arrival_s, ttft_s) + number * np.where(np.isnan(tpot_s), 0.0, tpot_s)
     return due_s
 
 
-def attainable(model: Predictor, prompt_tokens: F8, ttft_s: F8, tpot_s: F8) -> Bools:
-    """Whether the device, by its model, can meet SLOs `[N]` of requests that have it for themselves: the prompt in one
-    step (the quickest there is) within ttft_s, and a decode behind it within tpot_s. NaN bounds are met."""
-    one = np.ones(len(prompt_tokens))
-    zero = np.zeros(len(prompt_tokens))
-    prefill_s = model.mean_s(prompt_tokens, one, one, 0.5 * prompt_tokens * prompt_tokens, zero)
-    decode_s = model.mean_s(one, one, zero, zero, prompt_tokens + 1.0)
-    met: Bools = ~((prefill_s > ttft_s) | (decode_s > tpot_s))
-    return met
+def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
+    """Instants `[N]` from which waiting counts as too long: when the first token is due, or NO_SLO_TURN_S after its
+    arrival where it is due at no time. Nobody is late by it; it keeps those who have no deadline from starving."""
+    turn: F8 = np.where(np.isinf(first_due_s), arrival_s + NO_SLO_TURN_S, first_due_s)
+    return turn
 
 
 class Deadlines:
-    """By slot `[S]`, kept between steps; only requests that are new are looked at.
+    """By slot `[S]`, kept between steps; only requests that are new are looked at. All infinite without an SLO.
 
     first_due_s: first token. prefill_due_s: the same, but for a request that was preempted while it generated the
     instant of its next token and some grace, because the mean can still be made good. tpot_s: bound of the mean.
-    attainable: False where the device could not keep the SLO even alone, judged once, at arrival.
+    turn_s: see the function. attainable: False where the device could not keep the SLO even alone, judged once, at
+    arrival.
     """
 
     def __init__(self, slots: int) -> None:
         self.first_due_s = np.full(slots, np.inf)
         self.prefill_due_s = np.full(slots, np.inf)
         self.tpot_s = np.full(slots, np.inf)
+        self.turn_s = np.full(slots, np.inf)
         self.attainable = np.ones(slots, np.bool_)
         self._arrival_s = np.full(slots, np.nan)
 
@@ -69,9 +81,11 @@ class Deadlines:
         c = view.columns
         prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
         cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
-        met = attainable(view.model, (prompt - cached).astype(np.float64), ttft_s, tpot_s)
-        ttft_s = np.where(met, ttft_s, np.nan)
+        to_compute = (prompt - cached).astype(np.float64)
+        met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)
+        ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
         self.attainable[new] = met
-        self.tpot_s[new] = np.where(np.isnan(tpot_s) | ~met, NO_PROMISE.tpot_s, tpot_s)
-        self.first_due_s[new] = self.prefill_due_s[new] = first_token_due_s(c.arrival_s[new], ttft_s, prompt)
+        self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))
+        self.first_due_s[new] = self.prefill_due_s[new] = first_token_due_s(c.arrival_s[new], ttft_s)
+        self.turn_s[new] = turn_s(c.arrival_s[new], self.first_due_s[new])
         self._arrival_s[new] = c.arrival_s[new]

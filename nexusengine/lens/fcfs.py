@@ -6,10 +6,14 @@ SLO and does not use the performance model but to report its prediction.
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from nexusengine.errors import ConfigError
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
 from nexusengine.lens.view import I4, EngineView
+from nexusengine.wire import PolicyTraits
 
 
 class FCFS:
@@ -24,6 +28,7 @@ class FCFS:
                 f"{self.name}: budget must be a whole number of tokens >= 1, got {budget}", param="scheduler"
             )
         self.budget = None if budget is None else int(budget)
+        self.traits = by_tokens("arrival", self.budget)
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         step = Step(view, self.budget)
@@ -41,6 +46,13 @@ class FCFS:
     def order(self, view: EngineView, now: float) -> I4:
         """The order in which waiting slots are admitted."""
         return view.waiting
+
+
+def by_tokens(
+    order: Literal["deadline", "arrival", "shortest"], budget: int | None, *, relegates: bool = False
+) -> PolicyTraits:
+    """Of a policy whose steps are limited by their tokens alone."""
+    return PolicyTraits(order, relegates, budget or 0, math.inf, 0.0, by_tpot=False)
 
 
 def admit_in_order(step: Step, order: I4) -> None:

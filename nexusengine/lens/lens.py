@@ -3,7 +3,8 @@
 Decodes run always; how long the step may take follows from what their mean times per token allow (limit.py). Into that
 time go prompts by deadline, less those that would make more of the others late than they are worth (order.py); where
 mixed steps are dear, time is saved up for fewer, longer ones (pace.py). Prompts whose first token cannot come in time
-any more are relegated and get what is left over, and a share of the step when they have grown old (behind.py).
+any more are relegated and get what is left over, and a share of the step when they have grown old (behind.py). Those
+without an SLO come behind all deadlines, as they arrived, and get the same share when others keep overtaking them.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import F8, I4, Bools, EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.wire import PolicyTraits
 
 I8 = npt.NDArray[np.int64]
+_INF = float("inf")
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
 _COSTS_EVERY = 16  # plans, after the first ones
 _NONE = Reason.NONE  # members of an enum are slow to look up
 _WAIT_BLOCKS, _WAIT_SEATS, _WAIT_TPOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_SEATS), int(Reason.WAIT_TPOT)
 _WAIT_TIME, _WAIT_ORDER, _WAIT_SAVING = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER), int(Reason.WAIT_SAVING)
-_PUT_OFF, _RELEGATED = int(Reason.PUT_OFF), int(Reason.RELEGATED)
+_PUT_OFF, _RELEGATED, _AGED = int(Reason.PUT_OFF), int(Reason.RELEGATED), int(Reason.AGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,8 @@ class LensOptions:
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """Prompts to compute, in the order to serve them. `[N]`: slot, tokens in the KV cache when it computes next, tokens
-    left, predicted seconds that the whole rest adds to a step, instant by which it must be done."""
+    left, predicted seconds that the whole rest adds to a step, instant by which it must be done (infinite without an
+    SLO)."""
 
     slots: I4
     context: I4
@@ -105,6 +109,16 @@ class Prompts:
             self.slots[chosen], self.context[chosen], self.left[chosen], self.work_s[chosen], self.due_s[chosen]
         )
 
+    def __add__(self, behind: Prompts) -> Prompts:
+        """These, then those behind."""
+        return Prompts(
+            np.concatenate([self.slots, behind.slots]),
+            np.concatenate([self.context, behind.context]),
+            np.concatenate([self.left, behind.left]),
+            np.concatenate([self.work_s, behind.work_s]),
+            np.concatenate([self.due_s, behind.due_s]),
+        )
+
 
 class Lens:
     """Keeps private state between steps: deadlines, the order of the queue, who was lost, what is owed to whom."""
@@ -113,7 +127,15 @@ class Lens:
 
     def __init__(self, **options: float) -> None:
         self.options = o = LensOptions(**options)
-        self._limits = LimitRules(cap_s=o.cap_ms / 1000, catch_up=o.catch_up, bank=o.bank)
+        self._limits = limits = LimitRules(cap_s=o.cap_ms / 1000, catch_up=o.catch_up, bank=o.bank)
+        self.traits = PolicyTraits(
+            order="deadline" if o.order else "arrival",
+            relegates=bool(o.order),
+            step_tokens=int(o.budget),
+            step_s=limits.cap_s if o.limit else _INF,
+            single_steps=limits.cap_steps,
+            by_tpot=bool(o.limit),
+        )
         self._chunks = ChunkRules(int(o.chunk), int(o.crumb), int(o.tile), o.admit)
         self._guard = LengthGuard(o.goal, o.goal_long)
         self._behind = Behind(o.share, o.patience_s, o.give_up_s)
@@ -273,12 +295,17 @@ class Lens:
     def _order(
         self, view: EngineView, prompts: Prompts, pace: Pace, now: float, free: int, *, choose: bool
     ) -> tuple[Prompts, Prompts, I4]:
-        """Those to serve; those to put off (nobody, unless it is to `choose`); slots that are late whatever is done."""
+        """Those to serve; those to put off (nobody, unless it is to `choose`); slots that are late whatever is done.
+        Those without an SLO are behind all others, and neither put off nor late."""
         o, c = self.options, view.columns
         nobody = prompts[:0]
         late = nobody.slots
         if not o.order or not len(prompts.slots):
             return prompts, nobody, late
+        promised = prompts.due_s < _INF
+        if np.count_nonzero(promised) < len(promised):
+            kept, put_aside, late = self._order(view, prompts[promised], pace, now, free, choose=choose)
+            return kept + prompts[~promised], put_aside, late
         slack_s = prompts.due_s - (now + o.answer_ms / 1000)
         doomed = prompts.work_s > slack_s - (pace.decode_s + pace.extra_s)
         if np.count_nonzero(doomed):
@@ -340,9 +367,10 @@ class Lens:
     ) -> None:
         step = fill.step
         newcomers = not step.preempted
-        if len(behind):
+        overtaken = np.concatenate([behind, self._overtaken(view, step, kept, off)])
+        if len(overtaken):
             seat_s = self._turnover.seat_s(view.max_running)
-            newcomers = self._behind.share(fill, view, self._deadlines, behind, costs, pace, newcomers, seat_s, now)
+            newcomers = self._behind.share(fill, view, self._deadlines, overtaken, costs, pace, newcomers, seat_s, now)
         self._serve(fill, kept, newcomers)
         if newcomers and len(kept.slots):
             self._take_back(fill, view, kept, now)
@@ -353,6 +381,16 @@ class Lens:
         if step.empty:
             self._force(step, [*kept.slots.tolist(), *off.slots.tolist(), *behind.tolist()])
 
+    def _overtaken(self, view: EngineView, step: Step, kept: Prompts, off: Prompts) -> I4:
+        """Those without an SLO, while prompts with one are served before them."""
+        due_s, slots = self._deadlines.first_due_s, self._queue
+        if not self.options.order or not ((kept.due_s < _INF).any() or len(off.slots)):
+            return slots[:0]
+        if step.prompts:
+            slots = np.concatenate([np.array(step.prompts, np.int32), slots])
+        overtaken: I4 = slots[np.isinf(due_s[slots]) & ~view.columns.relegated[slots]]
+        return overtaken
+
     def _serve(self, fill: Fill, prompts: Prompts, newcomers: bool) -> None:
         step, tpot_s = fill.step, self._deadlines.tpot_s
         begun = set(step.prompts)
@@ -360,6 +398,8 @@ class Lens:
         for n, (slot, context, left) in enumerate(rows):
             if not fill.open:
                 return
+            if step.reasons[slot] == _AGED:  # it has computed out of its share
+                continue
             if slot in begun:
                 fill.go_on(slot, context, left)
             elif newcomers:
@@ -374,15 +414,16 @@ class Lens:
 
     def _decodes_hold_up(self, step: Step, kept: Prompts) -> bool:
         """Whether one who is to be in time waits for decodes to end: then the step had better be short."""
-        waits = step.reasons[kept.slots]
+        waits = step.reasons[kept.slots[kept.due_s < _INF]]
         return bool(((waits == _WAIT_SEATS) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
 
     def _take_back(self, fill: Fill, view: EngineView, kept: Prompts, now: float) -> None:
-        """If the first of those to serve cannot start for lack of KV or seats, a relegated prompt that has begun gives
-        way."""
+        """If the first of those who are to be in time cannot start for lack of KV or seats, a relegated prompt that has
+        begun gives way."""
         step = fill.step
         if len(step.prompts) == 0:
             return
+        kept = kept[kept.due_s < _INF]
         waits = step.reasons[kept.slots]
         lacking = np.nonzero((waits == _WAIT_BLOCKS) | (waits == _WAIT_SEATS))[0]
         victim = to_take_back(step, view, self._behind.taken_back_s, now) if len(lacking) else None

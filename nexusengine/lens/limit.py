@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,13 +60,19 @@ def step_limit(
     With the first token at f and g tokens there, the token of this step is due at f + g * tpot, which leaves s seconds:
     s < tpot is behind, s > tpot ahead. A request is lost if its first token came late, or if it is so far behind that
     it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full speed.
-    What it will gain is the lead of decoding alone until it has sure_tokens.
+    What it will gain is the lead of decoding alone until it has sure_tokens. Those without an SLO bear any step.
     """
     c = view.columns
     cap_s = rules.longest_s(single_s)
     if not len(decodes):
         return StepLimit(cap_s, -1, np.zeros(0, np.bool_), _INF)
     first_s, generated, tpot_s = c.first_token_s[decodes], c.generated_tokens[decodes], deadlines.tpot_s[decodes]
+    promised = tpot_s < _INF
+    if np.count_nonzero(promised) < len(promised):
+        limit = step_limit(view, deadlines, decodes[promised], now, decode_s, single_s, rules, sure_tokens)
+        all_lost = np.zeros(len(decodes), np.bool_)
+        all_lost[promised] = limit.lost
+        return replace(limit, lost=all_lost)
     slack_s = first_s + (generated * tpot_s - now)  # NaN before the first token
     lost: Bools = first_s > deadlines.first_due_s[decodes]
     if np.fmin.reduce(slack_s) < decode_s:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.deadlines import NO_PROMISE
+from nexusengine.lens.deadlines import FALLBACK
 from nexusengine.lens.fcfs import make_room_for_the_oldest
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.wire import PolicyTraits
 
 
 class PaperLens:
@@ -26,13 +27,15 @@ class PaperLens:
         if floor_ms <= 0 or per <= 0 or chunk < 1:
             raise ConfigError(f"{self.name}: floor_ms, per and chunk must be positive", param="scheduler")
         self.floor_s, self.per, self.chunk = floor_ms / 1000, per, int(chunk)
+        longest_s = max(self.floor_s, FALLBACK.tpot_s)
+        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, single_steps=0.0, by_tpot=True)
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         c = view.columns
         step = Step(view)
         step.take_decodes(view.running[::-1].tolist())
         present = np.concatenate([view.running, view.waiting])
-        tpot_s = min(float(np.fmin.reduce(c.tpot_s[present], initial=np.inf)), NO_PROMISE.tpot_s)
+        tpot_s = min(float(np.fmin.reduce(c.tpot_s[present], initial=np.inf)), FALLBACK.tpot_s)
         grown_s = self.floor_s + (tpot_s - self.floor_s) / self.per * len(view.waiting)
         target_s = max(min(grown_s, tpot_s), self.floor_s)
         self._fill(step, view, target_s)

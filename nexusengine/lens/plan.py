@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.lens.view import F8, I4, EngineView
+from nexusengine.wire import PolicyTraits
 
 
 class Reason(enum.IntEnum):
@@ -29,7 +30,7 @@ class Reason(enum.IntEnum):
     WAIT_TIME = 11  # more work would make this step longer than a running request's promise allows
     WAIT_TPOT = 12  # with it the decode step would come too near to the tightest promised time per token
     PUT_OFF = 13  # serving it in its turn would make more requests late than leaving it for now
-    AGED = 14  # relegated long ago: computes in the share kept for such requests
+    AGED = 14  # waits far beyond its turn: computes in the share kept for such requests
     LEFTOVER = 15  # relegated or put off: computes in what the others left of the step
     WAIT_SAVING = 16  # decodes run alone, so that a later step has the time for more prompts at once
 
@@ -62,9 +63,13 @@ class StepPlan:
 
 
 class SchedulerPolicy(Protocol):
-    """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock."""
+    """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock.
+
+    name: for people; whoever wants to know what it does reads its traits.
+    """
 
     name: str
+    traits: PolicyTraits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         """Never an empty plan while something can run. Blocks and tokens planned must fit the view's limits."""

@@ -19,6 +19,11 @@ POLICIES: dict[str, str] = {
 }
 
 
+OFFLINE = {"lens": "lens:cap_ms=500"}
+"""Specs for an engine in its caller's thread, by what is asked for: few come while it computes a step, so that none is
+kept short for newcomers."""
+
+
 def make_policy(spec: str) -> SchedulerPolicy:
     """`name` or `name:key=value,key=value`; values are numbers. Raises ConfigError naming what is unknown."""
     name, _, rest = spec.partition(":")

@@ -5,10 +5,12 @@ Decodes always go first, prompts are cut into chunks (the stall-free schedule of
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-from nexusengine.lens.deadlines import first_token_due_s
-from nexusengine.lens.fcfs import FCFS, make_room_for_the_oldest
+from nexusengine.lens.deadlines import first_token_due_s, turn_s
+from nexusengine.lens.fcfs import FCFS, by_tokens, make_room_for_the_oldest
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import Step
 from nexusengine.lens.view import F8, I4, Bools, EngineView
@@ -27,12 +29,16 @@ class Ordered(FCFS):
     """Prompts that have begun and newcomers in one order: smallest key first. relegate: those whose first token cannot
     come in time any more, by the performance model, go behind all others, oldest first."""
 
+    by: Literal["deadline", "shortest"]
+
     def __init__(self, budget: float | None = None, relegate: float = 0) -> None:
         super().__init__(budget)
         self.relegate = bool(relegate)
+        self.traits = by_tokens(self.by, self.budget, relegates=self.relegate)
 
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
-        """What to sort `slots` by; left: prompt tokens to compute; due_s: instants their first tokens are due."""
+        """What to sort `slots` by; left: prompt tokens to compute; due_s: instants their first tokens are due, infinite
+        without an SLO."""
         raise NotImplementedError
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
@@ -40,7 +46,7 @@ class Ordered(FCFS):
         step = Step(view, self.budget)
         step.take_decodes(view.running[::-1].tolist())
         pending, context, left = step.pending()
-        due_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending], c.prompt_tokens[pending])
+        due_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending])
         key = self.key(view, pending, left, due_s)
         lost: I4 = pending[:0]
         if self.relegate and len(pending):
@@ -71,18 +77,20 @@ class Ordered(FCFS):
 
 
 class EDF(Ordered):
-    """Earliest deadline of the first token first."""
+    """Earliest deadline of the first token first; without an SLO, when its turn comes (see deadlines.turn_s)."""
 
     name = "edf"
+    by = "deadline"
 
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
-        return due_s
+        return turn_s(view.columns.arrival_s[slots], due_s)
 
 
 class SRPT(Ordered):
     """Shortest remaining prompt first; relegates unless relegate=0."""
 
     name = "srpt"
+    by = "shortest"
 
     def __init__(self, budget: float | None = None, relegate: float = 1) -> None:
         super().__init__(budget, relegate)

@@ -9,6 +9,7 @@ those behind it. Other than FCFS here it keeps no blocks back for prompts that h
 from __future__ import annotations
 
 from nexusengine.errors import ConfigError
+from nexusengine.lens.fcfs import by_tokens
 from nexusengine.lens.plan import Reason, StepPlan
 from nexusengine.lens.step import CHUNK_MAX, Step
 from nexusengine.lens.view import EngineView
@@ -29,6 +30,7 @@ class Vllm:
                     f"{self.name}: {key} must be a whole number of tokens >= {least}, got {value}", param="scheduler"
                 )
         self.budget = None if budget is None else int(budget)
+        self.traits = by_tokens("arrival", self.budget)
         self.reserve_full = bool(reserve_full)
         self.longest_chunk = int(longest_chunk) or CHUNK_MAX
 

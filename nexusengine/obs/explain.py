@@ -20,7 +20,7 @@ REASONS = {
     "wait_time": "waits: more work would make the step longer than the promise of a running request allows",
     "wait_tpot": "waits: with it every step would come too near to the tightest time promised for a token",
     "put_off": "is put off: serving it in its turn would make more requests late",
-    "aged": "computes in the share kept for those relegated long ago",
+    "aged": "computes in the share kept for those that wait far beyond their turn",
     "leftover": "computes in what the others left of the step",
     "wait_saving": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
 }

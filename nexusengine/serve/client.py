@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import weakref
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -32,6 +33,21 @@ class _Pending:
 
     def __init__(self, sink: Sink, number: int) -> None:
         self.sink, self.number, self.streamed = sink, number, False
+
+
+def _beat(client_of: weakref.ref[RouterClient], closing: threading.Event) -> None:
+    """Say Hello every second, whatever the event loop does, without keeping an unused client from being garbage."""
+    while (client := client_of()) is not None and client._say_hello():
+        del client
+        if closing.wait(_HELLO_EVERY_S):
+            return
+
+
+def _drop(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Of a client that nobody closed: a context that is garbage waits for its sockets, which is for ever."""
+    for each in (monitor, socket):
+        each.close(linger=0)
+    context.term()
 
 
 class RouterClient:
@@ -70,10 +86,12 @@ class RouterClient:
         self._socket.set(zmq.LINGER, 200)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(self._endpoint)
+        weakref.finalize(self, _drop, self._socket, self._monitor, self._context).atexit = False
         self._loop.add_reader(self._socket.fileno(), self._receive)
         self._loop.add_reader(self._monitor.fileno(), self._on_disconnected)
         self._on_disconnected()  # its descriptor tells of what comes after somebody has found nothing
-        self._heart = threading.Thread(target=self._beat, name="router heartbeat", daemon=True)
+        beat = (weakref.ref(self), self._closing)
+        self._heart = threading.Thread(target=_beat, args=beat, name="router heartbeat", daemon=True)
         self._heart.start()
         self._tasks = [asyncio.create_task(self._watch())]
 
@@ -91,9 +109,16 @@ class RouterClient:
 
     def status(self) -> wire.Cluster | None:
         """None before the router was heard, when it has been silent for 5 s, and when it refuses this client."""
-        if self._silent_s() > _SILENT_S:
-            self._receive()  # if this loop was held up, what the router has said is waiting
         return None if self._refused or self._silent_s() > _SILENT_S else self._cluster
+
+    def _silent_s(self) -> float:
+        """How long nothing has come from the router. Where that seems long, the socket is looked at first: perhaps it
+        was this event loop that was busy."""
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s > _SILENT_S and asyncio._get_running_loop() is self._loop:
+            self._receive()
+            silent_s = time.monotonic() - self._heard_s
+        return silent_s
 
     async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
         cluster = self.status()
@@ -172,32 +197,25 @@ class RouterClient:
         that up."""
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
-    def _beat(self) -> None:
-        """Say Hello every second, whatever the loop does."""
-        while True:
-            with self._lock:
-                with contextlib.suppress(zmq.Again):  # a full queue: the router has taken nothing for very long
-                    self._socket.send(wire.encode(wire.Hello(submitted=self._submitted)), zmq.NOBLOCK)
-                more = self._unread()
-            if more:
-                try:
-                    self._loop.call_soon_threadsafe(self._receive)
-                except RuntimeError:
-                    return  # the loop was closed before this client
-            if self._closing.wait(_HELLO_EVERY_S):
-                return
+    def _say_hello(self) -> bool:
+        """False if the event loop was closed before this client."""
+        with self._lock:
+            with contextlib.suppress(zmq.Again):  # a full queue: the router has taken nothing for very long
+                self._socket.send(wire.encode(wire.Hello(submitted=self._submitted)), zmq.NOBLOCK)
+            more = self._unread()
+        if more:
+            try:
+                self._loop.call_soon_threadsafe(self._receive)
+            except RuntimeError:
+                return False
+        return True
 
     async def _watch(self) -> None:
         """Give up requests when the router has been silent for very long."""
         while True:
             if self._pending and self._silent_s() > _GONE_S:
-                self._receive()  # if this loop was held up, what the router has said is waiting
-                if self._silent_s() > _GONE_S:
-                    self._give_up(f"the router has been silent for {_GONE_S:.0f} s")
+                self._give_up(f"the router has been silent for {_GONE_S:.0f} s")
             await asyncio.sleep(_HELLO_EVERY_S)
-
-    def _silent_s(self) -> float:
-        return time.monotonic() - self._heard_s
 
     def _on_disconnected(self) -> None:
         """The router process has ended: what it knew is lost, and what is still on its way to it is not wanted."""

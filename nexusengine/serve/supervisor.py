@@ -139,6 +139,15 @@ class Supervisor:
         """End now."""
         self._events.put((None, {"type": "stop"}))
 
+    def forget_children(self) -> None:
+        """In a fork of this process: let go of their stdin, whose end is what tells them that their parent is gone."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for role in self._roles.values():
+            stdin = role.child.process.stdin if role.child is not None else None
+            if stdin is not None and not stdin.closed:
+                os.dup2(nowhere, stdin.fileno(), inheritable=False)
+        os.close(nowhere)
+
     # ---- in the supervisor's thread ------------------------------------------------------------------------------
 
     def run(self) -> None:

@@ -108,6 +108,7 @@ def main() -> None:
         kv_bytes=spec.kv_bytes,
         scheduler=core.policy.name,
         max_waiting=core.max_waiting,
+        traits=core.policy.traits,
     )
     prefixes = None
     if core.kv.prefix_caching:

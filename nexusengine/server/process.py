@@ -40,7 +40,6 @@ class Control:
         self._early: list[child.Message] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._client: RouterClient | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop, server: uvicorn.Server) -> None:
         with self._lock:
@@ -87,8 +86,9 @@ class Control:
             await asyncio.to_thread(tokenizer.prepare)
         except Exception as error:  # whatever the reason, it must not stay "starting" for ever
             log.debug("loading the tokenizer failed", exc_info=True)
-            known = isinstance(error, NexusError)
-            reason = error.message if known else f"cannot load the tokenizer of {message['path']}: {error!r}"
+            reason = f"cannot load the tokenizer of {message['path']}: {error!r}"
+            if isinstance(error, NexusError):
+                reason = error.message
             child.emit({"type": "failed", "message": reason})
             os._exit(1)
         client = self._client = RouterClient(self._front)

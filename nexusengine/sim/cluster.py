@@ -124,6 +124,7 @@ class Worker:
             weights_bytes=e.profile.weights_bytes,
             scheduler=e.policy.name,
             max_waiting=e.settings.max_waiting,
+            traits=e.policy.traits,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
         self.prefixes: DigestSender | None = None

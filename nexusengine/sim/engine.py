@@ -21,6 +21,7 @@ from nexusengine.core.report import worker_load
 from nexusengine.core.stats import CoreStats
 from nexusengine.errors import InternalError
 from nexusengine.kv.manager import KVManager
+from nexusengine.lens.deadlines import token_due_s
 from nexusengine.lens.plan import SchedulerPolicy, StepPlan
 from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
@@ -381,10 +382,10 @@ class SimEngine:
             c.first_token_s[newcomers] = at_s[0]
             live = [self._live[s] for s in newcomers.tolist()]
             self.first_tokens += [(one.job, float(at_s[0]), one.cached_tokens) for one in live]
-        due_s = c.arrival_s[slots] + c.ttft_s[slots] + c.generated_tokens[slots] * c.tpot_s[slots]
+        due_s = token_due_s(c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots], c.generated_tokens[slots])
         due_s -= self.settings.answer_delay_s
         if steps == 1:
-            self._strict[slots] &= ~(at_s[0] > due_s)  # NaN, no promise, is never late
+            self._strict[slots] &= ~(at_s[0] > due_s)
         else:
             late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
             self._strict[slots] &= ~(late_s > 0.0).any(axis=1)

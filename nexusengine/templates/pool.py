@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nexusengine
 from nexusengine.errors import InternalError, InvalidRequest
 from nexusengine.templates.render_process import MEMORY_LIMIT_BYTES, OUTPUT_LIMIT, REPLY, REQUEST, Status
 
@@ -111,7 +110,7 @@ class _Process:
     """One process, which renders one template at a time. Without the secrets that the environment may hold."""
 
     def __init__(self, cpu_limit_s: float) -> None:
-        here = str(Path(nexusengine.__file__).parent.parent)
+        here = str(Path(__file__).parents[1].parent)
         environ = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, sys.path)]))
         try:

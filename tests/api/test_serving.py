@@ -152,6 +152,29 @@ def test_a_client_that_leaves_takes_its_request_with_it(
     assert server.core.stats().finished_abort == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_tokens_of_a_request_whose_client_leaves_are_counted(
+    start_server: Callable[..., Running], stream: bool
+) -> None:
+    server = start_server(real_s=0.02)
+    body = {"prompt": "four", "max_tokens": 300, "stream": stream}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", server.url + TEXT, json=body, timeout=httpx.Timeout(5, read=0.5)) as reply,
+    ):
+        for n, _ in enumerate(reply.iter_lines()):
+            if n > 10:
+                break
+    assert server.idle()
+    text = httpx.get(server.url + "/metrics").text
+    prompt, output, generated = (
+        float(text.split(f"nexusengine_{name}_total")[-1].split("\n")[0].split()[-1])
+        for name in ("prompt_tokens", "output_tokens", "worker_generated_tokens")
+    )
+    assert prompt == 4.0
+    assert 5.0 < output <= generated < 300.0
+
+
 def test_64_streams_half_of_which_break_off_leave_nothing_behind(start_server: Callable[..., Running]) -> None:
     server = start_server(real_s=0.005)
     rng = random.Random(1)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
 from nexusengine import Engine, SamplingParams
-from nexusengine.errors import NexusError
+from nexusengine.errors import NexusError, WorkerLost
 from tests.chaos.test_processes import wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(120)]
@@ -68,3 +72,135 @@ def test_more_prompts_than_the_queues_hold_are_all_answered_in_order() -> None:
         outputs = engine.generate([f"prompt {i}" for i in range(60)], sampling)
     assert [len(o.token_ids) for o in outputs] == [1 + i % 7 for i in range(60)]
     assert [o.prompt for o in outputs] == [f"prompt {i}" for i in range(60)]
+
+
+_PROGRAM = """
+import asyncio, gc, os, sys, threading, psutil
+from nexusengine import AsyncEngine, Engine, SamplingParams
+FEW, MANY = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 2000))
+children = lambda: len(psutil.Process().children(recursive=True))
+devices = sys.argv[1]
+"""
+
+
+def said_by(program: str, devices: str, tmp_path: Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr, without the log's lines, of a Python program of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-c", _PROGRAM + textwrap.dedent(program), devices],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    noise = "\n".join(line for line in ran.stderr.splitlines() if " INFO " not in line)
+    return ran.returncode, ran.stdout, noise
+
+
+@pytest.mark.parametrize("devices", ["emulated:instant", ",".join(TWO)])
+def test_a_deleted_engine_leaves_no_process_and_no_thread(devices: str, tmp_path: Path) -> None:
+    program = """
+        gc.disable()
+        engine = Engine("smollm2-135m", devices=devices)
+        engine.generate("a", FEW)
+        news = engine.generate(["a", "b"], MANY, stream=True)
+        next(news)
+        del news, engine
+        print(children(), [t.name for t in threading.enumerate()], os.listdir(os.environ["TMPDIR"]))
+    """
+    assert said_by(program, devices, tmp_path) == (0, "0 ['MainThread'] []\n", "")
+
+
+@pytest.mark.parametrize("devices", ["emulated:instant", ",".join(TWO)])
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("pass", 0),
+        ("sys.exit(3)", 3),
+        ("news = engine.generate(['a', 'b'], MANY, stream=True); next(news)", 0),
+        ("threading.Thread(target=lambda: list(engine.generate(['a'], MANY, stream=True)), daemon=True).start()", 0),
+    ],
+)
+def test_an_engine_nobody_closed_ends_with_its_process_without_a_word(
+    devices: str, ending: str, status: int, tmp_path: Path
+) -> None:
+    program = f"""
+        engine = Engine("smollm2-135m", devices=devices)
+        engine.generate("a", FEW)
+        {ending}
+    """
+    assert said_by(program, devices, tmp_path) == (status, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("devices", ["emulated:instant", ",".join(TWO)])
+@pytest.mark.parametrize("left", ["pass", "del engine", "global kept; kept = engine, news"])
+def test_an_async_engine_nobody_closed_ends_as_well(devices: str, left: str, tmp_path: Path) -> None:
+    program = f"""
+        async def main():
+            engine = await AsyncEngine("smollm2-135m", devices=devices).start()
+            async for _ in engine.generate("a", FEW): pass
+            news = engine.generate("a", MANY)
+            await anext(news)
+            {left}
+        asyncio.run(main())
+        gc.collect()
+    """
+    assert said_by(program, devices, tmp_path) == (0, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fork_can_neither_use_nor_harm_the_engine(tmp_path: Path) -> None:
+    program = """
+        engine = Engine("smollm2-135m", devices=devices)
+        for what in (lambda: engine.generate("a", FEW), engine.stats, engine.close):
+            if os.fork() == 0:
+                try:
+                    what()
+                except Exception as error:
+                    print(type(error).__name__, flush=True)
+                sys.exit(0)
+            os.wait()
+        print(len(engine.generate("a", FEW)[0].token_ids), flush=True)
+    """
+    assert said_by(program, ",".join(TWO), tmp_path) == (0, "Unavailable\nUnavailable\n3\n", "")
+
+
+def test_workers_end_with_a_killed_parent_although_a_fork_of_it_lives_on(tmp_path: Path) -> None:
+    program = """
+        if os.fork() == 0:
+            engine = Engine("smollm2-135m", devices=devices)
+            pids = [child.pid for child in psutil.Process().children(recursive=True)]
+            if (fork := os.fork()) == 0:
+                os.closerange(0, 3)
+                threading.Event().wait(60)
+            print(fork, *pids, flush=True)
+            os.kill(os.getpid(), 9)
+        os.wait()
+    """
+    status, said, _ = said_by(program, ",".join(TWO), tmp_path)
+    fork, *workers = map(int, said.split())
+    try:
+        assert (status, len(workers)) == (0, 3)
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers))
+        assert psutil.pid_exists(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_an_error_of_one_request_loses_no_output_of_the_others() -> None:
+    """A worker that is killed: what it had begun to stream cannot be had again."""
+    endless = SamplingParams(max_tokens=300, ignore_eos=True)
+    with Engine("smollm2-135m", devices=["emulated:t4", "emulated:t4"]) as engine:
+        news = engine.generate(["a", "b", "c", "d"], endless, stream=True)
+        outputs = [next(news) for _ in range(20)]
+        worker = next(p for p in children() if "nexusengine.serve.worker" in p.cmdline())
+        worker.kill()
+        outputs += news
+    ends = [o for o in outputs if o.finished]
+    assert sorted(o.metadata["index"] for o in ends) == [0, 1, 2, 3]
+    failed = [o for o in ends if o.error is not None]
+    assert 0 < len(failed) < 4
+    assert all(isinstance(o.error, WorkerLost) and o.finish_reason == "error" for o in failed)
+    for end in ends:
+        tokens = sum(len(o.token_ids) for o in outputs if o.metadata["index"] == end.metadata["index"])
+        assert tokens == 300 or end.error is not None

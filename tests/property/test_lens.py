@@ -18,6 +18,7 @@ from nexusengine.perf.online import OnlineModel
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO
+from nexusengine.wire import PolicyTraits
 from tests.sim.fakes import FormulaProfile
 
 MAX_LEN = 512
@@ -39,6 +40,10 @@ class Watched:
     @property
     def name(self) -> str:
         return self.policy.name
+
+    @property
+    def traits(self) -> PolicyTraits:
+        return self.policy.traits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         plan = self.policy.plan(view, now)

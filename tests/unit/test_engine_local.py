@@ -173,12 +173,38 @@ def test_a_second_ctrl_c_does_not_wait(engine: Engine, core: EngineCore) -> None
     assert reached == ["after the first"]
 
 
-def test_a_request_that_fails_raises_and_the_others_are_aborted(core: EngineCore, engine: Engine) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_is_an_output_with_its_error_among_the_others(
+    core: EngineCore, engine: Engine, stream: bool
+) -> None:
     core.executor._poison = frozenset({TOKENIZER.encode("z")[0]})  # type: ignore[attr-defined]
-    with pytest.raises(InternalError, match="not finite"):
-        engine.generate(["ab", "z"], GREEDY)
+    outputs = list(engine.generate(["ab", "z", "cd"], GREEDY, stream=stream))  # type: ignore[call-overload]
+    ends = {o.metadata["index"]: o for o in outputs if o.finished}
+    assert [ends[i].finish_reason for i in range(3)] == ["length", "error", "length"]
+    assert isinstance(ends[1].error, InternalError)
+    assert "not finite" in ends[1].error.message
+    assert (ends[0].error, ends[2].error) == (None, None)
+    texts = ["".join(o.text for o in outputs if o.metadata["index"] == i) for i in range(3)]
+    assert texts == [answer("ab"), "", answer("cd")]
     assert not core.has_work
-    assert core.stats().finished_abort == 1
+    assert core.stats().finished_abort == 0
+
+
+def test_a_step_that_fails_ends_the_engine_but_loses_no_output(core: EngineCore, engine: Engine) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device fell off the bus")
+
+    first, second = (SamplingParams(temperature=0.0, max_tokens=n) for n in (1, 6))
+    news = engine.generate(["ab", "cd"], [first, second], stream=True)
+    outputs = [next(news)]
+    core.executor.happens = fail  # type: ignore[attr-defined]
+    outputs += news
+    ends = {o.metadata["index"]: o for o in outputs if o.finished}
+    assert (ends[0].text, ends[0].finish_reason) == (answer("ab", 1), "length")
+    assert isinstance(ends[1].error, InternalError)
+    assert ends[1].error.message == "a step failed: the device fell off the bus"
+    with pytest.raises(InternalError, match="fell off the bus"):
+        engine.generate("ab", GREEDY)
 
 
 def test_chat_takes_one_conversation_or_several(engine: Engine) -> None:

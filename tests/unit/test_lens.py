@@ -220,6 +220,57 @@ def test_requests_without_a_promise_wait_behind_deadlines_and_are_served() -> No
     assert p.relegate == ()
 
 
+def test_requests_without_a_promise_are_served_as_they_came_and_never_late_whatever_they_wait_for() -> None:
+    bench = Bench(slots=22)  # two seats, twenty places in the queue
+    bench.decode(first_s=0.9, generated=2, ttft_s=NAN, tpot_s=NAN)
+    first = bench.begun(200_000, 100, ttft_s=NAN, tpot_s=NAN)
+    for i in range(20):
+        bench.wait(5000 - i, arrival_s=0.01 * i, ttft_s=NAN, tpot_s=NAN)
+    view = bench.view(seats=2)
+    policy = Lens()
+    for now in (1.0, 100.0, 10_000.0):
+        p = plan(view, now, policy)
+        assert (p.relegate, p.refuse) == ((), ())
+        assert p.slots.tolist() == [0, first]
+    bench = Bench()
+    waiting = [bench.wait(500 - i, arrival_s=0.01 * i, ttft_s=NAN, tpot_s=NAN) for i in range(5)]
+    assert plan(bench.view(), 10_000.0).slots.tolist() == waiting
+
+
+def test_one_without_a_promise_is_not_put_off_for_others() -> None:
+    """It would not help them: it comes behind all deadlines anyway."""
+    bench = Bench()
+    none = bench.wait(6000, ttft_s=NAN, tpot_s=NAN)
+    bench.wait(4000, ttft_s=0.12)
+    small = [bench.wait(1000, ttft_s=0.13) for _ in range(4)]
+    p = plan(bench.view())
+    assert p.notes["put_off"] == 1.0
+    assert p.slots.tolist()[:4] == small
+    assert p.reasons[none] != Reason.PUT_OFF
+
+
+def test_one_without_a_promise_gets_its_share_although_deadlines_keep_coming() -> None:
+    """From 20 s past its turn, half a minute after it came."""
+    policy = Lens(share=0.1)
+    bench = Bench()
+    bench.decode(first_s=29.9, generated=2, arrival_s=29.0)
+    old = bench.begun(3000, 500, ttft_s=NAN, tpot_s=NAN)
+    bench.wait(100_000, arrival_s=29.0, ttft_s=100.0)
+    view = bench.view()
+
+    def reasons(begin_s: float) -> list[int]:
+        found = []
+        for step in range(20):
+            bench.c.first_token_s[0], bench.c.generated_tokens[0] = begin_s - 0.1, 2 + step
+            p = plan(view, begin_s + 0.05 * step, policy)
+            assert len(set(p.slots.tolist())) == len(p.slots)
+            found.append(int(p.reasons[old]))
+        return found
+
+    assert Reason.AGED not in reasons(40.0)
+    assert reasons(50.1).count(Reason.AGED) > 2
+
+
 # ---- relegated: share, restoring, refusing --------------------------------------------------------------------------
 
 

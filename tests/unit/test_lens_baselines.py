@@ -8,7 +8,7 @@ from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.lens.prefill_first import PrefillFirst
 from nexusengine.lens.static import EDF, SRPT, Sarathi
 from nexusengine.lens.view import EngineView
-from tests.unit.lens_views import Bench
+from tests.unit.lens_views import NAN, Bench
 
 
 def plan(policy: SchedulerPolicy, view: EngineView, now: float = 0.0) -> StepPlan:
@@ -92,3 +92,15 @@ def test_paper_lens_takes_the_shortest_prompts_in_chunks_until_the_target_is_rea
     assert computed(p)[short[1]] == 200
     assert long not in computed(p) or computed(p)[long] == 512
     assert p.predicted_s <= 0.050
+
+
+def test_without_an_slo_edf_serves_in_turn_and_relegates_nobody() -> None:
+    bench = Bench()
+    late = bench.wait(100, ttft_s=1.0)
+    none, later = (bench.wait(100 - i, arrival_s=0.1 * i, ttft_s=NAN, tpot_s=NAN) for i in range(2))
+    due_after = bench.wait(100, ttft_s=40.0)
+    p = EDF(relegate=1).plan(bench.view(), now=1000.0)
+    assert p.relegate == (late, due_after)
+    assert p.slots.tolist() == [none, later, late, due_after]
+    assert EDF().plan(bench.view(), now=1000.0).slots.tolist() == [late, none, later, due_after]
+    assert SRPT().plan(bench.view(), now=1000.0).relegate == (late, due_after)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexusengine.lens.deadlines import NO_PROMISE, Deadlines, attainable
+from nexusengine.core.admission import unattainable
+from nexusengine.lens.attainable import attainable
+from nexusengine.lens.deadlines import FALLBACK, Deadlines
 from nexusengine.lens.fill import largest_chunk
 from nexusengine.lens.guard import LengthGuard
 from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
@@ -20,6 +23,7 @@ from nexusengine.lens.survival import Survival
 from nexusengine.lens.turnover import Turnover
 from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.types import SLO
 from tests.unit.lens_views import NAN, Bench, Straight
 
 CAP_S = 0.12
@@ -48,12 +52,16 @@ def test_the_first_token_is_due_a_ttft_after_arrival() -> None:
     assert deadlines.tpot_s[slot] == 0.05
 
 
-def test_a_request_without_a_promise_is_served_as_one_of_class_batch() -> None:
+def test_a_request_without_an_slo_has_no_deadline_but_a_turn() -> None:
     bench = Bench()
     slot = bench.wait(1000, arrival_s=3.0, ttft_s=NAN, tpot_s=NAN)
+    resumed = bench.wait(1000, arrival_s=3.0, ttft_s=NAN, tpot_s=NAN)
+    bench.c.generated_tokens[resumed], bench.c.first_token_s[resumed] = 40, 4.0
     deadlines = deadlines_of(bench.view())
-    assert deadlines.first_due_s[slot] == pytest.approx(3.0 + 30.0 + 1000 * 0.004)
-    assert deadlines.tpot_s[slot] == NO_PROMISE.tpot_s
+    for instants in (deadlines.first_due_s, deadlines.prefill_due_s, deadlines.tpot_s):
+        assert instants[[slot, resumed]].tolist() == [math.inf, math.inf]
+    assert deadlines.attainable[slot]
+    assert deadlines.turn_s[slot] == 3.0 + 30.0
 
 
 def test_a_promise_the_device_cannot_keep_even_alone_is_marked_and_served_as_none() -> None:
@@ -64,13 +72,24 @@ def test_a_promise_the_device_cannot_keep_even_alone_is_marked_and_served_as_non
     deadlines = deadlines_of(bench.view())
     assert deadlines.attainable[[tight_ttft, tight_tpot, fine]].tolist() == [False, False, True]
     assert deadlines.first_due_s[tight_ttft] > 30.0
-    assert deadlines.tpot_s[tight_tpot] == NO_PROMISE.tpot_s
+    assert deadlines.tpot_s[tight_tpot] == FALLBACK.tpot_s
 
 
 def test_attainable_asks_the_model_for_the_whole_prompt_and_for_one_decode() -> None:
     prompts = np.array([1000.0, 1000.0, 1000.0])
-    met = attainable(Straight(), prompts, np.array([0.0294, 0.0296, 1.0]), np.array([1.0, 1.0, 0.005]))
+    met = attainable(Straight(), 8192, prompts, np.array([0.0294, 0.0296, 1.0]), np.array([1.0, 1.0, 0.005]))
     assert met.tolist() == [False, True, False]  # 5 + 4 + 20 ms and 0.5 ms of attention; a decode takes 5.06 ms
+
+
+def test_a_prompt_longer_than_a_full_step_takes_several_for_whoever_asks() -> None:
+    """5 + 4 ms and 20 us a token each, and 1 ns a token pair: 0.34 + 0.13 s in two steps, 0.32 + 0.13 s in one."""
+    bench = Bench()
+    two_steps_s = 2 * 0.009 + 16_000 * 20e-6 + 0.5e-9 * 16_000**2
+    for ttft_s, met in ((two_steps_s - 0.005, False), (two_steps_s + 0.001, True)):
+        slot = bench.wait(16_000, ttft_s=ttft_s)
+        view = bench.view()
+        assert deadlines_of(view).attainable[slot] == met
+        assert unattainable(view, 16_000, SLO(ttft_s, 0.05)) != met
 
 
 def test_a_resumed_request_is_due_with_its_next_token_and_some_grace() -> None:
@@ -157,6 +176,15 @@ def test_a_last_prompt_token_has_no_pace_to_keep() -> None:
     bench.begun(100, 99)
     limit = limit_of(bench, now=1.0)
     assert (limit.slot, limit.limit_s, limit.tightest_tpot_s) == (-1, CAP_S, float("inf"))
+
+
+def test_requests_without_an_slo_bear_any_step_and_are_never_lost() -> None:
+    bench = Bench()
+    bench.decode(first_s=1.0, generated=2, ttft_s=NAN, tpot_s=NAN)
+    assert limit_of(bench, now=900.0) == StepLimit(CAP_S, -1, pytest.approx(np.zeros(1)), math.inf)
+    promised = bench.decode(first_s=1.0, generated=2)
+    limit = limit_of(bench, now=1.05)
+    assert (limit.slot, limit.limit_s, limit.lost.tolist()) == (promised, pytest.approx(0.05), [False, False])
 
 
 def test_a_tpot_that_is_not_possible_constrains_nobody() -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexusengine.lens.fcfs import FCFS
+from nexusengine.lens.order import put_off
+from nexusengine.lens.registry import make_policy
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import Predictor
 from nexusengine.router.board import Board
-from nexusengine.router.forecast import FIELDS, Forecast, forecast, in_time, predictor_of, snapshot, speed
+from nexusengine.router.forecast import FIELDS, Forecast, forecast, predictor_of, snapshot, speed
 from nexusengine.router.policy import WorkerView
+from nexusengine.wire import PolicyTraits
 from tests.router_fakes import BATCH, INTERACTIVE, load, pending, perf, request, view
+
+BY_TOKENS = FCFS().traits
 
 
 def model() -> Predictor:
@@ -31,34 +38,34 @@ def number(f: Forecast, name: str) -> float:
 
 
 def test_an_idle_worker_fills_its_steps_to_the_token_limit() -> None:
-    v = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, paced=True)
+    v = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, PolicyTraits())
     assert v.chunk_tokens == 2048
     assert v.per_token_s == pytest.approx((0.005 + 2048 * 20e-6) / 2048)
     assert v.step_s == pytest.approx(0.005 + 2048 * 20e-6)
 
 
 def test_steps_beside_decodes_stay_within_the_tightest_tpot_and_prompts_get_what_is_left() -> None:
-    v = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, paced=True)
+    v = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, PolicyTraits())
     step = model().predict(StepFeatures(50 + int(v.chunk_tokens), 51, 1, 0.0, 100_000)).mean_s
     assert step == pytest.approx(0.025 - 0.0005, rel=0.01)
     assert v.per_token_s == pytest.approx(v.step_s / v.chunk_tokens)
-    slower = speed(model(), 1.25, 50, 100_000.0, 0.025, 2048, paced=True)
+    slower = speed(model(), 1.25, 50, 100_000.0, 0.025, 2048, PolicyTraits())
     assert slower.per_token_s > v.per_token_s, "an uncertain model leaves more room"
-    unpaced = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, paced=False)
+    unpaced = speed(model(), 1.0, 50, 100_000.0, 0.025, 2048, BY_TOKENS)
     assert unpaced.chunk_tokens == 2048 - 50
 
 
 def test_what_another_row_and_another_kv_token_add_is_read_off_the_model() -> None:
-    v = speed(model(), 1.0, 10, 5000.0, 0.05, 2048, paced=True)
+    v = speed(model(), 1.0, 10, 5000.0, 0.05, 2048, PolicyTraits())
     assert v.decode_s == pytest.approx(0.005 + 10 * 20e-6 + 5000 * 40e-9)
     assert v.per_row_s == pytest.approx(20e-6)
     assert v.per_kv_s == pytest.approx(40e-9)
-    idle = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, paced=True)
+    idle = speed(model(), 1.0, 0, 0.0, float("inf"), 2048, PolicyTraits())
     assert idle.per_pair_s == pytest.approx(1e-9 * idle.step_s / (idle.step_s - idle.first_step_s))
 
 
 def test_prompts_are_ahead_by_deadline_with_undue_ones_last() -> None:
-    f = of(view("w", load(pending=(pending(0.5, 100), pending(1.0, 200), pending(float("nan"), 300)))))
+    f = of(view("w", load(pending=(pending(0.5, 100), pending(1.0, 200), pending(float("inf"), 300)))))
     assert f.due_s.tolist() == [0.5, 1.0, float("inf")]
     steps = np.diff(f.ahead_s)
     assert steps == pytest.approx(np.array([1, 2, 3]) * steps[0], rel=0.02)
@@ -121,11 +128,62 @@ def test_slack_is_how_long_those_behind_can_be_put_off() -> None:
 
 def test_an_engine_that_serves_in_order_of_arrival_makes_newcomers_wait_for_all() -> None:
     v = view("w", load(pending=(pending(9.0, 1000), pending(0.001, 90_000))))
-    v = dataclasses.replace(v, info=msgspec.structs.replace(v.info, scheduler="fcfs"))
+    v = dataclasses.replace(v, info=msgspec.structs.replace(v.info, traits=FCFS().traits))
     board = Board()
     board.update([v], 0.0)
-    assert board.position(0.5).tolist() == [2]
+    assert board.position(0.5, 100.0).tolist() == [2]
     assert board.slack_s[0, 2] == float("inf")
+
+
+def served_by(spec: str, *prompts: Any, **fields: Any) -> Board:
+    """The board of a worker with this engine policy, whose prompts wait."""
+    v = view("w", load(pending=prompts))
+    board = Board()
+    board.update(
+        [dataclasses.replace(v, info=msgspec.structs.replace(v.info, traits=make_policy(spec).traits, **fields))], 0.0
+    )
+    return board
+
+
+@pytest.mark.parametrize("spec", ["fcfs", "sarathi", "prefill-first", "vllm", "lens:order=0"])
+def test_where_prompts_are_served_as_they_came_a_newcomer_waits_for_all(spec: str) -> None:
+    board = served_by(spec, pending(9.0, 1000), pending(0.001, 900))
+    assert board.position(0.5, 10.0).tolist() == [2]
+    assert board.slack_s[0, 2] == float("inf")
+
+
+@pytest.mark.parametrize("spec", ["srpt", "srpt:relegate=0", "paper-lens"])
+def test_where_the_shortest_goes_first_a_newcomer_waits_for_those_that_are_shorter(spec: str) -> None:
+    board = served_by(spec, pending(9.0, 3000), pending(9.5, 500), pending(9.7, 1000))
+    assert [board.position(due, left).tolist() for due, left in ((0.5, 700.0), (0.5, 5000.0), (99.0, 100.0))] == [
+        [1],
+        [3],
+        [0],
+    ]
+
+
+def test_who_is_late_is_out_of_the_way_only_where_the_policy_relegates() -> None:
+    prompts = pending(0.001, 2000), pending(9.0, 1000)
+    for spec, ahead in (("lens", 1), ("edf:relegate=1", 1), ("edf", 2), ("srpt", 1), ("srpt:relegate=0", 2)):
+        board = served_by(spec, *prompts)
+        assert board.count.tolist() == [ahead], spec
+        assert (board.late_s[0] > 0.0) == (ahead == 1), spec
+        assert board.slack_s[0, 0] > 8.0, "one that is late already is not made late"
+
+
+def test_steps_are_as_long_as_the_policy_declares() -> None:
+    def step_s(spec: str, tightest_tpot_s: float = float("inf")) -> float:
+        return speed(model(), 1.0, 10, 5000.0, tightest_tpot_s, 32_768, make_policy(spec).traits).step_s
+
+    assert step_s("lens") == pytest.approx(0.1195, rel=0.01)
+    assert step_s("lens:cap_ms=500") == pytest.approx(0.4995, rel=0.01)
+    assert step_s("paper-lens") == pytest.approx(0.4995, rel=0.01)
+    whole_s = model().predict(StepFeatures(32_768, 11, 1, 0.0, 5000)).mean_s
+    for spec in ("fcfs", "vllm", "edf", "srpt", "prefill-first", "lens:limit=0"):
+        assert step_s(spec, 0.05) == pytest.approx(whole_s, rel=0.01), spec
+    for spec in ("sarathi", "fcfs:budget=512", "vllm:budget=512", "edf:budget=512", "lens:limit=0,budget=512"):
+        assert step_s(spec, 0.05) == pytest.approx(model().predict(StepFeatures(512, 11, 1, 0.0, 5000)).mean_s), spec
+    assert step_s("lens:cap_ms=500", 0.05) == step_s("lens", 0.05) == pytest.approx(0.0495, rel=0.01)
 
 
 def test_what_the_report_only_sums_up_is_behind_all_that_are_listed() -> None:
@@ -148,11 +206,12 @@ def test_a_worker_without_a_report_is_idle_and_as_fast_as_an_untaught_model_says
 jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=0, max_size=9)
 
 
+@settings(deadline=None)
 @given(jobs)
 def test_as_many_jobs_are_in_time_as_can_be(pairs: list[tuple[int, int]]) -> None:
     pairs = sorted(pairs, key=lambda p: p[1])
     service, room = (np.array([float(p[i]) for p in pairs]) for i in (0, 1))
-    keep = in_time(service, room)
+    keep = ~put_off(service, room)
     done = np.cumsum(service[keep])
     assert (done <= room[keep]).all()
     best = 0
@@ -177,7 +236,7 @@ def test_slack_tells_whether_a_newcomer_makes_another_late(
     board = Board()
     board.update([view("w", load(pending=queue))], 0.0)
     due = rest + 100 * per_token * newcomer[1]
-    position = int(board.position(due)[0])
+    position = int(board.position(due, 0.0)[0])
     service = np.insert(np.diff(f.ahead_s), position, 100 * newcomer[0] * per_token)
     limits = np.insert(f.due_s, position, due) - rest
     behind = np.cumsum(service)[position + 1 :] > limits[position + 1 :]
@@ -195,7 +254,7 @@ def test_a_board_follows_views_that_grow_shrink_and_change_places() -> None:
         for i, v in enumerate(views):
             f = of(v)
             assert board.ahead_s[i, len(f.due_s)] == f.ahead_s[-1]
-            assert board.position(float("inf"))[i] == len(f.due_s)
+            assert board.position(float("inf"), 0.0)[i] == len(f.due_s)
             assert board.numbers[:, i].tolist() == fresh.numbers[:, i].tolist()
             assert board.index[v.worker_id] == i
             assert board.cached_tokens(request(cached_tokens={v.worker_id: 160}))[i] == 160  # type: ignore[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -167,6 +168,38 @@ async def test_a_client_that_the_router_does_not_take_says_why(tmp_path: Path) -
         await client.wait_for_ready(1.0)
     await client.close()
     peer.close()
+
+
+async def test_a_loop_that_was_busy_is_not_a_router_that_was_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nexusengine.serve.client, "_SILENT_S", 0.1)
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.bind(f"ipc://{tmp_path}/front")
+    sent = threading.Event()
+
+    def answer_twice() -> None:
+        identity, _ = socket.recv_multipart()
+        socket.send_multipart([identity, wire.encode(wire.Cluster("r", ()))])
+        assert sent.wait(5)
+        socket.send_multipart([identity, wire.encode(wire.Cluster("r", (), held=7))])
+        sent.clear()
+
+    router = threading.Thread(target=answer_twice)
+    router.start()
+    client = RouterClient(f"ipc://{tmp_path}/front")
+    await client.start()
+    await client.wait_for_ready(5)
+    time.sleep(0.2)
+    assert client.status() is None
+    sent.set()
+    router.join()
+    time.sleep(0.1)
+    cluster = client.status()
+    assert cluster is not None
+    assert cluster.held == 7
+    await client.close()
+    socket.close(0)
 
 
 class Router:
