@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nexusengine.cgroup import limits
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.batch import SamplingTable, StepBatch
@@ -16,15 +17,18 @@ _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30
 _READY_BYTES = 256 * 2**20
 
 
-def available_bytes() -> int:
-    """Memory of this host that can be had without swapping. Raises ConfigError where the system does not say."""
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can have without swapping: what the host has free, no more than its control groups leave.
+    root: where /proc and /sys are. Raises ConfigError where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         lines = []
+    left = limits(root).free_bytes
     for line in lines:
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            free = int(line.split()[1]) * 1024
+            return free if left is None else min(free, left)
     raise ConfigError("cannot tell how much memory is free; give --kv-cache-memory", param="kv_cache_memory")
 
 

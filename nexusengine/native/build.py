@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexusengine.cgroup import usable_cpus
 from nexusengine.child import tied
 from nexusengine.errors import ConfigError
 from nexusengine.loading.cache import cache_dir
@@ -103,8 +104,11 @@ def packaged_name(machine: str) -> str:
 
 
 def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str]:
-    """The instruction sets that this processor can run, the best first; all there are where the kernel does not say what
-    it has. cpuinfo: the text of /proc/cpuinfo. Raises NativeError where there are none for it."""
+    """The instruction sets that this processor can run, the best first; all there are where /proc/cpuinfo does not say
+    what it has.
+
+    cpuinfo: the text of that file. Raises NativeError where there are none for this processor.
+    """
     machine = machine or platform.machine()
     if machine not in SETS:
         raise NativeError(f"there are no kernels for {machine}; known: {', '.join(SETS)}")
@@ -125,10 +129,10 @@ def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str
 
 
 def build(isas: Sequence[str] = (), progress: Progress = lambda phase, fraction: None) -> Path:
-    """The library for this machine, compiled if it is not in the cache. isas: the instruction sets in it, by default the
-    one that this processor runs best. progress: called with a phase and the fraction done while it compiles.
+    """The library for this machine, compiled if it is not in the cache.
 
-    Raises NativeError.
+    isas: the instruction sets in it, by default the one that this processor runs best. progress: called with a phase
+    and the fraction done while it compiles. Raises NativeError.
     """
     known = SETS.get(platform.machine(), {})
     wanted = tuple(isas) or tuple(runnable()[:1])
@@ -160,8 +164,8 @@ def build(isas: Sequence[str] = (), progress: Progress = lambda phase, fraction:
 
 
 def build_packaged(machine: str, folder: Path) -> Path:
-    """For a wheel: the library with every instruction set of a kind of machine, made in `folder` by $CXX, which may be a
-    cross compiler. Raises NativeError."""
+    """The library with every instruction set of a kind of machine, for a wheel, made in `folder` by $CXX, which may be
+    a cross compiler. Raises NativeError."""
     if machine not in SETS:
         raise NativeError(f"there are no kernels for {machine}; known: {', '.join(SETS)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +201,7 @@ def _compile(
             [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
             for unit, (source, flags) in units.items()
         ]
-        with ThreadPoolExecutor(min(len(commands), len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(len(commands), usable_cpus())) as pool:
             running = [pool.submit(_run, command) for command in commands]
             for done, one in enumerate(as_completed(running), 1):
                 one.result()

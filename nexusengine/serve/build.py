@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
 from nexusengine.config import EngineConfig, parse_device, parse_devices
 from nexusengine.core.core import EngineCore
@@ -81,7 +82,7 @@ def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
     kind, _, rest = spec.device.partition(":")
     sheet: Datasheet | None
     if kind == "cpu":
-        sheet = cpu_datasheet(parse_device(spec.device).threads or os.cpu_count() or 1)
+        sheet = cpu_datasheet(parse_device(spec.device).threads or usable_cpus())
     else:
         sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
     if kind == "emulated":
