@@ -18,8 +18,10 @@ _READY_BYTES = 256 * 2**20
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process can have without swapping: what the host has free, no more than its control groups leave.
-    root: where /proc and /sys are. Raises ConfigError where the system does not say."""
+    """Memory that this process can have without swapping: what the host has free and its control groups leave.
+
+    root: where /proc and /sys are. Raises ConfigError where the system does not say.
+    """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
