@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,22 @@ def available_bytes(root: Path = Path("/")) -> int:
             free = int(line.split()[1]) * 1024
             return free if left is None else min(free, left)
     raise ConfigError("cannot tell how much memory is free; give --kv-cache-memory", param="kv_cache_memory")
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, with the file pages it has mapped; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed and is still held for later: the copies that loading made, as far as the C
+    library can tell."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cpu_kv_bytes() -> int:

