@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-STAND_IN = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$(dirname "$0")/../../calls"\n'
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$(dirname "$0")/../../calls"
+case "$*" in *+cpu*) if [ -n "${NO_CPU_BUILD:-}" ]; then echo "ERROR: no such version" >&2; exit 1; fi ;; esac
+"""
+INSTALL = "python -m pip install --quiet -c constraints.txt"
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A checkout whose .venv holds stand-ins for every program."""
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose .venv holds stand-ins for every program, on a machine with an NVIDIA driver."""
+    (tmp_path / "driver").write_text("")
+    monkeypatch.setenv("NVIDIA_DRIVER", str(tmp_path / "driver"))
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -27,12 +35,57 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run(checkout: Path, script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    (checkout / "calls").write_text("")
+    return subprocess.run([f"scripts/{script}", *options], cwd=checkout, capture_output=True, text=True, timeout=60)
+
+
+def called(checkout: Path) -> list[str]:
+    return (checkout / "calls").read_text().splitlines()
+
+
 def calls(checkout: Path, script: str, *options: str) -> list[str]:
     """What the script called, in order."""
-    (checkout / "calls").write_text("")
-    done = subprocess.run([f"scripts/{script}", *options], cwd=checkout, capture_output=True, text=True, timeout=60)
+    done = run(checkout, script, *options)
     assert done.returncode == 0, done.stderr
-    return (checkout / "calls").read_text().splitlines()
+    return called(checkout)
+
+
+def without_driver(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / "driver").unlink()
+    programs = checkout / "programs"
+    programs.mkdir()
+    for name in ("bash", "env", "cat", "cksum", "tr", "dirname", "basename", "tail"):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    monkeypatch.setenv("PATH", str(programs))  # no nvidia-smi
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+
+def test_without_a_driver_torchs_cpu_build_is_taken(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_driver(checkout, monkeypatch)
+    assert calls(checkout, "serve.sh")[:2] == [f"{INSTALL} torch==2.13.0+cpu", f"{INSTALL} -e ."]
+
+
+def test_without_a_cpu_build_the_other_is_taken_and_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_driver(checkout, monkeypatch)
+    monkeypatch.setenv("NO_CPU_BUILD", "1")
+    done = run(checkout, "serve.sh")
+    assert done.returncode == 0
+    assert called(checkout)[:2] == [f"{INSTALL} torch==2.13.0+cpu", f"{INSTALL} torch==2.13.0"]
+    assert "a CUDA build of some gigabytes); set TORCH_INDEX to avoid it" in done.stderr
+
+
+def test_an_index_for_torch_is_used_for_it_alone(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_driver(checkout, monkeypatch)
+    monkeypatch.setenv("TORCH_INDEX", "file:///cpu")
+    expected = [f"{INSTALL} --extra-index-url file:///cpu torch==2.13.0+cpu", f"{INSTALL} -e ."]
+    assert calls(checkout, "serve.sh")[:2] == expected
+    (checkout / ".venv" / ".nexusengine-base").unlink()
+    monkeypatch.setenv("NO_CPU_BUILD", "1")
+    done = run(checkout, "serve.sh")
+    assert done.returncode != 0
+    assert "TORCH_INDEX has no CPU build of torch 2.13.0" in done.stderr
+    assert called(checkout) == expected[:1], "no gigabytes are fetched that were not asked for"
 
 
 def test_serve_installs_once_and_hands_its_options_to_nexusengine(checkout: Path) -> None:
