@@ -1,8 +1,8 @@
 """Where the kernels come from: the library that the wheel carries, else one that is compiled here and kept.
 
-Each instruction set is a translation unit with its own flags. A wheel holds all those of its architecture, and the best
-is chosen when it is loaded; here only the one that this processor runs best is compiled. The result is kept under a
-name made of everything it depends on: sources, compiler, flags and instruction sets. It appears in the cache folder
+Each instruction set has translation units with flags of its own. A wheel holds all those of its architecture, and the
+best is chosen when it is loaded; here only the one that this processor runs best is compiled. The result is kept under
+a name made of everything it depends on: sources, compiler, flags and instruction sets. It appears in the cache folder
 whole or not at all, and of several processes that start at once one compiles and the others wait.
 """
 
@@ -54,6 +54,8 @@ NEEDS: dict[str, frozenset[str]] = {
 """What a processor must have for each, in the kernel's words (flags or Features of /proc/cpuinfo)."""
 COMMON = ("api", "pool")
 """Units that are compiled once, whatever the instruction sets."""
+FOR_EACH = ("isa", "isa_attention")
+"""Units that are compiled for each instruction set."""
 COMPILING = "compiling the CPU kernels"
 """The phase that is reported while it lasts."""
 Progress = Callable[[str, float], None]
@@ -195,7 +197,9 @@ def _compile(
         folder = Path(name)
         chosen = "-DNEX_SETS(X)=" + " ".join(f"X({isa})" for isa in reversed(sets))
         units = {unit: (SOURCES / f"{unit}.cpp", (chosen,)) for unit in COMMON} | {
-            isa: (SOURCES / "isa.cpp", (f"-DNEX_ISA={isa}", *flags)) for isa, flags in sets.items()
+            f"{unit}-{isa}": (SOURCES / f"{unit}.cpp", (f"-DNEX_ISA={isa}", *flags))
+            for isa, flags in sets.items()
+            for unit in FOR_EACH
         }
         commands = [
             [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
