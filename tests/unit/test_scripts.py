@@ -107,3 +107,9 @@ def test_test_installs_the_extra_once_and_hands_its_options_to_pytest(checkout: 
     assert first[-1].endswith(" -k router")
     assert not any("pip" in call for call in calls(checkout, "test.sh"))
     assert calls(checkout, "serve.sh") == ["nexusengine serve"], "the tests' installation holds what serving needs"
+
+
+def test_no_version_is_asked_for_that_a_cuda_build_of_torch_has_another_of() -> None:
+    """Else nothing can be installed where the CUDA build is taken: torch 2.13.0 asks for triton 3.7.1."""
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert not {name for name in pinned if name == "triton" or name.startswith(("nvidia-c", "cuda-"))}
