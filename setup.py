@@ -6,20 +6,20 @@ without it the wheel is for any platform, and the kernels are compiled where the
 
 import os
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 PLATFORM = os.environ.get("NEXUSENGINE_PLATFORM")
 
 
-class Wheel(bdist_wheel):
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        if PLATFORM:
-            self.root_is_pure = False
+class Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        return bool(PLATFORM) or super().has_ext_modules()
 
+
+class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", PLATFORM) if PLATFORM else super().get_tag()
 
 
-setup(cmdclass={"bdist_wheel": Wheel})
+setup(distclass=Package, cmdclass={"bdist_wheel": Wheel})

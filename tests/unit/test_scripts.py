@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,26 @@ def test_no_version_is_asked_for_that_a_cuda_build_of_torch_has_another_of() -> 
     """Else nothing can be installed where the CUDA build is taken: torch 2.13.0 asks for triton 3.7.1."""
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert not {name for name in pinned if name == "triton" or name.startswith(("nvidia-c", "cuda-"))}
+
+
+@pytest.mark.parametrize("platform", [None, "manylinux_2_28_x86_64"])
+def test_a_wheel_with_kernels_is_for_one_platform(tmp_path: Path, platform: str | None) -> None:
+    """Built in an environment that is there, from a package of one file."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    lib = tmp_path / "nexusengine" / "native" / "lib"
+    lib.mkdir(parents=True)
+    for folder in (lib.parent.parent, lib.parent):
+        (folder / "__init__.py").write_text("")
+    (lib / "kernels.so").write_text("")
+    code = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    environ = {**os.environ, "NEXUSENGINE_PLATFORM": platform or ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    if "No module named 'setuptools'" in done.stderr or "bdist_wheel" in done.stderr:
+        pytest.skip("this environment has no setuptools that builds wheels")
+    name = done.stdout.splitlines()[-1]
+    assert name == f"nexusengine-0.1.0-py3-none-{platform or 'any'}.whl", done.stderr
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        assert "nexusengine/native/lib/kernels.so" in wheel.namelist()
+        metadata = wheel.read("nexusengine-0.1.0.dist-info/WHEEL").decode()
+    assert f"Root-Is-Purelib: {'false' if platform else 'true'}" in metadata
