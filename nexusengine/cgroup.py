@@ -33,7 +33,7 @@ class Limits:
 def limits(root: Path = Path("/")) -> Limits:
     """Of this process. root: where /proc and /sys are."""
     memory = [found for folder, version in _folders(root, "memory") if (found := _memory(folder, version))]
-    cpus = [found for folder, version in _folders(root, "cpu") if (found := _cpus(folder, version))]
+    cpus = [paid for folder, version in _folders(root, "cpu") if (paid := _cpus(folder, version))]
     return Limits(
         memory_bytes=min((limit for limit, _ in memory), default=None),
         free_bytes=min((max(limit - used, 0) for limit, used in memory), default=None),
