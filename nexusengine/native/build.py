@@ -56,6 +56,8 @@ COMMON = ("api", "pool")
 """Units that are compiled once, whatever the instruction sets."""
 FOR_EACH = ("isa", "isa_attention")
 """Units that are compiled for each instruction set."""
+_LONG = 20
+"""How many times as long as another unit one of these takes, in round numbers."""
 COMPILING = "compiling the CPU kernels"
 """The phase that is reported while it lasts."""
 Progress = Callable[[str, float], None]
@@ -206,10 +208,15 @@ def _compile(
             for unit, (source, flags) in units.items()
         ]
         with ThreadPoolExecutor(min(len(commands), usable_cpus())) as pool:
-            running = [pool.submit(_run, command) for command in commands]
-            for done, one in enumerate(as_completed(running), 1):
+            running = {
+                pool.submit(_run, command): 1 if unit in COMMON else _LONG
+                for unit, command in zip(units, commands, strict=True)
+            }
+            done, whole = 0, sum(running.values()) + 1  # and linking
+            for one in as_completed(running):
                 one.result()
-                progress(COMPILING, done / (len(commands) + 1))
+                done += running[one]
+                progress(COMPILING, done / whole)
         objects = [str(folder / f"{unit}.o") for unit in units]
         _run([compiler.path, "-shared", "-pthread", *more_flags, *objects, "-o", str(folder / _NAME)])
         os.replace(folder / _NAME, target)

@@ -92,6 +92,7 @@ class Supervisor:
         self._draining_since_s: float | None = None
         self._stop_now = False
         self._ready_said = False
+        self._compiling: Message | None = None
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
         cores = _cores(self.devices)
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
@@ -207,11 +208,15 @@ class Supervisor:
         elif kind == "phase":
             self._on_event(event)
             self._tell_server(event)
-        elif kind == "compiling" and self._files is not None:  # until then there is more to wait for
-            self._handle_own("phase", {**event, "type": "phase"})
+        elif kind == "compiling":
+            self._compiling = {**event, "type": "phase"}
+            if self._files is not None:  # until then there is more to wait for
+                self._handle_own("phase", self._compiling)
         elif kind == "resolved":
             self._files = event["files"]
             self._tell_server(self._model_message())
+            if self._compiling is not None and self._compiling["fraction"] < 1.0:
+                self._handle_own("phase", self._compiling)
             for role in self._roles.values():
                 if self._is_worker(role) and role.child is not None:
                     role.started_s = time.monotonic()
