@@ -106,8 +106,13 @@ def main() -> None:
         executor = make_executor(files, seen_as(device, os.environ), executor_options(config, info.worker_id), progress)
         hash_key = bytes.fromhex(given["hash_key"])
         core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
-    except (NexusError, MemoryError) as error:
-        message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
+    except (NexusError, MemoryError, ImportError) as error:
+        if isinstance(error, NexusError):
+            message = error.message
+        elif isinstance(error, ImportError):
+            message = f"a package that is needed cannot be imported: {error}"
+        else:
+            message = "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
         link.leave(message)
         sys.exit(1)
