@@ -97,7 +97,7 @@ class LlamaForCausalLM:
             self.head = self._linear([(head, c.vocab_size)], c.hidden_size, False, head=True)
         self.ops.finish()
         self._refuse_surplus()
-        self._source = None
+        self._source, self._progress = None, lambda fraction: None  # neither keeps the files mapped
         self.rotary = RotaryEmbedding(config, max_positions, dtype, device)
 
     def forward(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from nexusengine import lifetime
+from nexusengine import lifetime, native
 from nexusengine.backend import AsyncBackend
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import EngineConfig, ServeConfig, load, parse_devices
@@ -38,6 +38,8 @@ def engine_config(model: str, devices: str | Sequence[str] | None, settings: dic
 def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
     """The core of a one-device engine, its tokenizer and the size of its vocabulary."""
     device = parse_devices(config.devices)[0]
+    if device.kind == "cpu":  # while the model is looked for and torch imported
+        threading.Thread(target=native.prepare, daemon=True, name="compile kernels").start()
     files = resolve_model(config.model, revision=config.revision, weights=device.kind != "emulated")
     tokenizer = load_tokenizer(files)
     executor = make_executor(files, device, executor_options(config))

@@ -3,6 +3,33 @@
 #   . scripts/setup.sh EXTRA      EXTRA: "test" adds what the checks need, "" nothing
 # Does nothing when .venv already holds what pyproject.toml and constraints.txt ask for.
 # PYTHON chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
+# TORCH_INDEX: an index that has torch's CPU builds, which are taken where there is no NVIDIA driver. PyPI has none for
+# Linux: its wheel is the CUDA build, which computes on a CPU as well but brings gigabytes of libraries.
+
+TORCH_VERSION=2.13.0
+
+has_nvidia_driver() {
+    [ -e "${NVIDIA_DRIVER:-/proc/driver/nvidia/version}" ] || command -v nvidia-smi >/dev/null
+}
+
+install() { .venv/bin/python -m pip install --quiet -c constraints.txt "$@"; }
+
+# First and by exact version, so that no other package's requirement picks a torch of its own.
+install_torch() {
+    echo "==> installing torch (the first time this takes a minute or two)" >&2
+    if ! has_nvidia_driver; then
+        if install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==$TORCH_VERSION+cpu" 2>.venv/torch.log; then
+            return 0
+        elif [ -n "${TORCH_INDEX:-}" ]; then
+            tail -1 .venv/torch.log >&2
+            echo "TORCH_INDEX has no CPU build of torch $TORCH_VERSION for this Python and machine" >&2
+            return 1
+        fi
+        echo "==> there is no NVIDIA driver here, and pip's indexes have no CPU build of torch: taking the one that they" \
+            "have (on x86-64 from PyPI a CUDA build of some gigabytes); set TORCH_INDEX to avoid it, see README.md" >&2
+    fi
+    install "torch==$TORCH_VERSION"
+}
 
 setup() {
     local extra="${1:-}" python="${PYTHON:-}" candidate wanted stamp
@@ -30,11 +57,9 @@ setup() {
             return 1
         }
     fi
-    # torch first and by exact version, so that no other package's requirement picks a torch of its own.
-    echo "==> installing torch (the first time this takes a minute or two)" >&2
-    .venv/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0 || return 1
+    install_torch || return 1
     echo "==> installing nexusengine${extra:+ with the $extra extra}" >&2
-    .venv/bin/python -m pip install --quiet -c constraints.txt -e ".${extra:+[$extra]}" || return 1
+    install -e ".${extra:+[$extra]}" || return 1
     echo "$wanted" >"$stamp"
     if [ "$extra" = test ]; then echo "$wanted" >".venv/.nexusengine-base"; fi
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -22,6 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell without job control starts what is in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("NEXUSENGINE_NATIVE_ISA", "all")  # the kernels' tests switch between them; servers take the best
 
 
 def free_port() -> int:

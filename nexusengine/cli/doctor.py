@@ -77,6 +77,10 @@ def text(found: dict[str, Any]) -> str:
     cpu = found["cpu"]
     kernels = "compiled kernels" if cpu["kernels"] else "no compiled kernels"
     lines += ["", f"CPU: {cpu['threads']} threads, {cpu['available_bytes'] / 2**30:.1f} GiB available"]
+    memory, cpus = cpu["cgroup"]["memory_bytes"], cpu["cgroup"]["cpus"]
+    said = [f"{memory / 2**30:.1f} GiB of memory"] if memory is not None else []
+    said += [f"{cpus:g} of {cpu['cores']} cores"] if cpus is not None else []
+    lines += [f"  limited by control groups to {' and '.join(said)}"] if said else []
     lines += [f"  {kernels}: {cpu['kernels_reason']}", "", f"Attention backends on {found['torch']['device']}:"]
     for b in found["attention"]:
         lines.append(f"  {'yes' if b['available'] else 'no ':3} {b['name']:14} {b['reason']}")
@@ -136,6 +140,7 @@ def _backends(torch_found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cpu() -> dict[str, Any]:
     from nexusengine import native
+    from nexusengine.cgroup import limits, usable_cpus
     from nexusengine.errors import NexusError
     from nexusengine.execute.memory import available_bytes
 
@@ -146,7 +151,9 @@ def _cpu() -> dict[str, Any]:
         memory = 0
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     return {
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": usable_cpus(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cgroup": dataclasses.asdict(limits()),
         "numa_nodes": nodes,
         "available_bytes": memory,
         "kernels": kernels,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
 
+from nexusengine.cgroup import limits
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.batch import SamplingTable, StepBatch
@@ -16,16 +19,37 @@ _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30
 _READY_BYTES = 256 * 2**20
 
 
-def available_bytes() -> int:
-    """Memory of this host that can be had without swapping. Raises ConfigError where the system does not say."""
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can have without swapping: what the host has free and its control groups leave.
+
+    root: where /proc and /sys are. Raises ConfigError where the system does not say.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         lines = []
+    left = limits(root).free_bytes
     for line in lines:
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            free = int(line.split()[1]) * 1024
+            return free if left is None else min(free, left)
     raise ConfigError("cannot tell how much memory is free; give --kv-cache-memory", param="kv_cache_memory")
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, with the file pages it has mapped; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed and is still held for later: the copies that loading made, as far as the C
+    library can tell."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cpu_kv_bytes() -> int:

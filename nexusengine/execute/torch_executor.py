@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 from nexusengine.attention.base import FP8, AttentionBackend, AttentionMeta, AttentionSpec
 from nexusengine.attention.registry import choose
+from nexusengine.cgroup import usable_cpus
 from nexusengine.config import DeviceSpec
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
@@ -360,6 +362,8 @@ def _torch_device(device: DeviceSpec) -> torch.device:
     if device.kind == "cpu":
         if device.threads is not None:
             torch.set_num_threads(device.threads)
+        elif "OMP_NUM_THREADS" not in os.environ:  # torch counts cores, not what a container may use of them
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device}: torch {torch.__version__} sees no CUDA device here", param="devices")

@@ -1,7 +1,9 @@
-"""Building the kernels: each instruction set in a translation unit with its own flags, the choice made at run time.
+"""Where the kernels come from: the library that the wheel carries, else one that is compiled here and kept.
 
-The result is kept under a name made of everything it depends on: sources, compiler and flags. It appears in the cache
-folder whole or not at all, and of several processes that start at once one builds and the others wait.
+Each instruction set has translation units with flags of its own. A wheel holds all those of its architecture, and the
+best is chosen when it is loaded; here only the one that this processor runs best is compiled. The result is kept under
+a name made of everything it depends on: sources, compiler, flags and instruction sets. It appears in the cache folder
+whole or not at all, and of several processes that start at once one compiles and the others wait.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexusengine.cgroup import usable_cpus
 from nexusengine.child import tied
+from nexusengine.errors import ConfigError
 from nexusengine.loading.cache import cache_dir
 
 SOURCES = Path(__file__).parent / "src"
+PACKAGED = Path(__file__).parent / "lib"
+"""Where a wheel carries compiled kernels; see packaged()."""
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-ffp-contract=fast"),
     # these two passes move loads out of the loops over registers and then spill the sums inside them
@@ -37,8 +43,26 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": (), "neondot": ("-march=armv8.2-a+dotprod",)},
 }
 """Flags of each instruction set by machine; never -march=native, since a cache folder may be shared."""
+NEEDS: dict[str, frozenset[str]] = {
+    "avx2": (_avx2 := frozenset({"avx2", "fma", "f16c"})),
+    "avx512": (_avx512 := _avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx512vnni": (_vnni := _avx512 | {"avx512_vnni"}),
+    "avx512bf16": _vnni | {"avx512_bf16"},
+    "neon": frozenset(),
+    "neondot": frozenset({"asimddp"}),
+}
+"""What a processor must have for each, in the kernel's words (flags or Features of /proc/cpuinfo)."""
 COMMON = ("api", "pool")
-"""Units that are the same for every instruction set."""
+"""Units that are compiled once, whatever the instruction sets."""
+FOR_EACH = ("isa", "isa_attention")
+"""Units that are compiled for each instruction set."""
+_LONG = 20
+"""How many times as long as another unit one of these takes, in round numbers."""
+COMPILING = "compiling the CPU kernels"
+"""The phase that is reported while it lasts."""
+Progress = Callable[[str, float], None]
+PORTABLE = ("-DNEX_OLD_GLIBC", "-s")
+"""Flags of a library that is built for other machines than this one."""
 _NAME = "libnexusengine.so"
 _COMPILE_LIMIT_S = 300
 
@@ -71,49 +95,132 @@ def find_compiler() -> Compiler:
     raise NativeError(f"the compiler {found[0]} is not GCC, which the kernels are built with; name one with CXX")
 
 
-def build() -> Path:
-    """The library for this machine, built if it is not in the cache. Raises NativeError."""
-    sets = SETS.get(platform.machine())
-    if sets is None:
-        raise NativeError(f"there are no kernels for {platform.machine()}; known: {', '.join(SETS)}")
+def packaged(machine: str | None = None) -> Path | None:
+    """The library that was installed with this package, if it was made of these sources for this kind of machine."""
+    machine = machine or platform.machine()
+    path = PACKAGED / packaged_name(machine)
+    return path if machine in SETS and path.is_file() else None
+
+
+def packaged_name(machine: str) -> str:
+    """A file name that changes with sources, flags and instruction sets."""
+    return f"libnexusengine-{machine}-{_digest(FLAGS, SETS.get(machine))[:12]}.so"
+
+
+def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str]:
+    """The instruction sets that this processor can run, the best first; all there are where /proc/cpuinfo does not say
+    what it has.
+
+    cpuinfo: the text of that file. Raises NativeError where there are none for this processor.
+    """
+    machine = machine or platform.machine()
+    if machine not in SETS:
+        raise NativeError(f"there are no kernels for {machine}; known: {', '.join(SETS)}")
+    best_first = list(reversed(SETS[machine]))
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            cpuinfo = ""
+    line = next((line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))), None)
+    if line is None:
+        return best_first
+    has = set(line.partition(":")[2].split())
+    found = [isa for isa in best_first if NEEDS[isa] <= has]
+    if not found:
+        raise NativeError("this processor has none of the instruction sets that there are kernels for")
+    return found
+
+
+def build(isas: Sequence[str] = (), progress: Progress = lambda phase, fraction: None) -> Path:
+    """The library for this machine, compiled if it is not in the cache.
+
+    isas: the instruction sets in it, by default the one that this processor runs best. progress: called with a phase
+    and the fraction done while it compiles. Raises NativeError.
+    """
+    known = SETS.get(platform.machine(), {})
+    wanted = tuple(isas) or tuple(runnable()[:1])
+    if unknown := [isa for isa in wanted if isa not in known]:
+        raise NativeError(
+            f"there are no kernels for the instruction set {unknown[0]!r} on {platform.machine()}; "
+            f"known: {', '.join(reversed(known)) or 'none'}"
+        )
+    sets = {isa: flags for isa, flags in known.items() if isa in wanted}
     compiler = find_compiler()
-    folder = cache_dir() / "native"
-    target = folder / _key(compiler, sets) / _NAME
+    try:
+        folder = cache_dir() / "native"
+    except ConfigError as error:
+        raise NativeError(error.message) from None
+    target = folder / _digest(compiler, FLAGS, sets)[:20] / _NAME
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{target.parent.name}.lock"):
             if not target.is_file():
-                _compile(compiler, sets, target)
+                _compile(compiler, sets, target, progress)
     except OSError as error:
-        raise NativeError(f"cannot build in {folder}: {error}") from None
+        raise NativeError(
+            f"cannot compile the kernels into {folder}: {error.strerror or error}; "
+            "set NEXUSENGINE_CACHE to a folder that can be written"
+        ) from None
     return target
 
 
-def _key(compiler: Compiler, sets: dict[str, tuple[str, ...]]) -> str:
+def build_packaged(machine: str, folder: Path) -> Path:
+    """The library with every instruction set of a kind of machine, for a wheel, made in `folder` by $CXX, which may be
+    a cross compiler. Raises NativeError."""
+    if machine not in SETS:
+        raise NativeError(f"there are no kernels for {machine}; known: {', '.join(SETS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / packaged_name(machine)
+    _compile(find_compiler(), SETS[machine], target, lambda phase, fraction: None, PORTABLE)
+    return target
+
+
+def _digest(*more: object) -> str:
+    """Of the sources and whatever else the library depends on."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(repr((compiler, FLAGS, sets)).encode())
-    return digest.hexdigest()[:20]
+    digest.update(repr(more).encode())
+    return digest.hexdigest()
 
 
-def _compile(compiler: Compiler, sets: dict[str, tuple[str, ...]], target: Path) -> None:
+def _compile(
+    compiler: Compiler,
+    sets: dict[str, tuple[str, ...]],
+    target: Path,
+    progress: Progress,
+    more_flags: tuple[str, ...] = (),
+) -> None:
+    progress(COMPILING, 0.0)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
-        units = {unit: (SOURCES / f"{unit}.cpp", ()) for unit in COMMON} | {
-            isa: (SOURCES / "isa.cpp", (f"-DNEX_ISA={isa}", *flags)) for isa, flags in sets.items()
+        chosen = "-DNEX_SETS(X)=" + " ".join(f"X({isa})" for isa in reversed(sets))
+        units = {unit: (SOURCES / f"{unit}.cpp", (chosen,)) for unit in COMMON} | {
+            f"{unit}-{isa}": (SOURCES / f"{unit}.cpp", (f"-DNEX_ISA={isa}", *flags))
+            for isa, flags in sets.items()
+            for unit in FOR_EACH
         }
         commands = [
-            [compiler.path, *FLAGS, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
+            [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
             for unit, (source, flags) in units.items()
         ]
-        with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
-            list(pool.map(_run, commands))
+        with ThreadPoolExecutor(min(len(commands), usable_cpus())) as pool:
+            running = {
+                pool.submit(_run, command): 1 if unit in COMMON else _LONG
+                for unit, command in zip(units, commands, strict=True)
+            }
+            done, whole = 0, sum(running.values()) + 1  # and linking
+            for one in as_completed(running):
+                one.result()
+                done += running[one]
+                progress(COMPILING, done / whole)
         objects = [str(folder / f"{unit}.o") for unit in units]
-        _run([compiler.path, "-shared", "-pthread", *objects, "-o", str(folder / _NAME)])
+        _run([compiler.path, "-shared", "-pthread", *more_flags, *objects, "-o", str(folder / _NAME)])
         os.replace(folder / _NAME, target)
+    progress(COMPILING, 1.0)
 
 
 def _run(command: list[str]) -> None:

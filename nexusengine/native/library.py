@@ -1,10 +1,12 @@
-"""Loading the built kernels and choosing the instruction set.
+"""Loading the kernels and choosing the instruction set.
 
-NEXUSENGINE_NATIVE=0 switches them off, NEXUSENGINE_NATIVE_ISA=avx2 (say) takes another instruction set than the best.
+NEXUSENGINE_NATIVE=0 switches them off. NEXUSENGINE_NATIVE_ISA=avx2 (say) takes another instruction set than the best,
+and NEXUSENGINE_NATIVE_ISA=all compiles all that run here, which tests switch between.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -13,7 +15,7 @@ from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 
 from nexusengine.native import structs
-from nexusengine.native.build import NativeError, build
+from nexusengine.native.build import NativeError, Progress, build, packaged, runnable
 
 ABI = 3
 _loaded: Library | NativeError | None = None
@@ -102,20 +104,48 @@ class Calls:
         self.address = ctypes.addressof(self._calls)
 
 
-def library() -> Library:
-    """The library of this process, built and loaded at the first call. Raises NativeError, the same one every time."""
+def library(progress: Progress = lambda phase, fraction: None) -> Library:
+    """The library of this process, found or compiled, and loaded, at the first call. progress: see build().
+
+    Raises NativeError, the same one every time.
+    """
     global _loaded
     with _loading:
         if _loaded is None:
             try:
-                if os.environ.get("NEXUSENGINE_NATIVE") == "0":
-                    raise NativeError("switched off by NEXUSENGINE_NATIVE=0")
-                _loaded = Library(str(build()), os.environ.get("NEXUSENGINE_NATIVE_ISA"))
+                _loaded = _load(progress)
             except NativeError as error:
                 _loaded = error
     if isinstance(_loaded, NativeError):
         raise _loaded
     return _loaded
+
+
+def _load(progress: Progress) -> Library:
+    if os.environ.get("NEXUSENGINE_NATIVE") == "0":
+        raise NativeError("switched off by NEXUSENGINE_NATIVE=0")
+    return Library(str(packaged() or build(_wanted_isas(), progress)), _wanted_isa())
+
+
+def _wanted_isas() -> list[str]:
+    """The ones to compile; none: the best there is."""
+    wanted = os.environ.get("NEXUSENGINE_NATIVE_ISA", "")
+    return runnable() if wanted == "all" else [wanted] if wanted else []
+
+
+def _wanted_isa() -> str | None:
+    """The one to compute with; None: the best there is."""
+    wanted = os.environ.get("NEXUSENGINE_NATIVE_ISA", "")
+    return None if wanted in ("", "all") else wanted
+
+
+def prepare(progress: Progress = lambda phase, fraction: None) -> None:
+    """Compile the library into the cache folder if it is neither there nor in the package, for a process that starts
+    later. Whatever fails is left for that one to say."""
+    if os.environ.get("NEXUSENGINE_NATIVE") == "0" or packaged() is not None:
+        return
+    with contextlib.suppress(NativeError):
+        build(_wanted_isas(), progress)
 
 
 def loaded() -> Library | None:

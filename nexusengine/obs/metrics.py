@@ -145,6 +145,9 @@ WORKER_METRICS = (
     WorkerMetric(
         "worker_step_bound_coverage", "gauge", "Share of steps within their predicted upper bound", _total("coverage")
     ),
+    WorkerMetric(
+        "worker_resident_bytes", "gauge", "Memory of the worker's process that is in RAM", _total("resident_bytes")
+    ),
     WorkerMetric("worker_gpu_clock_mhz", "gauge", "Clock of the worker's GPU", _total("gpu_clock_mhz")),
     WorkerMetric("worker_gpu_most_clock_mhz", "gauge", "Highest clock it has", _total("gpu_most_clock_mhz")),
     WorkerMetric("worker_gpu_power_watts", "gauge", "Power it takes", _total("gpu_power_w")),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
 from nexusengine.config import EngineConfig, parse_device, parse_devices
 from nexusengine.core.core import EngineCore
 from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
+from nexusengine.execute.memory import give_back_freed
 from nexusengine.lens.registry import make_policy
 from nexusengine.model_config import ModelConfig
 from nexusengine.obs.logs import get_logger
@@ -70,6 +72,7 @@ def make_core(
     if config.calibrate and not executor.spec.device.startswith("emulated"):
         steps = calibrate(executor, model, max_running=config.max_running)
         log.debug("calibrated with %d steps", steps)
+    give_back_freed()
     return core
 
 
@@ -81,7 +84,7 @@ def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
     kind, _, rest = spec.device.partition(":")
     sheet: Datasheet | None
     if kind == "cpu":
-        sheet = cpu_datasheet(parse_device(spec.device).threads or os.cpu_count() or 1)
+        sheet = cpu_datasheet(parse_device(spec.device).threads or usable_cpus())
     else:
         sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
     if kind == "emulated":

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from nexusengine import native
 from nexusengine.child import Child, Message
 from nexusengine.config import DeviceSpec, ServeConfig, parse_devices
 from nexusengine.errors import NexusError, Unavailable
@@ -93,6 +94,7 @@ class Supervisor:
         self._lost_while_draining: str | None = None
         self._stop_now = False
         self._ready_said = False
+        self._compiling: Message | None = None
         names = [{"worker_id": f"w{i}", "device": str(d)} for i, d in enumerate(self.devices)]
         cores = _cores(self.devices)
         common: Message = {"config": dataclasses.asdict(config), "front": self.front, "back": self._back}
@@ -154,10 +156,11 @@ class Supervisor:
         """Serve until drained or stopped. Raises NexusError with the cause when it cannot go on; by the time this
         returns or raises, every child has ended."""
         try:
-            self._start(self._roles["router"])
-            if "server" in self._roles:
-                self._start(self._roles["server"])
+            for role in self._roles.values():  # workers import what they need while the model is looked for
+                self._start(role)
             threading.Thread(target=self._resolve, daemon=True, name="resolve model").start()
+            if any(d.kind == "cpu" for d in self.devices):
+                threading.Thread(target=self._compile, daemon=True, name="compile kernels").start()
             while not self._stop_now:
                 self._turn()
         finally:
@@ -215,7 +218,7 @@ class Supervisor:
             self._on_event(event)
         elif kind == "failed":
             role.failing_since_s = time.monotonic()
-        elif kind == "phase" and event["fraction"] < 1.0 and role is self._first_to_load():
+        elif kind == "phase" and event["fraction"] < 1.0 and self._files and role is self._first_to_load():
             self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
         elif kind == "drained":
             self._stop_now = True
@@ -234,14 +237,20 @@ class Supervisor:
         elif kind == "phase":
             self._on_event(event)
             self._tell_server(event)
+        elif kind == "compiling":
+            self._compiling = {**event, "type": "phase"}
+            if self._files is not None:  # until then there is more to wait for
+                self._handle_own("phase", self._compiling)
         elif kind == "resolved":
             self._files = event["files"]
-            if "server" in self._roles:
-                self._roles["server"].waiting_since_s = time.monotonic()
-            self._tell_server(self._model_message())
             for role in self._roles.values():
-                if self._is_worker(role):
-                    self._start(role)
+                role.waiting_since_s = role.waiting_since_s or time.monotonic()
+            self._tell_server(self._model_message())
+            if self._compiling is not None and self._compiling["fraction"] < 1.0:
+                self._handle_own("phase", self._compiling)
+            for role in self._roles.values():
+                if self._is_worker(role) and role.child is not None:
+                    role.child.send({"type": "model", "path": str(self._files.path)})
         elif kind == "failed":
             raise event["error"]
 
@@ -286,7 +295,7 @@ class Supervisor:
 
     def _start(self, role: _Role) -> None:
         role.start_again_s = role.failing_since_s = None
-        role.waiting_since_s = time.monotonic() if role.key != "server" or self._files is not None else None
+        role.waiting_since_s = time.monotonic() if role.key == "router" or self._files is not None else None
         role.child = Child(
             role.key,
             role.module,
@@ -317,6 +326,15 @@ class Supervisor:
             log.exception("resolving the model failed")
             failed = Failed(f"cannot load model {self.config.model!r}: {error}")
             self._events.put((None, {"type": "failed", "error": failed}))
+
+    def _compile(self) -> None:
+        """Compile the CPU kernels, if need be, while the model is looked for and workers import torch. A worker that is
+        there first waits for it."""
+
+        def progress(phase: str, fraction: float) -> None:
+            self._events.put((None, {"type": "compiling", "phase": phase, "fraction": fraction}))
+
+        native.prepare(progress)
 
     def _tell_server(self, message: Message) -> None:
         if (role := self._roles.get("server")) and role.child:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
+from collections.abc import Callable
+
+import msgspec
 
 from nexusengine import child, wire
 from nexusengine.clock import MonotonicClock
@@ -11,6 +15,7 @@ from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.core import EngineCore
 from nexusengine.errors import InternalError, NexusError
 from nexusengine.execute.base import make_executor
+from nexusengine.execute.memory import resident_bytes
 from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
@@ -19,6 +24,7 @@ from nexusengine.serve.build import executor_options, make_core
 from nexusengine.serve.gpu import Telemetry, seen_as
 from nexusengine.serve.link import RouterLink, with_spec
 from nexusengine.types import TokenDelta
+from nexusengine.wire import WorkerLoad
 
 _IDLE_WAIT_S = 0.5
 log = get_logger("worker")
@@ -58,6 +64,16 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
             link.wait(_IDLE_WAIT_S)
 
 
+def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
+    """`load` with the memory of this process among its totals."""
+
+    def both() -> WorkerLoad:
+        found = load()
+        return msgspec.structs.replace(found, totals={**found.totals, "resident_bytes": resident_bytes()})
+
+    return both
+
+
 def heed(telemetry: Telemetry, model: PerformanceModel) -> None:
     """What the driver says of the GPU's clock lets the model believe sooner that steps take another time."""
     if why := telemetry.news():
@@ -71,7 +87,8 @@ def main() -> None:
     setup(config.log_level)
     if given["cores"]:
         os.sched_setaffinity(0, given["cores"])  # before other threads begin: they inherit it
-    child.listen(lambda message: None)
+    model_paths: queue.SimpleQueue[str] = queue.SimpleQueue()
+    child.listen(lambda message: model_paths.put(message["path"]) if message["type"] == "model" else None)
     device = parse_device(given["device"])
     info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
 
@@ -86,12 +103,22 @@ def main() -> None:
         child.emit({"type": "phase", "phase": phase, "fraction": fraction})
 
     try:
-        files = resolve_model(given["model_path"], weights=device.kind != "emulated")
+        if device.kind != "emulated":
+            progress("importing torch", 0.0)
+            from nexusengine.execute import torch_executor  # noqa: F401  # while the model is looked for
+
+        path = given["model_path"] or model_paths.get()
+        files = resolve_model(path, weights=device.kind != "emulated")
         executor = make_executor(files, seen_as(device, os.environ), executor_options(config, info.worker_id), progress)
         hash_key = bytes.fromhex(given["hash_key"])
         core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
-    except (NexusError, MemoryError) as error:
-        message = error.message if isinstance(error, NexusError) else "out of memory while loading the model"
+    except (NexusError, MemoryError, ImportError) as error:
+        if isinstance(error, NexusError):
+            message = error.message
+        elif isinstance(error, ImportError):
+            message = f"a package that is needed cannot be imported: {error}"
+        else:
+            message = "out of memory while loading the model"
         child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
         link.leave(message)
         sys.exit(1)
@@ -115,7 +142,7 @@ def main() -> None:
         core.kv.journal = CacheJournal(core.kv.block_size)
         prefixes = DigestSender(core.kv.journal)
     telemetry = Telemetry(os.environ)
-    link.ready(info, telemetry.beside(core.load), core.request_ids, prefixes)
+    link.ready(info, telemetry.beside(with_memory(core.load)), core.request_ids, prefixes)
     child.emit({"type": "ready"})
     try:
         serve_requests(core, link, telemetry)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from nexusengine.native.build import SETS, SOURCES
+from nexusengine.native.build import FOR_EACH, SETS, SOURCES
 
 CHECK = Path(__file__).parent / "check.cpp"
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DNEX_MOST_ROWS=3")
@@ -22,8 +22,9 @@ def built(folder: Path, compiler: str, sets: dict[str, tuple[str, ...]], flags: 
     """The check as a program, each instruction set compiled beside the others."""
     common = [compiler, "-std=c++17", "-w", "-pthread", *flags, f"-I{SOURCES}"]
     units = [
-        [f"-DNEX_ISA={isa}", *extra, "-c", str(SOURCES / "isa.cpp"), "-o", str(folder / f"{isa}.o")]
+        [f"-DNEX_ISA={isa}", *extra, "-c", str(SOURCES / f"{unit}.cpp"), "-o", str(folder / f"{unit}-{isa}.o")]
         for isa, extra in sets.items()
+        for unit in FOR_EACH
     ]
     units.append(["-DNEX_SETS(X)=" + " ".join(f"X({isa})" for isa in reversed(sets)), "-c", str(SOURCES / "api.cpp")])
     units[-1] += ["-o", str(folder / "api.o")]
@@ -32,7 +33,8 @@ def built(folder: Path, compiler: str, sets: dict[str, tuple[str, ...]], flags: 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda unit: subprocess.run([*common, *unit], check=True, timeout=800), units))
     program = folder / "check"
-    objects = [str(folder / f"{name}.o") for name in (*sets, "api", "pool", "check")]
+    each = [f"{unit}-{isa}" for isa in sets for unit in FOR_EACH]
+    objects = [str(folder / f"{name}.o") for name in (*each, "api", "pool", "check")]
     subprocess.run([*common, *objects, "-o", str(program)], check=True, timeout=120)
     return program
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from nexusengine.errors import ConfigError
 from nexusengine.execute import memory
 from nexusengine.execute.base import ExecutorOptions
-from nexusengine.execute.memory import cpu_kv_bytes, largest_step, ready_blocks, size_kv, wanted_length
+from nexusengine.execute.memory import (
+    cpu_kv_bytes,
+    give_back_freed,
+    largest_step,
+    ready_blocks,
+    resident_bytes,
+    size_kv,
+    wanted_length,
+)
 from nexusengine.model_config import ModelConfig
 
 CONFIG = ModelConfig("LlamaForCausalLM", 100, 32, 64, 2, 4, 2, 8, 128, 1e-6, 10_000.0)
@@ -58,6 +68,17 @@ def test_the_largest_step_has_all_rows_all_tokens_and_the_longest_context(
     assert (batch.starts + batch.counts).max() == longest
     assert batch.block_tables.shape == (len(batch.slots), -(-longest // 16))
     assert batch.sampled.all()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_was_freed_between_things_that_are_kept_goes_back_to_the_system() -> None:
+    blocks = [bytearray(64 * 1024) for _ in range(2000)]
+    kept = blocks[::50]
+    del blocks
+    before = resident_bytes()
+    give_back_freed()
+    assert resident_bytes() <= before - 64 * 2**20
+    assert len(kept) == 40
 
 
 def test_a_part_of_a_kv_cache_on_a_cpu_has_memory_from_the_start() -> None:

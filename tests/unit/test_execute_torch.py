@@ -188,6 +188,25 @@ def test_cpu_with_a_number_runs_on_so_many_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_cpu_without_a_number_takes_no_more_threads_than_its_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch_executor, "usable_cpus", lambda: 2)
+    try:
+        torch.set_num_threads(4)
+        made(device="cpu")
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        made(device="cpu")
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        made(device="cpu")
+        assert torch.get_num_threads() == 3, "the user said how many"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

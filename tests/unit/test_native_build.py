@@ -16,15 +16,18 @@ from tests.conftest import runs
 
 pytest.importorskip("torch")
 
-from nexusengine.native import NativeError, library, probe
+from nexusengine.native import Library, NativeError, library, probe
 from nexusengine.native import build as building
 
 FAKE = """#!/bin/sh
 if [ "$1" = --version ]; then echo "g++ (a fake) 1.0"; echo "Copyright Free Software Foundation"; exit 0; fi
-echo called >>"$CALLS"
+echo called "$@" >>"$CALLS"
 while [ $# -gt 0 ]; do if [ "$1" = -o ]; then sleep 0.2; echo made >"$2"; fi; shift; done
 """
-CALLS = len(building.SETS.get(os.uname().machine, {})) + 3  # one for each instruction set, interface, pool, link
+CALLS = 5  # this machine's best instruction set in two units, interface, pool, link
+MACHINE = os.uname().machine
+X86 = "processor\t: 0\nflags\t\t: fpu sse2 avx2 fma f16c {}\n"
+AVX512 = "avx512f avx512bw avx512dq avx512vl"
 
 
 @pytest.fixture
@@ -64,6 +67,75 @@ def test_other_sources_or_flags_are_another_library(place: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("machine", "cpuinfo", "best", "count"),
+    [
+        ("x86_64", X86.format(""), "avx2", 1),
+        ("x86_64", X86.format(AVX512), "avx512", 2),
+        ("x86_64", X86.format(AVX512 + " avx512_vnni"), "avx512vnni", 3),
+        ("x86_64", X86.format(AVX512 + " avx512_bf16"), "avx512", 2),
+        ("x86_64", X86.format(AVX512 + " avx512_vnni avx512_bf16"), "avx512bf16", 4),
+        ("x86_64", "", "avx512bf16", 4),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd\n", "neon", 1),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd asimddp\n", "neondot", 2),
+    ],
+)
+def test_the_processor_says_what_it_can_run(machine: str, cpuinfo: str, best: str, count: int) -> None:
+    found = building.runnable(machine, cpuinfo)
+    assert (found[0], len(found)) == (best, count)
+
+
+def test_a_processor_without_kernels_is_refused_in_a_sentence() -> None:
+    with pytest.raises(NativeError, match="none of the instruction sets"):
+        building.runnable("x86_64", "flags : fpu sse2")
+    with pytest.raises(NativeError, match="no kernels for riscv64; known: x86_64, aarch64"):
+        building.runnable("riscv64", "")
+
+
+@pytest.mark.skipif(MACHINE not in building.SETS, reason="there are no kernels for this machine")
+def test_what_this_processor_says_is_what_the_compiled_library_finds() -> None:
+    compiled = building.build(tuple(building.SETS[MACHINE])) if shutil.which("g++") else pytest.skip("there is no g++")
+    assert Library(str(compiled)).isas == building.runnable()
+
+
+def test_only_the_best_instruction_set_is_compiled_and_others_when_asked_for(place: Path) -> None:
+    best, *others = building.runnable()
+    first = building.build()
+    assert building.build((best,)) == first
+    assert f"NEX_ISA={best}" in (place / "calls").read_text()
+    assert not any(f"NEX_ISA={other} " in (place / "calls").read_text() for other in others)
+    for other in others:
+        assert building.build((other,)) != first
+        assert f"NEX_ISA={other}" in (place / "calls").read_text()
+    with pytest.raises(NativeError, match=r"no kernels for the instruction set 'sse9' on \w+; known: \w+"):
+        building.build(("sse9",))
+
+
+def test_compiling_says_how_far_it_is(place: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    building.build(progress=lambda phase, fraction: seen.append((phase, fraction)))
+    assert {phase for phase, _ in seen} == {building.COMPILING}
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) == CALLS + 1
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    seen.clear()
+    building.build(progress=lambda phase, fraction: seen.append((phase, fraction)))
+    assert seen == [], "nothing was compiled"
+
+
+def test_a_packaged_library_is_used_if_it_is_of_these_sources(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "PACKAGED", place / "lib")
+    assert building.packaged() is None
+    made = building.build_packaged(MACHINE, place / "lib")
+    assert building.packaged() == made
+    assert (place / "calls").read_text().count("called") == 2 * len(building.SETS[MACHINE]) + 3
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-g"))
+    assert building.packaged() is None, "made with other flags"
+    other = next(name for name in building.SETS if name != MACHINE)
+    assert building.packaged(other) is None
+
+
+@pytest.mark.parametrize(
     ("script", "words"),
     [
         (None, "no C\\+\\+ compiler"),
@@ -83,7 +155,7 @@ def test_a_build_that_cannot_be_says_why(place: Path, script: str | None, words:
 def test_a_cache_folder_that_cannot_be_written_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "file").write_text("")
     monkeypatch.setenv("NEXUSENGINE_CACHE", str(place / "file"))
-    with pytest.raises(NativeError, match=r"cannot build in .*file"):
+    with pytest.raises(NativeError, match=r"cannot compile the kernels into .*file.*set NEXUSENGINE_CACHE"):
         building.build()
 
 

@@ -23,6 +23,7 @@ from nexusengine.obs.metrics import (
 )
 from nexusengine.obs.window import WINDOW_S, SlidingWindow
 from nexusengine.router import core
+from nexusengine.serve.worker import with_memory
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
 from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 
@@ -32,12 +33,14 @@ LOADED = WorkerStatus(
     "ready",
     1.0,
     outstanding=3,
-    load=WorkerLoad(
-        0,
-        perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
-        totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
-        | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
-    ),
+    load=with_memory(
+        lambda: WorkerLoad(
+            0,
+            perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+            totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
+            | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
+        )
+    )(),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
@@ -191,3 +194,7 @@ def test_a_bias_of_more_than_ten_percent_to_either_side_raises_the_drift_alarm()
     assert seen["worker_step_prediction_bias", "w0"] == -0.2
     assert seen["worker_step_prediction_drift", "w0"] == 1.0
     assert seen["worker_performance_epoch", "w0"] == 1.0
+
+
+def test_a_worker_reports_its_memory() -> None:
+    assert 2**20 < values(Metrics(lambda: CLUSTER))["worker_resident_bytes", "w0"] < 2**40

@@ -1,13 +1,13 @@
-// Every kernel for one instruction set: compiled once for each, with NEX_ISA naming it.
-#include "attention.h"
+// Every kernel for one instruction set: compiled once for each, with NEX_ISA naming it. Attention is a unit of its own,
+// so that two cores share the work of compiling.
 #include "gemm.h"
 #include "gemm_int8.h"
 #include "rows.h"
 
-#define NEX_JOIN2(a, b) a##b
-#define NEX_JOIN(a, b) NEX_JOIN2(a, b)
 #define NEX_TEXT2(a) #a
 #define NEX_TEXT(a) NEX_TEXT2(a)
+
+extern "C" void NEX_JOIN(nex_attention_, NEX_ISA)(const void* arguments, const NexTeam& team);
 
 namespace {
 
@@ -32,7 +32,7 @@ extern "C" const NexKernels NEX_JOIN(nex_kernels_, NEX_ISA) = {
         call<NexEmbed, embed>,
         call<NexNorm, rms_norm>,
         call<NexRotateStore, rotate_store>,
-        call<NexAttention, attention>,
+        NEX_JOIN(nex_attention_, NEX_ISA),
         call<NexLargest, largest_of>,
         call<NexTake, take_rows>,
     },

@@ -5,6 +5,9 @@
 
 #include "pool.h"
 
+#define NEX_JOIN2(a, b) a##b
+#define NEX_JOIN(a, b) NEX_JOIN2(a, b)
+
 extern "C" {
 
 // How a weight or a cache row is stored.

@@ -17,6 +17,20 @@
 #include <cstdio>
 #include <new>
 
+#if defined(NEX_OLD_GLIBC)
+// For a library that is to load under older C libraries than the one it is compiled with: since glibc 2.34 these have a
+// second version, which is the same function.
+#if defined(__x86_64__)
+#define NEX_SINCE(name, version) __asm__(".symver " #name "," #name "@GLIBC_" version)
+#else
+#define NEX_SINCE(name, version) __asm__(".symver " #name "," #name "@GLIBC_2.17")
+#endif
+NEX_SINCE(pthread_create, "2.2.5");
+NEX_SINCE(pthread_join, "2.2.5");
+NEX_SINCE(pthread_sigmask, "2.2.5");
+NEX_SINCE(pthread_setname_np, "2.12");
+#endif
+
 namespace {
 
 constexpr int64_t HELPER_LOOKS_NS = 50'000;   // for tasks, before it sleeps: a few of the gaps within a run
