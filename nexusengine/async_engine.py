@@ -64,7 +64,7 @@ class _Parts:
             return
         loop, backend = self.loop, self.backend
         if loop is not None and backend is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: loop.create_task(backend.close()))
+            loop.call_soon_threadsafe(backend.drop)
         if self.core is not None:
             self.core.stop()
         if self.supervisor is not None:

@@ -46,6 +46,10 @@ class AsyncBackend(Protocol):
 
     async def close(self) -> None: ...
 
+    def drop(self) -> None:
+        """`close` without waiting; in the event loop."""
+        ...
+
 
 @dataclass(order=True, slots=True)
 class _Waiting:
@@ -97,9 +101,16 @@ class UnboundedBackend:
         return await self.inner.ask(last_steps=last_steps, request_id=request_id)
 
     async def close(self) -> None:
+        self._end_waiting()
+        await self.inner.close()
+
+    def drop(self) -> None:
+        self._end_waiting()
+        self.inner.drop()
+
+    def _end_waiting(self) -> None:
         for request_id in list(self._waiting):
             self._end(request_id, error_delta(request_id, Unavailable("the engine was closed")))
-        await self.inner.close()
 
     def _let_in(self) -> None:
         """Requests from the heap while there are places. A sink may be called before `submit` returns, and calls this

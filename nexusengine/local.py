@@ -107,6 +107,9 @@ class LocalBackend:
         self._fail_all(Unavailable.code, "the engine was closed")
         self.core.executor.close()
 
+    def drop(self) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """Let the thread end after its step; from any thread."""
         self._closing = True

@@ -159,13 +159,16 @@ class RouterClient:
         self._give_up(reason)
 
     async def close(self) -> None:
+        self.drop()
+        await asyncio.wait(self._tasks)
+
+    def drop(self) -> None:
         for request_id in list(self._pending):
             self.abort(request_id)
         self._closing.set()
         self._heart.join()
         for task in self._tasks:
             task.cancel()
-        await asyncio.wait(self._tasks)
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._fail(list(self._pending), Unavailable.code, "the engine was closed")

@@ -58,7 +58,13 @@ class Control:
         """The supervisor is gone or wants the end: what is still under way is told, and gets a moment to be written."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end)
-        threading.Timer(_LAST_WORDS_S, os._exit, (0,)).start()
+        threading.Timer(_LAST_WORDS_S, self.leave).start()
+
+    def leave(self) -> None:
+        """End this process, and before it those that render chat templates."""
+        if self.state.engine is not None:
+            self.state.engine.tokenizer.close()
+        os._exit(0)
 
     def _end(self) -> None:
         if self._client is not None:
@@ -136,7 +142,7 @@ def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
     child.listen(control.on_message, control.on_end)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(state, control, listening))
-    os._exit(0)
+    control.leave()
 
 
 def _loop_factory() -> Any:

@@ -60,6 +60,9 @@ class FakeTokenizer:
     def render_chat(self, messages: Sequence[Any], **options: Any) -> str:
         return self._template.render(messages, **options)
 
+    def close(self) -> None:
+        self._template.close()
+
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
         return self.encode(self.render_chat(messages))
 

@@ -23,8 +23,18 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(120)]
 TWO = ["emulated:instant", "emulated:instant"]
 
 
+_before: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def those_of_other_tests() -> None:
+    """What earlier tests have left idle, as processes that render chat templates."""
+    _before.clear()
+    _before.update(psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [p for p in psutil.Process().children(recursive=True) if p not in _before]
 
 
 @contextmanager
@@ -190,7 +200,7 @@ def test_workers_end_with_a_killed_parent_although_a_fork_of_it_lives_on(tmp_pat
 def test_an_error_of_one_request_loses_no_output_of_the_others() -> None:
     """A worker that is killed: what it had begun to stream cannot be had again."""
     endless = SamplingParams(max_tokens=300, ignore_eos=True)
-    with Engine("smollm2-135m", devices=["emulated:t4", "emulated:t4"]) as engine:
+    with Engine("smollm2-135m", devices=["emulated:t4", "emulated:t4"], router="round-robin") as engine:
         news = engine.generate(["a", "b", "c", "d"], endless, stream=True)
         outputs = [next(news) for _ in range(20)]
         worker = next(p for p in children() if "nexusengine.serve.worker" in p.cmdline())

@@ -165,7 +165,7 @@ def test_nothing_outlives_a_killed_supervisor(serve: Serve) -> None:
     served = serve("--devices", "emulated:t4,emulated:l4")
     Stream(served.url, 2000).wait_for_tokens()
     children = psutil.Process(served.process.pid).children(recursive=True)
-    assert len(children) == 4
+    assert len(children) == 5, "router, server, two workers, and what renders chat templates"
     served.process.kill()
     wait_until(lambda: not any(map(runs, children)), timeout_s=2.0)
 
@@ -329,7 +329,7 @@ def test_a_download_ends_with_the_supervisor(tmp_path: Path, number: signal.Sign
         supervisor = psutil.Process(served.pid)
         wait_until(lambda: any("pip" in p.cmdline() for p in supervisor.children()))
         children = supervisor.children(recursive=True)
-        assert len(children) == 3
+        assert len(children) >= 4, "router, server, worker and pip; and a compiler, if there is one"
         supervisor.send_signal(number)
         served.wait(15)
         wait_until(lambda: not any(map(runs, children)), timeout_s=2.0)

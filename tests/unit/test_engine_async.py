@@ -254,17 +254,17 @@ def generations(*lengths: int, last: int) -> tuple[list[int], Any]:
 
 async def test_what_is_looked_at_only_when_complete_is_generated_again_once_if_its_worker_is_lost() -> None:
     started, start = generations(3, last=4)
-    assert [(o.text, o.token_ids) async for o in once_more(start, [])] == [("1", (i,)) for i in range(4)]
+    assert [(o.text, o.token_ids) async for o in once_more(start)] == [("1", (i,)) for i in range(4)]
     started, start = generations(3, 2, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start, [])]
+        _ = [o async for o in once_more(start)]
     assert started == [0, 1]
 
 
 async def test_a_worker_lost_before_the_first_token_is_not_this_layers_concern() -> None:
     started, start = generations(0, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start, [])]
+        _ = [o async for o in once_more(start)]
     assert started == [0]
 
 

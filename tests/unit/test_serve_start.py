@@ -51,8 +51,9 @@ def test_a_worker_has_its_time_to_start_from_when_the_model_is_there(
     sent: list[dict[str, Any]] = []
     role = supervisor._roles["w0"]
     role.child = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
-    role.started_s = -1e6  # the download took long
+    role.waiting_since_s = None  # as when it is started before the model is there
     supervisor._turn()
     supervisor._handle_own("resolved", {"type": "resolved", "files": SimpleNamespace(path="model.gguf")})
     supervisor._turn()
     assert sent == [{"type": "model", "path": "model.gguf"}]
+    assert role.waiting_since_s is not None

@@ -72,7 +72,24 @@ def test_a_hostile_template_is_refused_with_the_limit_that_it_met(name: str, poo
     assert caught.value.param == "messages"
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown_bytes < 64 * 2**20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < MEMORY_LIMIT_BYTES
+
+
+def test_what_renders_a_hostile_template_stays_within_its_memory() -> None:
+    """In a process of its own, which has no other children whose memory would be counted."""
+    program = f"""
+import resource
+from nexusengine.errors import InvalidRequest
+from nexusengine.templates.pool import RenderPool
+for source in {[source for source, words in HOSTILE.values() if words == MEMORY]!r}:
+    try:
+        RenderPool().render(source, {{}}, {USER!r})
+    except InvalidRequest:
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    peaks_bytes = [int(line) * 1024 for line in said.stdout.split()]
+    assert len(peaks_bytes) > 5
+    assert max(peaks_bytes) < MEMORY_LIMIT_BYTES
     assert pool.render("{{ messages[0].content }}", {}, USER) == "x"
 
 
