@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ PORTABLE = ("-DNEX_OLD_GLIBC", "-s")
 """Flags of a library that is built for other machines than this one."""
 _NAME = "libnexusengine.so"
 _COMPILE_LIMIT_S = 300
+_POLL_S = 0.02
 
 
 class NativeError(Exception):
@@ -203,36 +203,72 @@ def _compile(
             for isa, flags in sets.items()
             for unit in FOR_EACH
         }
-        commands = [
-            [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
+        commands = {
+            unit: [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
             for unit, (source, flags) in units.items()
-        ]
-        with ThreadPoolExecutor(min(len(commands), usable_cpus())) as pool:
-            running = {
-                pool.submit(_run, command): 1 if unit in COMMON else _LONG
-                for unit, command in zip(units, commands, strict=True)
-            }
-            done, whole = 0, sum(running.values()) + 1  # and linking
-            for one in as_completed(running):
-                one.result()
-                done += running[one]
-                progress(COMPILING, done / whole)
+        }
+        weights = {unit: 1 if unit in COMMON else _LONG for unit in units}
+        done, whole = 0, sum(weights.values()) + 1  # and linking
+        for unit in _run(commands):
+            done += weights[unit]
+            progress(COMPILING, done / whole)
         objects = [str(folder / f"{unit}.o") for unit in units]
-        _run([compiler.path, "-shared", "-pthread", *more_flags, *objects, "-o", str(folder / _NAME)])
+        link = [compiler.path, "-shared", "-pthread", *more_flags, *objects, "-o", str(folder / _NAME)]
+        for _ in _run({"link": link}):
+            pass
         os.replace(folder / _NAME, target)
     progress(COMPILING, 1.0)
 
 
-def _run(command: list[str]) -> None:
-    """Neither the compiler nor what it starts outlives this process."""
-    tied_command = tied(*command, "-wrapper", ",".join(tied(by_us=False)))
+def _run(commands: Mapping[str, list[str]]) -> Iterator[str]:
+    """Run compilers, one for each processor at a time, and yield the name of each command that has ended.
+
+    Without a pool of threads, which the interpreter would wait for at its end. Neither a compiler nor what it starts
+    outlives this process. Raises NativeError.
+    """
+    waiting, running = dict(commands), dict[str, _Compiling]()
+    until_s = time.monotonic() + _COMPILE_LIMIT_S
     try:
-        done = subprocess.run(tied_command, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise NativeError(f"compiling the kernels took more than {_COMPILE_LIMIT_S} s") from None
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise NativeError(f"compiling the kernels failed: {errors[0].strip()}")
+        while waiting or running:
+            while waiting and len(running) < usable_cpus():
+                name = next(iter(waiting))
+                running[name] = _Compiling(waiting.pop(name))
+            for name in [name for name, one in running.items() if one.ended()]:
+                del running[name]
+                yield name
+            if time.monotonic() > until_s:
+                raise NativeError(f"compiling the kernels took more than {_COMPILE_LIMIT_S} s")
+            time.sleep(_POLL_S)
+    finally:
+        for one in running.values():
+            one.kill()
+
+
+class _Compiling:
+    """A compiler that runs."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (not a pipe: nobody reads it meanwhile)
+        self._process = subprocess.Popen(
+            tied(*command, "-wrapper", ",".join(tied(by_us=False))),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
+        )
+
+    def ended(self) -> bool:
+        """Raises NativeError if it failed."""
+        status = self._process.poll()
+        if not status:
+            return status == 0
+        self._said.seek(0)
+        lines = self._said.read().splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "?")
+        raise NativeError(f"compiling the kernels failed: {first.strip()}")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 @contextmanager

@@ -280,18 +280,17 @@ class Supervisor:
     def _on_lost_while_draining(self, role: _Role, code: int, cause: str) -> None:
         """The drain goes on as long as somebody can finish a request and somebody can be told: a worker is started
         again; without router or server nothing is left to wait for but the errors that the server sends."""
-        told_to_end = -code in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        )  # as everybody was; those that start do not ignore it yet
-        if role.was_ready or not told_to_end:
-            self._lost_while_draining = f"{role.key} ended while the last requests were being finished: {cause}"
-            log.error(self._lost_while_draining)
+        if role.was_ready or not _told_to_end(code):
+            self._lose_while_draining(role.key, cause)
         others = [r for r in self._roles.values() if self._is_worker(r) and r is not role]
         if not self._is_worker(role):
             self._stop_now = True
         elif not role.was_ready:
             self._stop_now |= not any(r.child is not None or r.start_again_s is not None for r in others)
+
+    def _lose_while_draining(self, name: str, cause: str) -> None:
+        self._lost_while_draining = f"{name} ended while the last requests were being finished: {cause}"
+        log.error(self._lost_while_draining)
 
     def _start(self, role: _Role) -> None:
         role.start_again_s = role.failing_since_s = None
@@ -356,9 +355,9 @@ class Supervisor:
 
     def _end_all(self) -> None:
         """First the server, which gets time to write its last words; then the others; then the runtime folder."""
-        children = {key: role.child for key, role in self._roles.items() if role.child is not None}
-        for key, limit_s in (("server", _LAST_WORDS_S), (None, _TERMINATE_S)):
-            group = [c for name, c in children.items() if key in (name, None)]
+        left = {key: role.child for key, role in self._roles.items() if role.child is not None}
+        server = [left.pop("server")] if "server" in left else []
+        for group, limit_s in ((server, _LAST_WORDS_S), (list(left.values()), _TERMINATE_S)):
             for one in group:
                 one.close()
             until_s = time.monotonic() + limit_s
@@ -367,8 +366,20 @@ class Supervisor:
             for one in group:
                 if one.process.poll() is None:
                     one.kill()
-                one.process.wait()
+                    one.process.wait()
+                elif self._draining_since_s is not None and _killed(one.process.returncode):
+                    self._lose_while_draining(one.name, "it was killed")
         self._runtime.close()
+
+
+def _killed(code: int) -> bool:
+    """Whether this exit status is of a signal, other than the SIGTERM or Ctrl-C that everybody gets."""
+    return code < 0 and not _told_to_end(code)
+
+
+def _told_to_end(code: int) -> bool:
+    """Whether this exit status is of SIGTERM or Ctrl-C, as everybody gets; children that start do not ignore it yet."""
+    return code in (-signal.SIGTERM, -signal.SIGINT)
 
 
 def _new_epoch() -> str:

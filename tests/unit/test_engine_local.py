@@ -107,7 +107,7 @@ def test_nothing_starts_if_one_of_the_prompts_is_wrong(engine: Engine, core: Eng
     for sampling in ({"max_tokens": 3}, [{"max_tokens": 3}], 3):
         with pytest.raises(InvalidRequest, match="sampling must be SamplingParams"):
             engine.generate("a", sampling)  # type: ignore[call-overload]
-    with pytest.raises(InvalidRequest, match="an object with role and content, got 'h'"):
+    with pytest.raises(InvalidRequest, match="each of them an object with role and content, got 'hi'"):
         engine.chat("hi")  # type: ignore[arg-type]
     assert core.stats().requests == 0
 

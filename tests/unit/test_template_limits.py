@@ -72,6 +72,7 @@ def test_a_hostile_template_is_refused_with_the_limit_that_it_met(name: str, poo
     assert caught.value.param == "messages"
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown_bytes < 64 * 2**20
+    assert pool.render("{{ messages[0].content }}", {}, USER) == "x"
 
 
 def test_what_renders_a_hostile_template_stays_within_its_memory() -> None:
@@ -90,7 +91,6 @@ for source in {[source for source, words in HOSTILE.values() if words == MEMORY]
     peaks_bytes = [int(line) * 1024 for line in said.stdout.split()]
     assert len(peaks_bytes) > 5
     assert max(peaks_bytes) < MEMORY_LIMIT_BYTES
-    assert pool.render("{{ messages[0].content }}", {}, USER) == "x"
 
 
 @pytest.mark.parametrize("costly", ["'x' * 10**10", "9 ** (9 ** 9)", "'x' | indent(10**9, first=True)"])
