@@ -366,9 +366,16 @@ def _torch_device(device: DeviceSpec) -> torch.device:
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"device {device}: torch {torch.__version__} sees no CUDA device here", param="devices")
+        raise ConfigError(
+            f"device {device}: torch {torch.__version__} sees no CUDA device; choose cpu, or run `nexusengine doctor` "
+            "to see why",
+            param="devices",
+        )
     if (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices", param="devices")
+        raise ConfigError(
+            f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0",
+            param="devices",
+        )
     where = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(where)
     return where

@@ -63,6 +63,9 @@ class FakeTokenizer:
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
         return self.encode(self.render_chat(messages))
 
+    def close(self) -> None:
+        """There are no processes to end."""
+
 
 class SlowExecutor(FakeExecutor):
     """Takes `real_s` seconds a step, so that clients can leave in the middle; fails once it is `broken`."""

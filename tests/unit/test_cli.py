@@ -1,5 +1,6 @@
 """The command line: help without weight, errors without tracebacks, documents that agree with the code."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from nexusengine.cli.main import COMMANDS, main
 from nexusengine.cli.serve import Announcer
 from nexusengine.config import ServeConfig
+from nexusengine.obs.console import Handler, end_progress, write_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,15 +51,36 @@ def test_start_up_is_told_line_by_line_and_a_terminal_sees_percentages_change(
         announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": fraction})
     announcer({"type": "ready"})
     announcer({"type": "draining", "limit_s": 30.0})
-    announcer.end_line()
+    end_progress()
     out, err = capsys.readouterr()
     assert "serves smollm2-135m at http://127.0.0.1:77 " in out
     assert "\ncurl http://127.0.0.1:77/v1/chat/completions " in out
-    lines = [line.rsplit("\r", 1)[-1].strip() for line in err.strip("\n").split("\n")]
+    lines = [line.rsplit("\r", 1)[-1].removesuffix("\x1b[K") for line in err.strip("\n").split("\n")]
     assert lines == [
         "==> listening at http://127.0.0.1:77, not ready yet",
         f"==> loading weights (w0) {30 if on_terminal else 10} %",
-        "==> finishing the requests in progress, 30 s at most; once more ends at once",
+        "==> finishing the requests in progress, for 30 s at most; a second Ctrl-C or SIGTERM ends at once",
+    ]
+
+
+def test_a_line_from_another_process_does_not_land_on_the_progress_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it did: `==> allocating the KV cache (w0)[w0] 16:26:18 INFO ...`."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announcer = Announcer(ServeConfig())
+    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.5})
+    write_line("[w0] a log line")
+    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.6})
+    record = logging.LogRecord("nexusengine.x", logging.WARNING, __file__, 1, "one of ours", None, None)
+    Handler().emit(record)
+    announcer({"type": "ready"})
+    assert capsys.readouterr().err.split("\n") == [
+        "==> loading weights (w0) 50 %",
+        "[w0] a log line",
+        "==> loading weights (w0) 60 %",
+        "one of ours",
+        "",
     ]
 
 
