@@ -12,12 +12,14 @@ import fcntl
 import hashlib
 import os
 import platform
+import queue
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,20 +209,46 @@ def _compile(
             [compiler.path, *FLAGS, *more_flags, *flags, "-c", str(source), "-o", str(folder / f"{unit}.o")]
             for unit, (source, flags) in units.items()
         ]
-        with ThreadPoolExecutor(min(len(commands), usable_cpus())) as pool:
-            running = {
-                pool.submit(_run, command): 1 if unit in COMMON else _LONG
-                for unit, command in zip(units, commands, strict=True)
-            }
-            done, whole = 0, sum(running.values()) + 1  # and linking
-            for one in as_completed(running):
-                one.result()
-                done += running[one]
-                progress(COMPILING, done / whole)
+        work = [1 if unit in COMMON else _LONG for unit in units]
+        done, whole = 0, sum(work) + 1  # and linking
+        for index in _run_all(commands):
+            done += work[index]
+            progress(COMPILING, done / whole)
         objects = [str(folder / f"{unit}.o") for unit in units]
         _run([compiler.path, "-shared", "-pthread", *more_flags, *objects, "-o", str(folder / _NAME)])
         os.replace(folder / _NAME, target)
     progress(COMPILING, 1.0)
+
+
+def _run_all(commands: Sequence[list[str]]) -> Iterator[int]:
+    """Run commands, as many at a time as there are CPUs; yields the index of each as it is done. Raises NativeError.
+
+    In daemon threads, which the end of this process does not wait for, as it does for those of an executor.
+    """
+    waiting = deque(enumerate(commands))
+    results: queue.SimpleQueue[tuple[int, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            try:
+                index, command = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                _run(command)
+            except Exception as error:  # raised again by the reader of `results`
+                waiting.clear()
+                results.put((index, error))
+            else:
+                results.put((index, None))
+
+    for number in range(min(len(commands), usable_cpus())):
+        threading.Thread(target=work, daemon=True, name=f"compiler {number}").start()
+    for _ in commands:
+        index, error = results.get()
+        if error is not None:
+            raise error
+        yield index
 
 
 def _run(command: list[str]) -> None:
