@@ -102,7 +102,10 @@ class TorchExecutor:
         dtype = _dtype(options.dtype, config.dtype, where)
         longest = wanted_length(config, options)
         if longest == config.sliding_window and longest < config.max_position:
-            log.warning("served up to %d tokens: beyond, sliding-window attention would be needed", longest)
+            log.warning(
+                "prompt + output are limited to %d tokens: more needs sliding-window attention, which is not supported",
+                longest,
+            )
         attention_spec = AttentionSpec(
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
             kv_dtype=FP8 if options.fp8_kv else None,

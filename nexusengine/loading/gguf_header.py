@@ -93,7 +93,7 @@ def read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, 
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment is {short(alignment)}")
+        raise cursor.fail(f"general.alignment is {short(alignment)}, which is no power of two up to 65536")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, at, nbytes in infos:
