@@ -41,7 +41,7 @@ async def read_body(request: Request, schema: type[B]) -> B:
     try:
         async with asyncio.timeout(state.config.request_timeout):
             await _receive(request, content, state)
-        if is_curls_default(request.headers) and content.lstrip()[:1] not in (b"{", b"["):
+        if is_curls_default(request.headers) and not content.lstrip().startswith((b"{", b"[")):
             raise UnsupportedMediaType("the body is a form; send JSON, as 'Content-Type: application/json'")
         return await state.heavy.run(len(content), parse, bytes(content), schema)
     except TimeoutError:

@@ -289,3 +289,10 @@ def test_a_model_is_served_as_far_as_its_window_sees(change: dict[str, Any], lon
     assert wanted_length(config, ExecutorOptions()) == longest
     with pytest.raises(ConfigError, match="max_model_len"):
         wanted_length(config, ExecutorOptions(max_model_len=longest + 1))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "config.json"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ModelLoadError, match=f"{name} is empty; download the file again"):
+        resolve_model(str(tmp_path / name if name.endswith("gguf") else tmp_path))
