@@ -18,7 +18,10 @@ _KINDS = (
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ModelLoadError where a file is empty, a git-lfs pointer, or a web page that was saved in its place."""
+    """Refuse a file that is empty, a git-lfs pointer, or a web page that was saved in its place.
+
+    Raises ModelLoadError.
+    """
     head = read_head(path)
     if not head:
         raise ModelLoadError(f"{path} is empty; download the file again")

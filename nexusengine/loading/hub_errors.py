@@ -23,7 +23,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 @contextmanager
 def explained(repository: str, revision: str | None) -> Iterator[None]:
-    """Raises ModelLoadError for whatever the hub library raises inside."""
+    """Turn whatever the hub library raises inside into a ModelLoadError of one sentence."""
     try:
         yield
     except ModelLoadError:

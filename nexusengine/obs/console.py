@@ -14,6 +14,7 @@ _unfinished = False
 
 
 def on_terminal() -> bool:
+    """Whether stderr is a terminal."""
     return sys.stderr.isatty()
 
 
