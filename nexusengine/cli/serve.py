@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import signal
 import time
 from typing import Any
@@ -72,10 +74,11 @@ class Announcer:
 
     def _greeting(self) -> str:
         name = self._config.served_model_name or self._config.model
-        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        message = {"role": "user", "content": "What is the capital of France?"}
+        body = shlex.quote(json.dumps({"model": name, "messages": [message]}))
         header = ' -H "Authorization: Bearer $API_KEY"' if self._config.api_key else ""
         took_s = time.monotonic() - self._started_s
         return (
             f"\nnexusengine serves {name} at {self._url} (ready after {took_s:.1f} s). Try:\n\n"
-            f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'\n"
+            f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {body}\n"
         )

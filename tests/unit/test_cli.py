@@ -1,6 +1,8 @@
 """The command line: help without weight, errors without tracebacks, documents that agree with the code."""
 
+import json
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +97,11 @@ def test_a_wrong_setting_ends_with_one_line_and_status_1(capsys: pytest.CaptureF
 def test_the_settings_page_is_the_output_of_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "configuration.md").read_text()
+
+
+def test_the_printed_curl_is_a_command_whatever_the_model_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    announcer = Announcer(ServeConfig(model='./it\'s "mine".gguf'))
+    announcer({"type": "listening", "host": "127.0.0.1", "port": 77})
+    announcer({"type": "ready"})
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("curl "))
+    assert json.loads(shlex.split(line)[-1])["model"] == './it\'s "mine".gguf'
