@@ -31,7 +31,7 @@ class Limits:
 
 
 def limits(root: Path = Path("/")) -> Limits:
-    """Of this process. root: where /proc and /sys are."""
+    """Read the limits of this process's control groups. root: where /proc and /sys are."""
     memory = [found for folder, version in _folders(root, "memory") if (found := _memory(folder, version))]
     cpus = [paid for folder, version in _folders(root, "cpu") if (paid := _cpus(folder, version))]
     return Limits(

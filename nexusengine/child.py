@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nexusengine.obs.console import write_line
+
 Message = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
 _STDERR_LINES_KEPT = 20
@@ -145,7 +147,7 @@ class Child:
         for line in self.process.stdout:  # type: ignore[union-attr]
             event = _event(line)
             if event is None:
-                sys.stderr.write(f"[{self.name}] {line.decode(errors='replace')}")
+                write_line(f"[{self.name}] {line.decode(errors='replace').rstrip()}")
                 continue
             if event.get("type") == "failed":
                 self._cause = event["message"]
@@ -155,7 +157,7 @@ class Child:
         for raw in self.process.stderr:  # type: ignore[union-attr]
             line = raw.decode(errors="replace").rstrip()
             self._stderr.append(line)
-            sys.stderr.write(f"[{self.name}] {line}\n")
+            write_line(f"[{self.name}] {line}")
 
     def _wait(self) -> None:
         code = self.process.wait()

@@ -183,7 +183,8 @@ class EngineConfig:
 
     model: str = setting(
         DEFAULT_MODEL,
-        "alias, Hugging Face repository (OWNER/NAME, OWNER/NAME:Q4_K_M), local directory or .gguf file",
+        "short name (see nexusengine models), Hugging Face repository (OWNER/NAME, OWNER/NAME:Q4_K_M), directory "
+        "or .gguf file",
         group="model",
         metavar="M",
     )
@@ -196,13 +197,15 @@ class EngineConfig:
     )
     generation_config: str = setting(
         "model",
-        "where the sampling defaults of requests come from: model (its generation_config.json or GGUF keys), or none",
+        "where a request's missing sampling parameters come from: model (its generation_config.json or GGUF keys), or "
+        "none (OpenAI's defaults)",
         parse=one_of("model", "none"),
         group="model",
     )
     dtype: str = setting(
         "auto",
-        "type of weights and, by default, KV cache; auto: the checkpoint's on a GPU, float32 on a CPU",
+        "type of weights and, by default, KV cache: float32, float16, bfloat16, or auto: the checkpoint's on a GPU, "
+        "float32 on a CPU",
         parse=one_of("auto", "float32", "float16", "bfloat16"),
         group="model",
     )
@@ -239,7 +242,13 @@ class EngineConfig:
         256, "most sequences with KV at a time in a worker", parse=whole(1, 4096), group="scheduling"
     )
     max_waiting: int = setting(1024, "most requests waiting in a worker", parse=whole(1, 100_000), group="scheduling")
-    scheduler: str = setting("lens", "engine policy, name or name:key=value,...", group="scheduling", metavar="NAME")
+    scheduler: str = setting(
+        "lens",
+        "engine policy: lens, fcfs, vllm, sarathi, prefill-first, edf, srpt or paper-lens; with options, "
+        "NAME:key=value,... (see docs/lens.md)",
+        group="scheduling",
+        metavar="NAME",
+    )
     slo_classes: str | None = setting(
         None,
         "TOML file with the latency classes that requests can name; default: interactive, standard and batch",
@@ -266,7 +275,11 @@ class EngineConfig:
         True, "plan a step while the one before runs, on devices beside the host", parse=parse_bool, group="scheduling"
     )
     enforce_eager: bool = setting(False, "run decode steps without CUDA graphs", parse=parse_bool, group="model")
-    attention_backend: str | None = setting(None, "attention backend; default: the best that works here", group="model")
+    attention_backend: str | None = setting(
+        None,
+        "attention backend, one of those that nexusengine doctor lists; default: the best that works here",
+        group="model",
+    )
     seed: int = setting(0, "seed of the noise of emulated devices", parse=whole(0), group="model")
 
 
@@ -287,22 +300,22 @@ class ServeConfig(EngineConfig):
     max_body_bytes: int = setting(8 * 2**20, "largest request body", parse=parse_bytes, group="http")
     max_buffered_bytes: int = setting(
         256 * 2**20,
-        "most memory for request bodies on their way in; those up to 64 KiB always find room",
+        "most bytes of request bodies being received at a time; bodies up to 64 KiB are always accepted",
         parse=parse_bytes,
         group="http",
     )
     header_timeout: float = setting(
-        30.0, "seconds a connection gets to send the headers of a request", parse=seconds(0.1), group="http"
+        30.0, "seconds a connection has to send the headers of a request", parse=seconds(0.1), group="http"
     )
     sse_keepalive: float = setting(
         5.0,
-        "seconds of silence after which a stream gets a comment, so that proxies keep it open; 0: never",
+        "seconds without output after which a stream gets an SSE comment, so that proxies keep it open; 0: never",
         parse=seconds(0.0),
         group="http",
     )
     max_requests: int = setting(4096, "most requests in the server at a time", parse=whole(1, 1_000_000), group="http")
     request_timeout: float = setting(
-        600.0, "seconds after which a request is given up", parse=seconds(0.1), group="http"
+        600.0, "seconds after which a request is aborted", parse=seconds(0.1), group="http"
     )
     default_slo_class: str | None = setting(
         None,
@@ -321,7 +334,13 @@ class ServeConfig(EngineConfig):
         parse=parse_bool,
         group="http",
     )
-    router: str = setting("prism", "placement policy of the router", group="scheduling", metavar="NAME")
+    router: str = setting(
+        "prism",
+        "placement policy of the router: prism, round-robin, rr-veto, least-requests (or least-outstanding), "
+        "least-tokens, p2c, capacity-weighted, cache-aware, lmetric or paper-prism (see docs/prism.md)",
+        group="scheduling",
+        metavar="NAME",
+    )
     max_held: int = setting(
         4096, "most requests the router holds while no worker can take them", parse=whole(0), group="scheduling"
     )
@@ -329,10 +348,13 @@ class ServeConfig(EngineConfig):
         0.1, "seconds between a worker's reports to the router", parse=seconds(0.005, 10.0), group="scheduling"
     )
     drain_timeout: float = setting(
-        30.0, "seconds that running requests get after SIGTERM", parse=seconds(0.0, 3600.0), group="processes"
+        30.0,
+        "seconds that running requests have to finish after SIGTERM",
+        parse=seconds(0.0, 3600.0),
+        group="processes",
     )
     start_timeout: float = setting(
-        600.0, "seconds a worker gets to load its model", parse=seconds(1.0), group="processes"
+        600.0, "seconds a worker has to load its model", parse=seconds(1.0), group="processes"
     )
     max_restarts: int = setting(
         5, "restarts of one process within five minutes before serve gives up", parse=whole(0, 1000), group="processes"
@@ -341,7 +363,10 @@ class ServeConfig(EngineConfig):
         None, "folder for sockets; default: a private one, removed at the end", group="processes"
     )
     log_level: str = setting(
-        "info", "how much is logged", parse=one_of("debug", "info", "warning", "error"), group="processes"
+        "info",
+        "how much is logged: debug, info, warning or error",
+        parse=one_of("debug", "info", "warning", "error"),
+        group="processes",
     )
 
 

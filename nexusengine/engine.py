@@ -188,8 +188,10 @@ class Engine:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if not isinstance(prompts, Sequence) or not prompts:
+    if not isinstance(prompts, Sequence):
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {prompts!r}", param="prompts")
+    if not isinstance(prompts, str) and not prompts:
+        raise InvalidRequest(f"prompts is {prompts!r}; give at least one prompt", param="prompts")
     if isinstance(prompts, str) or all(isinstance(p, int) for p in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

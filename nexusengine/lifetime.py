@@ -1,4 +1,4 @@
-"""What ties an engine to its process: it is of use only there, and what runs for it ends with the process, quietly."""
+"""Ties an engine to the process that made it: it works only there, and its threads and processes end with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Home:
         return os.getpid() == self._pid
 
     def check(self) -> None:
-        """Raises Unavailable in any other process."""
+        """Refuse use in a fork. Raises Unavailable in any process but the one that made the engine."""
         if not self.here:
             raise Unavailable(
                 f"this engine was made in process {self._pid} and cannot be used in process {os.getpid()}, a fork of "
@@ -30,7 +30,7 @@ class Home:
 
 
 def not_pickled(engine: object) -> NoReturn:
-    """For `__reduce__`: raises TypeError."""
+    """Refuse to pickle an engine; for its `__reduce__`. Raises TypeError."""
     raise TypeError(
         f"{type(engine).__name__} cannot be pickled: it belongs to process {os.getpid()}; make one in the process that "
         "is to use it"
@@ -41,21 +41,22 @@ class Running(Protocol):
     """Something with threads or processes of its own."""
 
     def end(self) -> None:
-        """See it to its end, at the exit of this process."""
+        """End it and wait for that; called at the exit of this process."""
 
     def forget(self) -> None:
-        """Let go of what a fork of this process has inherited of it; called in the fork."""
+        """Release what a fork of this process has inherited of it; called in the fork."""
 
 
 _running: set[Running] = set()
 
 
 def started(running: Running) -> None:
-    """From now on it is ended with the process, unless `ended` is called before."""
+    """Register something to be ended with this process, unless `ended` is called before."""
     _running.add(running)
 
 
 def ended(running: Running) -> None:
+    """Take back `started`: it has ended by itself."""
     _running.discard(running)
 
 

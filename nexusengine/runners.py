@@ -109,7 +109,7 @@ class LocalRunner:
         """The core is the caller's alone. Raises Unavailable if the caller, interrupted by a signal, has it already."""
         self.check()
         if self._holder == threading.get_ident():
-            raise Unavailable("the engine was called within a step of its own, by a handler of a signal")
+            raise Unavailable("the engine was called by a signal handler that interrupted one of its own steps")
         with self._lock:
             try:
                 self._holder = threading.get_ident()
@@ -142,7 +142,7 @@ class LocalRunner:
                 self._feed()
                 self._deliver(self.core.step())
             except Exception as error:  # whatever it is, all that are in flight must be told
-                log.exception("a step failed; the engine is of no more use")
+                log.exception("a step failed; the engine cannot be used any more")
                 self._fail(InternalError(f"a step failed: {error}"))
 
     def _feed(self) -> None:

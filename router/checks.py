@@ -30,14 +30,14 @@ LONGEST_STEP_S = 1e9
 
 
 def wrong_version(protocol: int) -> str | None:
-    """What to say to a peer of another version; None to one of ours."""
+    """The refusal for a peer of another protocol version; None for one of ours."""
     if protocol == PROTOCOL_VERSION:
         return None
     return f"it speaks version {protocol} of the protocol, the router version {PROTOCOL_VERSION}"
 
 
 def check_info(info: WorkerInfo) -> None:
-    """Raises ProtocolError."""
+    """Refuse what a worker says of itself if it cannot be true. Raises ProtocolError."""
     for name, value in zip(info.__struct_fields__, astuple(info), strict=True):
         if isinstance(value, str) and len(value) > LONGEST_NAME:
             raise ProtocolError(f"{name} of a worker has {len(value)} characters")
@@ -48,7 +48,7 @@ def check_info(info: WorkerInfo) -> None:
 
 
 def check_load(load: WorkerLoad) -> None:
-    """Raises ProtocolError."""
+    """Refuse a worker's report if it cannot be true. Raises ProtocolError."""
     if load.tightest_tpot_s <= 0.0 or any(p.tpot_s <= 0.0 for p in load.pending):  # NaN: none
         raise ProtocolError("a report with a time per token that is not above 0")
     if load.perf is not None and (problem := _problem_of(load.perf)):
@@ -70,7 +70,7 @@ def _problem_of(perf: PerfWeights) -> str | None:
 
 
 def check_digest(batches: tuple[Batch, ...]) -> None:
-    """Raises ProtocolError."""
+    """Refuse a digest of block hashes that is too large or malformed. Raises ProtocolError."""
     size = sum(len(names) for batch in batches for names in batch)
     if size > MAX_DIGEST_BYTES:
         raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
@@ -79,7 +79,7 @@ def check_digest(batches: tuple[Batch, ...]) -> None:
 
 
 def problem_of_request(request: EngineRequest) -> str | None:
-    """What about a request makes no sense; None if it can be placed. Whether a model can serve it, the worker says."""
+    """Why a request is invalid; None if it can be placed. Whether the model can serve it is the worker's to check."""
     ids = request.prompt_token_ids
     if not ids or min(ids) < 0 or max(ids) > LARGEST_TOKEN:
         return "its prompt is not a list of token ids"
@@ -95,7 +95,7 @@ def problem_of_request(request: EngineRequest) -> str | None:
 
 
 def problem_of_delta(delta: TokenDelta) -> str | None:
-    """What about new tokens makes no sense; None if they can be passed on."""
+    """Why a delta of new tokens is invalid; None if it can be passed on."""
     ids = delta.token_ids
     if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN:
         return "a token id is out of range"

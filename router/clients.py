@@ -16,7 +16,10 @@ CLIENT_SILENT_S = 15.0
 
 @dataclass(slots=True)
 class Session:
-    """With one client. seen_s: when it was heard last. number, since: `session` and `since` of Cluster."""
+    """The session with one client.
+
+    seen_s: when a message of it came last. number, since: `session` and `since` of Cluster.
+    """
 
     seen_s: float
     number: int

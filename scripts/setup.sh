@@ -12,7 +12,12 @@ has_nvidia_driver() {
     [ -e "${NVIDIA_DRIVER:-/proc/driver/nvidia/version}" ] || command -v nvidia-smi >/dev/null
 }
 
-install() { .venv/bin/python -m pip install --quiet -c constraints.txt "$@"; }
+# On a terminal pip shows how far its downloads are; with --quiet it cannot.
+install() {
+    local quiet=--quiet
+    if [ -t 1 ]; then quiet=; fi
+    .venv/bin/python -m pip install ${quiet:+"$quiet"} -c constraints.txt "$@"
+}
 
 # First and by exact version, so that no other package's requirement picks a torch of its own.
 install_torch() {

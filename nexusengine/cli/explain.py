@@ -46,7 +46,9 @@ def _ask(url: str, request_id: str, api_key: str | None) -> Any:
     except urllib.error.HTTPError as error:
         raise _told(error.read(), error.code, url) from None
     except (OSError, ValueError) as error:
-        raise Unavailable(f"no server answers at {url}: {error}") from None
+        reason = getattr(error, "reason", error)  # of a URLError: what went wrong below it
+        reason = getattr(reason, "strerror", None) or reason
+        raise Unavailable(f"no server answers at {url}: {reason}; name it with --url") from None
 
 
 def _told(body: bytes, status: int, url: str) -> NexusError:

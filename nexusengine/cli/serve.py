@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import signal
-import sys
 import time
 from typing import Any
 
 from nexusengine.config import ServeConfig, load
 from nexusengine.config import add_arguments as add_settings
+from nexusengine.obs.console import end_progress, on_terminal, write_line, write_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         supervisor.run()
     finally:
-        announcer.end_line()
+        end_progress()
     return 0
 
 
@@ -43,7 +45,6 @@ class Announcer:
         self._started_s = time.monotonic()
         self._url = ""
         self._phase = ""
-        self._line_is_open = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["type"]
@@ -54,35 +55,30 @@ class Announcer:
             self._url = f"http://[{host}]:{event['port']}" if ":" in host else f"http://{host}:{event['port']}"
             self._show(f"listening at {self._url}, not ready yet", 0.0)
         elif kind == "ready":
-            self.end_line()
+            end_progress()
             print(self._greeting(), flush=True)
         elif kind == "draining":
-            self._show(f"finishing the requests in progress, {event['limit_s']:g} s at most; once more ends at once", 0)
+            limit = f"for {event['limit_s']:g} s at most"
+            self._show(f"finishing the requests in progress, {limit}; a second Ctrl-C or SIGTERM ends at once", 0.0)
 
     def _show(self, phase: str, fraction: float) -> None:
         """A line for each phase; on a terminal its percentage is written over."""
         line = f"==> {phase}" + (f" {100 * fraction:.0f} %" if 0 < fraction < 1 else "")
-        on_terminal = sys.stderr.isatty()
         if phase != self._phase:
-            self.end_line()
-            sys.stderr.write(line if on_terminal else line + "\n")
-        elif on_terminal:
-            sys.stderr.write(f"\r{line}  ")
-        sys.stderr.flush()
-        self._phase, self._line_is_open = phase, on_terminal
-
-    def end_line(self) -> None:
-        """What is written next begins on a line of its own."""
-        if self._line_is_open:
-            sys.stderr.write("\n")
-        self._line_is_open = False
+            end_progress()
+        if on_terminal():
+            write_progress(line)
+        elif phase != self._phase:
+            write_line(line)
+        self._phase = phase
 
     def _greeting(self) -> str:
         name = self._config.served_model_name or self._config.model
-        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        message = {"role": "user", "content": "What is the capital of France?"}
+        body = shlex.quote(json.dumps({"model": name, "messages": [message]}))
         header = ' -H "Authorization: Bearer $API_KEY"' if self._config.api_key else ""
         took_s = time.monotonic() - self._started_s
         return (
             f"\nnexusengine serves {name} at {self._url} (ready after {took_s:.1f} s). Try:\n\n"
-            f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'\n"
+            f"curl {self._url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {body}\n"
         )

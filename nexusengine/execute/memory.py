@@ -67,7 +67,8 @@ def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:
     """The longest sequence asked for, in tokens. Raises ConfigError if the model has fewer positions."""
     if options.max_model_len is not None and options.max_model_len > config.max_position:
         raise ConfigError(
-            f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions",
+            f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions; set it "
+            f"to {config.longest} or less",
             param="max_model_len",
         )
     if options.max_model_len is not None and options.max_model_len > config.longest:

@@ -102,7 +102,10 @@ class TorchExecutor:
         dtype = _dtype(options.dtype, config.dtype, where)
         longest = wanted_length(config, options)
         if longest == config.sliding_window and longest < config.max_position:
-            log.warning("served up to %d tokens: beyond, sliding-window attention would be needed", longest)
+            log.warning(
+                "prompt + output are limited to %d tokens: more needs sliding-window attention, which is not supported",
+                longest,
+            )
         attention_spec = AttentionSpec(
             config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
             kv_dtype=FP8 if options.fp8_kv else None,
@@ -366,9 +369,16 @@ def _torch_device(device: DeviceSpec) -> torch.device:
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"device {device}: torch {torch.__version__} sees no CUDA device here", param="devices")
+        raise ConfigError(
+            f"device {device}: torch {torch.__version__} sees no CUDA device; choose cpu, or run `nexusengine doctor` "
+            "to see why",
+            param="devices",
+        )
     if (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices", param="devices")
+        raise ConfigError(
+            f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0",
+            param="devices",
+        )
     where = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(where)
     return where

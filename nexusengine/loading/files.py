@@ -18,8 +18,13 @@ _KINDS = (
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ModelLoadError where a file is a git-lfs pointer or a web page that was saved in its place."""
+    """Refuse a file that is empty, a git-lfs pointer, or a web page that was saved in its place.
+
+    Raises ModelLoadError.
+    """
     head = read_head(path)
+    if not head:
+        raise ModelLoadError(f"{path} is empty; download the file again")
     for beginning, what in _KINDS:
         if head.startswith(beginning):
             raise ModelLoadError(f"{path} {what}")

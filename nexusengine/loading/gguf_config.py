@@ -58,7 +58,7 @@ class _Metadata:
         """A number above 0."""
         value = self.get(key, default)
         if not isinstance(value, float) or not 0.0 < value < 1e12:
-            raise self.fail(f"{key} is {short(value)}, which is not a sensible number")
+            raise self.fail(f"{key} is {short(value)}, which is out of range")
         return value
 
 
@@ -76,7 +76,7 @@ def parse_metadata(
     m = _Metadata(values, path)
     kind = values.get("general.type", "model")
     if kind != "model":
-        raise m.fail(f"it holds no model but what it calls {short(kind)} (general.type)")
+        raise m.fail(f"it holds no model: its general.type is {short(kind)}")
     if not isinstance(m.prefix, str) or m.prefix not in ARCHITECTURES:
         raise m.fail(f"architecture {short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
     for key, harmless in _NOT_COMPUTED.items():
@@ -89,7 +89,7 @@ def parse_metadata(
     hidden, heads = m.size("embedding_length"), m.size("attention.head_count")
     kv_heads = m.size("attention.head_count_kv", heads)
     if min(hidden, heads, kv_heads) < 1 or heads % kv_heads:
-        raise m.fail(f"{hidden} wide with {heads} heads and {kv_heads} key-value heads")
+        raise m.fail(f"an embedding of {hidden}, {heads} heads and {kv_heads} key-value heads do not fit together")
     head_dim = m.size("attention.key_length", hidden // heads)
     if m.size("attention.value_length", head_dim) != head_dim:
         raise m.fail("keys and values of different lengths are not supported")
@@ -101,7 +101,7 @@ def parse_metadata(
         raise m.fail("tensor token_embd.weight is missing or not a matrix")
     if not isinstance(tokens, list) or len(tokens) > embedding.shape[0]:
         many = len(tokens) if isinstance(tokens, list) else "no list of"
-        raise m.fail(f"{many} tokens, but {embedding.shape[0]} embeddings")
+        raise m.fail(f"it has {many} tokens, but {embedding.shape[0]} embeddings")
     eos = [values.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot")]
     bos = values.get("tokenizer.ggml.bos_token_id")
     theta, scaling = m.number("rope.freq_base", 10_000.0), _rope_scaling(m)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.errors import ModelLoadError
-from nexusengine.loading.files import refuse_pointer
+from nexusengine.loading.files import refuse_pointer, unreadable
 from nexusengine.loading.gguf_config import ROPE_FACTORS, parse_metadata
 from nexusengine.loading.gguf_header import GGUFTensor, read_header
 from nexusengine.loading.gguf_names import part_names
@@ -191,7 +191,9 @@ def _mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:  # it cannot be mapped
         raise ModelLoadError(f"cannot read {path}: {error}") from None
 
 

@@ -25,7 +25,7 @@ _OLD_FORMATS = (b"lmgg", b"tjgg", b"fmgg", b"algg", b"ggml", b"ggjt", b"ggmf", b
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies.
+    """A tensor of a GGUF file: what it is and where it lies.
 
     shape: as in torch (rows first). kind: the name of its GGML type. offset, nbytes: in bytes, in file `part`.
     """
@@ -38,7 +38,10 @@ class GGUFTensor:
 
 
 class Cursor:
-    """Reads little-endian values and never past the end."""
+    """Reads little-endian values one after the other, never past the end.
+
+    what: in every method, the name of the value in errors. All raise ModelLoadError.
+    """
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -93,7 +96,7 @@ def read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, 
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment is {short(alignment)}")
+        raise cursor.fail(f"general.alignment is {short(alignment)}, which is no power of two up to 65536")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, at, nbytes in infos:

@@ -14,8 +14,8 @@ from nexusengine.errors import ModelLoadError
 from nexusengine.loading.shown import short
 
 _ODD_ANSWER = (
-    "the hub's address answered with something that the hub does not send, a login page of this network or of a "
-    "proxy; open a web page to log in, or set HF_ENDPOINT"
+    "the reply is not one of the Hugging Face hub, but perhaps a login page of this network or of a proxy; log in with "
+    "a browser, or set HF_ENDPOINT"
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -23,7 +23,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 @contextmanager
 def explained(repository: str, revision: str | None) -> Iterator[None]:
-    """Raises ModelLoadError for whatever the hub library raises inside."""
+    """Turn whatever the hub library raises inside into a ModelLoadError of one sentence."""
     try:
         yield
     except ModelLoadError:
@@ -83,10 +83,10 @@ def _status(error: Exception) -> str:
         return "HF_TOKEN is missing, wrong or expired"
     if status == 429:
         after = response.headers.get("Retry-After") if response is not None else None
-        wait = f"after {after} s" if after and after.isdigit() else "in some minutes"
+        wait = f"after {after} s" if after and after.isdigit() else "in a few minutes"
         return f"too many requests from this address (HTTP status 429); try again {wait}, or set HF_TOKEN"
     if isinstance(status, int) and status >= 500:
-        return f"it has a fault of its own (HTTP status {status}); try again later"
+        return f"it has an internal error (HTTP status {status}); try again later"
     return f"HTTP status {status}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,12 +73,18 @@ def _resolve(ref: str, target: str, revision: str | None, weights: bool, report:
     repository, _, quantisation = target.partition(":")
     if repository.endswith(".gguf") or target.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise ModelLoadError(
-            f"there is no model {short(ref)}: not a short name (see `nexusengine models`), not a Hugging Face "
-            "repository (OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files), and no such directory or file"
+            f"there is no model {short(ref)}{_did_you_mean(ref)}: not a short name (see `nexusengine models`), not a "
+            "Hugging Face repository (OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files), and no such "
+            "directory or file"
         )
     from nexusengine.loading.hub import download
 
     return _local(ref, download(repository, revision, weights, report, quantisation), weights)
+
+
+def _did_you_mean(ref: str) -> str:
+    near = difflib.get_close_matches(ref.lower(), ALIASES, n=1, cutoff=0.8)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _local(name: str, path: Path, weights: bool) -> ModelFiles:

@@ -1,4 +1,4 @@
-"""What comes from a model's files, as an error shows it: in one line, and cut where it is far too long."""
+"""Values from a model's files as errors show them: on one line, and cut where they are far too long."""
 
 from __future__ import annotations
 

@@ -51,9 +51,8 @@ def _who(h: Mapping[str, Any]) -> str:
 def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
     yield _at(0.0, f"arrives; its first token is expected after {_ms(h['predicted_ttft_ms'])}")
     if h["unattainable"]:
-        yield _at(
-            0.0, "its promise cannot be kept here even if nothing else is served; it is served as well as it goes"
-        )
+        expected = "by the predictions so far its promise cannot be kept here even if nothing else is served"
+        yield _at(0.0, f"{expected}; it is served best effort")
     if h["changes_left_off"]:
         yield f"{'':>12}  ({h['changes_left_off']} earlier changes are left off)"
     first_ms = h["first_token_at_ms"]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import time
 
+from nexusengine.obs.console import Handler
+
 _ROOT = "nexusengine"
 
 
 def setup(level: str) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", handlers=[Handler()]
+    )
     logging.getLogger(_ROOT).setLevel(level.upper())
 
 

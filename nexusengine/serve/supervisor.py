@@ -133,8 +133,8 @@ class Supervisor:
     # ---- from any thread -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take no new requests, finish those that run within drain_timeout, then end. Asked again after a second or
-        more: end now (some send their signal twice)."""
+        """Take no new requests, finish those that run within drain_timeout, then end; end now if no worker was ready
+        yet. Asked again after a second or more: end now (some send their signal twice)."""
         self._events.put((None, {"type": "drain", "at_s": time.monotonic()}))
 
     def stop(self) -> None:
@@ -230,6 +230,9 @@ class Supervisor:
             self._stop_now |= event["at_s"] - self._draining_since_s > _SAME_SIGNAL_S
         elif kind == "drain":
             self._draining_since_s = event["at_s"]
+            if not any(self._is_worker(role) and role.was_ready for role in self._roles.values()):
+                self._stop_now = True  # no request can have begun
+                return
             self._on_event({"type": "draining", "limit_s": self.config.drain_timeout})
             for key in ("server", "router"):
                 if (role := self._roles.get(key)) and role.child:

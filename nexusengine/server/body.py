@@ -41,7 +41,7 @@ async def read_body(request: Request, schema: type[B]) -> B:
     try:
         async with asyncio.timeout(state.config.request_timeout):
             await _receive(request, content, state)
-        if is_curls_default(request.headers) and content.lstrip()[:1] != b"{":
+        if is_curls_default(request.headers) and not content.lstrip().startswith((b"{", b"[")):
             raise UnsupportedMediaType("the body is a form; send JSON, as 'Content-Type: application/json'")
         return await state.heavy.run(len(content), parse, bytes(content), schema)
     except TimeoutError:
@@ -142,7 +142,8 @@ def _named(error: ValidationError) -> InvalidRequest:
     fault = max(faults, key=lambda f: len(f["loc"]))
     path = ".".join(str(part) for part in fault["loc"] if not _is_type_name(part))
     shown = "" if fault["type"] == "missing" else f" (got {reprlib.repr(fault['input'])})"
-    return InvalidRequest(f"{path or 'the body'}: {fault['msg']}{shown}", param=path or None)
+    what = fault["msg"].partition(" after validation")[0]  # "List should have at least 1 item after validation, not 0"
+    return InvalidRequest(f"{path or 'the body'}: {what}{shown}", param=path or None)
 
 
 def _is_type_name(part: str | int) -> bool:

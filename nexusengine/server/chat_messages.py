@@ -23,7 +23,7 @@ class ChatMessage(BaseModel):
     content: str | _List[dict[str, Any]] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As templates know it. Raises InvalidRequest."""
+        """The message as the object that chat templates read. Raises InvalidRequest for one without content."""
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"a message of role {self.role!r} needs content", param="messages")
         message = {"role": self.role, "content": self.content, **(self.model_extra or {})}

@@ -18,7 +18,10 @@ _BACKSLASH = ord("\\")
 
 
 def check_structure(content: bytes) -> None:
-    """Raises InvalidRequest if there are more objects and arrays, fields or strings than a request can have use for."""
+    """Refuse a JSON text with more objects and arrays, fields or strings than a request can need.
+
+    Raises InvalidRequest.
+    """
     brackets, colons, quotes = _count(content), content.count(b":"), content.count(b'"')
     if brackets <= MAX_CONTAINERS and colons <= MAX_FIELDS and quotes <= 2 * MAX_STRINGS:
         return

@@ -3,6 +3,7 @@ and are answered as soon as the application is there."""
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 
@@ -23,7 +24,12 @@ def bind(host: str, port: int) -> socket.socket:
         made.bind((host, port))
         made.listen(_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from None
+        hint = (
+            "; choose another --port, or 0 for a free one"
+            if error.errno == errno.EADDRINUSE
+            else "; check --host and --port"
+        )
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}{hint}", param="port") from None
     return made
 
 

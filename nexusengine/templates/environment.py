@@ -90,6 +90,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
+    """A sandboxed environment with the filters, functions and extensions that transformers gives to chat templates."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False
     )

@@ -26,9 +26,12 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """What a template takes. content: the form of each role's text; user: that of roles not named there.
-    null_content: whether it asks if a content is none. arguments_as_object: whether the arguments of tool calls must
-    be objects, not JSON text. developer: whether it knows the role of that name."""
+    """The forms of messages that a template takes.
+
+    content: the form of each role's text; user: that of roles not named there. null_content: whether the template asks
+    if a content is none. arguments_as_object: whether the arguments of tool calls must be objects, not JSON text.
+    developer: whether the template knows the role of that name.
+    """
 
     content: Mapping[str, Form] = field(default_factory=dict)
     user: Form = Form.TEXT

@@ -135,7 +135,7 @@ class _Process:
         return self._owner == os.getpid() and self._process.poll() is None
 
     def kill(self) -> int | None:
-        """Returns what it ended with; None for a process that a fork left behind, which goes on."""
+        """End the process; returns its exit status, or None for a process inherited through a fork, which goes on."""
         if self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
@@ -144,7 +144,10 @@ class _Process:
         return self._process.returncode
 
     def ask(self, payload: bytes, until_s: float) -> tuple[Status, str]:
-        """Raises TimeoutError, and EOFError or another OSError if the process has ended."""
+        """Send a request and wait for the reply.
+
+        Raises TimeoutError, and EOFError or another OSError if the process has ended.
+        """
         for part in (REQUEST.pack(len(payload)), payload):
             self._write(part, until_s)
         status, length = REPLY.unpack(self._read(REPLY.size, until_s))

@@ -1,4 +1,4 @@
-"""What a template takes, found out by rendering small chats with it, as llama.cpp's Minja does.
+"""Finds out which forms of messages a template takes, by rendering small chats with it, as llama.cpp's Minja does.
 
 A template that loops over the parts of a content writes nothing for a string, and one that wants a string writes a
 list's repr, or fails. Reading the template (vLLM walks its syntax tree for loops over `message.content`) tells less: it

@@ -33,7 +33,7 @@ _NICE = 10
 
 
 class Status(IntEnum):
-    """What a reply's text is: the prompt, what the template said, or nothing because a limit was met."""
+    """How a rendering ended. The reply's text is the prompt, the template's refusal, or empty where a limit was met."""
 
     RENDERED = 0
     REFUSED = 1
@@ -51,7 +51,10 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def render(source: str, variables: dict[str, Any], messages: list[bytes]) -> str:
-    """Raises whatever the template makes Python raise, and _TooLong."""
+    """Render messages (each marshalled) with a template's source.
+
+    Raises whatever the template makes Python raise, and _TooLong beyond OUTPUT_LIMIT characters.
+    """
     pieces, left = [], OUTPUT_LIMIT
     for piece in _compiled(source).generate({**variables, "messages": [marshal.loads(m) for m in messages]}):
         pieces.append(piece)
@@ -62,6 +65,7 @@ def render(source: str, variables: dict[str, Any], messages: list[bytes]) -> str
 
 
 def reply_to(payload: bytes) -> tuple[Status, bytes]:
+    """Render the request in `payload`; its status and text in UTF-8. Raises nothing that a template causes."""
     try:
         return Status.RENDERED, _encoded(render(*marshal.loads(payload)))
     except MemoryError:

@@ -14,7 +14,7 @@ _SAMPLE = "Hello, world 1\n\t\u4e2d\U0001f999"
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Raises ModelLoadError, `what` and the reason, for whatever the tokenizers library raises inside."""
+    """Turn whatever the tokenizers library raises inside into a ModelLoadError: `what` and the reason."""
     try:
         yield
     except BaseException as error:  # the library raises bare Exception; its panics are not even that
@@ -28,6 +28,6 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def try_out(backend: tokenizers.Tokenizer, where: str) -> None:
-    """Raises ModelLoadError if a text cannot be encoded and decoded: many defects show only then."""
+    """Encode and decode a sample text: many defects show only then. Raises ModelLoadError."""
     with library_errors(f"{where} is not a usable tokenizer"):
         backend.decode(backend.encode(_SAMPLE).ids)

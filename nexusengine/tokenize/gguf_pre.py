@@ -80,7 +80,7 @@ class Pre:
     raw: bool = False
 
     def build(self) -> Any:
-        """As a pre-tokenizer of the tokenizers library."""
+        """Build the pre-tokenizer of the tokenizers library that splits text this way."""
         steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         if not self.raw:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))

@@ -45,7 +45,7 @@ log = get_logger("tokenizer")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a GGUF file says of its tokenizer, checked.
+    """The vocabulary and the settings of a GGUF file's tokenizer, checked.
 
     tokens, kinds, scores: one item per id; ids: the way back. kinds: GGUF's numbers, corrected as llama.cpp does.
     special: the ids of bos, eos, unk and so on, where there are any. end_ids: tokens after which nothing follows.
@@ -112,7 +112,10 @@ def _short(value: Any) -> str:
 
 
 def read_vocabulary(values: Mapping[str, Any], path: Path | str) -> Vocabulary:
-    """Raises ModelLoadError naming the key that is missing, wrong or not supported."""
+    """Read the vocabulary from GGUF metadata.
+
+    Raises ModelLoadError naming the key that is missing, wrong or not supported.
+    """
     data = Metadata(values, path)
     model = data.get("model", str)
     if model not in _MODELS:

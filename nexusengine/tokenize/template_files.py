@@ -32,7 +32,10 @@ def of_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_gguf(metadata: Mapping[str, Any], path: Path | str) -> dict[str, str]:
-    """From tokenizer.chat_template and tokenizer.chat_template.NAME. Raises ModelLoadError naming the key."""
+    """The chat templates in GGUF metadata, by name: tokenizer.chat_template and tokenizer.chat_template.NAME.
+
+    Raises ModelLoadError naming the key.
+    """
     key = "tokenizer.chat_template"
     found = _named(metadata.get(key), f"{path}: {key}")
     for name, template in metadata.items():

@@ -68,7 +68,7 @@ def test_what_is_not_there_or_not_a_number_is_named(
     assert "no worker remembers a request 'nobody'" in capsys.readouterr().err
     assert main(["explain", "a/b c", "--url", server.url, "--api-key", "secret"]) == 1
     assert main(["explain", "x", "--url", "http://127.0.0.1:1"]) == 1
-    assert "no server answers" in capsys.readouterr().err
+    assert "no server answers at http://127.0.0.1:1: Connection refused; name it with --url" in capsys.readouterr().err
 
 
 def test_the_workers_behind_the_router_are_asked(serve: Callable[..., Served]) -> None:

@@ -142,6 +142,8 @@ def test_json_types_are_read(server: Running, content_type: str) -> None:
 def test_what_curl_sends_unasked_is_read_but_not_from_a_web_page(server: Running, content_type: str | None) -> None:
     headers = {} if content_type is None else {"content-type": content_type}
     assert httpx.post(server.url + TEXT, content=json.dumps(BODY), headers=headers).status_code == 200
+    reply = httpx.post(server.url + TEXT, content="[]", headers=headers)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "the body must be a JSON object")
     headers["origin"] = "https://evil.example"
     assert httpx.post(server.url + TEXT, content=json.dumps(BODY), headers=headers).status_code == 415
 

@@ -1,5 +1,8 @@
 """The command line: help without weight, errors without tracebacks, documents that agree with the code."""
 
+import json
+import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 from nexusengine.cli.main import COMMANDS, main
 from nexusengine.cli.serve import Announcer
 from nexusengine.config import ServeConfig
+from nexusengine.obs.console import Handler, end_progress, write_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,15 +53,36 @@ def test_start_up_is_told_line_by_line_and_a_terminal_sees_percentages_change(
         announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": fraction})
     announcer({"type": "ready"})
     announcer({"type": "draining", "limit_s": 30.0})
-    announcer.end_line()
+    end_progress()
     out, err = capsys.readouterr()
     assert "serves smollm2-135m at http://127.0.0.1:77 " in out
     assert "\ncurl http://127.0.0.1:77/v1/chat/completions " in out
-    lines = [line.rsplit("\r", 1)[-1].strip() for line in err.strip("\n").split("\n")]
+    lines = [line.rsplit("\r", 1)[-1].removesuffix("\x1b[K") for line in err.strip("\n").split("\n")]
     assert lines == [
         "==> listening at http://127.0.0.1:77, not ready yet",
         f"==> loading weights (w0) {30 if on_terminal else 10} %",
-        "==> finishing the requests in progress, 30 s at most; once more ends at once",
+        "==> finishing the requests in progress, for 30 s at most; a second Ctrl-C or SIGTERM ends at once",
+    ]
+
+
+def test_a_line_from_another_process_does_not_land_on_the_progress_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it did: `==> allocating the KV cache (w0)[w0] 16:26:18 INFO ...`."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announcer = Announcer(ServeConfig())
+    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.5})
+    write_line("[w0] a log line")
+    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.6})
+    record = logging.LogRecord("nexusengine.x", logging.WARNING, __file__, 1, "one of ours", None, None)
+    Handler().emit(record)
+    announcer({"type": "ready"})
+    assert capsys.readouterr().err.split("\n") == [
+        "==> loading weights (w0) 50 %",
+        "[w0] a log line",
+        "==> loading weights (w0) 60 %",
+        "one of ours",
+        "",
     ]
 
 
@@ -72,3 +97,11 @@ def test_a_wrong_setting_ends_with_one_line_and_status_1(capsys: pytest.CaptureF
 def test_the_settings_page_is_the_output_of_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "configuration.md").read_text()
+
+
+def test_the_printed_curl_is_a_command_whatever_the_model_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    announcer = Announcer(ServeConfig(model='./it\'s "mine".gguf'))
+    announcer({"type": "listening", "host": "127.0.0.1", "port": 77})
+    announcer({"type": "ready"})
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("curl "))
+    assert json.loads(shlex.split(line)[-1])["model"] == './it\'s "mine".gguf'

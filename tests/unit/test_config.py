@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nexusengine.config import (
     parse_devices,
 )
 from nexusengine.errors import ConfigError
+from nexusengine.lens import registry as lens
+from nexusengine.router import policies as router
 from tests.unit.test_serve_gpu import A, FakeDriver
 
 
@@ -126,3 +129,9 @@ def test_keys_and_origins_are_taken_as_they_are() -> None:
     config = load(ServeConfig, given, environ={})
     assert config.api_key == given["api_key"]
     assert config.cors_origins == "https://example.org,http://localhost:3000,null"
+
+
+@pytest.mark.parametrize(("name", "policies"), [("scheduler", lens.POLICIES), ("router", router.POLICIES)])
+def test_the_help_names_every_policy(name: str, policies: dict[str, str]) -> None:
+    (setting,) = (f for f in dataclasses.fields(ServeConfig) if f.name == name)
+    assert set(policies) <= set(re.findall(r"[\w-]+", setting.metadata["help"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from nexusengine.async_engine import AsyncEngine
 from nexusengine.backend import Sink, UnboundedBackend
 from nexusengine.clock import VirtualClock
 from nexusengine.core.core import EngineCore
-from nexusengine.errors import DeadlineExceeded, Overloaded, Unavailable
+from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from nexusengine.lens.registry import make_policy
 from nexusengine.local import LocalBackend
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
@@ -174,3 +175,19 @@ async def test_a_backend_that_takes_nothing_ends_everyone_without_recursion() ->
     for i in range(5000):
         backend.submit(request(str(i), [1]), lambda d: ended.append(d.error_code))
     assert ended == [Unavailable.code] * 5000
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ("", "the prompt is empty"),
+        ([], "prompts is []; give at least one prompt"),
+        (5, "prompts must be texts or lists of token ids, got 5"),
+    ],
+)
+def test_a_call_without_a_prompt_says_so(prompts: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        engine_over(slow_core(step_s=0.1, max_running=1), monkeypatch) as engine,
+        pytest.raises(InvalidRequest, match=re.escape(sentence)),
+    ):
+        engine.generate(prompts)

@@ -183,7 +183,7 @@ def test_a_signal_handler_that_generates_within_a_step_is_told_so(engine: Engine
         assert engine.generate([[1, 2]], GREEDY)[0].token_ids == answer([1, 2])
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert said == ["the engine was called within a step of its own, by a handler of a signal"]
+    assert said == ["the engine was called by a signal handler that interrupted one of its own steps"]
 
 
 def test_a_deleted_engine_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:

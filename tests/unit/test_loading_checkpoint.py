@@ -90,6 +90,13 @@ def test_a_model_that_does_not_exist_is_one_clear_sentence(ref: str) -> None:
         resolve_model(ref)
 
 
+def test_a_short_name_with_a_typo_is_suggested() -> None:
+    with pytest.raises(ModelLoadError, match=r"there is no model 'smolm2-135m' \(did you mean 'smollm2-135m'\?\):"):
+        resolve_model("smolm2-135m")
+    with pytest.raises(ModelLoadError, match="there is no model 'gpt-4o': not a short name"):
+        resolve_model("gpt-4o")
+
+
 def test_a_revision_without_a_repository_is_refused(tmp_path: Path) -> None:
     for ref in ("smollm2-135m", str(tmp_path)):
         with pytest.raises(ConfigError, match="revision 'main' was given"):
@@ -240,7 +247,7 @@ def test_names_that_the_system_does_not_take_are_one_sentence(ref: str) -> None:
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("NEXUSENGINE_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(ModelLoadError, match=r"file/below/models: Not a directory; set NEXUSENGINE_CACHE") as caught:
+    with pytest.raises(ModelLoadError, match=r"cannot keep the default model in .*NEXUSENGINE_CACHE") as caught:
         resolve_model("smollm2-135m")
     assert caught.value.message.isprintable()
 
@@ -282,3 +289,10 @@ def test_a_model_is_served_as_far_as_its_window_sees(change: dict[str, Any], lon
     assert wanted_length(config, ExecutorOptions()) == longest
     with pytest.raises(ConfigError, match="max_model_len"):
         wanted_length(config, ExecutorOptions(max_model_len=longest + 1))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "config.json"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ModelLoadError, match=f"{name} is empty; download the file again"):
+        resolve_model(str(tmp_path / name if name.endswith("gguf") else tmp_path))

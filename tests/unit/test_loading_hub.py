@@ -162,12 +162,12 @@ def test_what_cannot_be_downloaded_is_one_sentence_that_says_what_to_do(
         ("html", "", "login page"),
         ("reset", "", "downloading org/model failed|cannot be reached"),
         ("429", "", "too many requests .*429.*try again after 0 s"),
-        ("503", "", "fault of its own .*503.*later"),
+        ("503", "", "internal error .*503.*later"),
         ("403", "", "HF_TOKEN is missing, wrong or expired"),
         ("404", "", "404|no repository"),
         ("reset", "model.safetensors", "downloading org/model failed.*files that arrived whole are kept"),
         ("html", "model.safetensors", "downloading org/model failed"),
-        ("500", "model.safetensors", "fault of its own .*500"),
+        ("500", "model.safetensors", "internal error .*500"),
     ],
 )
 def test_a_hub_that_fails_is_one_sentence(

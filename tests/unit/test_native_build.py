@@ -197,3 +197,22 @@ def test_no_compiler_outlives_the_process_that_builds(tmp_path: Path) -> None:
     while any(map(runs, compilers)):
         assert time.monotonic() < until_s, "a compiler still runs"
         time.sleep(0.02)
+
+
+SLOW = """#!/bin/sh
+if [ "$1" = --version ]; then echo "g++ (a fake) 1.0"; echo "Copyright Free Software Foundation"; exit 0; fi
+echo called "$@" >>"$CALLS"
+exec sleep 600
+"""
+
+
+def test_a_process_that_compiles_in_the_background_ends_when_it_wants_to(place: Path) -> None:
+    """Its end used to wait for the compilers: Ctrl-C in the first seconds of `serve` took half a minute."""
+    (place / "bin" / "g++").write_text(SLOW)
+    code = (
+        "import os, threading, time; from nexusengine.native.build import build;"
+        "threading.Thread(target=build, daemon=True).start()\n"
+        "while not os.path.exists(os.environ['CALLS']): time.sleep(0.01)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert not [path for path in (place / "cache" / "native").glob("*/*") if path.name.startswith("tmp")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,18 @@ def test_serve_installs_once_and_hands_its_options_to_nexusengine(checkout: Path
     assert calls(checkout, "serve.sh") == ["nexusengine serve"]
     (checkout / "constraints.txt").write_text("numpy==2.0.0\n")
     assert len(calls(checkout, "serve.sh", *options)) == 3, "other versions are asked for"
+
+
+def test_on_a_terminal_pip_shows_its_progress(checkout: Path) -> None:
+    (checkout / "calls").write_text("")
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(["scripts/serve.sh"], cwd=checkout, stdout=theirs, stderr=theirs, check=True, timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    install = INSTALL.replace(" --quiet", "")
+    assert called(checkout)[:2] == [f"{install} torch==2.13.0", f"{install} -e ."]
 
 
 def test_test_installs_the_extra_once_and_hands_its_options_to_pytest(checkout: Path) -> None:

@@ -53,3 +53,13 @@ def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
         assert all(own)
     finally:
         made._end_all()
+
+
+def test_a_signal_before_a_worker_is_ready_ends_at_once(tmp_path: Path) -> None:
+    """There is no request to finish; it used to wait for downloads, or until the drain time was over."""
+    made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING, READY], "w0": []}, drain_timeout=5.0)
+    events: list[Message] = []
+    made._on_event = events.append
+    made.drain()
+    made.run()
+    assert "draining" not in {event["type"] for event in events}

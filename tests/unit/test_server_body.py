@@ -12,7 +12,7 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.server.body import parse
 from nexusengine.server.heavy import LARGE, SMALL, Heavy
 from nexusengine.server.json_size import MAX_CONTAINERS, MAX_FIELDS, MAX_STRINGS, check_structure
-from nexusengine.server.schemas import CompletionRequest, DetokenizeRequest
+from nexusengine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,10 @@ async def test_what_work_raises_comes_through_from_everywhere() -> None:
         with pytest.raises(InvalidRequest, match="no good") as caught:
             await Heavy().run(size, fail, "no good", param="p")
         assert caught.value.param == "p"
+
+
+def test_an_empty_list_is_refused_in_plain_words() -> None:
+    """pydantic says "List should have at least 1 item after validation, not 0"."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse(b'{"messages": []}', ChatRequest)
+    assert caught.value.message == "messages: List should have at least 1 item (got [])"

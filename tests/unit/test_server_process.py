@@ -83,7 +83,8 @@ def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
         with server_process(tmp_path, port=port) as (child, event):
             assert event == {
                 "type": "failed",
-                "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use",
+                "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port, or "
+                "0 for a free one",
             }
             assert child.wait(10) == 1
 
