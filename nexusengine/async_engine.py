@@ -188,7 +188,9 @@ class AsyncEngine:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
         return self.tokenizer.encode(text, add_special_tokens)
 
-    async def render_chat(self, messages: Sequence[Message] | Callable[[], Sequence[Message]], **options: Any) -> str:
+    async def render_chat(
+        self, messages: Sequence[Message] | Callable[[], Sequence[Message]], /, **options: Any
+    ) -> str:
         """The prompt of a conversation, or of what a function returns; options: see ChatTemplate.render. In a thread,
         because a template may take seconds. Raises InvalidRequest."""
 

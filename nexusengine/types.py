@@ -30,6 +30,15 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name)
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with lone surrogates, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when a request ends.
@@ -80,6 +89,8 @@ class SamplingParams:
         for s in self.stop:
             if not isinstance(s, str) or not s:
                 raise InvalidRequest(f"stop must hold non-empty strings, got {s!r}", param="stop")
+            if not is_unicode(s):
+                raise InvalidRequest(f"stop holds characters that are not valid Unicode: {s!r}", param="stop")
         for i in self.stop_token_ids:
             _whole("stop_token_ids", i, 0, 2**31 - 1)
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.config_json import read_config
 from nexusengine.loading.gguf_names import choose
 from nexusengine.loading.hub_errors import explained
 from nexusengine.loading.safetensors_file import INDEX, SINGLE, indexed_files
 
 _SMALL = ["*.json", "*.jinja", "tokenizer.model"]
 _NOT = ["*/*"]
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 Report = Callable[[str, float], None]
 
@@ -43,7 +46,7 @@ def download(repository: str, revision: str | None, weights: bool, report: Repor
             )
         if quantisation or "config.json" not in names:
             return _fetch_gguf(repository, revision, names, quantisation, report)
-        folder = _fetch(repository, revision, _SMALL, _untold, _NOT)
+        folder = _fetch(repository, revision, _small(names), _untold)
         if weights:
             _fetch_safetensors(repository, folder, names, report)
         return folder
@@ -51,6 +54,12 @@ def download(repository: str, revision: str | None, weights: bool, report: Repor
 
 def _untold(phase: str, fraction: float) -> None:
     """Small files are no progress that anybody waits for."""
+
+
+def _small(names: list[str]) -> list[str]:
+    """Patterns of the files beside the weights: those of the top folder, and further chat templates."""
+    top = [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in _SMALL)]
+    return [glob.escape(name) for name in [*top, *(name for name in names if fnmatchcase(name, _TEMPLATES))]]
 
 
 def _names(repository: str, revision: str | None) -> list[str] | None:
@@ -93,7 +102,8 @@ def _here(repository: str, revision: str | None, patterns: list[str]) -> Path | 
 
 def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: Report) -> None:
     """model.safetensors where there is one, else what the index names: as transformers chooses. Of the commit of
-    `folder`, which the hub need not be asked for once more."""
+    `folder`, which the hub need not be asked for once more. Weights of a model that cannot be served are not fetched.
+    """
     if SINGLE in names:
         wanted = [SINGLE]
     elif INDEX in names:
@@ -109,6 +119,12 @@ def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: 
             f"{repository} has neither {SINGLE} nor {INDEX}" + (f"; its weights are in {', '.join(other[:5])}, which "
             "are not read" if other else "")
         )  # fmt: skip
+    read_config(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelLoadError(
+            f"{repository} has no tokenizer.json; transformers' AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...) writes one, to a folder that the other files can be put into"
+        )
     _fetch(repository, folder.name, [glob.escape(name) for name in wanted], report)
 
 

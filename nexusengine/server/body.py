@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import reprlib
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -76,17 +77,18 @@ async def _receive(request: Request, content: bytearray, state: ServerState) -> 
 
 def parse(content: bytes, schema: type[B]) -> B:
     """Raises InvalidRequest naming the field."""
-    constants: list[_NotJSON] = []
+    constant: _NotJSON | None = None
 
     def keep(name: str) -> _NotJSON:
-        constants.append(_NotJSON(name))
-        return constants[-1]
+        nonlocal constant
+        constant = constant or _NotJSON(name)
+        return constant
 
     try:
         check_structure(content)
         # A function called for each number lets other threads run in between; in C alone, 4 million would hold them up.
-        parse_int = int if len(content) <= SMALL else _int
-        value = json.loads(content.decode(), parse_constant=keep, parse_int=parse_int)
+        numbers = {} if len(content) <= SMALL else {"parse_int": _int, "parse_float": _float}
+        value = json.loads(content.decode(), parse_constant=keep, **numbers)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -97,9 +99,9 @@ def parse(content: bytes, schema: type[B]) -> B:
         raise InvalidRequest("the body holds a number with too many digits") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
-    if constants:
+    if constant is not None:
         path = _path_of_constant(value)
-        raise InvalidRequest(f"{path or 'the body'} is {constants[0]}, which is not a JSON value", param=path or None)
+        raise InvalidRequest(f"{path or 'the body'} is {constant}, which is not a JSON value", param=path or None)
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object")
     try:
@@ -114,6 +116,10 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
+def _float(digits: str) -> float:
+    return float(digits)
+
+
 def _too_large(size: int, limit: int) -> NoReturn:
     raise PayloadTooLarge(f"the body has {size} bytes or more; at most {limit} are read (--max-body-bytes)")
 
@@ -126,14 +132,24 @@ class _NotJSON(str):
 
 def _path_of_constant(value: Any) -> str:
     """Where the first of them stands: "temperature", "stop.2"."""
-    stack = [("", value)]
-    while stack:
-        path, item = stack.pop()
-        if isinstance(item, _NotJSON):
-            return path
-        inside = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
-        stack.extend((f"{path}.{key}".lstrip("."), part) for key, part in reversed(list(inside)))
+    if isinstance(value, _NotJSON):
+        return ""
+    inside = [("", _items(value))]  # from the outside in, each with what was not looked at yet
+    while inside:
+        path, items = inside[-1]
+        for key, item in items:
+            if isinstance(item, _NotJSON):
+                return f"{path}{key}"
+            if isinstance(item, dict | list):
+                inside.append((f"{path}{key}.", _items(item)))
+                break
+        else:
+            inside.pop()
     return ""
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items() if isinstance(value, dict) else enumerate(value))
 
 
 def _named(error: ValidationError) -> InvalidRequest:

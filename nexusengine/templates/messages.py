@@ -86,19 +86,17 @@ def prepared(messages: Sequence[Any], forms: Forms) -> list[dict[str, Any]]:
 def _prepared(message: Any, forms: Forms, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"{where} must be an object with role and content, got {message!r:.200}", param="messages")
-    made: dict[str, Any] = plain({k: v for k, v in message.items() if v is not None}, where)
+    null = "content" if forms.null_content else None
+    made: dict[str, Any] = plain({k: v for k, v in message.items() if v is not None or k == null}, where)
     reasoning = next((made[name] for name in _REASONING if name in made), None)
     if reasoning is not None:  # under every name that templates read it by
         made = {"thinking": reasoning, **made, "reasoning_content": reasoning}
     if made.get("role") == "developer" and not forms.developer:
         made["role"] = "system"
     content = made.get("content")
-    if content is None:
-        if forms.null_content and "content" in message:
-            made["content"] = None
-    elif isinstance(content, str | list):
+    if isinstance(content, str | list):
         made["content"] = _content(content, forms.content.get(made.get("role", ""), forms.user), f"{where}.content")
-    else:
+    elif content is not None:
         raise InvalidRequest(f"{where}.content must be a string or a list of parts, got {content!r}", param="messages")
     if forms.arguments_as_object and isinstance(made.get("tool_calls"), list):
         for i, call in enumerate(made["tool_calls"]):

@@ -58,6 +58,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,

@@ -89,7 +89,7 @@ class Tokenizer:
             lambda ids: self.decode(ids, skip_special_tokens), lambda i: token(i).byte, skipped, context
         )
 
-    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+    def render_chat(self, messages: Sequence[Message], /, **options: Any) -> str:
         """options: see ChatTemplate.render. Raises InvalidRequest if the model has no chat template or the template
         refuses the messages."""
         if self.chat_template is None:
@@ -106,6 +106,6 @@ class Tokenizer:
         if self.chat_template is not None:
             self.chat_template.close()
 
-    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], /, **options: Any) -> list[int]:
         """Token ids of the rendered template, which writes its special tokens itself."""
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)

@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, Any, int, str, str | None]] = {  # path, body, statu
     "a number without end": (TEXT, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400, "digits", None),
     "a number that overflows": (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "inf", "temperature"),
     "half a character as a value": (TEXT, b'{"prompt": "x", "slo": "\\ud800"}', 400, "unknown class", "slo"),
+    "half a character as a stop": (TEXT, b'{"prompt": "x", "stop": ["\\udc00"]}', 400, "not valid Unicode", "stop"),
     "half a character as a model": (TEXT, b'{"prompt": "x", "model": "\\ud800"}', 404, "ud800", "model"),
     "half a character as a name": (TEXT, b'{"prompt": "x", "\\ud800": 1}', 400, "the body: ", None),
     "fractions as tokens": (TEXT, {"prompt": [1.5] * 100_000}, 400, "1.5", None),

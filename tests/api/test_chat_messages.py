@@ -57,6 +57,8 @@ def test_what_the_template_reads_is_read_from_the_body(with_template: Running) -
     assert prompt_of(with_template, USER, add_generation_prompt=False) == "[user|hi||False]"
     assert prompt_of(with_template, USER, add_generation_prompt=None) == "[user|hi||False]" + begun
     assert prompt_of(with_template, USER, chat_template_kwargs={"style": "S"}) == "[user|hi||False]S" + begun
+    named = {"style": "S", "self": 1, "options": 2}
+    assert prompt_of(with_template, USER, chat_template_kwargs=named) == "[user|hi||False]S" + begun
     assert prompt_of(with_template, USER, documents=[{"text": "D"}]) == "[user|hi||False]D" + begun
     said = {"role": "assistant", "content": "well, "}
     assert prompt_of(with_template, USER, said, continue_final_message=True) == "[user|hi||False][assistant|well, "

@@ -174,6 +174,18 @@ def test_a_content_of_null_stays_null_where_a_template_asks_for_it() -> None:
         assert ChatTemplate(source, {}, "m").render(NULL) == theirs(source, NULL), asked
 
 
+def test_a_variable_may_have_any_name() -> None:
+    names = {"self": 1, "source": 2, "variables": 3, "chat": 4}
+    template = ChatTemplate("{{ source }}{{ variables }}{{ chat }}", {}, "m")
+    assert template.render(USER, **names) == "234"
+
+
+def test_a_content_of_null_keeps_its_place_in_the_message() -> None:
+    source = "{% for m in messages %}{{ m.content is none }}{{ m | tojson }}{% endfor %}"
+    chat = [*USER, {"role": "assistant", "content": None, "name": "a"}]
+    assert ChatTemplate(source, {}, "m").render(chat) == theirs(source, chat)
+
+
 def test_a_null_is_never_printed_as_none() -> None:
     source = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
     assert ChatTemplate(source, {}, "m").render(NULL) == USER[0]["content"]

@@ -102,6 +102,34 @@ def test_weights_configuration_and_tokenizer_are_downloaded_and_nothing_else(
     assert (error, again.startswith("safetensors")) == ("", True)
 
 
+def test_further_chat_templates_are_downloaded_and_no_other_folder(tmp_path: Path) -> None:
+    others = {"onnx/config.json": b"{}", "onnx/x.jinja": b"", "additional_chat_templates/notes.md": b""}
+    with hub({**FILES, "additional_chat_templates/tool_use.jinja": b"x", **others}) as (url, state):
+        found, error = resolve(tmp_path, url, "org/model")
+        again, _ = resolve(tmp_path, url, "org/model", HF_HUB_OFFLINE="1")
+    assert error == ""
+    assert "tool_use.jinja" in found
+    assert "tool_use.jinja" in again
+    assert not {*others} & {*state.names}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", json.dumps({**CONFIG, "architectures": ["OtherForCausalLM"]}).encode(), "OtherForCausalLM"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
+    ],
+)
+def test_weights_of_a_model_that_cannot_be_served_are_not_downloaded(
+    tmp_path: Path, name: str, content: bytes | None, reason: str
+) -> None:
+    files = {other: kept for other, kept in {**FILES, name: content}.items() if kept is not None}
+    with hub(files) as (url, state):
+        _, error = resolve(tmp_path, url, "org/model")
+    assert reason in error
+    assert "model.safetensors" not in state.names
+
+
 def test_of_a_sharded_checkpoint_exactly_the_files_of_its_index_are_downloaded(tmp_path: Path) -> None:
     with hub(SHARDED) as (url, state):
         found, error = resolve(tmp_path, url, "org/model")

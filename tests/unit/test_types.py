@@ -29,6 +29,7 @@ from nexusengine.types import SLO, SamplingParams, Timings
         ("stop", [""]),
         ("stop", ["x"] * 17),
         ("stop", 7),
+        ("stop", ["a", "\udc00"]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
     ],
