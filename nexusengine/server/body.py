@@ -87,8 +87,13 @@ def parse(content: bytes, schema: type[B]) -> B:
     try:
         check_structure(content)
         # A function called for each number lets other threads run in between; in C alone, 4 million would hold them up.
-        numbers = {} if len(content) <= SMALL else {"parse_int": _int, "parse_float": _float}
-        value = json.loads(content.decode(), parse_constant=keep, **numbers)
+        small = len(content) <= SMALL
+        value = json.loads(
+            content.decode(),
+            parse_constant=keep,
+            parse_int=int if small else _int,
+            parse_float=float if small else _float,
+        )
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

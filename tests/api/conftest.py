@@ -57,7 +57,7 @@ class FakeTokenizer:
     def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.decode, context=context)
 
-    def render_chat(self, messages: Sequence[Any], **options: Any) -> str:
+    def render_chat(self, messages: Sequence[Any], /, **options: Any) -> str:
         return self._template.render(messages, **options)
 
     def close(self) -> None:
