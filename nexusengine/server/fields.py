@@ -209,7 +209,6 @@ CHAT: Harmless = {
     "function_call": ("none", "auto"),
     "audio": (),
     "modalities": (["text"],),
-    "prediction": (),
     "web_search_options": (),
     "echo": (False,),
     "add_special_tokens": (False,),
@@ -233,7 +232,7 @@ TOKENIZE: Harmless = {
 
 DETOKENIZE: Harmless = {"skip_special_tokens": (False,)}
 
-STREAM_OPTIONS: Harmless = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+STREAM_OPTIONS: Harmless = {"continuous_usage_stats": (False,)}
 
 _FAMILIES = re.compile(r"(guided_|dry_|xtc_|mirostat|dynatemp|grammar|smoothing_|rep_pen).*|.*_penalt(y|ies)")
 """Names like these are refused whatever server they come from, except for the following."""
