@@ -371,7 +371,7 @@ class Supervisor:
                     one.kill()
                     one.process.wait()
                 elif self._draining_since_s is not None and _killed(one.process.returncode):
-                    self._lose_while_draining(one.name, "it was killed")
+                    self._lose_while_draining(one.name, f"killed by {signal.Signals(-one.process.returncode).name}")
         self._runtime.close()
 
 
