@@ -61,8 +61,8 @@ SYSTEMS = [
         settings={
             "unified": (False, True),
             "flash": ("auto", "on", "off"),
-            "ubatch": (512, 2048, 256),
-            "kv": ("f16", "f32", "q8_0"),
+            "ubatch": (512, 2048),
+            "kv": ("f16", "f32"),
         },
     ),
     System(
