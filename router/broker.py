@@ -35,7 +35,6 @@ class Broker:
         self._front, self._back = self._bind(front), self._bind(back)
         self._control: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._drained = False
         self._complaints = Sparse(log)
 
     def _bind(self, endpoint: str) -> zmq.Socket[bytes]:
@@ -82,9 +81,6 @@ class Broker:
             self._flush()
             if self._back in ready:
                 self.core.prepare(now)  # no token waits for it
-            if self.core.draining and not self._drained and not len(self.core.ledger):
-                self._drained = True
-                child.emit({"type": "drained"})
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_MOST_FRAMES_A_TURN):

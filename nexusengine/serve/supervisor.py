@@ -220,7 +220,7 @@ class Supervisor:
             role.failing_since_s = time.monotonic()
         elif kind == "phase" and event["fraction"] < 1.0 and self._files and role is self._first_to_load():
             self._on_event({**event, "phase": f"{event['phase']} ({role.key})"})
-        elif kind == "drained":
+        elif kind == "drained":  # the server, once every answer is written; the router may be done before that
             self._stop_now = True
 
     def _handle_own(self, kind: str, event: Message) -> None:

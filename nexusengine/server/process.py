@@ -26,6 +26,7 @@ from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
 _LAST_WORDS_S = 0.8
+_LOOKED_AT_EVERY_S = 0.02
 log = get_logger("server")
 
 
@@ -82,8 +83,14 @@ class Control:
             self.state.phase, self.state.fraction = message["phase"], message["fraction"]
         elif message["type"] == "drain":
             self.state.draining = True
+            self._keep(self._drain())
         elif message["type"] == "model_ready":
             self._keep(self._load(message))
+
+    async def _drain(self) -> None:
+        while self.state.in_progress:
+            await asyncio.sleep(_LOOKED_AT_EVERY_S)
+        child.emit({"type": "drained"})
 
     async def _load(self, message: child.Message) -> None:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -75,6 +76,24 @@ def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: P
         assert child.stdin is not None
         child.stdin.close()
         assert child.wait(10) == 0
+
+
+def test_it_is_drained_once_every_request_is_answered(tmp_path: Path) -> None:
+    """The router is done earlier: what it sent last may still be on its way to the server."""
+    with server_process(tmp_path, port=0) as (child, event), socket.socket() as client:
+        client.connect(("127.0.0.1", event["port"]))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
+        url = f"http://127.0.0.1:{event['port']}"
+        while "nexusengine_requests_in_progress 1.0" not in httpx.get(f"{url}/metrics", timeout=20).text:
+            pass
+        tell(child, {"type": "drain"})
+        while httpx.get(f"{url}/startupz").json()["phase"] != "draining":
+            pass
+        assert child.stdout is not None
+        assert select.select([child.stdout], [], [], 0.3)[0] == []
+        client.sendall(b"}")
+        assert client.recv(12) == b"HTTP/1.1 400"
+        assert json.loads(child.stdout.readline()) == {"type": "drained"}
 
 
 def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
