@@ -22,9 +22,10 @@ import torch
 
 from nexusengine.config import parse_device
 from nexusengine.execute.base import ExecutorOptions
-from nexusengine.execute.batch import SamplingTable, StepBatch
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.torch_executor import TorchExecutor
 from nexusengine.loading.resolve import ModelFiles, resolve_model
+from nexusengine.sampling.table import SamplingTable
 from nexusengine.tokenize import load_tokenizer
 from nexusengine.types import SamplingParams
 

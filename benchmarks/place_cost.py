@@ -25,10 +25,11 @@ import numpy.typing as npt
 from nexusengine import wire
 from nexusengine.perf import basis, online
 from nexusengine.perf.curve import Curve
-from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.policies import make_policy
-from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import SLO, EngineRequest, SamplingParams
+from nexusengine.wire import identity_of
 
 Seconds = npt.NDArray[np.float64]
 _CLIENT = b"client"

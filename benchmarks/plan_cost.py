@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from nexusengine.lens.plan import SchedulerPolicy, StepPlan
-from nexusengine.lens.registry import make_policy
-from nexusengine.lens.view import EngineView
 from nexusengine.perf.online import OnlineModel
 from nexusengine.profiles.registry import load_profile
+from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
+from nexusengine.scheduler.registry import make_policy
+from nexusengine.scheduler.view import EngineView
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.workload.build import Builder, WorkloadSpec
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nexusengine.engine.inproc_client import LocalBackend
+from nexusengine.engine.launch import engine_config, make_local
 from nexusengine.errors import NexusError
 from nexusengine.loadgen.http import Target
 from nexusengine.loadgen.items import WorkItem, items_of
@@ -29,9 +31,7 @@ from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.report import spread
 from nexusengine.loadgen.run import offer
 from nexusengine.loadgen.server import ServerInfo, ask, own_server
-from nexusengine.local import LocalBackend
 from nexusengine.sim.workload.build import Builder, WorkloadSpec
-from nexusengine.start import engine_config, make_local
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 MOST_MEDIAN_MS, MOST_P99_MS = 2.0, 10.0

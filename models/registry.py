@@ -1,4 +1,4 @@
-"""Which file implements an architecture, by the name in config.json."""
+"""From the name of an architecture to the class that implements it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from nexusengine.models.llama import LlamaForCausalLM
-
-ARCHITECTURES: dict[str, str] = {
-    "LlamaForCausalLM": "nexusengine.models.llama:LlamaForCausalLM",
-    "MistralForCausalLM": "nexusengine.models.llama:LlamaForCausalLM",
-    "Qwen2ForCausalLM": "nexusengine.models.llama:LlamaForCausalLM",
-}
 
 
 def model_class(architecture: str) -> type[LlamaForCausalLM]:

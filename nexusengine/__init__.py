@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nexusengine.engine import AsyncEngine, Engine
+    from nexusengine.engine.engine import AsyncEngine, Engine
     from nexusengine.types import SLO, RequestOutput, SamplingParams
 
 _EXPORTS = {
-    "Engine": "nexusengine.engine",
-    "AsyncEngine": "nexusengine.engine",
+    "Engine": "nexusengine.engine.engine",
+    "AsyncEngine": "nexusengine.engine.engine",
     "SamplingParams": "nexusengine.types",
     "SLO": "nexusengine.types",
     "RequestOutput": "nexusengine.types",

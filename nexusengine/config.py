@@ -146,7 +146,7 @@ def parse_device(text: str) -> DeviceSpec:
 
 def count_cuda_devices() -> int:
     """GPUs the NVIDIA driver shows and CUDA_VISIBLE_DEVICES does not hide; 0 without a driver. No torch."""
-    from nexusengine import gpus
+    from nexusengine import nvml as gpus
 
     return len(gpus.visible())
 

@@ -451,3 +451,8 @@ def split_deltas(deltas: Iterable[TokenDelta]) -> Split:
 def join_deltas(plain: Iterable[tuple[str, tuple[int, ...]]], full: Iterable[TokenDelta]) -> list[TokenDelta]:
     """The inverse of `split_deltas`, plain ones first."""
     return [TokenDelta(request_id, token_ids) for request_id, token_ids in plain] + list(full)
+
+
+def identity_of(worker_id: str, epoch: str) -> bytes:
+    """The ZeroMQ identity of a worker process."""
+    return f"{worker_id}.{epoch}".encode()

@@ -11,12 +11,13 @@ from typing import Any
 
 import zmq
 
-from nexusengine import child, wire
+from nexusengine import wire
 from nexusengine.config import ServeConfig
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import Sparse, get_logger, setup
+from nexusengine.process import child
 from nexusengine.router.core import Outgoing, RouterCore
-from nexusengine.router.policies import make_policy
+from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import EngineRequest
 
 _HIGH_WATER = 10_000

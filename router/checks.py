@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import astuple
 
 from nexusengine.kv.digest import Batch
-from nexusengine.router.forecast import REFERENCE_STEP, predictor_of
+from nexusengine.router.placement.forecast import REFERENCE_STEP, predictor_of
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,

@@ -24,11 +24,10 @@ from nexusengine.router.checks import (
 )
 from nexusengine.router.clients import Clients
 from nexusengine.router.ledger import Entry, Ledger, Stage
-from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
+from nexusengine.router.placement.policy import Hold, Place, PlacementPolicy, PlacementRequest, Refuse
 from nexusengine.router.prefix import PrefixIndex
-from nexusengine.router.registry import Registry
-from nexusengine.router.registry import identity_of as identity_of
 from nexusengine.router.trace import PlacementTrace
+from nexusengine.router.workers import Registry
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     Abort,
@@ -54,6 +53,7 @@ from nexusengine.wire import (
     ToRouterFromWorker,
     WorkerDeltas,
     WorkerInfo,
+    identity_of,
     join_deltas,
     split_deltas,
 )

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nexusengine.router.policy import PlacementRequest
+from nexusengine.router.placement.policy import PlacementRequest
 from nexusengine.types import EngineRequest
 
 NO_DEADLINE = float("inf")

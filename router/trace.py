@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nexusengine.router.policy import Decision, Hold, Place, PlacementRequest
+from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementRequest
 
 KEPT = 4096
 

@@ -42,7 +42,8 @@ if TRACE.is_file():
 MEASURED = ("scheduler_ms_p50", "scheduler_ms_p99", "router_ms_p50", "router_ms_p99")
 TEXT = """
 from nexusengine import Engine, SamplingParams
-prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "1, 2, 3,"] + ["word " * n for n in (40, 90)]
+prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "1, 2, 3,"]
+prompts += ["word " * n for n in (40, 90)]
 with Engine("smollm2-135m", devices=["cpu:1"]) as engine:
     for max_tokens in (8, 40):
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=1, ignore_eos=True)

@@ -20,7 +20,6 @@ from profile_sources.common import PROFILES, table
 from profile_sources.kernels import kernel_tables
 from profile_sources.logs import logs_of
 
-from nexusengine.lens.registry import make_policy
 from nexusengine.perf.registry import make_model
 from nexusengine.perf.step_log import read_steps
 from nexusengine.profiles.assemble import SAME, assemble
@@ -28,6 +27,7 @@ from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ProfileIdentity
 from nexusengine.profiles.geometry import MODELS, Geometry, kv_capacity_tokens
 from nexusengine.profiles.noise import Noise
+from nexusengine.scheduler.registry import make_policy
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import make_job
 

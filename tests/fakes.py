@@ -8,11 +8,12 @@ from collections import deque
 import numpy as np
 
 from nexusengine.clock import VirtualClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
-from nexusengine.execute.batch import PENDING, SampledLogprobs, StepBatch, StepResult
-from nexusengine.lens.fcfs import FCFS
+from nexusengine.execute.batch import PENDING, StepBatch, StepResult
 from nexusengine.perf.registry import make_model
+from nexusengine.sampling.table import SampledLogprobs
+from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 VOCABULARY = 97

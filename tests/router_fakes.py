@@ -6,7 +6,7 @@ from typing import Any
 
 from nexusengine.perf import basis, online
 from nexusengine.perf.curve import Curve
-from nexusengine.router.policy import PlacementRequest, WorkerView
+from nexusengine.router.placement.policy import PlacementRequest, WorkerView
 from nexusengine.types import SLO
 from nexusengine.wire import PendingPrefill, PerfWeights, WorkerInfo, WorkerLoad, WorkerState
 

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 
-from nexusengine import child
+from nexusengine.process import child
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_throughput(args: argparse.Namespace) -> int:
-    from nexusengine.engine import Engine
+    from nexusengine.engine.engine import Engine
 
     config = load(EngineConfig, {k: v for k, v in vars(args).items() if k not in _SETTINGS})
     settings = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__ if name != "model"}

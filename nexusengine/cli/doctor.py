@@ -11,7 +11,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from nexusengine import __version__, gpus
+from nexusengine import __version__
+from nexusengine import nvml as gpus
 
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "flashinfer-python", "gptqmodel", "nvidia-ml-py", "numpy")
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # the shape backends are asked for: Llama 3 8B's

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nexusengine.obs.explain import request_lines
+    from nexusengine.cli.history_text import request_lines
 
     found = _ask(args.url.rstrip("/"), args.request_id, args.api_key)
     if args.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nexusengine.models.aliases import ALIASES
+from nexusengine.loading.aliases import ALIASES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,9 @@ from nexusengine.errors import ConfigError
 from nexusengine.types import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from nexusengine.core.core import EngineCore
-    from nexusengine.core.stats import StepRecord
+    from nexusengine.core.engine_core import EngineCore
     from nexusengine.execute.batch import StepBatch
+    from nexusengine.scheduler.stats import StepRecord
 
 _SECONDS = 60.0
 _LONGEST_OUTPUT = 256
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--seconds is {args.seconds:g}, which is not between 0 and 86400", param="seconds")
     if Path(args.output).exists():
         raise ConfigError(f"{args.output} exists already; name a new file", param="output")
-    from nexusengine.obs.step_recorder import StepRecorder
-    from nexusengine.start import make_local
+    from nexusengine.engine.launch import make_local
+    from nexusengine.worker.step_recorder import StepRecorder
 
     core, _, vocab_size = make_local(config)
     recorder = StepRecorder(args.output)

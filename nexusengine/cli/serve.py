@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(ServeConfig, vars(args), toml_file=args.config)
 
     from nexusengine.obs.logs import setup
-    from nexusengine.serve.supervisor import Supervisor
+    from nexusengine.supervisor.supervisor import Supervisor
 
     setup(config.log_level)
     announcer = Announcer(config)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ContextTooLong, InvalidRequest
-from nexusengine.lens.attainable import attainable, prompts_s
-from nexusengine.lens.view import EngineView
+from nexusengine.scheduler.attainable import attainable, prompts_s
+from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO, EngineRequest
 
 

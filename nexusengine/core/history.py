@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nexusengine.arrays import I4
 from nexusengine.core.request import RequestState
-from nexusengine.lens.plan import Reason
-from nexusengine.lens.view import I4
+from nexusengine.scheduler.plan import Reason
 from nexusengine.types import SLO, FinishReason, Service, Timings
 
 _CHANGES = 1 << 16

@@ -11,8 +11,9 @@ import numpy as np
 from nexusengine.cgroup import limits
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorOptions
-from nexusengine.execute.batch import SamplingTable, StepBatch
+from nexusengine.execute.batch import StepBatch
 from nexusengine.model_config import ModelConfig
+from nexusengine.sampling.table import SamplingTable
 from nexusengine.types import MAX_LOGPROBS, SamplingParams
 
 _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nexusengine.execute.batch import SampledLogprobs
 from nexusengine.sampling.sampler import DeviceLogprobs
+from nexusengine.sampling.table import SampledLogprobs
 
 _ALIGNED_BYTES = 16
 _SMALLEST_BYTES = 2**16

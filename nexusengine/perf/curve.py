@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.basis import KV_TOKENS, PAIRS, TOKENS
 from nexusengine.perf.features import SHORTEST_S, StepFeatures
 from nexusengine.perf.inverse import joined, largest
-from nexusengine.perf.model import F8, StepTime
+from nexusengine.perf.model import StepTime
 
 _FURTHEST = 1.5  # times the most tokens seen in a step: no chunk is offered beyond
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
 from nexusengine.perf.inverse import joined, largest
-from nexusengine.perf.model import F8, PerfSnapshot, StepTime
+from nexusengine.perf.model import PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
-
-F8 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-F8 = npt.NDArray[np.float64]
+from nexusengine.arrays import F8
 
 _ROUNDS = 64
 _CONDITION = 1e-9

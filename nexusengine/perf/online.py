@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.model import F8, PerfSnapshot, StepTime
+from nexusengine.perf.model import PerfSnapshot, StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike

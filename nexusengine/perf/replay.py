@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 
-F8 = npt.NDArray[np.float64]
 _FIRST, _SETTLED = 100, 500
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.profiles.attention import Attention, JointAttention, Skew, SplitAttention
-from nexusengine.profiles.base import F8, DeviceProfile
+from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ComposedProfile, ProfileIdentity
 from nexusengine.profiles.curves import Curve, Quad, Surface
 from nexusengine.profiles.fitted import FittedProfile

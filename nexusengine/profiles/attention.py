@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nexusengine.profiles.base import F8
+from nexusengine.arrays import F8
 from nexusengine.profiles.curves import Quad, Surface
 
 Chunk = tuple[int, int]

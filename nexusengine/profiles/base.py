@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-F8 = npt.NDArray[np.float64]
-I4 = npt.NDArray[np.int32]
+from nexusengine.arrays import F8, I4
 
 Confidence = Literal["measured", "composed", "resampled", "roofline"]
 """measured: every part of a mixed step measured jointly; composed: kernels measured one by one and added; resampled:

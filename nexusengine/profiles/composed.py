@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nexusengine.arrays import F8, I4
 from nexusengine.profiles.attention import Attention
-from nexusengine.profiles.base import F8, I4, Confidence
+from nexusengine.profiles.base import Confidence
 from nexusengine.profiles.curves import Curve
 from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise

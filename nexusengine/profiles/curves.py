@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.profiles.base import F8
+from nexusengine.arrays import F8
 
 _TABULATED = 16384
 _FAR = 1e4

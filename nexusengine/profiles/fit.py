@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.nnls import solve
-from nexusengine.profiles.base import F8
 
 KNEES = (128, 256, 512, 1024)
 FEATURES = 8 + len(KNEES)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.profiles.base import F8, I4
+from nexusengine.arrays import F8, I4
 from nexusengine.profiles.composed import ProfileIdentity
 from nexusengine.profiles.fit import FEATURES, KNEES
 from nexusengine.profiles.noise import Noise

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nexusengine.profiles.base import F8
+from nexusengine.arrays import F8
 from nexusengine.profiles.curves import Curve, Surface
 from nexusengine.profiles.geometry import Geometry
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.profiles.base import F8
+from nexusengine.arrays import F8
 
 
 class Noise:

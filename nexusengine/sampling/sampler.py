@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from nexusengine import native
-from nexusengine.execute.batch import I4, SampledLogprobs
+from nexusengine.arrays import I4
 from nexusengine.sampling.noise import exponential, row_keys
+from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.triton_kernels import launch
 
 _CANDIDATES = 1024

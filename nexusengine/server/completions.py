@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nexusengine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.request import check_fits, check_token_ids
 from nexusengine.errors import InvalidRequest
-from nexusengine.requests import check_fits, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
@@ -29,7 +29,7 @@ from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
 from nexusengine.server.streams import EventStream, fan_in, while_present
 from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
-from nexusengine.slo import SLOClass
+from nexusengine.slo.classes import SLOClass
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

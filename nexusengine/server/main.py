@@ -7,10 +7,10 @@ import errno
 import socket
 import sys
 
-from nexusengine import child
 from nexusengine.config import ServeConfig
 from nexusengine.errors import ConfigError
 from nexusengine.obs.logs import setup
+from nexusengine.process import child
 
 _BACKLOG = 2048
 

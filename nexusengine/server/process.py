@@ -13,13 +13,13 @@ from typing import Any
 
 import uvicorn
 
-from nexusengine import child
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
+from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.router_client import RouterClient
 from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger
-from nexusengine.serve.client import RouterClient
+from nexusengine.process import child
 from nexusengine.server.app import create_app
 from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState

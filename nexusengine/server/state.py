@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.config import ServeConfig
+from nexusengine.engine.async_engine import AsyncEngine
 from nexusengine.errors import ModelNotFound, Unavailable
 from nexusengine.loading.sampling_defaults import SAMPLED
-from nexusengine.obs.metrics import Metrics
 from nexusengine.server.heavy import Heavy
+from nexusengine.server.metrics import Metrics
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
-from nexusengine.slo_classes import SLOClasses
+from nexusengine.slo.resolve import SLOClasses
 from nexusengine.types import SamplingParams
 from nexusengine.wire import Cluster, WorkerState
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from nexusengine.config import parse_bool
 from nexusengine.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
-from nexusengine.slo_classes import NONE
+from nexusengine.slo.resolve import NONE
 from nexusengine.types import Missed, RequestOutput
 
 VERDICT_HEADER = "x-nexus-verdict"

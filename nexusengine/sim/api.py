@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.registry import make_policy as make_engine_policy
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile as packaged_profile
-from nexusengine.router.policies import make_policy as make_router_policy
+from nexusengine.router.placement.registry import make_policy as make_router_policy
+from nexusengine.scheduler.registry import make_policy as make_engine_policy
 from nexusengine.sim.cluster import HOPS, Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.faults import parse_fault

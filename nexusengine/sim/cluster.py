@@ -18,8 +18,8 @@ import numpy as np
 
 from nexusengine.errors import InternalError
 from nexusengine.kv.digest import CacheJournal, DigestSender
-from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.policy import PlacementPolicy
+from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
 from nexusengine.sim.faults import Fault
 from nexusengine.sim.job import Job
@@ -38,6 +38,7 @@ from nexusengine.wire import (
     Submit,
     WorkerDeltas,
     WorkerInfo,
+    identity_of,
 )
 
 _CLIENT = b"client"

@@ -15,18 +15,19 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from nexusengine.core.core import COLD_AFTER_S
-from nexusengine.core.plan_check import plan_problem
-from nexusengine.core.report import worker_load
-from nexusengine.core.stats import CoreStats
+from nexusengine.arrays import F8, I4
+from nexusengine.core.engine_core import COLD_AFTER_S
 from nexusengine.errors import InternalError
 from nexusengine.kv.manager import KVManager
-from nexusengine.lens.deadlines import token_due_s
-from nexusengine.lens.plan import SchedulerPolicy, StepPlan
-from nexusengine.lens.view import F8, I4, EngineView, RequestColumns
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.scheduler.lens.deadlines import token_due_s
+from nexusengine.scheduler.load import worker_load
+from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
+from nexusengine.scheduler.stats import CoreStats
+from nexusengine.scheduler.validate import plan_problem
+from nexusengine.scheduler.view import EngineView, RequestColumns
 from nexusengine.sim.job import Job
 from nexusengine.wire import WorkerLoad
 

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import F8, PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.model import PerformanceModel, PerfSnapshot, StepTime
 from nexusengine.perf.prior import probes
 from nexusengine.perf.registry import MODELS, make_model, scaled
 from nexusengine.profiles.base import DeviceProfile

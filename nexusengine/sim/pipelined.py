@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.lens.plan import SchedulerPolicy
-from nexusengine.lens.view import I4
+from nexusengine.arrays import I4
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.scheduler.plan import SchedulerPolicy
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.vllm import Vllm
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ComposedProfile
 from nexusengine.profiles.links import LINKS, Link
 from nexusengine.profiles.registry import load_profile
+from nexusengine.scheduler.baselines.vllm import Vllm
 from nexusengine.sim.engine import EngineSettings
 from nexusengine.sim.job import Job, TraceBlocks, make_job
 from nexusengine.sim.pipelined import PipelinedEngine

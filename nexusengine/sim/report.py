@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.sim.cluster import Cluster, Outcome, Worker
-from nexusengine.sim.verdicts import F8, Table, longest_tenth, tabulate
+from nexusengine.sim.verdicts import Table, longest_tenth, tabulate
 
 _DIGITS = 6
 

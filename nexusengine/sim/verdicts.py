@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from nexusengine.arrays import F8, I8, Bools
 from nexusengine.errors import ContextTooLong, Overloaded
 from nexusengine.sim.cluster import Outcome
-from nexusengine.slo import Missed, Verdict, judge
-
-F8 = npt.NDArray[np.float64]
-I8 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from nexusengine.slo.classes import Missed, Verdict, judge
 
 _REFUSED = {Overloaded.code, ContextTooLong.code}
 _UNFINISHED = {"unfinished", "deadline_exceeded"}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.kv.hashing import block_hashes
-from nexusengine.profiles.base import F8
 
 BLOCK_TOKENS = 16
 

@@ -13,12 +13,12 @@ import torch
 
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import parse_device
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.torch_executor import TorchExecutor
-from nexusengine.lens.fcfs import FCFS
 from nexusengine.model_config import ModelConfig
 from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.types import EngineRequest, SamplingParams
 
 TINY = ModelConfig("LlamaForCausalLM", 97, 64, 128, 2, 4, 2, 16, 512, 1e-6, 10_000.0)

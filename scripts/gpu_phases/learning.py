@@ -15,7 +15,7 @@ from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.fit import fit_steps
 from nexusengine.profiles.user_file import write_profile
-from nexusengine.serve.calibrate import ProbeShape, probe_batch
+from nexusengine.worker.calibrate import ProbeShape, probe_batch
 
 _ROWS = 64
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from gpu_phases.common import SMALL, TINY, Findings, Setting, Skip, make_executor, prompts_for, serve
-from nexusengine.execute.batch import SamplingTable, StepBatch
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.torch_executor import TorchExecutor
 from nexusengine.model_config import ModelConfig
+from nexusengine.sampling.table import SamplingTable
 
 MIDDLE = dataclasses.replace(SMALL, num_layers=8, rope_theta=10_000.0)  # theta: transformers' own default
 _KL_LIMITS = {torch.bfloat16: 1e-3, torch.float32: 1e-6}

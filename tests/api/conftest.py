@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import uvicorn
 
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import ServeConfig
-from nexusengine.core.core import EngineCore
-from nexusengine.lens.fcfs import FCFS
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.loading.sampling_defaults import SamplingDefaults
-from nexusengine.local import LocalBackend
 from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.server.process import http_config
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize.chat_template import ChatTemplate

@@ -10,8 +10,8 @@ import openai
 import pytest
 import tokenizers
 
-from nexusengine.async_engine import AsyncEngine
-from nexusengine.backend import Sink
+from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.client import Sink
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.types import EngineRequest, Timings, TokenDelta, TokenLogprob

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from nexusengine.obs.metrics import markdown
+from nexusengine.server.metrics import markdown
 from tests.api.conftest import MODEL, Running
 from tests.conftest import ROOT
 

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from nexusengine.slo import CLASSES
+from nexusengine.slo.classes import CLASSES
 from tests.api.conftest import MODEL, Running
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -23,9 +23,10 @@ import numpy as np
 
 from nexusengine import wire
 from nexusengine.perf.registry import make_model
-from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.policies import POLICIES, make_policy
+from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.registry import POLICIES, make_policy
 from nexusengine.types import SLO, EngineRequest, SamplingParams, Service, Timings, TokenDelta
+from nexusengine.wire import identity_of
 
 GOOD_CLIENT, BAD_CLIENT, NOBODY = b"good client", b"bad client", b"nobody"
 GOOD, BAD = identity_of("w0", "e0"), identity_of("w1", "e1")

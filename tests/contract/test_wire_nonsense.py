@@ -17,11 +17,12 @@ import zmq
 
 from nexusengine import wire
 from nexusengine.perf.registry import make_model
-from nexusengine.router.baselines import LeastRequests
 from nexusengine.router.broker import Broker
-from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.policies import POLICIES, make_policy
+from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.baselines import LeastRequests
+from nexusengine.router.placement.registry import POLICIES, make_policy
 from nexusengine.types import EngineRequest, SamplingParams, Timings, TokenDelta
+from nexusengine.wire import identity_of
 from tests.chaos.fuzz import Fuzz
 
 CLIENT = b"client"

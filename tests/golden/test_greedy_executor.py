@@ -7,7 +7,8 @@ import pytest
 
 from nexusengine.config import parse_device
 from nexusengine.execute.base import ExecutorOptions, make_executor
-from nexusengine.execute.batch import SamplingTable, StepBatch
+from nexusengine.execute.batch import StepBatch
+from nexusengine.sampling.table import SamplingTable
 from nexusengine.types import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nexusengine import Engine, SamplingParams
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import StepPlan
-from nexusengine.lens.view import EngineView
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import StepPlan
+from nexusengine.scheduler.view import EngineView
 
 from .conftest import OUTPUT_TOKENS, Reference
 

@@ -14,9 +14,10 @@ transformers = pytest.importorskip("transformers")
 from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ModelLoadError  # noqa: E402
 from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.batch import SamplingTable, StepBatch  # noqa: E402
+from nexusengine.execute.batch import StepBatch  # noqa: E402
 from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
 from nexusengine.loading.resolve import resolve_model  # noqa: E402
+from nexusengine.sampling.table import SamplingTable  # noqa: E402
 
 SIZES = {
     "vocab_size": 131,

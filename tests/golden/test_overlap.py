@@ -6,11 +6,11 @@ import pytest
 
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import parse_device
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorOptions, make_executor
-from nexusengine.lens.fcfs import FCFS
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.baselines.fcfs import FCFS
 from tests.fakes import request, run
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]

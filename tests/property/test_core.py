@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexusengine.core.core import EngineCore
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import StepPlan
-from nexusengine.lens.view import EngineView
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import StepPlan
+from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SamplingParams
 from tests.fakes import FakeExecutor, make_core, next_token, request
 

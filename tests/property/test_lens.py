@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexusengine.core.plan_check import plan_problem
-from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
-from nexusengine.lens.registry import POLICIES, make_policy
-from nexusengine.lens.view import EngineView
 from nexusengine.perf.online import OnlineModel
+from nexusengine.scheduler.plan import Reason, SchedulerPolicy, StepPlan
+from nexusengine.scheduler.registry import POLICIES, make_policy
+from nexusengine.scheduler.validate import plan_problem
+from nexusengine.scheduler.view import EngineView
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO

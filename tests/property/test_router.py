@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nexusengine import wire
-from nexusengine.router.board import Board
-from nexusengine.router.core import RouterCore, identity_of
+from nexusengine.router.core import RouterCore
 from nexusengine.router.ledger import Entry, Stage
-from nexusengine.router.policies import make_policy
+from nexusengine.router.placement.forecast_matrix import Board
+from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
+from nexusengine.wire import identity_of
 
 WORKERS, CLIENTS = ("w0", "w1"), (b"c0", b"c1")
 workers = st.sampled_from(WORKERS)

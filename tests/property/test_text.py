@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nexusengine.core.stop import StopStrings
+from nexusengine.engine.stop import StopStrings
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
 
 pieces = st.lists(st.text("ab ", max_size=4), max_size=12)

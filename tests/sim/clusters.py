@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.lens.plan import SchedulerPolicy
-from nexusengine.lens.registry import make_policy
-from nexusengine.router.candidates import Unprepared
-from nexusengine.router.policies import make_policy as make_router
-from nexusengine.router.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.placement.candidates import Unprepared
+from nexusengine.router.placement.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.placement.registry import make_policy as make_router
+from nexusengine.scheduler.plan import SchedulerPolicy
+from nexusengine.scheduler.registry import make_policy
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.faults import parse_fault

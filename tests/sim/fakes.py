@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nexusengine.lens.view import F8, I4
+from nexusengine.arrays import F8, I4
 
 
 class FormulaProfile:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError, InternalError
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.registry import POLICIES
 from nexusengine.router.core import RouterCore
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.registry import POLICIES
 from nexusengine.sim import cluster as cluster_module
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings

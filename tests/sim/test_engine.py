@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import StepBatch, StepResult
-from nexusengine.lens.plan import SchedulerPolicy, StepPlan
-from nexusengine.lens.registry import make_policy
-from nexusengine.lens.view import EngineView
 from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
+from nexusengine.scheduler.registry import make_policy
+from nexusengine.scheduler.view import EngineView
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO, EngineRequest, SamplingParams

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nexusengine.lens.registry import make_policy
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import make_model
-from nexusengine.router.policies import make_policy as make_router
+from nexusengine.router.placement.registry import make_policy as make_router
+from nexusengine.scheduler.registry import make_policy
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.faults import parse_fault

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from nexusengine.lens.view import EngineView, RequestColumns
+from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.inverse import joined, largest
-from nexusengine.perf.model import F8, PerfSnapshot, StepTime
+from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.scheduler.view import EngineView, RequestColumns
 
 SIZE = 16
 NAN = float("nan")

@@ -32,7 +32,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         ("from nexusengine import Engine, SamplingParams", ["torch", "starlette"]),
         ("import nexusengine.server.app", ["torch"]),
         ("import nexusengine.router.broker", ["torch", "starlette", "tokenizers"]),
-        ("import nexusengine.serve.supervisor", ["torch", "starlette"]),
+        ("import nexusengine.supervisor.supervisor", ["torch", "starlette"]),
         ("from nexusengine.cli.main import build_parser; build_parser([])", ["torch", "numpy", "rich", "msgspec"]),
     ],
 )

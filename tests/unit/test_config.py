@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nexusengine.lens import registry as lens
 
 from nexusengine.config import (
     EngineConfig,
@@ -18,7 +19,6 @@ from nexusengine.config import (
     parse_devices,
 )
 from nexusengine.errors import ConfigError
-from nexusengine.lens import registry as lens
 from nexusengine.router import policies as router
 from tests.unit.test_serve_gpu import A, FakeDriver
 

@@ -7,9 +7,9 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import Reason, StepPlan
-from nexusengine.lens.view import EngineView
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import Reason, StepPlan
+from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO, SamplingParams
 from nexusengine.wire import WorkerLoad
 from tests.fakes import FakeExecutor, continuation, make_core, request, run

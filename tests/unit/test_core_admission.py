@@ -9,12 +9,12 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.core.admission import first_token_in_s, unattainable
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import StepPlan
-from nexusengine.lens.view import EngineView, RequestColumns
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import StepFeatures
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import StepPlan
+from nexusengine.scheduler.view import EngineView, RequestColumns
 from nexusengine.types import SLO, TokenDelta
 from tests.fakes import FakeExecutor, make_core, request
 

@@ -10,7 +10,7 @@ import pytest
 from nexusengine.clock import VirtualClock
 from nexusengine.core.history import Change, History, life_of
 from nexusengine.core.request import RequestState
-from nexusengine.lens.plan import Reason
+from nexusengine.scheduler.plan import Reason
 from nexusengine.types import SLO, Service
 from nexusengine.wire import MAX_CHANGES_IN_ANSWER, MAX_STEPS_IN_ANSWER, Ask
 from tests.fakes import FakeExecutor, make_core, request, run

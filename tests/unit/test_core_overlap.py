@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nexusengine.clock import VirtualClock
-from nexusengine.lens.lens import Lens
+from nexusengine.scheduler.lens.policy import Lens
 from nexusengine.types import SLO, SamplingParams
 from tests.fakes import FakeExecutor, continuation, make_core, request, run
 

@@ -11,15 +11,15 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-import nexusengine.async_engine
+import nexusengine.engine.async_engine
 from nexusengine import wire
-from nexusengine.async_engine import AsyncEngine, once_more
-from nexusengine.backend import Sink
 from nexusengine.clock import MonotonicClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.client import Sink
+from nexusengine.engine.inproc_client import LocalBackend
+from nexusengine.engine.request import merge
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Unavailable, WorkerLost
-from nexusengine.local import LocalBackend
-from nexusengine.requests import merge
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import EngineRequest, RequestOutput, SamplingParams, Service, Timings, TokenDelta, TokenLogprob
 from tests.api.conftest import FakeTokenizer
@@ -200,7 +200,7 @@ class SilentBackend:
 
 
 async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nexusengine.async_engine, "_DEADLINE_GRACE_S", 0.05)
+    monkeypatch.setattr(nexusengine.engine.async_engine, "_DEADLINE_GRACE_S", 0.05)
     backend = SilentBackend()
     engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
     with pytest.raises(DeadlineExceeded):

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import nexusengine.runners
+import nexusengine.engine.offline
 from nexusengine import SLO, Engine, SamplingParams
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import EngineConfig
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import ConfigError, ContextTooLong, InternalError, InvalidRequest, Unavailable
-from nexusengine.slo import CLASSES
+from nexusengine.slo.classes import CLASSES
 from nexusengine.types import RequestOutput, Verdict
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
@@ -47,7 +47,7 @@ def core() -> EngineCore:
 
 @pytest.fixture
 def engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
     with Engine("fake", devices="cpu") as made:
         yield made
 
@@ -64,7 +64,7 @@ def test_steps_are_kept_short_for_newcomers_only_where_asked_since_none_come_dur
         schedulers.append(config.scheduler)
         return core, TOKENIZER, VOCABULARY
 
-    monkeypatch.setattr(nexusengine.runners, "make_local", make)
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", make)
     Engine("fake", devices="cpu", **asked).close()
     assert schedulers == [made]
 
@@ -269,7 +269,7 @@ def test_classes_of_a_file_are_known_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: EngineCore
 ) -> None:
     (tmp_path / "slo.toml").write_text("[gold]\nttft_s = 5\ntpot_s = 1\n")
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
     with Engine("fake", devices="cpu", slo_classes=str(tmp_path / "slo.toml")) as engine:
         assert engine.generate("ab", GREEDY, slo="gold")[0].slo == SLO(5.0, 1.0)
     with pytest.raises(ConfigError, match="cannot read"):

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-import nexusengine.runners
+import nexusengine.engine.offline
 from nexusengine import SLO, Engine, SamplingParams
-from nexusengine.async_engine import AsyncEngine
-from nexusengine.backend import Sink, UnboundedBackend
 from nexusengine.clock import VirtualClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.client import Sink, UnboundedBackend
+from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from nexusengine.lens.registry import make_policy
-from nexusengine.local import LocalBackend
+from nexusengine.scheduler.registry import make_policy
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core, request
@@ -37,7 +37,7 @@ def slow_core(*, step_s: float, max_running: int, max_waiting: int = 1024, sched
 
 
 def engine_over(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
     return Engine("fake", devices="cpu")
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-import nexusengine.runners
+import nexusengine.engine.offline
 from nexusengine import Engine, SamplingParams
-from nexusengine.async_engine import AsyncEngine
 from nexusengine.clock import MonotonicClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.errors import Unavailable
-from nexusengine.lens.registry import make_policy
-from nexusengine.local import LocalBackend
+from nexusengine.scheduler.registry import make_policy
 from tests.api.conftest import FakeTokenizer
 from tests.fakes import VOCABULARY, FakeExecutor, continuation, make_core
 
@@ -60,7 +60,7 @@ def core() -> EngineCore:
 
 @pytest.fixture
 def engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", lambda config: (core, TOKENIZER, VOCABULARY))
     with Engine("fake", devices="cpu") as made:
         yield made
 
@@ -188,7 +188,9 @@ def test_a_signal_handler_that_generates_within_a_step_is_told_so(engine: Engine
 
 def test_a_deleted_engine_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core(Device(num_blocks=64), clock=MonotonicClock())  # type: ignore[arg-type]
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config, core=core: (core, TOKENIZER, VOCABULARY))
+    monkeypatch.setattr(
+        nexusengine.engine.offline, "make_local", lambda config, core=core: (core, TOKENIZER, VOCABULARY)
+    )
     engine = Engine("fake", devices="cpu")
     engine.generate([[1, 2]], GREEDY)
     gone = weakref.ref(core)

@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from nexusengine.clock import MonotonicClock  # noqa: E402
-from nexusengine.core.core import EngineCore  # noqa: E402
+from nexusengine.core.engine_core import EngineCore  # noqa: E402
 from nexusengine.execute.ledger import MemoryLedger, graph_budget_bytes  # noqa: E402
 from nexusengine.execute.staging import Staging  # noqa: E402
-from nexusengine.lens.fcfs import FCFS  # noqa: E402
 from nexusengine.perf.registry import make_model  # noqa: E402
+from nexusengine.scheduler.baselines.fcfs import FCFS  # noqa: E402
 from nexusengine.types import SamplingParams  # noqa: E402
 from tests.fakes import request, run  # noqa: E402
 from tests.unit.test_execute_torch import OPTIONS, Steps, made  # noqa: E402

@@ -15,10 +15,11 @@ from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ConfigError, ModelLoadError  # noqa: E402
 from nexusengine.execute import torch_executor  # noqa: E402
 from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.batch import SamplingTable, StepBatch, StepResult  # noqa: E402
+from nexusengine.execute.batch import StepBatch, StepResult  # noqa: E402
 from nexusengine.execute.memory import largest_step  # noqa: E402
 from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
 from nexusengine.model_config import ModelConfig  # noqa: E402
+from nexusengine.sampling.table import SamplingTable  # noqa: E402
 from nexusengine.types import SamplingParams  # noqa: E402
 
 CONFIG = ModelConfig("LlamaForCausalLM", 89, 32, 48, 2, 4, 2, 8, 128, 1e-6, 10_000.0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nexusengine.core.plan_check import plan_problem
 from nexusengine.errors import ConfigError
-from nexusengine.lens.lens import Lens
-from nexusengine.lens.plan import Reason, StepPlan
-from nexusengine.lens.registry import POLICIES, make_policy
-from nexusengine.lens.view import EngineView
+from nexusengine.scheduler.lens.policy import Lens
+from nexusengine.scheduler.plan import Reason, StepPlan
+from nexusengine.scheduler.registry import POLICIES, make_policy
+from nexusengine.scheduler.validate import plan_problem
+from nexusengine.scheduler.view import EngineView
 from tests.unit.lens_views import NAN, Bench, Straight
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nexusengine.core.plan_check import plan_problem
-from nexusengine.lens.paper import PaperLens
-from nexusengine.lens.plan import Reason, SchedulerPolicy, StepPlan
-from nexusengine.lens.prefill_first import PrefillFirst
-from nexusengine.lens.static import EDF, SRPT, Sarathi
-from nexusengine.lens.view import EngineView
+from nexusengine.scheduler.baselines.nexussched import PaperLens
+from nexusengine.scheduler.baselines.ordered import EDF, SRPT, Sarathi
+from nexusengine.scheduler.baselines.prefill_first import PrefillFirst
+from nexusengine.scheduler.plan import Reason, SchedulerPolicy, StepPlan
+from nexusengine.scheduler.validate import plan_problem
+from nexusengine.scheduler.view import EngineView
 from tests.unit.lens_views import NAN, Bench
 
 

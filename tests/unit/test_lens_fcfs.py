@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.plan import Reason, StepPlan
-from nexusengine.lens.registry import make_policy
-from nexusengine.lens.view import EngineView, RequestColumns
 from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import Reason, StepPlan
+from nexusengine.scheduler.registry import make_policy
+from nexusengine.scheduler.view import EngineView, RequestColumns
 
 SIZE = 16
 

@@ -11,18 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexusengine.core.admission import unattainable
-from nexusengine.lens.attainable import attainable
-from nexusengine.lens.deadlines import FALLBACK, Deadlines
-from nexusengine.lens.fill import largest_chunk
-from nexusengine.lens.guard import LengthGuard
-from nexusengine.lens.limit import LimitRules, StepLimit, step_limit
-from nexusengine.lens.order import by_priority, put_off
-from nexusengine.lens.pace import costs_of, extra_of, pace_of
-from nexusengine.lens.pressure import victims
-from nexusengine.lens.survival import Survival
-from nexusengine.lens.turnover import Turnover
-from nexusengine.lens.view import EngineView
 from nexusengine.perf.features import StepFeatures
+from nexusengine.scheduler.attainable import attainable
+from nexusengine.scheduler.lens.deadlines import FALLBACK, Deadlines
+from nexusengine.scheduler.lens.fill import largest_chunk
+from nexusengine.scheduler.lens.length_guard import LengthGuard
+from nexusengine.scheduler.lens.preemption import victims
+from nexusengine.scheduler.lens.prefill_rate import costs_of, extra_of, pace_of
+from nexusengine.scheduler.lens.select import by_priority
+from nexusengine.scheduler.lens.step_limit import LimitRules, StepLimit, step_limit
+from nexusengine.scheduler.lens.survival import Survival
+from nexusengine.scheduler.lens.turnover import Turnover
+from nexusengine.scheduler.moore_hodgson import put_off
+from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO
 from tests.unit.lens_views import NAN, Bench, Straight
 

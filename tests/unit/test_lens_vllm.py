@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError
-from nexusengine.lens.plan import Reason
-from nexusengine.lens.registry import make_policy
-from nexusengine.lens.vllm import Vllm
+from nexusengine.scheduler.baselines.vllm import Vllm
+from nexusengine.scheduler.plan import Reason
+from nexusengine.scheduler.registry import make_policy
 from tests.unit.test_lens_fcfs import computed, view
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexusengine.lens.plan import Reason
-from nexusengine.obs.explain import REASONS, request_lines
+from nexusengine.cli.history_text import REASONS, request_lines
+from nexusengine.scheduler.plan import Reason
 
 STEP = {"tokens": 530, "sequences": 19, "predicted_ms": 48.25, "device_ms": 51.0, "notes": {"limit_ms": 50.0}}
 HISTORY: dict[str, Any] = {

@@ -9,9 +9,10 @@ from dataclasses import asdict
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nexusengine.core.stats import CoreStats
-from nexusengine.gpus import GpuState
-from nexusengine.obs.metrics import (
+from nexusengine.nvml import GpuState
+from nexusengine.router import core
+from nexusengine.scheduler.stats import CoreStats
+from nexusengine.server.metrics import (
     PREFIX,
     ROUTER_COUNTERS,
     ROUTER_METRICS,
@@ -21,11 +22,10 @@ from nexusengine.obs.metrics import (
     Metrics,
     markdown,
 )
-from nexusengine.obs.window import WINDOW_S, SlidingWindow
-from nexusengine.router import core
-from nexusengine.serve.worker import with_memory
+from nexusengine.server.window import WINDOW_S, SlidingWindow
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
 from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.worker.worker import with_memory
 
 LOADED = WorkerStatus(
     WorkerInfo("w0", "e", 1, "cuda:0", "m"),

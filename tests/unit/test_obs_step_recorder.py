@@ -10,10 +10,10 @@ import pytest
 
 from nexusengine.cli.main import main
 from nexusengine.clock import VirtualClock
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import ConfigError
-from nexusengine.obs.step_recorder import StepRecorder
 from nexusengine.perf.step_log import read_steps
+from nexusengine.worker.step_recorder import StepRecorder
 from tests.fakes import make_core, request, run
 
 
@@ -53,7 +53,7 @@ def test_a_log_that_is_full_stays_whole_and_stops_growing(tmp_path: Path) -> Non
 
 
 def test_a_queue_that_is_full_drops_steps_and_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexusengine.obs.step_recorder._QUEUE_STEPS", 2)
+    monkeypatch.setattr("nexusengine.worker.step_recorder._QUEUE_STEPS", 2)
     goes_on = threading.Event()
     append = StepRecorder._append
 
@@ -62,7 +62,7 @@ def test_a_queue_that_is_full_drops_steps_and_never_waits(tmp_path: Path, monkey
         return append(self, member, steps)
 
     monkeypatch.setattr(StepRecorder, "_append", slow)
-    monkeypatch.setattr("nexusengine.obs.step_recorder._BATCH_STEPS", 1)
+    monkeypatch.setattr("nexusengine.worker.step_recorder._BATCH_STEPS", 1)
     core = make_core(clock=VirtualClock())
     recorder = StepRecorder(tmp_path / "s.jsonl.gz")
     core.on_step = recorder.write

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from nexusengine.core.output import OutputProcessor
-from nexusengine.core.stop import StopStrings
+from nexusengine.engine.output import OutputProcessor
+from nexusengine.engine.stop import StopStrings
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import (
     SLO,

@@ -8,12 +8,13 @@ import pytest
 from nexusengine import wire
 from nexusengine.errors import ConfigError
 from nexusengine.kv.digest import pack, short_names
-from nexusengine.router.baselines import LeastRequests
 from nexusengine.router.breaker import FAULTS_TO_OPEN
-from nexusengine.router.core import RouterCore, identity_of
-from nexusengine.router.policies import make_policy
-from nexusengine.router.registry import WARMING_REQUESTS
+from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.baselines import LeastRequests
+from nexusengine.router.placement.registry import make_policy
+from nexusengine.router.workers import WARMING_REQUESTS
 from nexusengine.types import SLO, EngineRequest, SamplingParams, Timings, TokenDelta
+from nexusengine.wire import identity_of
 
 CLIENT = b"client"
 

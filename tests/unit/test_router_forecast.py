@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexusengine.lens.fcfs import FCFS
-from nexusengine.lens.order import put_off
-from nexusengine.lens.registry import make_policy
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import Predictor
-from nexusengine.router.board import Board
-from nexusengine.router.forecast import FIELDS, Forecast, forecast, predictor_of, snapshot, speed
-from nexusengine.router.policy import WorkerView
+from nexusengine.router.placement.forecast import FIELDS, Forecast, forecast, predictor_of, snapshot, speed
+from nexusengine.router.placement.forecast_matrix import Board
+from nexusengine.router.placement.policy import WorkerView
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.moore_hodgson import put_off
+from nexusengine.scheduler.registry import make_policy
 from nexusengine.wire import PolicyTraits
 from tests.router_fakes import BATCH, INTERACTIVE, load, pending, perf, request, view
 

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from nexusengine.errors import ConfigError
-from nexusengine.router.baselines import splitmix64
-from nexusengine.router.policies import POLICIES, make_policy
-from nexusengine.router.policy import Hold, Place, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.placement.baselines import splitmix64
+from nexusengine.router.placement.policy import Hold, Place, PlacementPolicy, PlacementRequest, WorkerView
+from nexusengine.router.placement.registry import POLICIES, make_policy
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerState
 from tests.router_fakes import load, pending, request, view

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from nexusengine.errors import ConfigError, ContextTooLong
-from nexusengine.router.policies import make_policy
-from nexusengine.router.policy import Hold, Place, PlacementRequest, Refuse, WorkerView
-from nexusengine.router.prism import Prism
+from nexusengine.router.placement.policy import Hold, Place, PlacementRequest, Refuse, WorkerView
+from nexusengine.router.placement.prism import Prism
+from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerState
 from tests.router_fakes import BATCH, load, pending, request, view

@@ -9,7 +9,7 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.config import EngineConfig
-from nexusengine.core.core import EngineCore
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import StepBatch, StepResult
@@ -18,8 +18,8 @@ from nexusengine.perf.devices import DATASHEETS
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.prior import EIGHT_BILLION, roofline
-from nexusengine.serve.build import make_core, prior_of, step_log_path
-from nexusengine.serve.calibrate import calibrate
+from nexusengine.worker.build import make_core, prior_of, step_log_path
+from nexusengine.worker.calibrate import calibrate
 from tests.devices import Roofline
 from tests.fakes import FakeExecutor, continuation, request, run
 
@@ -172,7 +172,7 @@ def test_the_first_step_after_a_pause_is_told_apart() -> None:
         def observe_cold(self, features: StepFeatures, seconds: float) -> None:
             told.append("cold")
 
-    from nexusengine.lens.fcfs import FCFS
+    from nexusengine.scheduler.baselines.fcfs import FCFS
 
     clock = VirtualClock()
     core = EngineCore(FakeExecutor(clock=clock), FCFS(), Spy(), clock=clock, max_running=4, max_waiting=4)

@@ -12,18 +12,18 @@ import zmq
 import zmq.asyncio
 from msgspec import structs
 
-import nexusengine.serve.client
+import nexusengine.engine.router_client
 from nexusengine import wire
+from nexusengine.engine.router_client import RouterClient
 from nexusengine.errors import Unavailable
-from nexusengine.serve.client import RouterClient
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 
 async def test_requests_end_when_the_router_has_been_silent_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nexusengine.serve.client, "_GONE_S", 0.2)
-    monkeypatch.setattr(nexusengine.serve.client, "_HELLO_EVERY_S", 0.02)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_GONE_S", 0.2)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_HELLO_EVERY_S", 0.02)
     client = RouterClient(f"ipc://{tmp_path}/nobody")
     await client.start()
     news: asyncio.Queue[TokenDelta] = asyncio.Queue()
@@ -127,9 +127,9 @@ async def test_requests_end_at_once_when_the_router_ends(tmp_path: Path) -> None
 async def test_a_loop_that_is_held_up_still_says_hello_and_hears_what_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nexusengine.serve.client, "_HELLO_EVERY_S", 0.02)
-    monkeypatch.setattr(nexusengine.serve.client, "_GONE_S", 0.3)
-    monkeypatch.setattr(nexusengine.serve.client, "_SILENT_S", 0.3)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_HELLO_EVERY_S", 0.02)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_GONE_S", 0.3)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_SILENT_S", 0.3)
     client = RouterClient(f"ipc://{tmp_path}/front")
     router = zmq.Context.instance().socket(zmq.ROUTER)
     router.bind(f"ipc://{tmp_path}/front")
@@ -173,7 +173,7 @@ async def test_a_client_that_the_router_does_not_take_says_why(tmp_path: Path) -
 async def test_a_loop_that_was_busy_is_not_a_router_that_was_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nexusengine.serve.client, "_SILENT_S", 0.1)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_SILENT_S", 0.1)
     socket = zmq.Context.instance().socket(zmq.ROUTER)
     socket.bind(f"ipc://{tmp_path}/front")
     sent = threading.Event()
@@ -235,7 +235,7 @@ class Router:
 async def test_a_question_waits_for_the_workers_that_serve_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
-    monkeypatch.setattr(nexusengine.serve.client, "_ANSWER_S", 5.0 if answers else 0.2)
+    monkeypatch.setattr(nexusengine.engine.router_client, "_ANSWER_S", 5.0 if answers else 0.2)
     findings = wire.Findings(b"", 0, "w0")
     router = Router(f"ipc://{tmp_path}/front", [findings] if answers else [])
     running = asyncio.create_task(router.run())

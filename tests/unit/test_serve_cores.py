@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nexusengine.serve.cores import numa_nodes, parse_cpulist, place_workers
+from nexusengine.supervisor.cores import numa_nodes, parse_cpulist, place_workers
 
 TWO_NODES = [frozenset(range(4)), frozenset(range(4, 8))]
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from nexusengine import gpus
+from nexusengine import nvml as gpus
 from nexusengine.config import DeviceSpec, count_cuda_devices, parse_device
-from nexusengine.gpus import Gpu, GpuState
+from nexusengine.nvml import Gpu, GpuState
 from nexusengine.perf.online import OnlineModel
-from nexusengine.serve.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
-from nexusengine.serve.supervisor import worker_environ
-from nexusengine.serve.worker import heed
+from nexusengine.supervisor.supervisor import worker_environ
 from nexusengine.wire import WorkerLoad
+from nexusengine.worker.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
+from nexusengine.worker.worker import heed
 
 A = Gpu("GPU-aaaa-1", "H100", 80, 79, (9, 0), "00000000:01:00.0", 0)
 B = Gpu("GPU-bbbb-2", "L4", 24, 23, (8, 9), "00000000:02:00.0", 1)

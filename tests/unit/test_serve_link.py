@@ -10,10 +10,10 @@ import pytest
 import zmq
 
 from nexusengine import wire
-from nexusengine.child import _event
-from nexusengine.router.registry import identity_of
-from nexusengine.serve.link import RouterLink
+from nexusengine.process.child import _event
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
+from nexusengine.wire import identity_of
+from nexusengine.worker.link import RouterLink
 
 INFO = wire.WorkerInfo("w0", "e1", 1, "cpu", "m")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nexusengine.errors import ConfigError
-from nexusengine.serve.runtime_dir import RuntimeDir
+from nexusengine.supervisor.runtime_dir import RuntimeDir
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_a_temporary_folder_that_cannot_be_written_to_is_named(monkeypatch: pyte
 def test_the_folder_of_a_killed_engine_is_removed_by_the_next(temporary: Path) -> None:
     script = (
         "import os, signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from nexusengine.serve.runtime_dir import RuntimeDir\n"
+        "from nexusengine.supervisor.runtime_dir import RuntimeDir\n"
         "made = RuntimeDir(None); (made.path / 'front').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(temporary)], check=False)

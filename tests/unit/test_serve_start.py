@@ -10,7 +10,7 @@ import pytest
 
 from nexusengine.config import ServeConfig
 from nexusengine.native.build import COMPILING
-from nexusengine.serve.supervisor import Supervisor
+from nexusengine.supervisor.supervisor import Supervisor
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import nexusengine.serve.supervisor
-from nexusengine.child import Message
+import nexusengine.supervisor.supervisor
 from nexusengine.config import ServeConfig
-from nexusengine.serve.supervisor import Failed, Supervisor
+from nexusengine.process.child import Message
+from nexusengine.supervisor.supervisor import Failed, Supervisor
 
 LISTENING, READY = {"type": "listening", "host": "127.0.0.1", "port": 1}, {"type": "ready"}
 
@@ -29,7 +29,7 @@ def supervisor(tmp_path: Path, says: dict[str, list[Message]], **settings: Any) 
 def test_a_process_that_says_that_it_failed_and_does_not_end_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nexusengine.serve.supervisor, "_LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(nexusengine.supervisor.supervisor, "_LAST_WORDS_S", 0.2)
     failed = {"type": "failed", "message": "the disk is full"}
     made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING, failed], "w0": []})
     made._roles["server"].environ["STUB_HANGS"] = "1"

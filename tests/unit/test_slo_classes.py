@@ -9,8 +9,8 @@ import pytest
 
 from nexusengine import SLO
 from nexusengine.errors import ConfigError, InvalidRequest
-from nexusengine.slo import CLASSES, SLOClass
-from nexusengine.slo_classes import SLOClasses, promise_of
+from nexusengine.slo.classes import CLASSES, SLOClass
+from nexusengine.slo.resolve import SLOClasses, promise_of
 from tests.fakes import request
 
 CONFIGURED = SLOClasses.configured()

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-import nexusengine.runners
+import nexusengine.engine.offline
 from nexusengine import Engine, SamplingParams
 from nexusengine.clock import MonotonicClock
 from nexusengine.errors import ModelLoadError
@@ -169,7 +169,7 @@ def engine_with(monkeypatch: pytest.MonkeyPatch, eos: tuple[int, ...]) -> Engine
     backend.decoder = decoders.Fuse()
     tokenizer = Tokenizer(backend, bos_token_id=None, eos_token_ids=eos)
     core = make_core(FakeExecutor(num_blocks=256), clock=MonotonicClock())
-    monkeypatch.setattr(nexusengine.runners, "make_local", lambda config: (core, tokenizer, VOCABULARY))
+    monkeypatch.setattr(nexusengine.engine.offline, "make_local", lambda config: (core, tokenizer, VOCABULARY))
     return Engine("fake", devices="cpu")
 
 

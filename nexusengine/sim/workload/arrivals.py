@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
-from nexusengine.sim.workload.draw import F8, Stream, rng_for
+from nexusengine.sim.workload.draw import Stream, rng_for
 
 _CHUNK = 4096
 MOST_REQUESTS = 5_000_000

@@ -19,7 +19,7 @@ from nexusengine.sim.workload.lengths import PREFIX, Synthetic
 from nexusengine.sim.workload.recorded import Recorded
 from nexusengine.sim.workload.servegen import ServeGen, is_servegen
 from nexusengine.sim.workload.sessions import draw_sessions, fitting_scale, named_blocks
-from nexusengine.slo import CLASSES, MIXED, SLOClass, load_classes
+from nexusengine.slo.classes import CLASSES, MIXED, SLOClass, load_classes
 
 _DEFAULT_DURATION_S = 600.0
 

@@ -8,10 +8,8 @@ from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-F8 = npt.NDArray[np.float64]
-I8 = npt.NDArray[np.int64]
+from nexusengine.arrays import F8, I8
 
 
 class Stream(IntEnum):

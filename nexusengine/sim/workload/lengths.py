@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nexusengine.arrays import I8
 from nexusengine.errors import ConfigError
-from nexusengine.sim.workload.draw import I8, Drawn, Stream, rng_for
+from nexusengine.sim.workload.draw import Drawn, Stream, rng_for
 
 PREFIX = "lengths:"
 _Z90 = 1.2815515655446004

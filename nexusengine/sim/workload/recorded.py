@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from nexusengine.arrays import I8
 from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.arrivals import check_count
-from nexusengine.sim.workload.draw import I8, Drawn, Stream, rng_for
+from nexusengine.sim.workload.draw import Drawn, Stream, rng_for
 from nexusengine.sim.workload.entries import Trace
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from nexusengine.arrays import F8, I8
 from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.arrivals import check_count
-from nexusengine.sim.workload.draw import F8, I8, Drawn, Stream, rng_for
+from nexusengine.sim.workload.draw import Drawn, Stream, rng_for
 from nexusengine.sim.workload.entries import json_rows
 
 WINDOW_S = 600.0

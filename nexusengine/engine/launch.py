@@ -1,0 +1,128 @@
+"""What Engine and AsyncEngine are started from: their settings, a core in this process, or processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from nexusengine import native
+from nexusengine.clock import MonotonicClock
+from nexusengine.config import EngineConfig, ServeConfig, load, parse_devices
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.engine import lifetime
+from nexusengine.engine.client import AsyncBackend
+from nexusengine.engine.inproc_client import LocalBackend
+from nexusengine.engine.router_client import RouterClient
+from nexusengine.errors import ConfigError, NexusError
+from nexusengine.execute.base import make_executor
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.supervisor.supervisor import Supervisor
+from nexusengine.tokenize import Tokenizer, load_tokenizer
+from nexusengine.worker.build import executor_options, make_core
+
+_JOIN_EVERY_S = 0.01
+
+
+def engine_config(model: str, devices: str | Sequence[str] | None, settings: dict[str, Any]) -> EngineConfig:
+    """Settings given in Python. Raises ConfigError for a name or value that does not exist."""
+    unknown = sorted(set(settings) - set(EngineConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}", param=unknown[0])
+    if devices is not None:
+        settings["devices"] = devices if isinstance(devices, str) else ",".join(devices)
+    return load(EngineConfig, {**settings, "model": model})
+
+
+def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
+    """The core of a one-device engine, its tokenizer and the size of its vocabulary."""
+    device = parse_devices(config.devices)[0]
+    if device.kind == "cpu":  # while the model is looked for and torch imported
+        threading.Thread(target=native.prepare, daemon=True, name="compile kernels").start()
+    files = resolve_model(config.model, revision=config.revision, weights=device.kind != "emulated")
+    tokenizer = load_tokenizer(files)
+    executor = make_executor(files, device, executor_options(config))
+    return make_core(executor, config, MonotonicClock(), geometry=files.config), tokenizer, files.config.vocab_size
+
+
+async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, int, SupervisorThread | None]:
+    """One device: a core in a thread of this process. Several: router and workers in processes of their own."""
+    if len(parse_devices(config.devices)) == 1:
+        core, tokenizer, vocab_size = await asyncio.to_thread(make_local, config)
+        local = LocalBackend(core, config.model)
+        await local.start()
+        return local, tokenizer, vocab_size, None
+    supervisor = SupervisorThread(config)
+    client = RouterClient(supervisor.front)
+    started = False
+    try:
+        files = await asyncio.to_thread(resolve_model, config.model, revision=config.revision, weights=False)
+        tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        await asyncio.to_thread(supervisor.wait_until_ready)
+        await client.start()
+        started = True
+        await client.wait_for_ready(10.0)
+    except BaseException:
+        if started:
+            await client.close()
+        await supervisor.closed()
+        raise
+    return client, tokenizer, files.config.vocab_size, supervisor
+
+
+class SupervisorThread:
+    """A supervisor without HTTP, in a thread of the caller's process. Ends with that process at the latest."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        serve = ServeConfig(**dataclasses.asdict(config))
+        self._supervisor = Supervisor(serve, with_server=False, on_event=self._on_event)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        lifetime.started(self)
+        self._thread.start()
+
+    @property
+    def front(self) -> str:
+        return self._supervisor.front
+
+    def wait_until_ready(self) -> None:
+        """Raises what kept the workers from starting."""
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Let all processes end; does not wait for them."""
+        self._supervisor.stop()
+
+    def close(self) -> None:
+        """End all processes."""
+        self.stop()
+        self._thread.join()
+
+    end = close
+
+    async def closed(self) -> None:
+        """`close`, in an event loop; needs no further thread, so that it works at the exit of an interpreter too."""
+        self.stop()
+        while self._thread.is_alive():
+            await asyncio.sleep(_JOIN_EVERY_S)
+
+    def forget(self) -> None:
+        self._supervisor.forget_children()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event["type"] == "ready":
+            self._ready.set()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except NexusError as error:
+            self._failure = error
+        finally:
+            lifetime.ended(self)
+            self._ready.set()

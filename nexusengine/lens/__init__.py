@@ -1,5 +1,0 @@
-"""PURE: the engine scheduler. A view of the engine goes in, the plan of one step comes out.
-
-May import types, errors, perf, kv and numpy; never torch, zmq, asyncio, time or random. Time is an argument, so the
-same policy object runs in the engine, in the simulator and in a property test.
-"""

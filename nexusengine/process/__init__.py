@@ -1,0 +1,1 @@
+"""How the processes of one engine are tied together: configuration in, events out, and one life."""

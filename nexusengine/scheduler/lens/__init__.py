@@ -1,0 +1,1 @@
+"""LENS, the default policy: `policy.Lens` plans a step, the other modules hold one rule each."""

@@ -1,0 +1,89 @@
+"""What each request was promised, as instants: when its first token and when its next token are due.
+
+The promise is the mean one of slo.py: the first token by arrival + ttft_s; and with the first token at f, the mean time
+of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
+
+A request without an SLO has no deadline: its instants are infinite, so that it is never late, never relegated or
+refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
+device could not meet even alone is served as if it had been promised `FALLBACK`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nexusengine.arrays import F8, I4, I8
+from nexusengine.scheduler.attainable import attainable
+from nexusengine.scheduler.view import EngineView
+from nexusengine.slo.classes import CLASSES
+
+FALLBACK = CLASSES["batch"]
+"""The promise in place of one that cannot be kept: generous, but finite, so that the wait stays bounded."""
+NO_SLO_TURN_S = FALLBACK.ttft_s
+"""Seconds after its arrival at which it is the turn of a request without an SLO; see `turn_s`."""
+
+_RESUME_TOKENS = 64
+_RESUME_SHARE = 0.25
+
+
+def first_token_due_s(arrival_s: F8, ttft_s: F8) -> F8:
+    """Instants `[N]` by which first tokens are due; infinite without an SLO (ttft_s NaN)."""
+    due_s: F8 = arrival_s + ttft_s
+    return np.where(np.isnan(due_s), np.inf, due_s)
+
+
+def token_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
+    """Instants `[N]` by which output tokens `number [N]`, from 0, are due by the strict contract of slo.py; infinite
+    without an SLO."""
+    due_s: F8 = first_token_due_s(arrival_s, ttft_s) + number * np.where(np.isnan(tpot_s), 0.0, tpot_s)
+    return due_s
+
+
+def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
+    """Instants `[N]` from which waiting counts as too long: when the first token is due, or NO_SLO_TURN_S after its
+    arrival where it is due at no time. Nobody is late by it; it keeps those who have no deadline from starving."""
+    turn: F8 = np.where(np.isinf(first_due_s), arrival_s + NO_SLO_TURN_S, first_due_s)
+    return turn
+
+
+class Deadlines:
+    """By slot `[S]`, kept between steps; only requests that are new are looked at. All infinite without an SLO.
+
+    first_due_s: first token. prefill_due_s: the same, but for a request that was preempted while it generated the
+    instant of its next token and some grace, because the mean can still be made good. tpot_s: bound of the mean.
+    turn_s: see the function. attainable: False where the device could not keep the SLO even alone, judged once, at
+    arrival.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.first_due_s = np.full(slots, np.inf)
+        self.prefill_due_s = np.full(slots, np.inf)
+        self.tpot_s = np.full(slots, np.inf)
+        self.turn_s = np.full(slots, np.inf)
+        self.attainable = np.ones(slots, np.bool_)
+        self._arrival_s = np.full(slots, np.nan)
+
+    def look_at(self, view: EngineView, slots: I4) -> None:
+        """Bring the rows of `slots` up to date."""
+        c = view.columns
+        new = slots[self._arrival_s[slots] != c.arrival_s[slots]]
+        if len(new):
+            self._enter(view, new)
+        resumed = slots[c.generated_tokens[slots] > 0]
+        if len(resumed):
+            generated, tpot_s = c.generated_tokens[resumed], self.tpot_s[resumed]
+            grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
+            self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
+
+    def _enter(self, view: EngineView, new: I4) -> None:
+        c = view.columns
+        prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
+        cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
+        to_compute = (prompt - cached).astype(np.float64)
+        met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)
+        ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
+        self.attainable[new] = met
+        self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))
+        self.first_due_s[new] = self.prefill_due_s[new] = first_token_due_s(c.arrival_s[new], ttft_s)
+        self.turn_s[new] = turn_s(c.arrival_s[new], self.first_due_s[new])
+        self._arrival_s[new] = c.arrival_s[new]

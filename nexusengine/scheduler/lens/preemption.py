@@ -1,0 +1,35 @@
+"""Whose KV is taken back when blocks run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nexusengine.arrays import F8
+from nexusengine.scheduler.lens.deadlines import Deadlines
+from nexusengine.scheduler.plan import Reason
+from nexusengine.scheduler.step import Step
+from nexusengine.scheduler.view import EngineView
+
+_PAUSE_S = 10.0
+
+
+def victims(view: EngineView, deadlines: Deadlines, now: float) -> Iterator[int]:
+    """Running slots in the order in which they give way to decodes that lack a block: those whose promise is lost
+    first, then the loosest tpot, prompts before those that generate, the newest. Lazy: sorts only if it is asked."""
+    c, running = view.columns, view.running
+    first_s = np.fmin(c.first_token_s[running], now)  # now, before there is a first token
+    lost = c.relegated[running] | (first_s > deadlines.first_due_s[running])
+    order = np.lexsort((-c.arrival_s[running], c.generated_tokens[running] > 0, -deadlines.tpot_s[running], ~lost))
+    yield from running[order].tolist()
+
+
+def to_take_back(step: Step, view: EngineView, taken_back_s: F8, now: float) -> int | None:
+    """The relegated prompt that gives its KV back to one whose promise can be kept: the newest that has begun, computes
+    nothing in this step, and was not taken back within 10 s."""
+    c = view.columns
+    begun = np.array(step.prompts, np.int32)
+    free = (step.reasons[begun] == Reason.RELEGATED) & (c.generated_tokens[begun] == 0)
+    candidates = begun[free & (taken_back_s[begun] < now - _PAUSE_S)]
+    return int(candidates[c.arrival_s[candidates].argmax()]) if len(candidates) else None

@@ -1,0 +1,77 @@
+"""What a scheduler policy answers (contract 1 of the architecture)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nexusengine.arrays import F8, I4
+from nexusengine.scheduler.view import EngineView
+from nexusengine.wire import PolicyTraits
+
+
+class Reason(enum.IntEnum):
+    """Why a request does what it does in this step."""
+
+    NONE = 0
+    DECODE = 1
+    PREFILL = 2
+    ADMITTED = 3
+    WAIT_TOKENS = 4  # the step's token budget or time limit is used up
+    WAIT_BLOCKS = 5  # not enough free KV blocks
+    WAIT_SEATS = 6  # max_running sequences run already
+    WAIT_ORDER = 7  # others go first
+    PREEMPTED = 8  # its KV was taken back; it is computed anew later
+    RELEGATED = 9  # its promise is lost; it waits behind those whose promise can be kept
+    REFUSED = 10
+    WAIT_TIME = 11  # more work would make this step longer than a running request's promise allows
+    WAIT_TPOT = 12  # with it the decode step would come too near to the tightest promised time per token
+    PUT_OFF = 13  # serving it in its turn would make more requests late than leaving it for now
+    AGED = 14  # waits far beyond its turn: computes in the share kept for such requests
+    LEFTOVER = 15  # relegated or put off: computes in what the others left of the step
+    WAIT_SAVING = 16  # decodes run alone, so that a later step has the time for more prompts at once
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """How many tokens each request computes in the next step, and what becomes of the others.
+
+    slots, counts `[R]`: rows that compute and how many tokens each (>= 1); decodes (count 1) come first. A waiting slot
+    among them is admitted. Counting starts after the cached prefix for newcomers, else after `computed_tokens`.
+    preempt: running slots whose KV is taken back before the step. relegate: slots put behind all others from now on.
+    restore: slots that are relegated no longer.
+    refuse: slots to fail with Overloaded. reasons `[S]`: by slot, for every slot in the view.
+    predicted_s, upper_s: predicted duration of the step and its upper bound.
+    first_token_s `[S]`: predicted instant of the first token of those not relegated that wait for one, else NaN; None
+    from policies that do not predict it. notes: numbers that explain the step, by name (see obs/explain.py).
+    """
+
+    slots: I4
+    counts: I4
+    predicted_s: float
+    upper_s: float
+    reasons: npt.NDArray[np.int8]
+    preempt: tuple[int, ...] = ()
+    relegate: tuple[int, ...] = ()
+    refuse: tuple[int, ...] = ()
+    notes: dict[str, float] = field(default_factory=dict)
+    restore: tuple[int, ...] = ()
+    first_token_s: F8 | None = None
+
+
+class SchedulerPolicy(Protocol):
+    """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock.
+
+    name: for people; whoever wants to know what it does reads its traits.
+    """
+
+    name: str
+    traits: PolicyTraits
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        """Never an empty plan while something can run. Blocks and tokens planned must fit the view's limits."""
+        ...

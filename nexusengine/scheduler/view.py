@@ -1,0 +1,96 @@
+"""What a scheduler policy sees: requests as columns, KV as numbers, and the performance model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nexusengine.arrays import F8, I4, Bools
+from nexusengine.perf.model import PerformanceModel
+
+
+@dataclass(frozen=True, slots=True)
+class RequestColumns:
+    """One column a property, one row a slot `[S]`; a slot is a request's row for as long as the worker knows it.
+
+    The engine core owns and writes them; to a policy they are read-only.
+
+    arrival_s           monotonic instant of arrival at the server
+    prompt_tokens       length of the prompt
+    known_tokens        prompt + generated so far; a row is sampled in the step that computes the last known token
+    computed_tokens     tokens in the KV cache; known - computed == 1 is a decode (or a prompt's last token)
+    generated_tokens    output tokens so far
+    max_tokens          output tokens at which it ends
+    blocks              KV blocks it holds
+    cached_tokens       waiting requests: prompt tokens the prefix cache would serve (an estimate until admitted)
+    cached_free_blocks  waiting requests: how many of those blocks are not in use by others, so come off the free list
+    ttft_s, tpot_s      SLO, NaN where there is none
+    first_token_s       monotonic instant of the first token, NaN before
+    last_token_s        monotonic instant of the newest token, NaN before
+    priority            higher goes first within a class; 0 by default
+    relegated           put behind all others by an earlier plan
+    """
+
+    arrival_s: F8
+    prompt_tokens: I4
+    known_tokens: I4
+    computed_tokens: I4
+    generated_tokens: I4
+    max_tokens: I4
+    blocks: I4
+    cached_tokens: I4
+    cached_free_blocks: I4
+    ttft_s: F8
+    tpot_s: F8
+    first_token_s: F8
+    last_token_s: F8
+    priority: I4
+    relegated: Bools
+
+    @classmethod
+    def empty(cls, slots: int) -> RequestColumns:
+        """All-zero columns for `slots` rows."""
+        i4 = [np.zeros(slots, np.int32) for _ in range(9)]
+        f8 = [np.full(slots, np.nan) for _ in range(5)]
+        return cls(
+            arrival_s=f8[0],
+            prompt_tokens=i4[0],
+            known_tokens=i4[1],
+            computed_tokens=i4[2],
+            generated_tokens=i4[3],
+            max_tokens=i4[4],
+            blocks=i4[5],
+            cached_tokens=i4[6],
+            cached_free_blocks=i4[7],
+            ttft_s=f8[1],
+            tpot_s=f8[2],
+            first_token_s=f8[3],
+            last_token_s=f8[4],
+            priority=i4[8],
+            relegated=np.zeros(slots, np.bool_),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """The engine at the instant of planning. A picture: nothing in it changes while a plan is made.
+
+    running: slots that hold KV, in order of admission. waiting: slots that do not, preempted ones first, then in order
+    of arrival; a preempted request computes everything it knows anew.
+    free_blocks: blocks that can be taken now, cached but unused ones included.
+    max_batch_tokens: hard cap on tokens a step (buffers are this large). max_running: cap on sequences with KV.
+    arrivals: counter that rises whenever `waiting` gained a request, so that an order can be kept between steps.
+    """
+
+    columns: RequestColumns
+    running: I4
+    waiting: I4
+    free_blocks: int
+    total_blocks: int
+    block_size: int
+    max_batch_tokens: int
+    max_running: int
+    model: PerformanceModel
+    arrivals: int = 0
+    idle_s: float = 0.0

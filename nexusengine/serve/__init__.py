@@ -1,1 +1,0 @@
-"""The processes of a running engine: supervisor, worker, and the client of the router."""

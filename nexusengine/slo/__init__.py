@@ -1,0 +1,1 @@
+"""PURE: service level objectives: classes by name, when a token is due, and whether an objective was met."""

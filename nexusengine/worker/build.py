@@ -1,0 +1,106 @@
+"""From settings to an engine core: the one place where executor, policy and performance model come together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nexusengine.cgroup import usable_cpus
+from nexusengine.clock import Clock
+from nexusengine.config import EngineConfig, parse_device, parse_devices
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
+from nexusengine.execute.memory import give_back_freed
+from nexusengine.model_config import ModelConfig
+from nexusengine.obs.logs import get_logger
+from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
+from nexusengine.perf.prior import GENERIC, Prior, roofline
+from nexusengine.perf.registry import make_model
+from nexusengine.profiles.geometry import emulated_geometry
+from nexusengine.scheduler.registry import make_policy
+from nexusengine.worker.calibrate import calibrate
+from nexusengine.worker.step_recorder import StepRecorder
+
+log = get_logger("worker")
+
+
+def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
+    return ExecutorOptions(
+        dtype=None if config.dtype == "auto" else config.dtype,
+        quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
+        max_model_len=config.max_model_len,
+        kv_cache_bytes=config.kv_cache_memory,
+        fp8_kv=config.kv_cache_dtype == "fp8",
+        block_size=config.block_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        attention_backend=config.attention_backend,
+        seed=config.seed,
+        worker=worker,
+        overlap=None if config.async_scheduling else False,
+        enforce_eager=config.enforce_eager,
+    )
+
+
+def make_core(
+    executor: Executor,
+    config: EngineConfig,
+    clock: Clock,
+    name: str = "w0",
+    geometry: ModelConfig | None = None,
+    hash_key: bytes = b"",
+) -> EngineCore:
+    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured. hash_key:
+    of the names of KV blocks, the same in a whole server so that its router can look prompts up; drawn here if empty.
+
+    Takes up to two seconds for calibration. Raises ConfigError for an unknown policy or a log that cannot be written.
+    """
+    model = make_model(config.performance_model, prior_of(executor.spec, geometry))
+    core = EngineCore(
+        executor,
+        make_policy(config.scheduler),
+        model,
+        clock=clock,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        prefix_caching=config.prefix_caching,
+        hash_key=hash_key or os.urandom(16),
+        name=name,
+    )
+    if config.step_log is not None:
+        core.on_step = StepRecorder(step_log_path(config, name)).write
+    if config.calibrate and not executor.spec.device.startswith("emulated"):
+        steps = calibrate(executor, model, max_running=config.max_running)
+        log.debug("calibrated with %d steps", steps)
+    give_back_freed()
+    return core
+
+
+def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
+    """From the datasheet of the device, if it is known, and the geometry of the model: of the one whose step times an
+    emulated device has, not of the one whose tokenizer is served."""
+    if geometry is None:
+        return GENERIC
+    kind, _, rest = spec.device.partition(":")
+    sheet: Datasheet | None
+    if kind == "cpu":
+        sheet = cpu_datasheet(parse_device(spec.device).threads or usable_cpus())
+    else:
+        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
+    if kind == "emulated":
+        geometry = emulated_geometry(rest) or geometry
+    if sheet is None:
+        return GENERIC
+    element_bytes = 4 if spec.dtype == "float32" else 2
+    weight_bytes = spec.weights_bytes / geometry.num_parameters if geometry.stored else element_bytes
+    return roofline(sheet, geometry, weight_bytes, 1 if spec.kv_dtype else element_bytes)
+
+
+def step_log_path(config: EngineConfig, name: str) -> Path:
+    """The file of one worker: its name is put before the suffixes where there are several."""
+    assert config.step_log is not None
+    path = Path(config.step_log)
+    if len(parse_devices(config.devices)) == 1:
+        return path
+    stem, dot, suffixes = path.name.partition(".")
+    return path.with_name(f"{stem}.{name}{dot}{suffixes}")

@@ -1,0 +1,304 @@
+"""The workers the router knows: what they are, what they last said, whether they make progress and take requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nexusengine.router.breaker import Answer, Breaker
+from nexusengine.router.ledger import NOTHING, Ledger, Share, Stage
+from nexusengine.router.placement.policy import PlacementRequest, WorkerView
+from nexusengine.wire import WorkerInfo, WorkerLoad, WorkerState, WorkerStatus, identity_of
+
+STALL_FACTOR, STALL_AT_LEAST_S = 10.0, 5.0
+SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS, SILENT_IS_GONE_S = 2.0, 10.0, 30.0
+PUSHED_BACK_AT_LEAST_S, PUSHED_BACK_AT_MOST_S = 0.1, 2.0
+WARM_AFTER_S, WARMING_REQUESTS, WARMING_DOUBLES_S = 10.0, 4, 1.0
+"""A worker that joins others at work has at most WARMING_REQUESTS in flight, twice as many every WARMING_DOUBLES_S, and
+no such limit after WARM_AFTER_S: its model knows little yet, and an empty queue attracts everybody."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker by its stable id; `identity` is the process (epoch) that serves for it now, None if there is none.
+
+    Only Registry changes it. last_identity: as identity, of the last process where there is none now.
+    version: rises with every change that a view of it would show. ready_s: when the process became ready.
+    full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight while it warms
+    up. expected_epoch: of the process that may say that it is this worker; "" for any.
+    """
+
+    info: WorkerInfo
+    state: WorkerState = WorkerState.STARTING
+    phase: str = "waiting to start"
+    fraction: float = 0.0
+    identity: bytes | None = None
+    last_identity: bytes | None = None
+    load: WorkerLoad | None = None
+    reported_s: float = float("-inf")
+    report_seq: int = -1
+    dispatch_seq: int = 0
+    last_seen_s: float = 0.0
+    restarts: int = 0
+    cause: str | None = None
+    draining: bool = False
+    ready_s: float = float("-inf")
+    full_until_s: float = float("-inf")
+    full: bool = False
+    may_have: float = float("inf")
+    breaker: Breaker = field(default_factory=Breaker)
+    breaker_says: str | None = None
+    version: int = 0
+    expected_epoch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A view, and what it was made of."""
+
+    view: WorkerView
+    version: int
+    share: Share
+    share_version: int
+
+
+class Registry:
+    """Workers by id, and by the identity of their process.
+
+    expected: the workers that may connect, each with the epoch of its process if it is known; where none are named, all
+    may. report_period_s: how often they are expected to report.
+    """
+
+    def __init__(self, expected: list[WorkerInfo], report_period_s: float = 0.1) -> None:
+        self._stalled_after_s = max(SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS * report_period_s)
+        self.workers = {info.worker_id: Worker(info, expected_epoch=info.epoch) for info in expected}
+        self._open_to_all = not expected
+        self._by_identity: dict[bytes, Worker] = {}
+        self._made: dict[str, _Made] = {}
+
+    def of(self, identity: bytes) -> Worker | None:
+        return self._by_identity.get(identity)
+
+    def identities(self) -> list[bytes]:
+        """Of the processes that serve now."""
+        serving = (WorkerState.READY, WorkerState.STALLED, WorkerState.DRAINING)
+        return [w.identity for w in self.workers.values() if w.identity is not None and w.state in serving]
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def may_connect(self, identity: bytes, info: WorkerInfo) -> bool:
+        """Whether the process is the worker that it says it is."""
+        if identity != identity_of(info.worker_id, info.epoch):
+            return False
+        worker = self.workers.get(info.worker_id)
+        if worker is None:
+            return self._open_to_all
+        return worker.expected_epoch in ("", info.epoch)
+
+    def expect(self, worker_id: str, epoch: str) -> None:
+        """The next process of the worker has this epoch."""
+        if (worker := self.workers.get(worker_id)) is not None:
+            worker.expected_epoch = epoch
+
+    def paused(self, seconds: float) -> None:
+        """Nobody could be heard for so long."""
+        for worker in self._by_identity.values():
+            worker.last_seen_s += seconds
+
+    def connect(self, identity: bytes, info: WorkerInfo, now: float) -> tuple[Worker, bytes | None]:
+        """A process says that it is this worker. Returns the worker, and the process it replaces if there was one."""
+        worker = self.workers.setdefault(info.worker_id, Worker(info))
+        replaced = worker.identity if worker.identity not in (None, identity) else None
+        if replaced is not None:
+            self.disconnect(replaced, None)
+        if worker.identity is None:
+            worker.load, worker.reported_s, worker.report_seq = None, float("-inf"), -1
+            if identity != worker.last_identity:  # else: the same process, which was thought gone
+                worker.dispatch_seq = 0
+            worker.breaker, worker.breaker_says, worker.draining = Breaker(), None, False
+            worker.full_until_s, worker.full = float("-inf"), False
+        worker.identity = worker.last_identity = identity
+        worker.info, worker.last_seen_s = info, now
+        worker.version += 1
+        self._by_identity[identity] = worker
+        return worker, replaced
+
+    def starting(self, worker: Worker, phase: str, fraction: float) -> None:
+        """It is loading its model."""
+        worker.state, worker.phase, worker.fraction = WorkerState.STARTING, phase, fraction
+        worker.version += 1
+
+    def ready(self, worker: Worker, now: float, covers: int = 0) -> None:
+        """It takes requests from now on. covers: the last dispatch it has seen."""
+        worker.dispatch_seq = max(worker.dispatch_seq, covers)
+        if worker.state is not WorkerState.READY:
+            worker.ready_s = now
+        worker.state = WorkerState.DRAINING if worker.draining else WorkerState.READY
+        worker.phase, worker.fraction, worker.cause = "ready", 1.0, None
+        worker.version += 1
+        self._warm(now)
+
+    def drain(self, worker_id: str) -> bool:
+        """It gets no more requests; what it has is finished. False if there is no such worker."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return False
+        worker.draining = True
+        if worker.state in (WorkerState.READY, WorkerState.STALLED):
+            worker.state = WorkerState.DRAINING
+        worker.version += 1
+        return True
+
+    def disconnect(self, identity: bytes, cause: str | None) -> Worker | None:
+        """The process is gone; its worker is without one until the next connects."""
+        worker = self._by_identity.pop(identity, None)
+        if worker is not None:
+            worker.identity, worker.state, worker.load = None, WorkerState.GONE, None
+            worker.phase, worker.cause = "gone", cause or worker.cause
+            worker.version += 1
+        return worker
+
+    # ---- what it says --------------------------------------------------------------------------------------------
+
+    def report(self, identity: bytes, seq: int, load: WorkerLoad, ledger: Ledger, now: float) -> bool:
+        """Take a worker's report; False if the sender is unknown. Reports that are overtaken are dropped."""
+        worker = self._by_identity.get(identity)
+        if worker is None:
+            return False
+        worker.last_seen_s = now
+        if seq > worker.report_seq:
+            worker.report_seq, worker.load, worker.reported_s = seq, load, now
+            worker.version += 1
+            ledger.reported(identity, load.covers)
+        return True
+
+    def answered(
+        self, identity: bytes | None, answer: Answer, retry_after_s: float | None, now: float, *, probe: bool
+    ) -> None:
+        """A request ended at a worker process, or was taken from it (Answer.NOTHING)."""
+        worker = None if identity is None else self._by_identity.get(identity)
+        if worker is None:
+            return
+        worker.breaker.answered(answer, now, probe=probe)
+        self._look_at_breaker(worker)
+        if answer is Answer.BACKPRESSURE:
+            wait_s = min(max(retry_after_s or 0.0, PUSHED_BACK_AT_LEAST_S), PUSHED_BACK_AT_MOST_S)
+            worker.full_until_s, worker.full = now + wait_s, True
+            worker.version += 1
+
+    def dispatched(self, worker: Worker) -> tuple[int, bool]:
+        """Number the next dispatch to a worker. Also whether it is the probe of its breaker."""
+        worker.dispatch_seq += 1
+        probe = worker.breaker.half_open
+        if probe:
+            worker.breaker.probing = True
+            self._look_at_breaker(worker)
+        return worker.dispatch_seq, probe
+
+    def refresh(self, now: float) -> tuple[list[bytes], list[bytes]]:
+        """Judge every worker's progress, and end what is over. Returns the processes that have been silent for too
+        long, and those that have just stalled."""
+        silent, stalled = [], []
+        for identity, worker in self._by_identity.items():
+            silence_s = now - worker.last_seen_s
+            if silence_s > SILENT_IS_GONE_S:
+                silent.append(identity)
+            worker.breaker.refresh(now)
+            self._look_at_breaker(worker)
+            if worker.full and now >= worker.full_until_s:
+                worker.full = False
+                worker.version += 1
+            if worker.state not in (WorkerState.READY, WorkerState.STALLED):
+                continue
+            load = worker.load
+            stuck = load is not None and load.step_running_s > max(STALL_FACTOR * load.step_upper_s, STALL_AT_LEAST_S)
+            state = WorkerState.STALLED if stuck or silence_s > self._stalled_after_s else WorkerState.READY
+            if state is not worker.state:
+                worker.state = state
+                worker.version += 1
+                if state is WorkerState.STALLED:
+                    stalled.append(identity)
+        self._warm(now)
+        return silent, stalled
+
+    def _look_at_breaker(self, worker: Worker) -> None:
+        says = worker.breaker.barred()
+        if says != worker.breaker_says:
+            worker.breaker_says = says
+            worker.version += 1
+
+    def _warm(self, now: float) -> None:
+        """Set how much each worker may have while it warms up; where all are new, nobody is held back."""
+        takers = [w for w in self._by_identity.values() if w.state is WorkerState.READY]
+        warm = any(now - w.ready_s >= WARM_AFTER_S for w in takers)
+        for worker in takers:
+            age_s, may_have = now - worker.ready_s, float("inf")
+            if warm and age_s < WARM_AFTER_S:
+                may_have = WARMING_REQUESTS * 2.0 ** int(age_s / WARMING_DOUBLES_S)
+            if may_have != worker.may_have:
+                worker.may_have = may_have
+                worker.version += 1
+
+    def block_sizes(self) -> set[int]:
+        """Of the KV caches of all workers that have a process and have said."""
+        return {w.info.block_size for w in self._by_identity.values()} - {0}
+
+    # ---- what others see -----------------------------------------------------------------------------------------
+
+    def views(self, ledger: Ledger) -> list[WorkerView]:
+        """One for each worker. A view is the same object as long as nothing in it has changed."""
+        views = []
+        for worker_id, worker in self.workers.items():
+            share = ledger.share(worker.identity)
+            made = self._made.get(worker_id)
+            if (
+                made is None
+                or made.version != worker.version
+                or made.share is not share
+                or made.share_version != share.version
+            ):
+                made = _Made(view_of(worker, share), worker.version, share, share.version)
+                self._made[worker_id] = made
+            views.append(made.view)
+        return views
+
+    def statuses(self, ledger: Ledger) -> tuple[WorkerStatus, ...]:
+        return tuple(
+            WorkerStatus(
+                info=w.info,
+                state=w.state,
+                phase=w.phase,
+                fraction=w.fraction,
+                outstanding=view.outstanding,
+                load=w.load,
+                restarts=w.restarts,
+                cause=w.cause,
+                barred=view.barred if view.state is WorkerState.READY else None,
+            )
+            for w, view in zip(self.workers.values(), self.views(ledger), strict=True)
+        )
+
+
+def view_of(worker: Worker, share: Share = NOTHING) -> WorkerView:
+    """The picture a policy gets of a worker and its share of the ledger."""
+    unreported: list[PlacementRequest] = []
+    started: list[PlacementRequest] = []
+    for entry in share.unreported.values():
+        (started if entry.stage is Stage.STREAMING else unreported).append(entry.placement)
+    barred = worker.breaker_says
+    waiting = (worker.load.waiting if worker.load is not None else 0) + len(unreported)
+    if barred is None and worker.full:
+        barred = "it has too much to do"
+    if barred is None and worker.info.max_waiting and waiting >= worker.info.max_waiting:
+        barred = f"{waiting} requests wait in it"
+    return WorkerView(
+        info=worker.info,
+        state=worker.state,
+        outstanding=len(share.entries),
+        outstanding_tokens=share.tokens,
+        load=worker.load,
+        unreported=tuple(unreported),
+        started=tuple(started),
+        reported_s=worker.reported_s,
+        barred=barred,
+        warming=len(share.entries) >= worker.may_have,
+    )
