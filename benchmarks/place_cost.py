@@ -52,7 +52,7 @@ def load(rng: np.random.Generator, pending: int, covers: int, now: float) -> wir
     left = rng.integers(100, 2000, pending).tolist()
     prompts = tuple(wire.PendingPrefill(d, n, 0, 0.05, False) for d, n in zip(due, left, strict=True))
     return wire.WorkerLoad(
-        covers=covers,
+        last_dispatch_seq=covers,
         running=64 + pending,
         kv_used_blocks=8000,
         kv_total_blocks=30_000,

@@ -77,15 +77,15 @@ class PerfWeights(msgspec.Struct, frozen=True, array_like=True):
 class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     """What a worker is doing at one instant.
 
-    covers: the last dispatch (by `Dispatch.seq`) whose effect is included here.
+    last_dispatch_seq: the last dispatch (by `Dispatch.seq`) whose effect is included here.
     step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
     bound predicted for it.
     tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
     relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
-    totals: counters since the worker started, by metric name (see obs.metrics).
+    totals: counters since the worker started, by metric name (see server.metrics).
     """
 
-    covers: Count
+    last_dispatch_seq: Count
     running: Count = 0
     waiting: Count = 0
     kv_used_blocks: Count = 0
@@ -147,7 +147,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepHistory(msgspec.Struct, frozen=True, array_like=True):
-    """A step as it was planned and as it went; see core.stats.StepRecord. reasons: requests by lens.plan.Reason."""
+    """A step as it was planned and as it went; see scheduler.stats.StepRecord. reasons: requests by their Reason."""
 
     step: int
     started_s: float
@@ -168,7 +168,7 @@ class StepHistory(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestChange(msgspec.Struct, frozen=True, array_like=True):
-    """From this step on: why a request did what it did (a lens.plan.Reason), and the tokens it computed in it."""
+    """From this step on: why a request did what it did (a scheduler.plan.Reason), and the tokens it computed in it."""
 
     at_s: float
     step: int
@@ -220,13 +220,18 @@ class Starting(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """A worker that takes requests from now on. in_flight: requests it still works on, and covers: the last dispatch it
-    has seen, from before the router was restarted or thought it gone; new ones are numbered from there."""
+    """A worker that takes requests from now on.
+
+    Attributes:
+        in_flight: requests that it still works on.
+        last_dispatch_seq: the last dispatch that it has seen, from before the router was restarted or thought it gone;
+            new ones are numbered from there.
+    """
 
     info: WorkerInfo
     in_flight: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
-    covers: Count = 0
+    last_dispatch_seq: Count = 0
 
 
 class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
@@ -250,16 +255,19 @@ class Report(Message, frozen=True):
 
 
 class WorkerDeltas(Message, frozen=True):
-    """New tokens: `plain` are (request id, token ids) of requests that go on; `full` all others, applied after.
+    """New tokens.
 
-    covers: the last dispatch that the worker had seen by then; tokens of a request that was dispatched to it once more
-    after that are of the attempt before, and not wanted.
+    Attributes:
+        plain: (request id, token ids) of requests that go on.
+        full: all others, applied after.
+        last_dispatch_seq: the last dispatch that the worker had seen by then; tokens of a request that was dispatched
+            to it once more after that are of the attempt before, and not wanted.
     """
 
     epoch: str
     plain: tuple[tuple[str, tuple[int, ...]], ...]
     full: tuple[TokenDelta, ...] = ()
-    covers: Count = 2**53
+    last_dispatch_seq: Count = 2**53
 
 
 class Leaving(Message, frozen=True):

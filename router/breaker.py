@@ -22,7 +22,7 @@ class Answer(enum.Enum):
     NOTHING = enum.auto()
 
 
-def judge(error_code: str | None) -> Answer:
+def classify(error_code: str | None) -> Answer:
     """Of the error a request ended with, None if it ended well. 4xx is the client's doing and a success of the worker;
     429 and 503 say that it has too much to do, and a deadline that passed says nothing."""
     if error_code is None:

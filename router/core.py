@@ -13,7 +13,7 @@ from typing import Literal
 
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
 from nexusengine.kv.digest import short_names
-from nexusengine.router.breaker import Answer, judge
+from nexusengine.router.breaker import Answer, classify
 from nexusengine.router.checks import (
     check_digest,
     check_info,
@@ -236,7 +236,7 @@ class RouterCore:
         if isinstance(message, Starting):
             self.registry.starting(worker, message.phase, message.fraction)
         else:
-            self.registry.ready(worker, now, message.covers)
+            self.registry.ready(worker, now, message.last_dispatch_seq)
             for request_id in message.in_flight:  # from before this router's time: their clients were told
                 entry = self.ledger.get(request_id)
                 if entry is None or entry.identity != identity:
@@ -290,7 +290,7 @@ class RouterCore:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
         for delta in join_deltas(message.plain, message.full):
             entry = self.ledger.get(delta.request_id)
-            if entry is not None and entry.identity == identity and entry.seq > message.covers:
+            if entry is not None and entry.identity == identity and entry.seq > message.last_dispatch_seq:
                 continue  # of an attempt before the router thought the worker gone
             if entry is None or entry.identity != identity:
                 if delta.finish_reason is None:  # aborted meanwhile, or served elsewhere
@@ -311,7 +311,7 @@ class RouterCore:
 
     def _answered(self, entry: Entry, delta: TokenDelta, now: float) -> bool:
         """A worker ended a request. True if it was turned away before it began and is tried elsewhere instead."""
-        answer = judge(delta.error_code if delta.finish_reason == "error" else None)
+        answer = classify(delta.error_code if delta.finish_reason == "error" else None)
         self.registry.answered(entry.identity, answer, delta.retry_after_s, now, probe=entry.probe)
         entry.probe = False
         if answer in (Answer.BACKPRESSURE, Answer.FAULT):

@@ -168,7 +168,7 @@ class Registry:
         if seq > worker.report_seq:
             worker.report_seq, worker.load, worker.reported_s = seq, load, now
             worker.version += 1
-            ledger.reported(identity, load.covers)
+            ledger.reported(identity, load.last_dispatch_seq)
         return True
 
     def answered(

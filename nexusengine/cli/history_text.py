@@ -24,7 +24,7 @@ REASONS = {
     "leftover": "computes in what the others left of the step",
     "wait_saving": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
 }
-"""By the name of its lens.plan.Reason, in lower case."""
+"""By the name of its scheduler.plan.Reason, in lower case."""
 _MISSED = {
     "ttft": "the first token came too late",
     "tpot": "its tokens came too slowly",

@@ -60,8 +60,8 @@ def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
 
 
 def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
-    """Whether the device would break the promise even if it served nothing else: see lens.attainable; the whole answer
-    may not take longer than its bound either."""
+    """Whether the device would break the promise even if it served nothing else (see scheduler.attainable); the whole
+    answer may not take longer than its bound either."""
     ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
     met = attainable(
         view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])

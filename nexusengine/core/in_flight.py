@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nexusengine.core.request import RequestState
 from nexusengine.execute.batch import StepBatch
 from nexusengine.perf.features import StepFeatures
-from nexusengine.scheduler.plan import StepPlan
+from nexusengine.scheduler.plan import Reason, StepPlan
+from nexusengine.scheduler.scheduler import Scheduler
+from nexusengine.scheduler.stats import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
+class InFlightStep:
     """What the core must remember of a submitted step.
 
-    states: the request of each row; its slot may belong to another by the time the result is there. lives: how often
-    each had been preempted, which tells whether it still holds the blocks that the step wrote. started_s on the core's
-    clock. cold: the device had been idle for long. preempted: requests that lost their blocks to the plan.
+    Attributes:
+        number: from 1.
+        states: the request of each row; its slot may belong to another by the time the result is there.
+        preemption_epochs: how often each had been preempted, which tells whether it still holds the blocks that the
+            step wrote.
+        started_s: timestamp on the core's clock.
+        planning_s: seconds spent planning it and building its batch.
+        preempted: requests that lost their blocks to the plan.
+        cold: the device had been idle for long.
     """
 
     number: int
@@ -24,8 +34,29 @@ class Flight:
     batch: StepBatch
     features: StepFeatures
     states: tuple[RequestState, ...]
-    lives: tuple[int, ...]
+    preemption_epochs: tuple[int, ...]
     started_s: float
     planning_s: float
     preempted: int
     cold: bool
+
+    def still_holds(self, row: int) -> bool:
+        """Whether the row's request has kept the blocks that it had when the step was submitted."""
+        return self.states[row].preemptions == self.preemption_epochs[row]
+
+    def record(self, scheduler: Scheduler[RequestState], device_s: float, scheduler_s: float) -> StepRecord:
+        """The step as it went, its result applied."""
+        return StepRecord(
+            step=self.number,
+            started_s=self.started_s,
+            features=self.features,
+            predicted_s=self.plan.predicted_s,
+            upper_s=self.plan.upper_s,
+            device_s=device_s,
+            scheduler_s=scheduler_s,
+            running=len(scheduler.running) + len(scheduler.ending),
+            waiting=len(scheduler.waiting),
+            preempted=self.preempted,
+            reasons=tuple(np.bincount(self.plan.reasons, minlength=len(Reason)).tolist()),
+            notes=self.plan.notes,
+        )

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from nexusengine.arrays import I4
+from nexusengine.scheduler.request import SchedulerRequest
 from nexusengine.types import EngineRequest, Timings
 
 
-@dataclass(slots=True)
-class RequestState:
-    """tokens[:known] are prompt and output so far; hashes name its full blocks as far as they are known.
+@dataclass(slots=True, kw_only=True)
+class RequestState(SchedulerRequest):
+    """What the core knows of a request beside what the scheduler does.
 
-    pending: tokens that steps in flight sample; they are not in `tokens` yet."""
+    Attributes:
+        tokens, known: `tokens[:known]` are prompt and output so far.
+        end_ids: token ids that end it.
+        first_token_s: timestamp of its first token.
+        output_tokens: how many were delivered.
+        pending: tokens that steps in flight sample; they are not in `tokens` yet.
+        serial: its number in the history.
+        predicted_ttft_s, unattainable: what was foreseen when it arrived.
+    """
 
-    request: EngineRequest
-    slot: int
-    tokens: npt.NDArray[np.int32]
+    tokens: I4
     known: int
-    max_tokens: int
     end_ids: frozenset[int]
-    hashes: list[bytes] = field(default_factory=list)
-    scheduled_s: float | None = None
     first_token_s: float | None = None
     output_tokens: int = 0
     pending: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
     serial: int = 0
     predicted_ttft_s: float = 0.0
     unattainable: bool = False
 
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    @classmethod
+    def of(cls, request: EngineRequest, max_tokens: int) -> RequestState:
+        """Of a request that has just arrived."""
+        sampling = request.sampling
+        return cls(
+            request=request,
+            max_tokens=max_tokens,
+            tokens=np.array(request.prompt_token_ids, np.int32),
+            known=len(request.prompt_token_ids),
+            end_ids=frozenset(sampling.stop_token_ids)
+            | frozenset(() if sampling.ignore_eos else request.eos_token_ids),
+        )
 
     def append(self, token_id: int) -> None:
         if self.known == len(self.tokens):

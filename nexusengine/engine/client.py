@@ -13,7 +13,7 @@ from typing import Protocol
 
 from nexusengine.engine.request import error_delta
 from nexusengine.errors import DeadlineExceeded, NexusError, Unavailable
-from nexusengine.slo.classes import first_token_due_s
+from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import Cluster, Findings
 

@@ -72,7 +72,7 @@ class Engine:
         return defaults.fill(SamplingParams(**given), given)
 
     def stats(self) -> dict[str, float]:
-        """Counters of the engine core (see core.stats.CoreStats), summed over workers."""
+        """Counters of the engine core (see scheduler.stats.CoreStats), summed over workers."""
         self._runner.check()
         return self._runner.stats()
 

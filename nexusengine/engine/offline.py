@@ -28,7 +28,7 @@ from nexusengine.engine.request import Prompt, error_delta, make_processor, outp
 from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
 from nexusengine.obs.logs import get_logger
 from nexusengine.scheduler.registry import OFFLINE
-from nexusengine.slo.classes import first_token_due_s
+from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 
 Outputs = Callable[[], AsyncGenerator[RequestOutput]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from nexusengine.engine.stop import StopStrings
-from nexusengine.slo.classes import judge
+from nexusengine.slo.due import judge
 from nexusengine.types import SLO, FinishReason, RequestOutput, Service, Timings, TokenDelta, Verdict
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from nexusengine.loadgen.record import Record
 from nexusengine.sim.report import rounded_numbers
 from nexusengine.sim.verdicts import longest_tenth
-from nexusengine.slo.classes import Missed, Verdict, judge
+from nexusengine.slo.due import judge
+from nexusengine.types import Missed, Verdict
 
 _PERCENTILES = (50, 90, 99)
 

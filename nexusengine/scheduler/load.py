@@ -6,9 +6,9 @@ import numpy as np
 
 from nexusengine.arrays import I4
 from nexusengine.perf.model import PerfSnapshot
-from nexusengine.scheduler.lens.deadlines import first_token_due_s
 from nexusengine.scheduler.stats import CoreStats
 from nexusengine.scheduler.view import RequestColumns
+from nexusengine.slo.due import first_tokens_due_s
 from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfWeights, WorkerLoad
 
 
@@ -17,7 +17,7 @@ def worker_load(
     running: I4,
     waiting: I4,
     *,
-    covers: int,
+    last_dispatch_seq: int,
     stats: CoreStats,
     perf: PerfSnapshot,
     mean_output_tokens: float,
@@ -28,12 +28,12 @@ def worker_load(
     decodes = running[left == 1]
     pending = np.concatenate([running[left > 1], waiting])
     pending_left = c.known_tokens[pending] - c.computed_tokens[pending]
-    deadlines_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending])
+    deadlines_s = first_tokens_due_s(c.arrival_s[pending], c.ttft_s[pending])
     relegated = c.relegated[pending]
     first = np.lexsort((deadlines_s, relegated))[:MAX_PENDING_IN_REPORT]
     tpot_s = c.tpot_s[decodes]
     return WorkerLoad(
-        covers=covers,
+        last_dispatch_seq=last_dispatch_seq,
         running=len(running),
         waiting=len(waiting),
         kv_used_blocks=stats.kv_used_blocks,

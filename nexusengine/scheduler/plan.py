@@ -47,7 +47,7 @@ class StepPlan:
     refuse: slots to fail with Overloaded. reasons `[S]`: by slot, for every slot in the view.
     predicted_s, upper_s: predicted duration of the step and its upper bound.
     first_token_s `[S]`: predicted instant of the first token of those not relegated that wait for one, else NaN; None
-    from policies that do not predict it. notes: numbers that explain the step, by name (see obs/explain.py).
+    from policies that do not predict it. notes: numbers that explain the step, by name (see cli/history_text.py).
     """
 
     slots: I4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nexusengine.perf.features import StepFeatures
+from nexusengine.types import FinishReason
 
 _SLOW = 1.6
 
@@ -46,6 +47,18 @@ class CoreStats:
     def totals(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in self.__slots__}
 
+    def stepped(self, tokens: int, predicted_s: float, upper_s: float, device_s: float) -> None:
+        """A step has ended."""
+        self.steps += 1
+        self.computed_tokens += tokens
+        self.device_s += device_s
+        self.learn_prediction(predicted_s, upper_s, device_s)
+
+    def finished(self, reason: FinishReason) -> None:
+        """A request has ended."""
+        name = f"finished_{reason}"
+        setattr(self, name, getattr(self, name) + 1)
+
     def learn_prediction(self, predicted_s: float, upper_s: float, measured_s: float) -> None:
         """Running means over about the last 200 steps, plain means before."""
         weight = 1.0 / min(self.steps, 200)
@@ -60,7 +73,7 @@ class CoreStats:
 class StepRecord:
     """One step as it was planned and as it went. Seconds; started_s on the core's clock.
 
-    reasons: how many slots had each lens.plan.Reason, by its number; those without a request count as NONE.
+    reasons: how many slots had each scheduler.plan.Reason, by its number; those without a request count as NONE.
     notes: the plan's own.
     """
 

@@ -93,4 +93,3 @@ class EngineView:
     max_running: int
     model: PerformanceModel
     arrivals: int = 0
-    idle_s: float = 0.0

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from nexusengine.errors import InvalidRequest, NotFound
 from nexusengine.server.state import ServerState
 from nexusengine.server.verdict import ms
-from nexusengine.slo.classes import Verdict, judge
-from nexusengine.types import SLO
+from nexusengine.slo.due import judge
+from nexusengine.types import SLO, Verdict
 from nexusengine.wire import MAX_STEPS_IN_ANSWER, RequestHistory, StepHistory
 
 _DEFAULT_STEPS = 50

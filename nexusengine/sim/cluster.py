@@ -277,7 +277,7 @@ class Cluster:
         if isinstance(message, Cancel):
             engine.abort(message.request_id)
         elif isinstance(message, Dispatch):
-            engine.covers = message.seq
+            engine.last_dispatch_seq = message.seq
             job = self._jobs.get(message.request.request_id)
             if job is not None:
                 engine.add(job, now)

@@ -1,4 +1,4 @@
-"""One simulated engine: the loop of core.EngineCore without tokens and tensors, on the same policy and KV objects.
+"""One simulated engine: the Scheduler that core.EngineCore runs, on a virtual clock, without tokens and tensors.
 
 A step is begun with `begin`, which plans and says when the step ends, and ended with `advance`. While nothing waits and
 every running request decodes, all steps until the first one ends are alike; they are begun as one run and taken apart
@@ -8,7 +8,6 @@ again where something interrupts. tests/sim compares plan by plan with EngineCor
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,23 +15,18 @@ import msgspec
 import numpy as np
 
 from nexusengine.arrays import F8, I4
-from nexusengine.core.engine_core import COLD_AFTER_S
 from nexusengine.errors import InternalError
 from nexusengine.kv.manager import KVManager
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.profiles.base import DeviceProfile
-from nexusengine.scheduler.lens.deadlines import token_due_s
-from nexusengine.scheduler.load import worker_load
 from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
-from nexusengine.scheduler.stats import CoreStats
-from nexusengine.scheduler.validate import plan_problem
-from nexusengine.scheduler.view import EngineView, RequestColumns
+from nexusengine.scheduler.request import SchedulerRequest
+from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduler
+from nexusengine.scheduler.view import EngineView
 from nexusengine.sim.job import Job
 from nexusengine.wire import WorkerLoad
 
-_HITS_LOOKED_UP = 32
-_BLOCKS_LOOKED_UP = 2048
 _LONGEST_RUN_STEPS = 1024
 _OBSERVED_OF_A_RUN = 8
 
@@ -56,16 +50,28 @@ class EngineSettings:
     answer_delay_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Live:
-    """A job in the engine. names: of the KV blocks of its tokens, as far as they are known."""
+@dataclass(slots=True, kw_only=True)
+class SimRequest(SchedulerRequest):
+    """A job in the engine."""
 
     job: Job
-    names: list[bytes]
-    preemptions: int = 0
-    scheduled_s: float = np.nan
-    cached_tokens: int = 0
-    ever_relegated: bool = False
+
+
+class _Observed:
+    """A policy, and what is noted of its plans: how long each took on this machine."""
+
+    def __init__(self, policy: SchedulerPolicy, on_plan: Callable[[EngineView, StepPlan], None] | None) -> None:
+        self.name, self.traits = policy.name, policy.traits
+        self.planning_s: list[float] = []
+        self._policy, self._on_plan = policy, on_plan
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        began_s = time.perf_counter()
+        plan = self._policy.plan(view, now)
+        self.planning_s.append(time.perf_counter() - began_s)
+        if self._on_plan is not None:
+            self._on_plan(view, plan)
+        return plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +127,10 @@ class SimEngine:
     ) -> None:
         self.profile, self.policy, self.model, self.settings = profile, policy, model, settings
         self.slowdown = 1.0
-        self.covers = 0
+        self.last_dispatch_seq = 0
         self.first_tokens: list[tuple[Job, float, int]] = []  # when, and prompt tokens found in the prefix cache
         self.ended: list[Ended] = []
-        self.planning_s: list[float] = []
-        self.stats = CoreStats()
         self.kv_peak_blocks = 0
-        self._rng, self._on_plan = rng, on_plan
         size = settings.block_size
         slots = settings.max_running + settings.max_waiting
         blocks = (settings.kv_tokens or profile.kv_capacity_tokens) // size
@@ -135,22 +138,22 @@ class SimEngine:
         self.kv = KVManager(
             blocks + 1, size, slots, -(-self.max_model_len // size), prefix_caching=settings.prefix_caching
         )
-        self.stats.kv_total_blocks = self.kv.total_blocks
-        self._c = RequestColumns.empty(slots)
+        self._observed = _Observed(policy, on_plan)
+        self.scheduler: Scheduler[SimRequest] = Scheduler(
+            self._observed,
+            model,
+            self.kv,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_batch_tokens=settings.max_batch_tokens,
+        )
+        self.stats = self.scheduler.stats
+        self._rng = rng
         self._ends_at = np.zeros(slots, np.int32)
-        self._strict = np.ones(slots, np.bool_)
-        self._free_slots = list(range(slots - 1, -1, -1))
-        self._live: dict[int, _Live] = {}
-        self._running: dict[int, None] = {}
-        self._waiting: OrderedDict[int, None] = OrderedDict()
-        self._running_slots: I4 | None = np.zeros(0, np.int32)
-        self._waiting_slots: I4 | None = np.zeros(0, np.int32)
-        self._arrivals = 0
-        self._output_tokens_ended = 0
         self._run: _Run | None = None
         self._aborted: set[int] = set()
         self._every_step = not settings.runs or bool(getattr(policy, "plans_every_step", False))
-        self._idle_since_s = self._stepped_s = 0.0
+        self._stepped_s = 0.0
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
@@ -161,83 +164,60 @@ class SimEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self.scheduler.requests)
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self.scheduler.running)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.scheduler.waiting)
+
+    @property
+    def planning_s(self) -> list[float]:
+        """Seconds that each plan took on this machine."""
+        return self._observed.planning_s
 
     def add(self, job: Job, now: float) -> None:
         """A job arrives; call `advance(now)` before. One that finds the queue full, or can never fit, ends refused."""
-        request = job.request
         room = self.max_model_len - job.prompt_tokens
-        max_tokens = request.sampling.max_tokens or room
-        full = len(self._waiting) >= self.settings.max_waiting or not self._free_slots
-        if full or room < max(max_tokens, 1):
+        max_tokens = job.request.sampling.max_tokens or room
+        if self.scheduler.room < 1 or room < max(max_tokens, 1):
             self.ended.append(Ended(job, now, refused=True))
             return
-        slot, c = self._free_slots.pop(), self._c
-        c.arrival_s[slot] = request.arrival_s
-        c.prompt_tokens[slot] = c.known_tokens[slot] = job.prompt_tokens
-        c.computed_tokens[slot] = c.generated_tokens[slot] = c.blocks[slot] = 0
-        c.cached_tokens[slot] = c.cached_free_blocks[slot] = 0
-        c.max_tokens[slot] = max_tokens
-        c.ttft_s[slot] = request.slo.ttft_s if request.slo else np.nan
-        c.tpot_s[slot] = request.slo.tpot_s if request.slo else np.nan
-        c.first_token_s[slot] = c.last_token_s[slot] = np.nan
-        c.priority[slot] = request.priority
-        c.relegated[slot] = False
-        self._ends_at[slot] = min(job.output_tokens, max_tokens)
-        self._strict[slot] = True
-        self._live[slot] = _Live(job, job.block_names(self.settings.block_size) if self.kv.prefix_caching else [])
-        self._waiting[slot] = None
-        self._waiting_slots = None
-        self._arrivals += 1
-        self.stats.requests += 1
-        self.stats.prompt_tokens += job.prompt_tokens
+        hashes = job.block_names(self.settings.block_size) if self.kv.prefix_caching else []
+        request = SimRequest(request=job.request, max_tokens=max_tokens, block_hashes=hashes, job=job)
+        self.scheduler.add(request)
+        self._ends_at[request.slot] = min(job.output_tokens, max_tokens)
 
     def abort(self, request_id: str) -> None:
         """End a job of which nobody wants to hear; one in the step under way leaves at that step's end."""
-        for slot, live in self._live.items():
-            if live.job.request.request_id == request_id:
+        for slot, request in self.scheduler.requests.items():
+            if request.request.request_id == request_id:
                 if self._run is not None and slot in self._run.slots:
                     self._cut_run()
                     self._aborted.add(slot)
                 else:
-                    self._leave(slot)
+                    self._leave(request, output_tokens=0)
                 return
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def begin(self, now: float) -> float | None:
-        """Plan and begin the next step or run; the instant at which it ends, None if there is nothing to do. As in
-        EngineCore, a plan of which no row finds blocks is made anew: with fresh estimates, then with fewer running."""
+        """Plan and begin the next step or run; the timestamp at which it ends, None if there is nothing to do."""
         if self._run is not None:
             raise InternalError("a step is under way")
-        attempt = 0
-        while self._live:
-            plan = self._plan(now, fresh=attempt > 0)
-            slots, counts = self._place(plan, now)
-            if len(slots):
-                self.kv_peak_blocks = max(self.kv_peak_blocks, self.kv.used_blocks)
-                self._run = self._begin_run(slots, counts, plan, now)
-                return float(self._run.ends_s[-1])
-            if not self._live:
-                break
-            if attempt and len(self._running) <= 1:
-                raise InternalError(
-                    f"policy {self.policy.name!r} plans nothing that can run, with {len(self._running)} jobs running, "
-                    f"{len(self._waiting)} waiting and {self.kv.free_blocks} free blocks"
-                )
-            if attempt:
-                self._preempt(next(reversed(self._running)))
-            attempt += 1
-        self._idle_since_s = now
-        return None
+        if not self.scheduler.can_plan:
+            return None
+        scheduled = self.scheduler.schedule(now)
+        for request in scheduled.refused:
+            self._note_end(request, now, refused=True)
+        if not len(scheduled.slots):
+            return None
+        self.kv_peak_blocks = max(self.kv_peak_blocks, self.kv.used_blocks)
+        self._run = self._begin_run(scheduled.slots, scheduled.counts, scheduled.plan, now)
+        return float(self._run.ends_s[-1])
 
     def advance(self, now: float) -> None:
         """Apply every step of the run that has ended by `now`."""
@@ -249,9 +229,8 @@ class SimEngine:
             self._apply(run, ended)
         if ended == len(run.ends_s):
             self._run = None
-            self._idle_since_s = float(run.ends_s[-1])
-            for slot in self._aborted & self._live.keys():
-                self._leave(slot)
+            for slot in self._aborted & self.scheduler.requests.keys():
+                self._leave(self.scheduler.requests[slot], output_tokens=0)
             self._aborted.clear()
 
     def interrupt(self) -> float | None:
@@ -264,64 +243,11 @@ class SimEngine:
         if run is not None and len(run.ends_s) > run.done + 1:
             run.ends_s, run.took_s = run.ends_s[: run.done + 1], run.took_s[: run.done + 1]
 
-    def _plan(self, now: float, *, fresh: bool) -> StepPlan:
-        self._look_up_hits(everything=fresh)
-        view = self.view(now)
-        began_s = time.perf_counter()
-        plan = self.policy.plan(view, now)
-        self.planning_s.append(time.perf_counter() - began_s)
-        problem = plan_problem(plan, view)
-        if problem is not None:
-            raise InternalError(f"the plan of policy {self.policy.name!r} is invalid: {problem}")
-        if self._on_plan is not None:
-            self._on_plan(view, plan)
-        for slot in plan.preempt:
-            self._preempt(slot)
-        for slot in plan.relegate:
-            self._c.relegated[slot] = self._live[slot].ever_relegated = True
-        self._c.relegated[list(plan.restore)] = False
-        for slot in plan.refuse:
-            self._end(slot, now, refused=True)
-        return plan
-
-    def _place(self, plan: StepPlan, now: float) -> tuple[I4, I4]:
-        """As EngineCore._place: KV blocks for the rows; a row without blocks is left out."""
-        c, size = self._c, self.kv.block_size
-        slots, counts = plan.slots.copy(), plan.counts.copy()
-        short = np.nonzero(c.computed_tokens[slots] + counts > c.blocks[slots] * size)[0]
-        keep: np.ndarray | None = None
-        for i in short.tolist():
-            slot, count = int(slots[i]), int(counts[i])
-            newcomer = slot in self._waiting
-            if newcomer:
-                live = self._live[slot]
-                known = int(c.known_tokens[slot])
-                cached = self.kv.admit(slot, live.names, known - 1)
-                c.computed_tokens[slot] = cached
-                counts[i] = count = min(count, known - cached)
-            if not self.kv.grow(slot, int(c.computed_tokens[slot]) + count):
-                self.stats.plan_shortfalls += 1
-                keep = np.ones(len(slots), np.bool_) if keep is None else keep
-                keep[i] = False
-                if newcomer:
-                    self.kv.release(slot)
-                    c.computed_tokens[slot] = 0
-                continue
-            c.blocks[slot] = self.kv.blocks_of(slot)
-            if newcomer:
-                del self._waiting[slot]
-                self._running[slot] = None
-                self._running_slots = self._waiting_slots = None
-                if np.isnan(live.scheduled_s):
-                    live.scheduled_s, live.cached_tokens = now, cached
-                self.stats.cached_tokens += cached
-        return (slots, counts) if keep is None else (slots[keep], counts[keep])
-
     def _begin_run(self, slots: I4, counts: I4, plan: StepPlan, now: float) -> _Run:
         s = self.settings
-        starts = self._c.computed_tokens[slots]
+        starts = self.scheduler.columns.computed_tokens[slots]
         steps = 1
-        alone = not self._waiting and len(slots) == len(self._running)
+        alone = not self.scheduler.waiting and len(slots) == len(self.scheduler.running)
         if alone and not self._every_step and counts.max() == 1:
             steps = self._alike(slots, starts)
         if steps > 1:
@@ -337,64 +263,52 @@ class SimEngine:
 
     def _alike(self, slots: I4, starts: I4) -> int:
         """How many decode steps pass before a row ends, blocks run out, or a row has to be planned anew."""
-        if (self._c.generated_tokens[slots] == 0).any() or (self._c.known_tokens[slots] - starts != 1).any():
+        c = self.scheduler.columns
+        if (c.generated_tokens[slots] == 0).any() or (c.known_tokens[slots] - starts != 1).any():
             return 1
-        steps = min(int((self._ends_at[slots] - self._c.generated_tokens[slots]).min()), _LONGEST_RUN_STEPS)
-        size = self.kv.block_size
-        missing = -(-(starts + steps) // size) - self._c.blocks[slots]
+        steps = min(int((self._ends_at[slots] - c.generated_tokens[slots]).min()), _LONGEST_RUN_STEPS)
+        missing = -(-(starts + steps) // self.kv.block_size) - c.blocks[slots]
         return steps if int(np.maximum(missing, 0).sum()) <= self.kv.free_blocks else 1
 
     def _apply(self, run: _Run, until: int) -> None:
         """Steps run.done .. until of the run have ended. Only its last step can end a row."""
-        c, size, slots = self._c, self.kv.block_size, run.slots
+        scheduler, size, slots = self.scheduler, self.kv.block_size, run.slots
         steps = until - run.done
         if run.done or steps > 1:  # only the first step's blocks were found when it was planned
             all_ends = run.starts + until
-            for i in np.nonzero(all_ends > c.blocks[slots] * size)[0].tolist():
-                slot = int(slots[i])
-                if not self.kv.grow(slot, int(all_ends[i])):
+            for i in np.nonzero(all_ends > scheduler.columns.blocks[slots] * size)[0].tolist():
+                if not scheduler.grow(int(slots[i]), int(all_ends[i])):
                     raise InternalError("a run of decode steps ran out of KV blocks")
-                c.blocks[slot] = self.kv.blocks_of(slot)
             self.kv_peak_blocks = max(self.kv_peak_blocks, self.kv.used_blocks)
-        now = float(run.ends_s[until - 1])
-        starts = run.starts + run.done
         self.stats.steps += steps
         if run.done == 0:
             self.stats.learn_prediction(run.predicted_s, run.upper_s, float(run.took_s[0]))
         self._observe(run, until)
-        ends = starts + (run.counts if steps == 1 else steps)
-        c.computed_tokens[slots] = ends
+        starts = run.starts + run.done
+        sampled = scheduler.advance(slots, run.counts, steps)
+        ends = scheduler.columns.computed_tokens[slots]
         if self.kv.prefix_caching:
             for i in np.nonzero(starts // size != ends // size)[0].tolist():
-                self.kv.commit(int(slots[i]), self._live[int(slots[i])].names, int(ends[i]))
-        sampled = slots if steps > 1 else slots[ends == c.known_tokens[slots]]
-        self._sampled(sampled, run.ends_s[run.done : until], now)
-        self._stepped_s = now
+                scheduler.commit(scheduler.requests[int(slots[i])], int(ends[i]))
+        self._sampled(sampled, run.ends_s[run.done : until])
+        self._stepped_s = float(run.ends_s[until - 1])
         self.stats.computed_tokens += int(run.counts.sum()) * steps
         self.stats.generated_tokens += len(sampled) * steps
         self.stats.device_s += float(run.took_s[run.done : until].sum())
         run.done = until
 
-    def _sampled(self, slots: I4, at_s: F8, now: float) -> None:
-        """Each of `slots` got a token at each instant of `at_s`."""
-        c, steps = self._c, len(at_s)
-        newcomers = slots[np.isnan(c.first_token_s[slots])]
-        if len(newcomers):
-            c.first_token_s[newcomers] = at_s[0]
-            live = [self._live[s] for s in newcomers.tolist()]
-            self.first_tokens += [(one.job, float(at_s[0]), one.cached_tokens) for one in live]
-        due_s = token_due_s(c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots], c.generated_tokens[slots])
-        due_s -= self.settings.answer_delay_s
-        if steps == 1:
-            self._strict[slots] &= ~(at_s[0] > due_s)
-        else:
-            late_s = at_s[None, :] - due_s[:, None] - np.arange(steps) * c.tpot_s[slots][:, None]
-            self._strict[slots] &= ~(late_s > 0.0).any(axis=1)
-        c.known_tokens[slots] += steps
-        c.generated_tokens[slots] += steps
+    def _sampled(self, slots: I4, at_s: F8) -> None:
+        """Each of `slots` got a token at each timestamp of `at_s`."""
+        c, now = self.scheduler.columns, float(at_s[-1])
+        first = slots[np.isnan(c.first_token_s[slots])]
+        c.first_token_s[first] = at_s[0]
+        requests = [self.scheduler.requests[slot] for slot in first.tolist()]
+        self.first_tokens += [(one.job, float(at_s[0]), one.cached_tokens) for one in requests]
         c.last_token_s[slots] = now
+        before = c.generated_tokens[slots] - len(at_s)
+        self.scheduler.judge(slots, before, at_s, margin_s=self.settings.answer_delay_s)
         for slot in slots[c.generated_tokens[slots] >= self._ends_at[slots]].tolist():
-            self._end(slot, now)
+            self._end(self.scheduler.requests[slot], now)
 
     def _observe(self, run: _Run, until: int) -> None:
         features = StepFeatures.of(run.counts, run.starts + run.done)
@@ -406,98 +320,41 @@ class SimEngine:
                 features.tokens, features.sequences, features.prefills, features.prefill_attention, grown
             )
 
-    # ---- transitions ---------------------------------------------------------------------------------------------
+    # ---- ends ----------------------------------------------------------------------------------------------------
 
-    def _preempt(self, slot: int) -> None:
-        del self._running[slot]
-        self.kv.release(slot)
-        self._c.computed_tokens[slot] = self._c.blocks[slot] = 0
-        self._waiting[slot] = None
-        self._waiting.move_to_end(slot, last=False)
-        self._running_slots = self._waiting_slots = None
-        self._arrivals += 1
-        self._live[slot].preemptions += 1
-        self.stats.preemptions += 1
+    def _end(self, request: SimRequest, now: float) -> None:
+        if request.slot not in self._aborted:
+            self._note_end(request, now)
+        self._leave(request, output_tokens=int(self.scheduler.columns.generated_tokens[request.slot]))
 
-    def _end(self, slot: int, now: float, *, refused: bool = False) -> None:
-        live, c = self._live[slot], self._c
-        self._output_tokens_ended += int(c.generated_tokens[slot])
-        if slot not in self._aborted:
-            self.ended.append(
-                Ended(
-                    live.job,
-                    now,
-                    first_token_s=float(c.first_token_s[slot]),
-                    scheduled_s=live.scheduled_s,
-                    output_tokens=int(c.generated_tokens[slot]),
-                    cached_tokens=live.cached_tokens,
-                    strict=bool(self._strict[slot]) and not refused,
-                    preemptions=live.preemptions,
-                    relegated=live.ever_relegated,
-                    refused=refused,
-                )
+    def _note_end(self, request: SimRequest, now: float, *, refused: bool = False) -> None:
+        c, slot = self.scheduler.columns, request.slot
+        self.ended.append(
+            Ended(
+                request.job,
+                now,
+                first_token_s=float(c.first_token_s[slot]),
+                scheduled_s=np.nan if request.scheduled_s is None else request.scheduled_s,
+                output_tokens=int(c.generated_tokens[slot]),
+                cached_tokens=request.cached_tokens,
+                strict=bool(self.scheduler.strict[slot]) and not refused,
+                preemptions=request.preemptions,
+                relegated=request.ever_relegated,
+                refused=refused,
             )
-        self._leave(slot)
+        )
 
-    def _leave(self, slot: int) -> None:
-        self._running.pop(slot, None)
-        self._waiting.pop(slot, None)
-        self._running_slots = self._waiting_slots = None
-        self.kv.release(slot)
-        self._c.blocks[slot] = self._c.computed_tokens[slot] = 0
-        del self._live[slot]
-        self._free_slots.append(slot)
+    def _leave(self, request: SimRequest, *, output_tokens: int) -> None:
+        self.scheduler.finish(request, output_tokens=output_tokens)
 
     # ---- what others see -----------------------------------------------------------------------------------------
 
-    def view(self, now: float) -> EngineView:
-        if self._running_slots is None:
-            self._running_slots = np.fromiter(self._running, np.int32, len(self._running))
-        if self._waiting_slots is None:
-            self._waiting_slots = np.fromiter(self._waiting, np.int32, len(self._waiting))
-        return EngineView(
-            columns=self._c,
-            running=self._running_slots,
-            waiting=self._waiting_slots,
-            free_blocks=self.kv.free_blocks,
-            total_blocks=self.kv.total_blocks,
-            block_size=self.kv.block_size,
-            max_batch_tokens=self.settings.max_batch_tokens,
-            max_running=self.settings.max_running,
-            model=self.model,
-            arrivals=self._arrivals,
-            idle_s=now - self._idle_since_s,
-        )
-
     def load(self, now: float) -> WorkerLoad:
         """As EngineCore.load; call `advance(now)` before."""
-        view = self.view(now)
-        stats = self.stats
-        stats.running, stats.waiting, stats.kv_used_blocks = len(self._running), len(self._waiting), self.kv.used_blocks
-        stats.kv_evictions = self.kv.evictions
-        load = worker_load(
-            self._c,
-            view.running,
-            view.waiting,
-            covers=self.covers,
-            stats=stats,
-            perf=self.model.snapshot(),
-            mean_output_tokens=self._output_tokens_ended / max(stats.requests - len(self._live), 1),
-        )
-        run = self._run
+        load, run = self.scheduler.load(self.last_dispatch_seq), self._run
         if run is None:
             return load
         running_s = max(now - run.step_began_s, 0.0)
-        return msgspec.structs.replace(load, step=stats.steps + 1, step_running_s=running_s, step_upper_s=run.upper_s)
-
-    def _look_up_hits(self, *, everything: bool) -> None:
-        if not self.kv.prefix_caching or len(self._running) >= self.settings.max_running:
-            return
-        blocks = 0
-        for n, slot in enumerate(self._waiting):
-            if not everything and (n == _HITS_LOOKED_UP or blocks > _BLOCKS_LOOKED_UP):
-                return
-            hit = self.kv.lookup(self._live[slot].names, int(self._c.known_tokens[slot]) - 1)
-            blocks += len(hit.blocks)
-            self._c.cached_tokens[slot] = hit.tokens
-            self._c.cached_free_blocks[slot] = hit.free_blocks
+        return msgspec.structs.replace(
+            load, step=self.stats.steps + 1, step_running_s=running_s, step_upper_s=run.upper_s
+        )

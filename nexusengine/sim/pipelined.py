@@ -14,7 +14,7 @@ from nexusengine.arrays import I4
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.scheduler.plan import SchedulerPolicy
-from nexusengine.sim.engine import EngineSettings, SimEngine
+from nexusengine.sim.engine import EngineSettings, SimEngine, SimRequest
 from nexusengine.sim.job import Job
 
 
@@ -35,7 +35,7 @@ class PipelinedEngine(SimEngine):
             profile, policy, make_model("line"), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
         )
         self._every_step, self._ahead = True, ahead
-        self._leaving: list[int] = []
+        self._leaving: list[tuple[SimRequest, int]] = []  # with their output tokens
 
     def next_step(self, arrived: Sequence[Job], now: float) -> tuple[I4, I4] | None:
         """Begin a step at the end of the one before, when `arrived` are taken in: its counts and contexts, row by row;
@@ -45,7 +45,7 @@ class PipelinedEngine(SimEngine):
             self._add_all(arrived, now)
             self.begin(now)
         else:
-            if len(self._running) > len(self._leaving):
+            if self.running > len(self._leaving):
                 self.begin(now)  # planned before they came, with the seats of those that have just ended taken
             self._let_go()
             self._add_all(arrived, now)
@@ -65,10 +65,11 @@ class PipelinedEngine(SimEngine):
 
     def _let_go(self) -> None:
         leaving, self._leaving = self._leaving, []
-        for slot in leaving:
-            super()._leave(slot)
+        for request, output_tokens in leaving:
+            super()._leave(request, output_tokens=output_tokens)
 
-    def _leave(self, slot: int) -> None:
+    def _leave(self, request: SimRequest, *, output_tokens: int) -> None:
         """Rows that have ended keep seat and blocks, with nothing to compute, until the next step has been planned."""
-        self._c.known_tokens[slot] = self._c.computed_tokens[slot]
-        self._leaving.append(slot)
+        columns = self.scheduler.columns
+        columns.known_tokens[request.slot] = columns.computed_tokens[request.slot]
+        self._leaving.append((request, output_tokens))

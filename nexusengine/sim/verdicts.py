@@ -10,7 +10,8 @@ import numpy as np
 from nexusengine.arrays import F8, I8, Bools
 from nexusengine.errors import ContextTooLong, Overloaded
 from nexusengine.sim.cluster import Outcome
-from nexusengine.slo.classes import Missed, Verdict, judge
+from nexusengine.slo.due import judge
+from nexusengine.types import Missed, Verdict
 
 _REFUSED = {Overloaded.code, ContextTooLong.code}
 _UNFINISHED = {"unfinished", "deadline_exceeded"}

@@ -1,8 +1,4 @@
-"""Latency promises: classes by name, and whether a promise was kept. PURE, standard library only.
-
-Met means: finished, first token within `ttft_s` of arrival, and the mean time of each further token within `tpot_s`.
-The strict contract wants token k (from 0) by arrival + ttft_s + k * tpot_s, for every k.
-"""
+"""Classes of service level objectives by name, built in or read from a file. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,9 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nexusengine.errors import ConfigError, InvalidRequest
-from nexusengine.types import SLO, Missed, Verdict
-
-__all__ = ["CLASSES", "MIXED", "Missed", "SLOClass", "Verdict", "first_token_due_s", "judge", "load_classes"]
+from nexusengine.types import SLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +40,6 @@ CLASSES: Mapping[str, SLOClass] = MappingProxyType(
 )
 MIXED: Mapping[str, float] = MappingProxyType({"interactive": 0.6, "standard": 0.25, "batch": 0.15})
 """Shares of the classes in the workload `mixed`."""
-
-
-def first_token_due_s(arrival_s: float, slo: SLO | None) -> float:
-    """The instant by which the first token is due; infinite without an SLO."""
-    return math.inf if slo is None else arrival_s + slo.ttft_s
-
-
-def judge(
-    slo: SLO, *, arrival_s: float, first_token_s: float, last_token_s: float, output_tokens: int, strict: bool = True
-) -> Verdict:
-    """A request that finished. strict: whether each token was in time by the strict contract; what cannot be seen from
-    the first and the last token."""
-    if first_token_s - arrival_s > slo.ttft_s:
-        return Verdict(False, False, "ttft")
-    if output_tokens > 1 and (last_token_s - first_token_s) / (output_tokens - 1) > slo.tpot_s:
-        return Verdict(False, False, "tpot")
-    if slo.e2e_s is not None and last_token_s - arrival_s > slo.e2e_s:
-        return Verdict(False, False, "e2e")
-    return Verdict(True, strict)
 
 
 _KEYS = {"ttft_s", "tpot_s", "ttft_per_token_s", "e2e_s", "share"}

@@ -79,15 +79,15 @@ class RouterLink:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
             self._exchange(wire.Ready(info))
 
-    def send(self, deltas: list[TokenDelta], covers: int) -> None:
-        """New tokens; covers: the last dispatch that was seen before they were computed.
+    def send(self, deltas: list[TokenDelta], last_dispatch_seq: int) -> None:
+        """New tokens; last_dispatch_seq: the last dispatch that was seen before they were computed.
 
         ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
         planning and more, so that goes behind it.
         """
         if deltas:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), covers))
+                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), last_dispatch_seq))
             os.sched_yield()
 
     def tell(self, findings: wire.Findings) -> None:
@@ -157,7 +157,9 @@ class RouterLink:
             # A router that does not know us was restarted; it cancels what we name as in flight.
             again = self._heartbeat()
             if self._load is not None:
-                again = wire.Ready(self._info, tuple(self._in_flight()), covers=self._load().covers)
+                again = wire.Ready(
+                    self._info, tuple(self._in_flight()), last_dispatch_seq=self._load().last_dispatch_seq
+                )
             self._socket.send(wire.encode(again))
         elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)

@@ -45,7 +45,7 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
             if isinstance(message, wire.Ask):
                 link.tell(core.findings(message))
                 continue
-            core.covers = message.seq
+            core.last_dispatch_seq = message.seq
             core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
             try:
                 core.add(message.request)
@@ -59,8 +59,8 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
                         retry_after_s=error.retry_after_s,
                     )
                 )
-        link.send(deltas, core.covers)
-        link.send(core.step(), core.covers)
+        link.send(deltas, core.last_dispatch_seq)
+        link.send(core.step(), core.last_dispatch_seq)
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
 
@@ -150,7 +150,7 @@ def main() -> None:
     except Exception as error:  # whatever it is, its requests are told before the process ends
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"
-        link.send(core.fail_all(InternalError.code, cause), core.covers)
+        link.send(core.fail_all(InternalError.code, cause), core.last_dispatch_seq)
         child.emit({"type": "failed", "message": f"worker on {device}: {cause}"})
         link.leave(cause)
         sys.exit(1)

@@ -158,7 +158,7 @@ class Snapshot:
 
 def snapshot(view: WorkerView, now: float) -> Snapshot:
     """Of the view's report; of an idle worker at `now` where there is none yet."""
-    load = view.load or WorkerLoad(covers=0)
+    load = view.load or WorkerLoad(last_dispatch_seq=0)
     info = view.info
     traits = info.traits
     count = len(load.pending)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nexusengine.slo.classes import first_token_due_s
+from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerInfo, WorkerLoad, WorkerState
 

@@ -84,7 +84,7 @@ class Tormentor(threading.Thread):
         self._wait(CALM_S)
         while time.monotonic() - self.began_s < self._until_s:
             kind = KINDS[int(self._rng.integers(len(KINDS)))]
-            role = "router.broker" if kind == "router" else "serve.worker"
+            role = "router.broker" if kind == "router" else "worker.worker"
             found = self._children(role)
             if found:
                 self._harm(kind, role, found[int(self._rng.integers(len(found)))])

@@ -48,7 +48,7 @@ def test_a_server_that_was_stopped_until_the_router_forgot_it_tells_its_streams_
     wait_until(lambda: at_rest(served))
 
 
-@pytest.mark.parametrize("module", ["router.broker", "serve.worker"])
+@pytest.mark.parametrize("module", ["router.broker", "worker.worker"])
 def test_streams_go_on_after_a_router_or_a_worker_was_stopped_for_a_while(serve: Serve, module: str) -> None:
     served = serve("--devices", "emulated:t4")
     stream = Stream(served.url, 500)
@@ -64,7 +64,7 @@ def test_streams_go_on_after_a_router_or_a_worker_was_stopped_for_a_while(serve:
     [
         ("router.broker", "router", "worker_lost"),
         ("server.main", "server", "broken off"),
-        ("serve.worker", "w0", "worker_lost"),
+        ("worker.worker", "w0", "worker_lost"),
     ],
 )
 def test_a_process_that_dies_while_draining_is_an_error(serve: Serve, module: str, name: str, end: str) -> None:

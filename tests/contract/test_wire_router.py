@@ -34,7 +34,12 @@ def test_a_report_brings_load_relegated_work_and_the_digest() -> None:
 def test_reports_and_infos_without_the_newer_parts_are_still_of_this_protocol() -> None:
     report = wire.decode_from_worker(msgspec.msgpack.encode(["Report", "e1", 3, [5, 1, 1]]))
     assert isinstance(report, wire.Report)
-    assert (report.load.covers, report.load.waiting, report.load.relegated, report.prefixes) == (5, 1, 0, None)
+    assert (report.load.last_dispatch_seq, report.load.waiting, report.load.relegated, report.prefixes) == (
+        5,
+        1,
+        0,
+        None,
+    )
     ready = wire.decode_from_worker(msgspec.msgpack.encode(["Ready", ["w0", "e1", 7, "cpu", "m"]]))
     assert isinstance(ready, wire.Ready)
     assert (ready.info.scheduler, ready.info.max_waiting) == ("", 0)

@@ -181,7 +181,7 @@ class Cluster(RuleBasedStateMachine):
             assert view.outstanding_tokens == sum(e.tokens for e in entries)
             report = None if worker.identity is None else self.accepted.get(worker.identity)
             assert view.load == (None if report is None else report.load)
-            covers = 0 if report is None else report.load.covers
+            covers = 0 if report is None else report.load.last_dispatch_seq
             new = [e for e in entries if e.seq > covers]
             assert view.unreported == tuple(e.placement for e in new if e.stage is Stage.DISPATCHED)
             assert view.started == tuple(e.placement for e in new if e.stage is Stage.STREAMING)

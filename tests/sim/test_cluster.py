@@ -176,7 +176,7 @@ def test_a_crashed_worker_comes_back_with_an_empty_engine_and_serves_again() -> 
     # a report of the new process covers its own dispatches, so that no work in flight is counted twice or not at all
     for _, views in watching.seen:
         for view in views:
-            assert view.outstanding == 0 or view.load is None or view.load.covers <= 60
+            assert view.outstanding == 0 or view.load is None or view.load.last_dispatch_seq <= 60
             assert len(view.unreported) <= view.outstanding
     assert_nothing_left(cluster, jobs, list(outcomes.values()))
 

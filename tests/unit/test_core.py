@@ -230,13 +230,13 @@ def test_every_step_is_recorded_with_prediction_and_outcome() -> None:
 
 def test_the_published_load_says_what_the_worker_is_doing() -> None:
     core = make_core(policy=FCFS(budget=8), max_running=1)
-    core.covers = 7
+    core.last_dispatch_seq = 7
     core.add(request("a", PROMPT, 5))
     core.step()
     core._publish(force=True)
-    core.covers = 8
+    core.last_dispatch_seq = 8
     load = core.load()
-    assert (load.covers, load.running, load.pending_tokens, load.kv_used_blocks) == (7, 1, 11, 2)
+    assert (load.last_dispatch_seq, load.running, load.pending_tokens, load.kv_used_blocks) == (7, 1, 11, 2)
     assert (load.pending[0].left_tokens, load.pending[0].done_tokens) == (11, 8)
 
 
@@ -253,15 +253,15 @@ def test_the_load_of_a_running_step_can_be_read_from_another_thread() -> None:
             thread.join()
 
     core = make_core(Slow(clock=clock), clock=clock)
-    core.covers = 3
+    core.last_dispatch_seq = 3
     core.add(request("a", PROMPT, 2, slo=SLO(ttft_s=1.0, tpot_s=0.1), arrival_s=5.0))
-    core.covers = 4
+    core.last_dispatch_seq = 4
     core.step()
-    assert [(x.covers, x.step, x.step_running_s) for x in loads] == [(3, 1, 0.25)]
+    assert [(x.last_dispatch_seq, x.step, x.step_running_s) for x in loads] == [(3, 1, 0.25)]
     assert loads[0].step_upper_s == core.records[0].upper_s
     assert (loads[0].pending[0].deadline_s, loads[0].pending[0].tpot_s) == (6.0, 0.1)
     after = core.load()
-    assert (after.covers, after.step_running_s, after.decodes, after.decode_kv_tokens) == (4, 0.0, 1, 19)
+    assert (after.last_dispatch_seq, after.step_running_s, after.decodes, after.decode_kv_tokens) == (4, 0.0, 1, 19)
     assert after.tightest_tpot_s == 0.1
 
 

@@ -16,8 +16,7 @@ from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.report import summary, verdict
 from nexusengine.sim.job import TraceBlocks, make_job
 from nexusengine.sim.workload.build import Workload
-from nexusengine.slo.classes import Verdict
-from nexusengine.types import SLO
+from nexusengine.types import SLO, Verdict
 
 LOOSE = SLO(1.0, 0.1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nexusengine.errors import ERROR_TABLE
-from nexusengine.router.breaker import FAULTS_TO_OPEN, FIRST_OPEN_S, LONGEST_OPEN_S, Answer, Breaker, judge
+from nexusengine.router.breaker import FAULTS_TO_OPEN, FIRST_OPEN_S, LONGEST_OPEN_S, Answer, Breaker, classify
 
 FAULT, SUCCESS, BACKPRESSURE = Answer.FAULT, Answer.SUCCESS, Answer.BACKPRESSURE
 
@@ -30,12 +30,12 @@ def probe(breaker: Breaker, now: float, answer: Answer) -> None:
 def test_only_5xx_answers_other_than_backpressure_are_faults(code: str) -> None:
     status = ERROR_TABLE[code].http_status
     expected = {429: BACKPRESSURE, 503: BACKPRESSURE, 504: Answer.NOTHING}.get(status)
-    assert judge(code) is (expected or (SUCCESS if status < 500 else FAULT))
+    assert classify(code) is (expected or (SUCCESS if status < 500 else FAULT))
 
 
 def test_an_answer_without_an_error_is_a_success_and_an_unknown_error_is_a_fault() -> None:
-    assert judge(None) is SUCCESS
-    assert judge("never heard of") is FAULT
+    assert classify(None) is SUCCESS
+    assert classify("never heard of") is FAULT
 
 
 def test_it_opens_after_faults_in_a_row_and_not_before() -> None:

@@ -235,7 +235,7 @@ def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_f
     identity = identity_of("w0", "e1")
     router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(1)), 40.0)
     assert router.sent() == {identity: [wire.Reregister("r")]}
-    router.core.on_worker(identity, wire.Ready(info("w0"), ("a",), covers=1), 40.0)
+    router.core.on_worker(identity, wire.Ready(info("w0"), ("a",), last_dispatch_seq=1), 40.0)
     sent = router.sent()[identity]
     assert [type(m) for m in sent] == [wire.Cancel, wire.Dispatch]
     assert isinstance(sent[1], wire.Dispatch)
@@ -248,7 +248,7 @@ def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_f
 
 def test_dispatches_after_a_restart_of_the_router_are_numbered_after_those_that_the_worker_has_seen() -> None:
     router = Router("w0")
-    router.core.on_worker(identity_of("w0", "e1"), wire.Ready(info("w0"), covers=57), 0.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Ready(info("w0"), last_dispatch_seq=57), 0.0)
     router.submit("a")
     (dispatch,) = router.sent()[identity_of("w0", "e1")]
     assert isinstance(dispatch, wire.Dispatch)
@@ -344,7 +344,7 @@ def test_reports_that_are_overtaken_are_dropped() -> None:
         router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(covers)), 0.0)
     load = router.core.registry.workers["w0"].load
     assert load is not None
-    assert load.covers == 9
+    assert load.last_dispatch_seq == 9
 
 
 def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
@@ -352,7 +352,7 @@ def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
     router.ready("w0")
     for name in "abc":
         router.submit(name)
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(covers=2)), 0.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
     (view,) = router.core.registry.views(router.core.ledger)
     assert (view.outstanding, [p.request_id for p in view.unreported]) == (3, ["c"])
 

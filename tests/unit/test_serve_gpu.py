@@ -169,7 +169,7 @@ def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> Non
         return GpuState(1500.0, None, 300.0, None, None, ())
 
     environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
-    load = WorkerLoad(covers=0, kv_total_blocks=1, totals={"steps": 7.0})
+    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1, totals={"steps": 7.0})
     beside = Telemetry(environ, read, lambda: at[0]).beside(lambda: load)
     assert beside().totals == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
     beside()
@@ -210,7 +210,7 @@ def test_throttling_that_the_driver_tells_lets_the_model_believe_in_slower_steps
     at, told = [0.0], []
     environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
     telemetry = Telemetry(environ, now=lambda: at[0])
-    report = telemetry.beside(lambda: WorkerLoad(covers=0, kv_total_blocks=1))
+    report = telemetry.beside(lambda: WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1))
 
     class Model(OnlineModel):
         def expect_change(self) -> None:
@@ -226,5 +226,5 @@ def test_throttling_that_the_driver_tells_lets_the_model_believe_in_slower_steps
 
 
 def test_a_worker_without_a_gpu_of_its_own_reports_as_before() -> None:
-    load = WorkerLoad(covers=0, kv_total_blocks=1)
+    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1)
     assert Telemetry({"CUDA_VISIBLE_DEVICES": "0"}).beside(lambda: load)() is load

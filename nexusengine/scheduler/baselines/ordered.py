@@ -11,10 +11,11 @@ import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
 from nexusengine.scheduler.baselines.fcfs import FCFS, by_tokens, make_room_for_the_oldest
-from nexusengine.scheduler.lens.deadlines import first_token_due_s, turn_s
+from nexusengine.scheduler.lens.deadlines import turn_s
 from nexusengine.scheduler.plan import Reason, StepPlan
 from nexusengine.scheduler.step import Step
 from nexusengine.scheduler.view import EngineView
+from nexusengine.slo.due import first_tokens_due_s
 
 
 class Sarathi(FCFS):
@@ -47,7 +48,7 @@ class Ordered(FCFS):
         step = Step(view, self.budget)
         step.take_decodes(view.running[::-1].tolist())
         pending, context, left = step.pending()
-        due_s = first_token_due_s(c.arrival_s[pending], c.ttft_s[pending])
+        due_s = first_tokens_due_s(c.arrival_s[pending], c.ttft_s[pending])
         key = self.key(view, pending, left, due_s)
         lost: I4 = pending[:0]
         if self.relegate and len(pending):

@@ -1,7 +1,7 @@
 """What each request was promised, as instants: when its first token and when its next token are due.
 
-The promise is the mean one of slo.py: the first token by arrival + ttft_s; and with the first token at f, the mean time
-of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
+The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; and with the first token at f, the mean
+time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
 A request without an SLO has no deadline: its instants are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from nexusengine.arrays import F8, I4, I8
+from nexusengine.arrays import F8, I4
 from nexusengine.scheduler.attainable import attainable
 from nexusengine.scheduler.view import EngineView
 from nexusengine.slo.classes import CLASSES
+from nexusengine.slo.due import first_tokens_due_s
 
 FALLBACK = CLASSES["batch"]
 """The promise in place of one that cannot be kept: generous, but finite, so that the wait stays bounded."""
@@ -24,19 +25,6 @@ NO_SLO_TURN_S = FALLBACK.ttft_s
 
 _RESUME_TOKENS = 64
 _RESUME_SHARE = 0.25
-
-
-def first_token_due_s(arrival_s: F8, ttft_s: F8) -> F8:
-    """Instants `[N]` by which first tokens are due; infinite without an SLO (ttft_s NaN)."""
-    due_s: F8 = arrival_s + ttft_s
-    return np.where(np.isnan(due_s), np.inf, due_s)
-
-
-def token_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
-    """Instants `[N]` by which output tokens `number [N]`, from 0, are due by the strict contract of slo.py; infinite
-    without an SLO."""
-    due_s: F8 = first_token_due_s(arrival_s, ttft_s) + number * np.where(np.isnan(tpot_s), 0.0, tpot_s)
-    return due_s
 
 
 def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
@@ -84,6 +72,6 @@ class Deadlines:
         ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
         self.attainable[new] = met
         self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))
-        self.first_due_s[new] = self.prefill_due_s[new] = first_token_due_s(c.arrival_s[new], ttft_s)
+        self.first_due_s[new] = self.prefill_due_s[new] = first_tokens_due_s(c.arrival_s[new], ttft_s)
         self.turn_s[new] = turn_s(c.arrival_s[new], self.first_due_s[new])
         self._arrival_s[new] = c.arrival_s[new]

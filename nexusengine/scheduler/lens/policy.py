@@ -1,10 +1,11 @@
 """LENS: each step, the work that keeps the most requests within their promises.
 
-Decodes run always; how long the step may take follows from what their mean times per token allow (limit.py). Into that
-time go prompts by deadline, less those that would make more of the others late than they are worth (order.py); where
-mixed steps are dear, time is saved up for fewer, longer ones (pace.py). Prompts whose first token cannot come in time
-any more are relegated and get what is left over, and a share of the step when they have grown old (behind.py). Those
-without an SLO come behind all deadlines, as they arrived, and get the same share when others keep overtaking them.
+Decodes run always; how long the step may take follows from what their mean times per token allow (step_limit.py). Into
+that time go prompts by deadline, less those that would make more of the others late than they are worth (select.py);
+where mixed steps are dear, time is saved up for fewer, longer ones (prefill_rate.py). Prompts whose first token cannot
+come in time any more are relegated and get what is left over, and a share of the step when they have grown old
+(relegation.py). Those without an SLO come behind all deadlines, as they arrived, and get the same share when others
+keep overtaking them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""What a request's caller is told, token by token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from nexusengine.core.request import RequestState
+from nexusengine.sampling.table import SampledLogprobs
+from nexusengine.types import FinishReason, Service, TokenDelta, TokenLogprob
+
+Logprobs = tuple[TokenLogprob, ...] | None
+
+
+class Error(NamedTuple):
+    """Why a request failed. code: of a NexusError."""
+
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+def first_delta(state: RequestState, service: Service, token: int, logprobs: Logprobs) -> TokenDelta:
+    return TokenDelta(
+        state.request.request_id,
+        (token,),
+        logprobs,
+        timings=state.timings(None),
+        cached_tokens=state.cached_tokens,
+        service=service,
+    )
+
+
+def next_delta(state: RequestState, token: int, logprobs: Logprobs) -> TokenDelta:
+    return TokenDelta(state.request.request_id, (token,), logprobs)
+
+
+def last_delta(
+    state: RequestState,
+    service: Service,
+    now: float,
+    reason: FinishReason,
+    token_ids: tuple[int, ...],
+    logprobs: Logprobs,
+    *,
+    stop_reason: int | None,
+    error: Error | None,
+) -> TokenDelta:
+    return TokenDelta(
+        state.request.request_id,
+        token_ids,
+        logprobs,
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        timings=state.timings(now),
+        cached_tokens=state.cached_tokens,
+        preemptions=state.preemptions,
+        error_code=error.code if error else None,
+        error_message=error.message if error else None,
+        retry_after_s=error.retry_after_s if error else None,
+        service=service,
+    )
+
+
+def token_logprobs(sampled: SampledLogprobs, row: int, token: int, state: RequestState) -> Logprobs:
+    """Of the token that a row sampled, if its request asked for them."""
+    wanted = state.request.sampling.logprobs
+    if wanted is None:
+        return None
+    ids, values = sampled.top_ids[row, :wanted].tolist(), sampled.top[row, :wanted].tolist()
+    return (TokenLogprob(token, float(sampled.chosen[row]), tuple(zip(ids, values, strict=True))),)
