@@ -46,13 +46,13 @@ def perf(rng: np.random.Generator) -> wire.PerfWeights:
     return wire.PerfWeights(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
 
 
-def load(rng: np.random.Generator, pending: int, covers: int, now: float) -> wire.WorkerLoad:
+def load(rng: np.random.Generator, pending: int, last_dispatch_seq: int, now: float) -> wire.WorkerLoad:
     """A busy worker's report, its pending prompts due over the next two seconds."""
     due = np.sort(now + rng.uniform(0.05, 2.0, pending)).tolist()
     left = rng.integers(100, 2000, pending).tolist()
     prompts = tuple(wire.PendingPrefill(d, n, 0, 0.05, False) for d, n in zip(due, left, strict=True))
     return wire.WorkerLoad(
-        last_dispatch_seq=covers,
+        last_dispatch_seq=last_dispatch_seq,
         running=64 + pending,
         kv_used_blocks=8000,
         kv_total_blocks=30_000,

@@ -25,7 +25,7 @@ def perf(speed: float = 1.0, quantile: float = 1.0) -> PerfWeights:
 def load(
     *, speed: float = 1.0, pending: tuple[PendingPrefill, ...] = (), decodes: int = 0, **fields: Any
 ) -> WorkerLoad:
-    fields = {"kv_total_blocks": 10_000, "mean_output_tokens": 100.0, "covers": 0} | fields
+    fields = {"kv_total_blocks": 10_000, "mean_output_tokens": 100.0, "last_dispatch_seq": 0} | fields
     return WorkerLoad(
         pending=pending,
         pending_tokens=sum(p.left_tokens for p in pending),

@@ -143,10 +143,10 @@ class Cluster(RuleBasedStateMachine):
             return
         identity = self.identity(worker)
         self.seq[identity] = self.seq.get(identity, 0) + 1
-        covers = max(self.seen.get(identity, 0) - lag, self.covered.get(identity, 0))
-        self.covered[identity] = covers
+        last_dispatch_seq = max(self.seen.get(identity, 0) - lag, self.covered.get(identity, 0))
+        self.covered[identity] = last_dispatch_seq
         pending = (wire.PendingPrefill(self.now + 1.0, 100, 0, 0.05, False),) * waiting
-        load = wire.WorkerLoad(covers, waiting=waiting, pending=pending, step_running_s=running_s)
+        load = wire.WorkerLoad(last_dispatch_seq, waiting=waiting, pending=pending, step_running_s=running_s)
         report = wire.Report(str(self.epochs[worker]), self.seq[identity], load)
         if fate == "is overtaken":
             self.overtaken.setdefault(identity, []).append(report)
@@ -181,8 +181,8 @@ class Cluster(RuleBasedStateMachine):
             assert view.outstanding_tokens == sum(e.tokens for e in entries)
             report = None if worker.identity is None else self.accepted.get(worker.identity)
             assert view.load == (None if report is None else report.load)
-            covers = 0 if report is None else report.load.last_dispatch_seq
-            new = [e for e in entries if e.seq > covers]
+            last_dispatch_seq = 0 if report is None else report.load.last_dispatch_seq
+            new = [e for e in entries if e.seq > last_dispatch_seq]
             assert view.unreported == tuple(e.placement for e in new if e.stage is Stage.DISPATCHED)
             assert view.started == tuple(e.placement for e in new if e.stage is Stage.STREAMING)
             assert view.warming == (len(entries) >= worker.may_have)

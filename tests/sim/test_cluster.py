@@ -173,7 +173,7 @@ def test_a_crashed_worker_comes_back_with_an_empty_engine_and_serves_again() -> 
     outcomes = run(cluster, jobs)
     assert {o.worker for n, o in outcomes.items() if int(n[1:]) >= 40} == {"w0", "w1"}
     assert {o.worker for n, o in outcomes.items() if 21 <= int(n[1:]) < 29} == {"w1"}
-    # a report of the new process covers its own dispatches, so that no work in flight is counted twice or not at all
+    # a report of the new process includes its own dispatches, so that no work in flight is counted twice or not at all
     for _, views in watching.seen:
         for view in views:
             assert view.outstanding == 0 or view.load is None or view.load.last_dispatch_seq <= 60

@@ -26,7 +26,7 @@ class Recorder:
     """A policy that remembers what it planned."""
 
     def __init__(self, policy: SchedulerPolicy, plans: Plans) -> None:
-        self.policy, self.plans, self.name = policy, plans, policy.name
+        self.policy, self.plans, self.name, self.traits = policy, plans, policy.name, policy.traits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         plan = self.policy.plan(view, now)

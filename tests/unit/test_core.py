@@ -54,8 +54,8 @@ def test_a_preempted_request_waits_before_those_that_never_ran() -> None:
         core.add(request(str(i), PROMPT[i : i + 6], 20))
     while not core.stats().preemptions:
         core.step()
-    first = next(iter(core._waiting))
-    assert core._by_slot[first].preemptions == 1
+    first = next(iter(core.scheduler.waiting))
+    assert core.scheduler.requests[first].preemptions == 1
 
 
 def test_an_equal_beginning_is_computed_once() -> None:
@@ -332,7 +332,7 @@ def test_a_refused_request_ends_with_a_time_to_come_back_and_the_others_go_on() 
     policy.refuse, policy.relegate = (slots["refused"],), (slots["relegated"],)
     first = core.step()
     assert [(d.error_code, (d.retry_after_s or 0) >= 1.0) for d in first if d.finish_reason] == [("overloaded", True)]
-    assert core._columns.relegated.nonzero()[0].tolist() == [slots["relegated"]]
+    assert core.scheduler.columns.relegated.nonzero()[0].tolist() == [slots["relegated"]]
     assert set(run(core)) == {"relegated", "running"}
 
 
@@ -363,7 +363,7 @@ def test_deadlines_of_finished_requests_do_not_pile_up() -> None:
     for i in range(200):
         core.add(request(str(i), PROMPT, 1, deadline_s=1e6 + i))
         run(core)
-    assert len(core._deadlines) <= 2 * 40 + 1
+    assert len(core._timeouts) <= 2 * 40 + 1
 
 
 class Wrong:

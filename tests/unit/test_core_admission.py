@@ -159,7 +159,7 @@ def test_a_policy_that_foresees_first_tokens_is_believed_once() -> None:
     core.add(request("a", list(range(20)), 2))
     found = [d for _ in range(5) for d in core.step() if d.service is not None]
     assert [d.service.predicted_ttft_s for d in found if d.service] == [7.0, 7.0], "as it was said in the first step"
-    policy.silent_of = core._free_slots[-1]
+    policy.silent_of = core.scheduler._free_slots[-1]
     core.add(request("b", list(range(20)), 2, arrival_s=clock.now()))
     found = [d for _ in range(5) for d in core.step() if d.service is not None]
     assert all(0 < d.service.predicted_ttft_s < 1 for d in found if d.service)

@@ -30,7 +30,8 @@ def slots(*numbers: int) -> np.ndarray:
 
 
 def end(history: History, slot: int, serial: int, request_id: str) -> None:
-    state = RequestState(request(request_id, [1]), slot, slots(1), 1, 1, frozenset(), serial=serial)
+    state = RequestState.of(request(request_id, [1]), 1)
+    state.slot, state.serial = slot, serial
     history.ended(slot, life_of(state, Service("w0", 0.0), 9.0, "length"))
 
 

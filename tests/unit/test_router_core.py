@@ -240,8 +240,8 @@ def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_f
     assert [type(m) for m in sent] == [wire.Cancel, wire.Dispatch]
     assert isinstance(sent[1], wire.Dispatch)
     assert sent[1].seq == 2
-    for covers, tokens in ((1, (5, 6)), (2, (7,))):
-        message = wire.WorkerDeltas("e1", (("a", tokens),), (), covers)
+    for last_dispatch_seq, tokens in ((1, (5, 6)), (2, (7,))):
+        message = wire.WorkerDeltas("e1", (("a", tokens),), (), last_dispatch_seq)
         router.core.on_worker(identity, message, 40.0)
     assert router.sent() == {CLIENT: [wire.Deltas((("a", (7,)),))]}
 
@@ -340,8 +340,8 @@ def test_reports_that_are_overtaken_are_dropped() -> None:
     router = Router("w0")
     router.ready("w0")
     identity = identity_of("w0", "e1")
-    for seq, covers in ((2, 9), (1, 5)):
-        router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(covers)), 0.0)
+    for seq, last_dispatch_seq in ((2, 9), (1, 5)):
+        router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
     load = router.core.registry.workers["w0"].load
     assert load is not None
     assert load.last_dispatch_seq == 9
