@@ -43,7 +43,7 @@ ABLATIONS: dict[str, tuple[str, str]] = {
     "lens": ("lens", "online"),
     "step limit only": ("lens:order=0", "online"),
     "order only": ("lens:limit=0,budget={budget}", "online"),
-    "no saving up": ("lens:saving=0", "online"),
+    "no saving up": ("lens:coalescing=0", "online"),
     "upper bounds": ("lens:quantile=1", "online"),
     "no length guard": ("lens:goal_long=0", "online"),
     "no share": ("lens:share=0", "online"),

@@ -23,7 +23,7 @@ ONE = f"--trace {LENGTHS} --arrivals gamma:2 --rate 3 --duration 60 --devices l4
 THREE = f"--trace {LENGTHS} --arrivals gamma:2 --rate 12 --duration 40 --devices a100,l4,t4 --classes mixed"
 RUNS = {
     "lens": f"{ONE} --engine lens",
-    "lens, bounded": f"{ONE} --engine lens:quantile=1,young=4 --kv-tokens 20000 --stated-limit exact",
+    "lens, bounded": f"{ONE} --engine lens:quantile=1 --kv-tokens 20000 --stated-limit exact",
     "lens, without classes' order": f"{ONE} --engine lens:order=0",
     "paper-lens": f"{ONE} --engine paper-lens",
     "fcfs": f"{ONE} --engine fcfs:budget=512 --kv-tokens 20000",

@@ -12,17 +12,17 @@ REASONS = {
     "admitted": "gets KV blocks and begins its prompt",
     "wait_tokens": "waits: the step has as many tokens as it may",
     "wait_blocks": "waits: too few KV blocks are free",
-    "wait_seats": "waits: as many sequences run as may",
+    "wait_running_slot": "waits: as many sequences run as may",
     "wait_order": "waits: others go first",
     "preempted": "gives its KV blocks back; it is computed anew later",
     "relegated": "stands behind all others: its promise cannot be kept any more",
     "refused": "is refused",
     "wait_time": "waits: more work would make the step longer than the promise of a running request allows",
     "wait_tpot": "waits: with it every step would come too near to the tightest time promised for a token",
-    "put_off": "is put off: serving it in its turn would make more requests late",
+    "deferred": "is deferred: serving it in its turn would make more requests late",
     "aged": "computes in the share kept for those that wait far beyond their turn",
-    "leftover": "computes in what the others left of the step",
-    "wait_saving": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
+    "backfill": "computes in what the others left of the step",
+    "wait_coalesce": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
 }
 """By the name of its scheduler.plan.Reason, in lower case."""
 _MISSED = {

@@ -11,7 +11,7 @@ import numpy as np
 from nexusengine.arrays import F8, Bools
 
 
-def put_off(
+def defer(
     work_s: F8,
     allowed_s: F8,
     rank: Sequence[int] | None = None,

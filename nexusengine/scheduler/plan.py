@@ -23,17 +23,17 @@ class Reason(enum.IntEnum):
     ADMITTED = 3
     WAIT_TOKENS = 4  # the step's token budget or time limit is used up
     WAIT_BLOCKS = 5  # not enough free KV blocks
-    WAIT_SEATS = 6  # max_running sequences run already
+    WAIT_RUNNING_SLOT = 6  # max_running sequences run already
     WAIT_ORDER = 7  # others go first
     PREEMPTED = 8  # its KV was taken back; it is computed anew later
     RELEGATED = 9  # its promise is lost; it waits behind those whose promise can be kept
     REFUSED = 10
     WAIT_TIME = 11  # more work would make this step longer than a running request's promise allows
     WAIT_TPOT = 12  # with it the decode step would come too near to the tightest promised time per token
-    PUT_OFF = 13  # serving it in its turn would make more requests late than leaving it for now
+    DEFERRED = 13  # serving it in its turn would make more requests late than leaving it for now
     AGED = 14  # waits far beyond its turn: computes in the share kept for such requests
-    LEFTOVER = 15  # relegated or put off: computes in what the others left of the step
-    WAIT_SAVING = 16  # decodes run alone, so that a later step has the time for more prompts at once
+    BACKFILL = 15  # relegated or put off: computes in what the others left of the step
+    WAIT_COALESCE = 16  # decodes run alone, so that a later step has the time for more prompts at once
 
 
 @dataclass(frozen=True, slots=True)

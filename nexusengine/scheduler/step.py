@@ -32,7 +32,7 @@ class Step:
         self.view, self.columns, self.headroom = view, c, headroom
         self.tokens = min(max_tokens or view.max_batch_tokens, view.max_batch_tokens)
         self.free_blocks = view.free_blocks
-        self.seats = view.max_running - len(running)
+        self.free_running_slots = view.max_running - len(running)
         left = c.known_tokens[running] - c.computed_tokens[running]
         decodes = left == 1
         self.decodes: I4 = running[decodes]
@@ -120,7 +120,7 @@ class Step:
             self.decodes = self.decodes[self.decodes != slot]
         self.preempted.append(slot)
         self.free_blocks += int(c.blocks[slot])
-        self.seats += 1
+        self.free_running_slots += 1
         self.reasons[slot] = Reason.PREEMPTED
 
     def pending(self) -> tuple[I4, I4, I4]:
@@ -151,11 +151,11 @@ class Step:
     def admissible(self, slot: int) -> Reason:
         """Why a waiting slot cannot start now; NONE if it can. Its whole prompt must fit beside what the prompts that
         have begun still need and the headroom of each running sequence, so that none of them blocks another."""
-        if self.seats < 1:
-            return Reason.WAIT_SEATS
+        if self.free_running_slots < 1:
+            return Reason.WAIT_RUNNING_SLOT
         if self.tokens < 1:
             return Reason.WAIT_TOKENS
-        running = self.view.max_running - self.seats
+        running = self.view.max_running - self.free_running_slots
         headroom = self.headroom * running + 1 if running else 0
         needed = self._whole_blocks(slot)
         if needed + self._reserved + headroom > self.free_blocks and (running or needed > self.free_blocks):
@@ -169,7 +169,7 @@ class Step:
         count = min(int(c.known_tokens[slot]) - cached, self.tokens, at_most)
         blocks = self.blocks_to_start(slot, count)
         self._reserved += self._whole_blocks(slot) - blocks
-        self.seats -= 1
+        self.free_running_slots -= 1
         self._take(slot, count, cached, blocks, Reason.ADMITTED)
         return count
 

@@ -19,7 +19,7 @@ from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerfSnapshot, Predictor
 from nexusengine.perf.registry import make_model, rebuild
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.scheduler.moore_hodgson import put_off
+from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.wire import PerfWeights, PolicyTraits, WorkerLoad
 
 REFERENCE_STEP = StepFeatures(
@@ -233,7 +233,7 @@ def _decided(traits: PolicyTraits, order: F8, limit_s: F8, service_s: F8, from_s
     if not traits.relegates:
         return order, np.where(late, _INF, limit_s), service_s, 0.0
     if traits.order == "deadline":
-        late = put_off(service_s, limit_s - from_s)
+        late = defer(service_s, limit_s - from_s)
     else:
         late = _late_in_turn(service_s, limit_s - from_s)
     return order[~late], limit_s[~late], service_s[~late], float(service_s[late].sum())

@@ -23,7 +23,7 @@ from tests.sim.fakes import FormulaProfile
 
 MAX_LEN = 512
 BLOCK = 16
-LENS = ("lens", "lens:order=0", "lens:limit=0,budget=64", "lens:quantile=1,saving=0", "lens:give_up_s=0")
+LENS = ("lens", "lens:order=0", "lens:limit=0,budget=64", "lens:quantile=1,coalescing=0", "lens:shed_s=0")
 
 
 @dataclass

@@ -40,8 +40,8 @@ def test_only_changes_and_chunks_are_kept() -> None:
     serial = history.arrived(2)
     for step, (reason, count) in enumerate(
         [
-            (Reason.WAIT_SEATS, 0),
-            (Reason.WAIT_SEATS, 0),
+            (Reason.WAIT_RUNNING_SLOT, 0),
+            (Reason.WAIT_RUNNING_SLOT, 0),
             (Reason.ADMITTED, 8),
             (Reason.PREFILL, 8),
             (Reason.PREFILL, 5),
@@ -53,7 +53,7 @@ def test_only_changes_and_chunks_are_kept() -> None:
         computing = slots(2) if count else NOBODY
         history.planned(step, 0.1 * step, reasons(s2=reason), computing, slots(count) if count else NOBODY)
     assert [(c.step, c.reason.name, c.tokens) for c in history.changes(serial)] == [
-        (0, "WAIT_SEATS", 0),
+        (0, "WAIT_RUNNING_SLOT", 0),
         (2, "ADMITTED", 8),
         (3, "PREFILL", 8),
         (4, "PREFILL", 5),
@@ -93,7 +93,7 @@ def test_memory_is_bounded_and_the_oldest_is_forgotten() -> None:
 def test_more_changes_in_one_step_than_there_is_room_for_keep_what_fits() -> None:
     history = History(4, changes=3)
     serials = [history.arrived(slot) for slot in range(4)]
-    every = dict.fromkeys(("s0", "s1", "s2", "s3"), Reason.WAIT_SEATS)
+    every = dict.fromkeys(("s0", "s1", "s2", "s3"), Reason.WAIT_RUNNING_SLOT)
     history.planned(0, 0.0, reasons(**every), NOBODY, NOBODY)
     assert [len(history.changes(s)) for s in serials] == [0, 1, 1, 1]
 

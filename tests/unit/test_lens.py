@@ -93,8 +93,8 @@ def test_where_not_all_can_be_in_time_the_largest_is_put_off() -> None:
     small = [bench.wait(1000, ttft_s=0.13) for _ in range(4)]
     p = plan(bench.view())
     assert set(computed(p)) >= set(small)
-    assert p.reasons[large] in (Reason.PUT_OFF, Reason.WAIT_TIME, Reason.ADMITTED)
-    assert p.notes["put_off"] == 1.0
+    assert p.reasons[large] in (Reason.DEFERRED, Reason.WAIT_TIME, Reason.ADMITTED)
+    assert p.notes["defer"] == 1.0
 
 
 def test_who_cannot_be_in_time_is_relegated_and_gets_what_is_left() -> None:
@@ -105,7 +105,7 @@ def test_who_cannot_be_in_time_is_relegated_and_gets_what_is_left() -> None:
     p = plan(bench.view(), now=0.15)
     assert p.relegate == (doomed,)
     assert computed(p)[fine] == 100
-    assert p.reasons[doomed] == Reason.LEFTOVER
+    assert p.reasons[doomed] == Reason.BACKFILL
 
 
 def test_a_relegated_request_waits_behind_those_who_can_be_in_time() -> None:
@@ -176,7 +176,7 @@ def test_time_is_saved_up_where_mixed_steps_are_dear_and_nobody_is_pressed() -> 
     bench.decode(first_s=1.0, generated=2)
     prompt = bench.wait(6000, ttft_s=60.0)
     p = plan(bench.view(), now=1.05)
-    assert p.reasons[prompt] == Reason.WAIT_SAVING
+    assert p.reasons[prompt] == Reason.WAIT_COALESCE
     assert p.counts.tolist() == [1]
     bench.c.generated_tokens[0] = 4  # two tokens later, in little more time
     assert prompt in computed(plan(bench.view(), now=1.06))
@@ -244,9 +244,9 @@ def test_one_without_a_promise_is_not_put_off_for_others() -> None:
     bench.wait(4000, ttft_s=0.12)
     small = [bench.wait(1000, ttft_s=0.13) for _ in range(4)]
     p = plan(bench.view())
-    assert p.notes["put_off"] == 1.0
+    assert p.notes["defer"] == 1.0
     assert p.slots.tolist()[:4] == small
-    assert p.reasons[none] != Reason.PUT_OFF
+    assert p.reasons[none] != Reason.DEFERRED
 
 
 def test_one_without_a_promise_gets_its_share_although_deadlines_keep_coming() -> None:

@@ -47,7 +47,7 @@ def test_newcomers_are_admitted_in_order_until_one_does_not_fit() -> None:
 def test_only_so_many_run_as_there_are_seats() -> None:
     plan = FCFS().plan(view([(11, 10)], [10, 10], seats=2), 0.0)
     assert computed(plan) == {0: 1, 1: 10}
-    assert plan.reasons[2] == Reason.WAIT_SEATS
+    assert plan.reasons[2] == Reason.WAIT_RUNNING_SLOT
 
 
 def test_the_newest_gives_way_when_a_decode_lacks_a_block() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nexusengine.scheduler.lens.survival import OutputLengthFloor
+from nexusengine.scheduler.lens.turnover import SlotReleaseRate
 
 from nexusengine.core.admission import unattainable
 from nexusengine.perf.features import StepFeatures
@@ -17,12 +19,10 @@ from nexusengine.scheduler.lens.deadlines import FALLBACK, Deadlines
 from nexusengine.scheduler.lens.fill import largest_chunk
 from nexusengine.scheduler.lens.length_guard import LengthGuard
 from nexusengine.scheduler.lens.preemption import victims
-from nexusengine.scheduler.lens.prefill_rate import costs_of, extra_of, pace_of
+from nexusengine.scheduler.lens.prefill_rate import extra_of, marginal_costs, prefill_rate
 from nexusengine.scheduler.lens.select import by_priority
 from nexusengine.scheduler.lens.step_limit import LimitRules, StepLimit, step_limit
-from nexusengine.scheduler.lens.survival import Survival
-from nexusengine.scheduler.lens.turnover import Turnover
-from nexusengine.scheduler.moore_hodgson import put_off
+from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO
 from tests.unit.lens_views import NAN, Bench, Straight
@@ -32,8 +32,8 @@ CAP_S = 0.12
 
 def deadlines_of(view: EngineView) -> Deadlines:
     deadlines = Deadlines(len(view.columns.known_tokens))
-    deadlines.look_at(view, view.running)
-    deadlines.look_at(view, view.waiting)
+    deadlines.update(view, view.running)
+    deadlines.update(view, view.waiting)
     return deadlines
 
 
@@ -107,7 +107,7 @@ def test_a_slot_that_is_used_again_gets_new_deadlines() -> None:
     view = bench.view()
     deadlines = deadlines_of(view)
     bench.c.arrival_s[slot] = 7.0
-    deadlines.look_at(view, view.waiting)
+    deadlines.update(view, view.waiting)
     assert deadlines.first_due_s[slot] == 17.0
 
 
@@ -160,7 +160,7 @@ def test_lost_requests_constrain_nobody() -> None:
     bench.decode(first_s=1.0, generated=2, arrival_s=0.0)  # ten seconds behind
     fine = bench.decode(first_s=11.0, generated=2, arrival_s=5.0)
     limit = limit_of(bench, now=11.06)
-    assert limit.lost.tolist() == [True, True, False]
+    assert limit.slo_missed.tolist() == [True, True, False]
     assert limit.slot == fine
 
 
@@ -185,7 +185,7 @@ def test_requests_without_an_slo_bear_any_step_and_are_never_lost() -> None:
     assert limit_of(bench, now=900.0) == StepLimit(CAP_S, -1, pytest.approx(np.zeros(1)), math.inf)
     promised = bench.decode(first_s=1.0, generated=2)
     limit = limit_of(bench, now=1.05)
-    assert (limit.slot, limit.limit_s, limit.lost.tolist()) == (promised, pytest.approx(0.05), [False, False])
+    assert (limit.slot, limit.limit_s, limit.slo_missed.tolist()) == (promised, pytest.approx(0.05), [False, False])
 
 
 def test_a_tpot_that_is_not_possible_constrains_nobody() -> None:
@@ -202,46 +202,46 @@ def test_what_a_young_request_is_sure_to_gain_can_be_spent_once() -> None:
     bench.decode(first_s=-10.0, generated=2)  # lost: bears anything
     view, rules = bench.view(), LimitRules(cap_s=1.0)
 
-    def once_s(sure_tokens: int, decode_s: float = 0.03) -> float:
-        return step_limit(view, deadlines_of(view), view.running, 1.02, decode_s, 0.006, rules, sure_tokens).once_s
+    def burst_s(floor_tokens: int, decode_s: float = 0.03) -> float:
+        return step_limit(view, deadlines_of(view), view.running, 1.02, decode_s, 0.006, rules, floor_tokens).burst_s
 
-    assert once_s(12) == pytest.approx(0.08 + 10 * 0.02)
-    assert once_s(2) == pytest.approx(0.08)  # it has them already
-    assert once_s(12, decode_s=0.06) == pytest.approx(0.08)  # decodes are too slow to gain anything
-    assert once_s(0) == pytest.approx(0.08)  # nothing is known
-    assert once_s(1000) == 1.0  # the cap
+    assert burst_s(12) == pytest.approx(0.08 + 10 * 0.02)
+    assert burst_s(2) == pytest.approx(0.08)  # it has them already
+    assert burst_s(12, decode_s=0.06) == pytest.approx(0.08)  # decodes are too slow to gain anything
+    assert burst_s(0) == pytest.approx(0.08)  # nothing is known
+    assert burst_s(1000) == 1.0  # the cap
 
 
 # ---- survival -----------------------------------------------------------------------------------------------------
 
 
-def grown_to(lengths: list[int], tokens: int) -> Survival:
+def grown_to(lengths: list[int], tokens: int) -> OutputLengthFloor:
     """Answers of these lengths one after another in the same slot."""
-    survival, slot = Survival(tokens), np.array([3], np.int32)
+    survival, slot = OutputLengthFloor(tokens), np.array([3], np.int32)
     for length in lengths:
         for generated in range(1, length + 1):
-            survival.look(slot, np.array([generated], np.int32), 8)
+            survival.observe(slot, np.array([generated], np.int32), 8)
     return survival
 
 
 def test_answers_are_sure_to_reach_what_almost_all_have_reached() -> None:
-    assert grown_to([20] * 9, 20).sure_tokens() == 0  # too few to tell
-    assert grown_to([20] * 11, 20).sure_tokens() == 20
-    assert grown_to(([20] * 19 + [19]) * 5, 20).sure_tokens() == 20
-    assert grown_to(([20] * 9 + [19]) * 10, 20).sure_tokens() == 0
+    assert grown_to([20] * 9, 20).floor_tokens() == 0  # too few to tell
+    assert grown_to([20] * 11, 20).floor_tokens() == 20
+    assert grown_to(([20] * 19 + [19]) * 5, 20).floor_tokens() == 20
+    assert grown_to(([20] * 9 + [19]) * 10, 20).floor_tokens() == 0
 
 
 def test_survival_forgets_answers_of_long_ago() -> None:
-    assert grown_to([3] * 200 + [50] * 200, 20).sure_tokens() == 0
-    assert grown_to([3] * 200 + [50] * 600, 20).sure_tokens() == 20
+    assert grown_to([3] * 200 + [50] * 200, 20).floor_tokens() == 0
+    assert grown_to([3] * 200 + [50] * 600, 20).floor_tokens() == 20
 
 
 def test_tokens_that_pass_between_two_plans_are_counted() -> None:
-    survival, slots = Survival(20), np.array([0, 5], np.int32)
+    survival, slots = OutputLengthFloor(20), np.array([0, 5], np.int32)
     for _ in range(6):
         for generated in (2, 9, 27, 31):
-            survival.look(slots, np.array([generated, generated], np.int32), 8)
-    assert survival.sure_tokens() == 20
+            survival.observe(slots, np.array([generated, generated], np.int32), 8)
+    assert survival.floor_tokens() == 20
 
 
 # ---- pace ---------------------------------------------------------------------------------------------------------
@@ -249,12 +249,12 @@ def test_tokens_that_pass_between_two_plans_are_counted() -> None:
 
 def pace(limit_s: float, *, tpot_s: float = 0.05, decode_s: float = 0.02, extra_s: float = 0.01, saving: float = 8):  # type: ignore[no-untyped-def]
     limit = StepLimit(limit_s, 0, np.zeros(1, np.bool_), tpot_s)
-    return pace_of(limit, decode_s, extra_s, factor=1.0, slack=0.0, saving=saving, cap_s=CAP_S)
+    return prefill_rate(limit, decode_s, extra_s, factor=1.0, slack=0.0, saving=saving, cap_s=CAP_S)
 
 
 def test_costs_are_what_the_model_charges_at_the_margin() -> None:
     base = StepFeatures(10, 10, 0, 0.0, 10_000)
-    costs = costs_of(Straight(), base, 512)
+    costs = marginal_costs(Straight(), base, 512)
     assert costs.single_s == pytest.approx(0.005 + 20e-6 + 1024 * 40e-9)
     assert costs.token_s == pytest.approx(20e-6)
     assert costs.pair_s == pytest.approx(1e-9)
@@ -267,7 +267,7 @@ def test_costs_are_what_the_model_charges_at_the_margin() -> None:
 def test_without_saving_a_step_gives_prompts_what_decodes_and_mixing_leave() -> None:
     p = pace(0.05, saving=0)
     assert (p.step_s, p.prompts_s) == (0.05, pytest.approx(0.02))
-    assert p.dilution == pytest.approx(2.5)
+    assert p.slowdown == pytest.approx(2.5)
     assert not p.saves
 
 
@@ -276,7 +276,7 @@ def test_time_is_saved_up_where_mixed_steps_are_dear() -> None:
     assert p.saves
     assert p.target_s == pytest.approx(0.10)
     # 8/3 decode-only steps leave 30 ms each; cycles of 8/3 * 50 ms have 70 ms for prompts
-    assert p.dilution == pytest.approx(8 / 3 * 0.05 / 0.07)
+    assert p.slowdown == pytest.approx(8 / 3 * 0.05 / 0.07)
     assert p.first_s == pytest.approx(5 / 3 * 0.02 + 0.10)
 
 
@@ -290,7 +290,7 @@ def test_nothing_is_saved_up_where_mixing_is_cheap_or_the_target_is_reached() ->
 def test_prompts_have_a_little_time_however_dear_mixed_steps_are(extra_s: float) -> None:
     p = pace(0.05, extra_s=extra_s)
     assert min(p.prompts_s, p.first_prompts_s) > 0
-    assert 1 < p.dilution <= p.hasty_dilution
+    assert 1 < p.slowdown <= p.eager_slowdown
 
 
 def test_work_until_and_time_for_are_inverses_behind_the_first_step() -> None:
@@ -313,7 +313,7 @@ jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60)), max_size=9)
 def test_no_choice_keeps_more_in_time_than_put_off_does(jobs: list[tuple[int, int]]) -> None:
     jobs = sorted(jobs, key=lambda job: job[1])
     work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
-    kept = ~put_off(work, allowed)
+    kept = ~defer(work, allowed)
     assert (np.cumsum(work[kept]) <= allowed[kept]).all()
     best = 0
     for size in range(len(jobs), -1, -1):
@@ -334,8 +334,8 @@ def feasible(jobs: tuple[tuple[int, int], ...]) -> bool:
 
 def test_the_largest_of_the_lowest_rank_is_put_off() -> None:
     work, allowed = np.array([5.0, 4.0, 1.0]), np.array([10.0, 10.0, 6.0])
-    assert put_off(work, allowed).tolist() == [True, False, False]
-    assert put_off(work, allowed, [1, 0, 0]).tolist() == [False, True, False]
+    assert defer(work, allowed).tolist() == [True, False, False]
+    assert defer(work, allowed, [1, 0, 0]).tolist() == [False, True, False]
 
 
 @given(jobs, st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=8, max_size=8))
@@ -344,7 +344,7 @@ def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], s
     work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
     newcomers = np.resize([s[0] for s in seats], len(jobs))
     free = np.sort(np.resize([float(s[1]) for s in seats], len(jobs)))
-    kept = ~put_off(work, allowed, None, newcomers, free)
+    kept = ~defer(work, allowed, None, newcomers, free)
     assert (np.cumsum(work[kept]) <= allowed[kept]).all()
     assert (np.cumsum(newcomers[kept]) <= free[kept])[newcomers[kept]].all()
 
@@ -352,29 +352,29 @@ def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], s
 def test_where_seats_are_short_the_largest_newcomer_is_put_off() -> None:
     work, allowed = np.array([9.0, 5.0, 4.0, 1.0]), np.full(4, 100.0)
     newcomers, seats = np.array([False, True, True, True]), np.array([2.0, 2.0, 2.0, 2.0])
-    assert put_off(work, allowed, None, newcomers, seats).tolist() == [False, True, False, False]
+    assert defer(work, allowed, None, newcomers, seats).tolist() == [False, True, False, False]
 
 
 # ---- turnover -----------------------------------------------------------------------------------------------------
 
 
 def test_seats_come_free_as_often_as_the_seated_have_ended() -> None:
-    turnover = Turnover()
+    turnover = SlotReleaseRate()
     seated = 100
     for step in range(200):  # one in a hundred ends every 10 ms: a seat lasts a second
-        turnover.look(seated - 1 if step else 0, 0.01 * step)
+        turnover.observe(seated - 1 if step else 0, 0.01 * step)
         turnover.planned(seated)
-    assert turnover.seat_s(200) == pytest.approx(1.0 / 200)
-    assert turnover.seats_within(np.array([-1.0, 0.0, 0.5]), 3, 200) == pytest.approx([3.0, 3.0, 103.0])
+    assert turnover.slot_wait_s(200) == pytest.approx(1.0 / 200)
+    assert turnover.slots_within(np.array([-1.0, 0.0, 0.5]), 3, 200) == pytest.approx([3.0, 3.0, 103.0])
 
 
 def test_while_few_have_ended_seats_are_taken_to_be_no_obstacle() -> None:
-    turnover = Turnover()
-    turnover.look(0, 0.0)
+    turnover = SlotReleaseRate()
+    turnover.observe(0, 0.0)
     turnover.planned(4)
-    turnover.look(1, 0.1)
-    assert turnover.seat_s(8) == 0.0
-    assert turnover.seats_within(np.array([0.0]), 0, 8).tolist() == [np.inf]
+    turnover.observe(1, 0.1)
+    assert turnover.slot_wait_s(8) == 0.0
+    assert turnover.slots_within(np.array([0.0]), 0, 8).tolist() == [np.inf]
 
 
 def test_priority_counts_within_a_class_only() -> None:

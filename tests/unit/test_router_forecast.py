@@ -17,7 +17,7 @@ from nexusengine.router.placement.forecast import FIELDS, Forecast, forecast, pr
 from nexusengine.router.placement.forecast_matrix import Board
 from nexusengine.router.placement.policy import WorkerView
 from nexusengine.scheduler.baselines.fcfs import FCFS
-from nexusengine.scheduler.moore_hodgson import put_off
+from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.registry import make_policy
 from nexusengine.wire import PolicyTraits
 from tests.router_fakes import BATCH, INTERACTIVE, load, pending, perf, request, view
@@ -211,7 +211,7 @@ jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=0, m
 def test_as_many_jobs_are_in_time_as_can_be(pairs: list[tuple[int, int]]) -> None:
     pairs = sorted(pairs, key=lambda p: p[1])
     service, room = (np.array([float(p[i]) for p in pairs]) for i in (0, 1))
-    keep = ~put_off(service, room)
+    keep = ~defer(service, room)
     done = np.cumsum(service[keep])
     assert (done <= room[keep]).all()
     best = 0

@@ -58,8 +58,8 @@ class Vllm:
             step.admit(slot, self.longest_chunk)
 
     def _obstacle(self, step: Step, slot: int) -> Reason:
-        if step.seats < 1:
-            return Reason.WAIT_SEATS
+        if step.free_running_slots < 1:
+            return Reason.WAIT_RUNNING_SLOT
         if step.tokens < 1:
             return Reason.WAIT_TOKENS
         at_most = CHUNK_MAX if self.reserve_full else min(step.tokens, self.longest_chunk)

@@ -51,7 +51,7 @@ class Deadlines:
         self.attainable = np.ones(slots, np.bool_)
         self._arrival_s = np.full(slots, np.nan)
 
-    def look_at(self, view: EngineView, slots: I4) -> None:
+    def update(self, view: EngineView, slots: I4) -> None:
         """Bring the rows of `slots` up to date."""
         c = view.columns
         new = slots[self._arrival_s[slots] != c.arrival_s[slots]]

@@ -1,59 +1,57 @@
-"""Prompt chunks into a step, each as large as the step's time limit allows, and newcomers only where those who run can
-bear one more."""
+"""Prompt chunks into a step, each as large as the step's time limit allows; waiting requests start only where those who
+run can bear one more."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import Predictor
-from nexusengine.scheduler.lens.prefill_rate import Costs
+from nexusengine.scheduler.lens.prefill_rate import MarginalCosts
 from nexusengine.scheduler.plan import Reason
 from nexusengine.scheduler.step import CHUNK_MAX, Step
 
 _INF = float("inf")
-_TRIALS = 4
+MIN_CHUNK_TOKENS = 16
+"""The smallest piece of a prompt worth a chunk: below it, a step costs as much as with none."""
+_MAX_CHUNK_TOKENS = 8192
+_ADMIT_TPOT_SHARE = 0.95  # of the tightest TPOT that a decode step may fill with everyone started
+_SECANTS = 4
 _CLOSE = 0.98
-_FURTHEST = 1.5
+_FURTHEST = 1.5  # times the largest step so far: the model knows nothing of steps beyond
 _NONE, _WAIT_TIME = Reason.NONE, Reason.WAIT_TIME  # members of an enum are slow to look up
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRules:
-    """In tokens. most: of one chunk. crumb: the smallest piece of a prompt worth a chunk. tile: pieces are rounded down
-    to multiples of it; 0: not at all. admit: share of the tightest promised time per token that the decode step may
-    fill with everyone started."""
-
-    most: int = 8192
-    crumb: int = 16
-    tile: int = 0
-    admit: float = 0.95
-
-
 class Fill:
-    """limit_s: what the mean duration of the step must stay within; inf where only the token budget counts.
-    started_s: predicted decode step with everyone who runs started. tightest_tpot_s: of those who run and can still
-    keep their promise. seen_tokens: of the largest step so far; none is planned that is much larger, because the model
-    knows nothing of it. open: whether time is left."""
+    """Puts chunks into one step.
+
+    Args:
+        step: holds the decodes already.
+        limit_s: what the mean duration of the step must stay within; inf where only the token budget counts.
+        started_s: predicted decode step with everyone who runs started.
+        costs: at the margin of this step.
+        tightest_tpot_s: of those who run and can still meet their SLO.
+        seen_tokens: of the largest step so far; none is planned that is much larger.
+
+    Attributes:
+        open: whether time is left.
+    """
 
     def __init__(
         self,
         step: Step,
         limit_s: float,
         started_s: float,
-        costs: Costs,
+        costs: MarginalCosts,
         tightest_tpot_s: float,
         seen_tokens: int,
-        rules: ChunkRules,
     ) -> None:
-        self.step, self.limit_s, self.rules = step, limit_s, rules
+        self.step, self.limit_s = step, limit_s
         self.open = True
         self._costs, self._decode_s, self._tightest_tpot_s = costs, started_s, tightest_tpot_s
         self._largest = int(_FURTHEST * seen_tokens) if limit_s < _INF else step.view.max_batch_tokens
 
-    def go_on(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
-        """The next chunk of a prompt that has begun; its tokens."""
+    def resume(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
+        """The next chunk of a partially prefilled prompt; its tokens."""
         count = self._chunk(context, left, at_most)
         if count:
             return self.step.extend(slot, count)
@@ -61,14 +59,14 @@ class Fill:
         return 0
 
     def start(self, slot: int, context: int, left: int, tpot_s: float, at_most: int = CHUNK_MAX) -> Reason:
-        """The first chunk of a newcomer; NONE, or why it gets none. tpot_s: its promise; inf if it is lost."""
+        """The first chunk of a waiting request; NONE, or why it gets none. tpot_s: its SLO; inf if that is missed."""
         step, costs = self.step, self._costs
         reason = step.admissible(slot)
         if reason is not _NONE:
             return reason
         tightest_s = min(self._tightest_tpot_s, tpot_s)
         decode_s = self._decode_s + costs.sequence_s + costs.kv_token_s * (context + left)
-        if decode_s > self.rules.admit * tightest_s and step.seats < step.view.max_running:
+        if decode_s > _ADMIT_TPOT_SHARE * tightest_s and step.free_running_slots < step.view.max_running:
             return Reason.WAIT_TPOT
         count = self._chunk(context, left, at_most)
         if not count:
@@ -79,8 +77,8 @@ class Fill:
 
     def _chunk(self, context: int, left: int, at_most: int) -> int:
         """Tokens that fit into what is left of the step; where they are less than wanted, the step is full."""
-        step, rules = self.step, self.rules
-        wanted = min(left, rules.most, at_most)
+        step = self.step
+        wanted = min(left, _MAX_CHUNK_TOKENS, at_most)
         count = most = min(wanted, step.tokens, self._largest - step.taken)
         if most > 0 and self.limit_s < _INF:
             count = largest_chunk(step.view.model, self.limit_s, step.features, context, most)
@@ -88,9 +86,7 @@ class Fill:
             return count
         if count < wanted:
             self.open = False
-        if rules.tile and count > rules.tile:
-            count -= count % rules.tile
-        return count if count >= rules.crumb else 0
+        return count if count >= MIN_CHUNK_TOKENS else 0
 
 
 def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context: int, most: int) -> int:
@@ -108,7 +104,7 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
         return 0
     trials = 0
     while high - low > 1:
-        if trials < _TRIALS:
+        if trials < _SECANTS:
             middle = low + int((high - low) * (limit_s - low_s) / (high_s - low_s))
             middle = min(max(middle, low + 1), high - 1)
         else:

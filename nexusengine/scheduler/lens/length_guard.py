@@ -1,4 +1,4 @@
-"""That it is not always the longest prompts whose promises are broken.
+"""Keeps the longest prompts from being the ones whose SLO is always missed.
 
 Leaving out the largest is what keeps the most promises, and what would leave out the longest prompts almost always. As
 long as nine of ten requests can be kept, three of four of the longest tenth are to be among them: the three that are
@@ -12,6 +12,7 @@ import math
 from nexusengine.arrays import I4, Bools
 
 _MEMORY = 200.0  # requests
+_GOAL = 0.9  # share of all requests to serve in time, below which none is protected
 _LONG_SHARE = 0.1
 _QUANTILE_STEP = 0.05
 
@@ -20,11 +21,11 @@ class LengthGuard:
     """Learns where the longest tenth begins, and within it the part beyond goal_long; and which shares of it
     and of all were lost, over about 200 requests.
 
-    goal, goal_long: shares to keep of all requests and of the longest tenth.
+    goal_long: share to serve in time of the longest tenth.
     """
 
-    def __init__(self, goal: float, goal_long: float) -> None:
-        self._lost_of_all, self._lost_of_long = 1.0 - goal, 1.0 - goal_long
+    def __init__(self, goal_long: float) -> None:
+        self._lost_of_all, self._lost_of_long = 1.0 - _GOAL, 1.0 - goal_long
         self.lost = self.lost_long = 0.0
         self._long = _Quantile(_LONG_SHARE)
         self._longest = _Quantile(_LONG_SHARE * self._lost_of_long)
@@ -41,8 +42,8 @@ class LengthGuard:
     def decided(self, prompt_tokens: int, lost: bool) -> None:
         """A request got its first token in time, or was lost."""
         log_length = math.log(max(prompt_tokens, 1))
-        long = self._long.look(log_length)
-        self._longest.look(log_length)
+        long = self._long.observe(log_length)
+        self._longest.observe(log_length)
         self.lost += (lost - self.lost) / _MEMORY
         if long:
             self.lost_long += (lost - self.lost_long) / (_LONG_SHARE * _MEMORY)
@@ -59,7 +60,7 @@ class _Quantile:
     def __init__(self, above: float) -> None:
         self.value, self._above = 0.0, above
 
-    def look(self, value: float) -> bool:
+    def observe(self, value: float) -> bool:
         """Whether it is at least what the quantile was."""
         if not self.value:
             self.value = value

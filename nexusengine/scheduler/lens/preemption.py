@@ -25,11 +25,11 @@ def victims(view: EngineView, deadlines: Deadlines, now: float) -> Iterator[int]
     yield from running[order].tolist()
 
 
-def to_take_back(step: Step, view: EngineView, taken_back_s: F8, now: float) -> int | None:
+def to_preempt_for(step: Step, view: EngineView, preempted_s: F8, now: float) -> int | None:
     """The relegated prompt that gives its KV back to one whose promise can be kept: the newest that has begun, computes
     nothing in this step, and was not taken back within 10 s."""
     c = view.columns
     begun = np.array(step.prompts, np.int32)
     free = (step.reasons[begun] == Reason.RELEGATED) & (c.generated_tokens[begun] == 0)
-    candidates = begun[free & (taken_back_s[begun] < now - _PAUSE_S)]
+    candidates = begun[free & (preempted_s[begun] < now - _PAUSE_S)]
     return int(candidates[c.arrival_s[candidates].argmax()]) if len(candidates) else None

@@ -2,7 +2,8 @@
 
 A step with prompts takes longer than its decodes and its prompts each for themselves: `extra_s`, for attention of
 decodes that is slower in mixed steps and for kernels that do not fit a captured graph. Of two ways to spend the time
-that decodes leave, many short mixed steps or a few long ones between decode-only steps, the second pays it less often.
+that decodes leave, many short mixed steps or a few long ones between decode-only steps, the second pays it less often:
+prefills are coalesced.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ _SMALL_CHUNK = 16
 _PROBE_CONTEXT = 1024
 _PROBE_PAIRS = 1e6
 _LEAST_SHARE = 0.05  # of a step that is reckoned to be left for prompts, however many decodes there are
-_LEAST_GAIN_S = 0.002  # of one decode-only step, below which saving up is not worth a step
+_LEAST_GAIN_S = 0.002  # of one decode-only step, below which coalescing is not worth a step
+_SLACK = 0.02  # share of every limit that is kept
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class MarginalCosts:
     """What things cost at the margin of steps like the present ones, in seconds. single_s: a step with one decode.
     token_s, pair_s, prompt_s: one more prompt token, token pair, and prompt in a mixed step. sequence_s, kv_token_s:
     one more sequence, and one more KV token read, in a decode step."""
@@ -42,7 +44,7 @@ class Costs:
         return work
 
 
-def costs_of(model: Predictor, base: StepFeatures, chunk: int) -> Costs:
+def marginal_costs(model: Predictor, base: StepFeatures, chunk: int) -> MarginalCosts:
     """base: the decodes of a step. chunk: tokens of prompts in a step, about."""
     rows, kv = base.sequences, base.decode_kv_tokens
 
@@ -53,7 +55,7 @@ def costs_of(model: Predictor, base: StepFeatures, chunk: int) -> Costs:
         return model.predict(StepFeatures(n, n, 0, 0.0, kv_tokens)).mean_s
 
     small_s, all_s = mixed_s(_SMALL_CHUNK, 1, 0.0), decode_s(rows, kv)
-    return Costs(
+    return MarginalCosts(
         single_s=decode_s(1, _PROBE_CONTEXT),
         token_s=(mixed_s(_SMALL_CHUNK + chunk, 1, 0.0) - small_s) / chunk,
         pair_s=(mixed_s(_SMALL_CHUNK, 1, _PROBE_PAIRS) - small_s) / _PROBE_PAIRS,
@@ -64,14 +66,18 @@ def costs_of(model: Predictor, base: StepFeatures, chunk: int) -> Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """Seconds. decode_s: predicted, of this step's decodes alone. extra_s: what prompts cost beside their own work.
+class PrefillRate:
+    """How fast prompts can be served under a step limit. Seconds.
 
-    step_s: what the mean duration of this step must stay within; prompts_s: of it for prompts. gain_s: what each
-    decode-only step adds to the next step's limit. target_s: the step worth saving up for.
-    first_s, first_prompts_s: how long until a step with prompts has ended if time is saved up, and its time for
-    prompts. dilution: seconds that pass for one second of prompts' work in the long run after that; hasty_dilution:
-    the same if nothing is saved up.
+    Attributes:
+        decode_s: predicted duration of this step's decodes alone.
+        extra_s: what prompts cost beside their own work.
+        step_s: what the mean duration of this step must stay within; prompts_s: of it for prompts.
+        gain_s: what each decode-only step adds to the next step's limit; target_s: the step worth waiting for.
+        first_s, first_prompts_s: how long until a step with prompts has ended if work is coalesced, and its time for
+            prompts.
+        slowdown: seconds that pass for one second of prompts' work in the long run after that; eager_slowdown: the same
+            if nothing is coalesced.
     """
 
     decode_s: float
@@ -82,69 +88,73 @@ class Pace:
     target_s: float
     first_s: float
     first_prompts_s: float
-    dilution: float
-    hasty_dilution: float
+    slowdown: float
+    eager_slowdown: float
 
     @property
-    def saves(self) -> bool:
+    def coalesces(self) -> bool:
         """Whether the limit would grow much towards the target if this step were decode-only."""
         return self.gain_s > _LEAST_GAIN_S and self.step_s + 0.5 * self.gain_s < self.target_s
 
     def work_until(self, slack_s: F8) -> F8:
         """How much of prompts' work can be done within `slack_s [N]` from now: in steps from right now on, or in the
-        one that is saved up for and those that follow."""
-        hasty_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
-        hasty_s += np.maximum(slack_s - self.step_s, 0.0) / self.hasty_dilution
-        late_s = slack_s - self.first_s
+        coalesced one and those that follow."""
+        eager_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
+        eager_s += np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
+        rest_s = slack_s - self.first_s
         work_s: F8 = np.maximum(
-            hasty_s, np.where(late_s >= 0.0, late_s / self.dilution + self.first_prompts_s, hasty_s)
+            eager_s, np.where(rest_s >= 0.0, rest_s / self.slowdown + self.first_prompts_s, eager_s)
         )
         return work_s
 
     def time_for(self, work_s: F8) -> F8:
-        """When `work_s [N]` of prompts' work is done, from now, if time is saved up."""
+        """When `work_s [N]` of prompts' work is done, from now, if it is coalesced."""
         rest_s = np.maximum(work_s - self.first_prompts_s, 0.0)
-        time_s: F8 = self.first_s + rest_s * self.dilution
+        time_s: F8 = self.first_s + rest_s * self.slowdown
         return time_s
 
 
-def extra_of(model: Predictor, base: StepFeatures, decode_s: float) -> float:
+def mixing_cost_s(model: Predictor, base: StepFeatures, decode_s: float) -> float:
     small = StepFeatures(base.tokens + _SMALL_CHUNK, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
     return max(model.predict(small).mean_s - decode_s, 0.0)
 
 
-def pace_of(
-    limit: StepLimit, decode_s: float, extra_s: float, *, factor: float, slack: float, saving: float, cap_s: float
-) -> Pace:
-    """factor: limits are divided by it, for the sake of steps that take longer than predicted. slack: share of every
-    limit that is kept. saving: steps with prompts are saved up for until extra_s is at most 1 / saving of what they
-    have beyond the decodes; 0: never.
-
-    In the long run, decode-only steps and steps of target_s alternate so that a token takes tightest_tpot_s in the
+def prefill_rate(
+    limit: StepLimit, decode_s: float, extra_s: float, *, factor: float, coalescing: float, cap_s: float
+) -> PrefillRate:
+    """In the long run, decode-only steps and steps of target_s alternate so that a token takes tightest_tpot_s in the
     mean: each decode-only step leaves gain_s, and the step with prompts takes target_s - decode_s out of them. Without
-    saving, every step takes tightest_tpot_s.
+    coalescing, every step takes tightest_tpot_s.
+
+    Args:
+        limit: of this step.
+        decode_s, extra_s: see PrefillRate.
+        factor: limits are divided by it, for the sake of steps that take longer than predicted.
+        coalescing, cap_s: see LensOptions.
     """
-    keep = (1.0 - slack) / factor
+    keep = (1.0 - _SLACK) / factor
     step_s = keep * limit.limit_s
     prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
     tpot_s = keep * min(limit.tightest_tpot_s, cap_s)
     gain_s = tpot_s - decode_s
-    hasty = dilution = tpot_s / max(gain_s - extra_s, _LEAST_SHARE * tpot_s)
-    target_s = min(keep * cap_s, decode_s + saving * extra_s)
-    if not saving or gain_s < _LEAST_GAIN_S or limit.tightest_tpot_s == float("inf") or target_s <= tpot_s:
-        return Pace(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, hasty, hasty)
+    eager = slowdown = tpot_s / max(gain_s - extra_s, _LEAST_SHARE * tpot_s)
+    target_s = min(keep * cap_s, decode_s + coalescing * extra_s)
+    if not coalescing or gain_s < _LEAST_GAIN_S or limit.tightest_tpot_s == float("inf") or target_s <= tpot_s:
+        return PrefillRate(decode_s, extra_s, step_s, prompts_s, 0.0, 0.0, step_s, prompts_s, eager, eager)
     target_prompts_s = max(target_s - decode_s - extra_s, _LEAST_SHARE * target_s)  # the cap may leave less than that
-    dilution = min(dilution, tpot_s * (target_s - decode_s) / (gain_s * target_prompts_s))
+    slowdown = min(slowdown, tpot_s * (target_s - decode_s) / (gain_s * target_prompts_s))
     if step_s + 0.5 * gain_s >= target_s:
-        return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, dilution, hasty)
+        return PrefillRate(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, step_s, prompts_s, slowdown, eager)
     first_s = (target_s - step_s) / gain_s * decode_s + target_s
-    return Pace(decode_s, extra_s, step_s, prompts_s, gain_s, target_s, first_s, target_prompts_s, dilution, hasty)
+    return PrefillRate(
+        decode_s, extra_s, step_s, prompts_s, gain_s, target_s, first_s, target_prompts_s, slowdown, eager
+    )
 
 
-def fixed_pace(model: Predictor, base: StepFeatures, tokens: int, decode_s: float, extra_s: float) -> Pace:
+def fixed_rate(model: Predictor, base: StepFeatures, tokens: int, decode_s: float, extra_s: float) -> PrefillRate:
     """Of steps that are limited by their tokens alone; tokens: those left for prompts."""
     full = StepFeatures(base.tokens + max(tokens, 1), base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
     step_s = model.predict(full).mean_s
     prompts_s = max(step_s - decode_s - extra_s, _LEAST_SHARE * step_s)
-    dilution = step_s / prompts_s
-    return Pace(decode_s, extra_s, float("inf"), prompts_s, 0.0, 0.0, step_s, prompts_s, dilution, dilution)
+    slowdown = step_s / prompts_s
+    return PrefillRate(decode_s, extra_s, float("inf"), prompts_s, 0.0, 0.0, step_s, prompts_s, slowdown, slowdown)
