@@ -57,8 +57,8 @@ def load(last_dispatch_seq: int, now: float, rng: random.Random) -> wire.WorkerL
     s = rng.choice(MODELS)
     pending = tuple(wire.PendingPrefill(now + i, 100, 5, 0.05, bool(i % 2)) for i in range(rng.randrange(4)))
     return wire.WorkerLoad(
-        last_dispatch_seq, running=3, waiting=2, kv_used_blocks=10, kv_total_blocks=1000, decodes=2, decode_kv_tokens=200,
-        tightest_tpot_s=0.05, pending=pending, pending_tokens=400, mean_output_tokens=20.0,
+        last_dispatch_seq, running=3, waiting=2, kv_used_blocks=10, kv_total_blocks=1000, decodes=2,
+        decode_kv_tokens=200, tightest_tpot_s=0.05, pending=pending, pending_tokens=400, mean_output_tokens=20.0,
         perf=wire.PerfWeights(s.kind, s.weights, s.quantile, s.steps, s.epoch), totals={"steps": 5.0},
     )  # fmt: skip
 

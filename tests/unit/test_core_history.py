@@ -111,7 +111,7 @@ def test_the_story_of_a_request_can_be_asked_for_while_it_runs_and_afterwards() 
     waiting = core.findings(Ask(1, request_id="b")).request
     assert waiting is not None
     assert (waiting.finish_reason, waiting.scheduled_s, waiting.slo_class) == (None, None, "none")
-    assert [c.reason for c in waiting.changes] == ["wait_seats"]
+    assert [c.reason for c in waiting.changes] == ["wait_running_slot"]
     run(core)
     answer = core.findings(Ask(7, request_id="a", client=b"c"))
     assert (answer.client, answer.query, answer.worker_id, answer.steps) == (b"c", 7, "w5", ())

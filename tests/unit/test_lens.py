@@ -94,7 +94,7 @@ def test_where_not_all_can_be_in_time_the_largest_is_put_off() -> None:
     p = plan(bench.view())
     assert set(computed(p)) >= set(small)
     assert p.reasons[large] in (Reason.DEFERRED, Reason.WAIT_TIME, Reason.ADMITTED)
-    assert p.notes["defer"] == 1.0
+    assert p.notes["deferred"] == 1.0
 
 
 def test_who_cannot_be_in_time_is_relegated_and_gets_what_is_left() -> None:
@@ -244,7 +244,7 @@ def test_one_without_a_promise_is_not_put_off_for_others() -> None:
     bench.wait(4000, ttft_s=0.12)
     small = [bench.wait(1000, ttft_s=0.13) for _ in range(4)]
     p = plan(bench.view())
-    assert p.notes["defer"] == 1.0
+    assert p.notes["deferred"] == 1.0
     assert p.slots.tolist()[:4] == small
     assert p.reasons[none] != Reason.DEFERRED
 
@@ -318,7 +318,7 @@ def test_who_has_waited_for_long_is_refused_unless_it_computes() -> None:
     p = plan(view, now=62.8)
     assert p.refuse == (hopeless,)
     assert p.reasons[hopeless] == Reason.REFUSED
-    assert plan(view, now=62.8, give_up_s=0).refuse == ()
+    assert plan(view, now=62.8, shed_s=0).refuse == ()
 
 
 def test_a_long_wait_ends_even_for_one_that_lacks_only_blocks() -> None:

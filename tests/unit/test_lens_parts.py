@@ -1,4 +1,4 @@
-"""The parts of LENS one by one: deadlines, step limit, pace, order, guard, chunks, victims."""
+"""The parts of LENS one by one: deadlines, step limit, prefill rate, order, guard, chunks, victims."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nexusengine.scheduler.lens.survival import OutputLengthFloor
-from nexusengine.scheduler.lens.turnover import SlotReleaseRate
 
 from nexusengine.core.admission import unattainable
 from nexusengine.perf.features import StepFeatures
 from nexusengine.scheduler.attainable import attainable
 from nexusengine.scheduler.lens.deadlines import FALLBACK, Deadlines
+from nexusengine.scheduler.lens.estimators import OutputLengthFloor, SlotReleaseRate
 from nexusengine.scheduler.lens.fill import largest_chunk
 from nexusengine.scheduler.lens.length_guard import LengthGuard
 from nexusengine.scheduler.lens.preemption import victims
-from nexusengine.scheduler.lens.prefill_rate import extra_of, marginal_costs, prefill_rate
+from nexusengine.scheduler.lens.prefill_rate import PrefillRate, marginal_costs, mixing_cost_s, prefill_rate
 from nexusengine.scheduler.lens.select import by_priority
-from nexusengine.scheduler.lens.step_limit import LimitRules, StepLimit, step_limit
+from nexusengine.scheduler.lens.step_limit import CAP_STEPS, StepLimit, step_limit
 from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO
@@ -37,9 +36,26 @@ def deadlines_of(view: EngineView) -> Deadlines:
     return deadlines
 
 
-def limit_of(bench: Bench, now: float, *, decode_s: float = 0.01, **rules: float) -> StepLimit:
+def limit_of(
+    bench: Bench,
+    now: float,
+    *,
+    decode_s: float = 0.01,
+    single_s: float = 0.006,
+    cap_s: float = CAP_S,
+    floor_tokens: int = 0,
+) -> StepLimit:
     view = bench.view()
-    return step_limit(view, deadlines_of(view), view.running, now, decode_s, 0.006, LimitRules(**rules))
+    return step_limit(
+        view,
+        deadlines_of(view),
+        view.running,
+        now,
+        decode_s=decode_s,
+        single_s=single_s,
+        cap_s=cap_s,
+        floor_tokens=floor_tokens,
+    )
 
 
 # ---- deadlines ----------------------------------------------------------------------------------------------------
@@ -122,14 +138,13 @@ def test_a_request_that_is_on_time_allows_what_is_left_until_its_token_is_due() 
     assert (limit.slot, limit.tightest_tpot_s) == (slot, 0.05)
 
 
-def test_a_request_that_is_ahead_gives_what_it_has_saved() -> None:
+def test_a_request_that_is_early_gives_its_whole_lead() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=3)
     assert limit_of(bench, now=1.06).limit_s == pytest.approx(0.09)
-    assert limit_of(bench, now=1.06, bank=0.5).limit_s == pytest.approx(0.07)
 
 
-def test_a_request_that_is_behind_asks_for_shorter_steps_but_never_freezes_prefill() -> None:
+def test_a_request_that_is_late_asks_for_shorter_steps_but_never_freezes_prefill() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=3)
     assert limit_of(bench, now=1.11).limit_s == pytest.approx(0.04)
@@ -150,8 +165,7 @@ def test_no_step_is_longer_than_the_cap_even_if_nobody_minds() -> None:
     assert limit_of(bench, now=1.0) == StepLimit(CAP_S, -1, pytest.approx(np.zeros(0)), float("inf"))
     bench.decode(first_s=1.0, generated=100)
     assert (limit_of(bench, now=1.0).limit_s, limit_of(bench, now=1.0).slot) == (CAP_S, -1)
-    slow = LimitRules().longest_s(single_s=0.2)
-    assert slow == pytest.approx(0.5)
+    assert limit_of(bench, now=1.0, single_s=0.2).limit_s == pytest.approx(CAP_STEPS * 0.2)
 
 
 def test_lost_requests_constrain_nobody() -> None:
@@ -167,9 +181,9 @@ def test_lost_requests_constrain_nobody() -> None:
 def test_a_request_that_is_behind_but_can_make_it_good_is_not_lost() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=100)
-    assert not limit_of(bench, now=9.0).lost[0]  # 3 s behind, 200 tokens at 40 ms each make 8 s good
-    assert limit_of(bench, now=15.0).lost[0]
-    assert limit_of(bench, now=7.0, decode_s=0.06).lost[0]  # decodes alone are too slow: nothing is made good
+    assert not limit_of(bench, now=9.0).slo_missed[0]  # 3 s behind, 200 tokens at 40 ms each make 8 s good
+    assert limit_of(bench, now=15.0).slo_missed[0]
+    assert limit_of(bench, now=7.0, decode_s=0.06).slo_missed[0]  # decodes alone are too slow: nothing is made good
 
 
 def test_a_last_prompt_token_has_no_pace_to_keep() -> None:
@@ -191,19 +205,16 @@ def test_requests_without_an_slo_bear_any_step_and_are_never_lost() -> None:
 def test_a_tpot_that_is_not_possible_constrains_nobody() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=2)
-    view = bench.view()
-    limit = step_limit(view, deadlines_of(view), view.running, 1.0, 0.06, 0.055, LimitRules())
-    assert limit.slot == -1
+    assert limit_of(bench, now=1.0, decode_s=0.06, single_s=0.055).slot == -1
 
 
-def test_what_a_young_request_is_sure_to_gain_can_be_spent_once() -> None:
+def test_what_an_early_decode_is_sure_to_gain_can_be_spent_once() -> None:
     bench = Bench()
     bench.decode(first_s=1.0, generated=2)  # due at 1.1
     bench.decode(first_s=-10.0, generated=2)  # lost: bears anything
-    view, rules = bench.view(), LimitRules(cap_s=1.0)
 
     def burst_s(floor_tokens: int, decode_s: float = 0.03) -> float:
-        return step_limit(view, deadlines_of(view), view.running, 1.02, decode_s, 0.006, rules, floor_tokens).burst_s
+        return limit_of(bench, 1.02, decode_s=decode_s, cap_s=1.0, floor_tokens=floor_tokens).burst_s
 
     assert burst_s(12) == pytest.approx(0.08 + 10 * 0.02)
     assert burst_s(2) == pytest.approx(0.08)  # it has them already
@@ -212,7 +223,7 @@ def test_what_a_young_request_is_sure_to_gain_can_be_spent_once() -> None:
     assert burst_s(1000) == 1.0  # the cap
 
 
-# ---- survival -----------------------------------------------------------------------------------------------------
+# ---- output-length floor ------------------------------------------------------------------------------------------
 
 
 def grown_to(lengths: list[int], tokens: int) -> OutputLengthFloor:
@@ -244,12 +255,13 @@ def test_tokens_that_pass_between_two_plans_are_counted() -> None:
     assert survival.floor_tokens() == 20
 
 
-# ---- pace ---------------------------------------------------------------------------------------------------------
+# ---- prefill rate -------------------------------------------------------------------------------------------------
 
 
-def pace(limit_s: float, *, tpot_s: float = 0.05, decode_s: float = 0.02, extra_s: float = 0.01, saving: float = 8):  # type: ignore[no-untyped-def]
-    limit = StepLimit(limit_s, 0, np.zeros(1, np.bool_), tpot_s)
-    return prefill_rate(limit, decode_s, extra_s, factor=1.0, slack=0.0, saving=saving, cap_s=CAP_S)
+def rate(limit_s: float, *, decode_s: float = 0.02, extra_s: float = 0.01, coalescing: float = 8) -> PrefillRate:
+    limit = StepLimit(limit_s, 0, np.zeros(1, np.bool_), tightest_tpot_s=0.05)
+    kept = 0.98  # of every limit, which `factor` gives back here
+    return prefill_rate(limit, decode_s, extra_s, factor=kept, coalescing=coalescing, cap_s=CAP_S)
 
 
 def test_costs_are_what_the_model_charges_at_the_margin() -> None:
@@ -261,46 +273,47 @@ def test_costs_are_what_the_model_charges_at_the_margin() -> None:
     assert costs.kv_token_s == pytest.approx(40e-9)
     work_s = costs.work_s(np.array([0, 1000], np.int32), np.array([100, 100], np.int32))
     assert work_s == pytest.approx([2e-3 + 5e-6, 2e-3 + 105e-6])
-    assert extra_of(Straight(extra_s=0.004), base, Straight().predict(base).mean_s) == pytest.approx(0.004 + 16 * 20e-6)
+    decode_s = Straight().predict(base).mean_s
+    assert mixing_cost_s(Straight(extra_s=0.004), base, decode_s) == pytest.approx(0.004 + 16 * 20e-6)
 
 
-def test_without_saving_a_step_gives_prompts_what_decodes_and_mixing_leave() -> None:
-    p = pace(0.05, saving=0)
+def test_without_coalescing_a_step_gives_prompts_what_decodes_and_mixing_leave() -> None:
+    p = rate(0.05, coalescing=0)
     assert (p.step_s, p.prompts_s) == (0.05, pytest.approx(0.02))
     assert p.slowdown == pytest.approx(2.5)
-    assert not p.saves
+    assert not p.coalesces
 
 
-def test_time_is_saved_up_where_mixed_steps_are_dear() -> None:
-    p = pace(0.05)
-    assert p.saves
+def test_prefills_are_coalesced_where_mixed_steps_are_dear() -> None:
+    p = rate(0.05)
+    assert p.coalesces
     assert p.target_s == pytest.approx(0.10)
     # 8/3 decode-only steps leave 30 ms each; cycles of 8/3 * 50 ms have 70 ms for prompts
     assert p.slowdown == pytest.approx(8 / 3 * 0.05 / 0.07)
     assert p.first_s == pytest.approx(5 / 3 * 0.02 + 0.10)
 
 
-def test_nothing_is_saved_up_where_mixing_is_cheap_or_the_target_is_reached() -> None:
-    assert not pace(0.05, extra_s=0.001).saves
-    assert not pace(0.095).saves
-    assert not pace(0.05, decode_s=0.049).saves
+def test_nothing_is_coalesced_where_mixing_is_cheap_or_the_target_is_reached() -> None:
+    assert not rate(0.05, extra_s=0.001).coalesces
+    assert not rate(0.095).coalesces
+    assert not rate(0.05, decode_s=0.049).coalesces
 
 
 @pytest.mark.parametrize("extra_s", [0.03, 0.1, 0.3])
 def test_prompts_have_a_little_time_however_dear_mixed_steps_are(extra_s: float) -> None:
-    p = pace(0.05, extra_s=extra_s)
+    p = rate(0.05, extra_s=extra_s)
     assert min(p.prompts_s, p.first_prompts_s) > 0
     assert 1 < p.slowdown <= p.eager_slowdown
 
 
 def test_work_until_and_time_for_are_inverses_behind_the_first_step() -> None:
-    p = pace(0.05)
+    p = rate(0.05)
     work_s = np.array([0.08, 0.2, 1.0])
     assert p.work_until(p.time_for(work_s)) == pytest.approx(work_s)
 
 
 def test_work_until_a_near_deadline_is_that_of_a_step_right_now() -> None:
-    p = pace(0.05)
+    p = rate(0.05)
     assert p.work_until(np.array([0.04, 0.05, 0.06])) == pytest.approx([0.01, 0.02, 0.02 + 0.01 / 2.5])
 
 
@@ -310,7 +323,7 @@ jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60)), max_size=9)
 
 
 @given(jobs)
-def test_no_choice_keeps_more_in_time_than_put_off_does(jobs: list[tuple[int, int]]) -> None:
+def test_no_choice_keeps_more_in_time_than_defer_does(jobs: list[tuple[int, int]]) -> None:
     jobs = sorted(jobs, key=lambda job: job[1])
     work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
     kept = ~defer(work, allowed)
@@ -332,14 +345,16 @@ def feasible(jobs: tuple[tuple[int, int], ...]) -> bool:
     return True
 
 
-def test_the_largest_of_the_lowest_rank_is_put_off() -> None:
+def test_the_largest_of_the_lowest_rank_is_deferred() -> None:
     work, allowed = np.array([5.0, 4.0, 1.0]), np.array([10.0, 10.0, 6.0])
     assert defer(work, allowed).tolist() == [True, False, False]
     assert defer(work, allowed, [1, 0, 0]).tolist() == [False, True, False]
 
 
 @given(jobs, st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=8, max_size=8))
-def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], seats: list[tuple[bool, int]]) -> None:
+def test_those_on_time_have_both_the_time_and_a_slot(
+    jobs: list[tuple[int, int]], seats: list[tuple[bool, int]]
+) -> None:
     jobs = sorted(jobs, key=lambda job: job[1])
     work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
     newcomers = np.resize([s[0] for s in seats], len(jobs))
@@ -349,32 +364,32 @@ def test_those_kept_have_both_the_time_and_a_seat(jobs: list[tuple[int, int]], s
     assert (np.cumsum(newcomers[kept]) <= free[kept])[newcomers[kept]].all()
 
 
-def test_where_seats_are_short_the_largest_newcomer_is_put_off() -> None:
+def test_where_slots_are_short_the_largest_waiting_request_is_deferred() -> None:
     work, allowed = np.array([9.0, 5.0, 4.0, 1.0]), np.full(4, 100.0)
     newcomers, seats = np.array([False, True, True, True]), np.array([2.0, 2.0, 2.0, 2.0])
     assert defer(work, allowed, None, newcomers, seats).tolist() == [False, True, False, False]
 
 
-# ---- turnover -----------------------------------------------------------------------------------------------------
+# ---- slot release rate --------------------------------------------------------------------------------------------
 
 
-def test_seats_come_free_as_often_as_the_seated_have_ended() -> None:
-    turnover = SlotReleaseRate()
-    seated = 100
-    for step in range(200):  # one in a hundred ends every 10 ms: a seat lasts a second
-        turnover.observe(seated - 1 if step else 0, 0.01 * step)
-        turnover.planned(seated)
-    assert turnover.slot_wait_s(200) == pytest.approx(1.0 / 200)
-    assert turnover.slots_within(np.array([-1.0, 0.0, 0.5]), 3, 200) == pytest.approx([3.0, 3.0, 103.0])
+def test_slots_come_free_as_often_as_running_requests_have_ended() -> None:
+    releases = SlotReleaseRate()
+    running = 100
+    for step in range(200):  # one in a hundred ends every 10 ms: a slot is held for a second
+        releases.observe(running - 1 if step else 0, 0.01 * step)
+        releases.planned(running)
+    assert releases.slot_wait_s(200) == pytest.approx(1.0 / 200)
+    assert releases.slots_within(np.array([-1.0, 0.0, 0.5]), 3, 200) == pytest.approx([3.0, 3.0, 103.0])
 
 
-def test_while_few_have_ended_seats_are_taken_to_be_no_obstacle() -> None:
-    turnover = SlotReleaseRate()
-    turnover.observe(0, 0.0)
-    turnover.planned(4)
-    turnover.observe(1, 0.1)
-    assert turnover.slot_wait_s(8) == 0.0
-    assert turnover.slots_within(np.array([0.0]), 0, 8).tolist() == [np.inf]
+def test_while_few_have_ended_slots_are_taken_to_be_no_obstacle() -> None:
+    releases = SlotReleaseRate()
+    releases.observe(0, 0.0)
+    releases.planned(4)
+    releases.observe(1, 0.1)
+    assert releases.slot_wait_s(8) == 0.0
+    assert releases.slots_within(np.array([0.0]), 0, 8).tolist() == [np.inf]
 
 
 def test_priority_counts_within_a_class_only() -> None:
@@ -388,7 +403,7 @@ def test_priority_counts_within_a_class_only() -> None:
 
 
 def test_the_guard_protects_those_of_the_longest_tenth_that_its_goal_counts_on() -> None:
-    guard = LengthGuard(0.9, 0.75)
+    guard = LengthGuard(0.75)
     lengths = np.random.default_rng(1).permutation(np.arange(1, 1001)).tolist() * 3
     for tokens in lengths:
         guard.decided(tokens, False)
@@ -399,7 +414,7 @@ def test_the_guard_protects_those_of_the_longest_tenth_that_its_goal_counts_on()
 
 
 def test_the_guard_protects_the_longest_when_they_are_lost_and_few_are() -> None:
-    guard = LengthGuard(0.9, 0.75)
+    guard = LengthGuard(0.75)
     for i in range(400):
         guard.decided(i % 100 + 1, lost=i % 100 >= 96)
     assert guard.active
@@ -407,7 +422,7 @@ def test_the_guard_protects_the_longest_when_they_are_lost_and_few_are() -> None
 
 
 def test_the_guard_lets_go_when_too_many_are_lost_or_none_of_the_longest_is() -> None:
-    many, short = LengthGuard(0.9, 0.75), LengthGuard(0.9, 0.75)
+    many, short = LengthGuard(0.75), LengthGuard(0.75)
     for i in range(400):
         many.decided(i % 100 + 1, lost=i % 100 >= 70)
         short.decided(i % 100 + 1, lost=i % 100 < 5)

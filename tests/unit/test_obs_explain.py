@@ -30,7 +30,7 @@ HISTORY: dict[str, Any] = {
     "met_strict": False,
     "missed": None,
     "changes": [
-        {"at_ms": 1.0, "step": 7, "reason": "wait_seats", "tokens": 0, "in_step": None},
+        {"at_ms": 1.0, "step": 7, "reason": "wait_running_slot", "tokens": 0, "in_step": None},
         {"at_ms": 20.0, "step": 8, "reason": "wait_time", "tokens": 0, "in_step": STEP | {"notes": {}}},
         {"at_ms": 40.0, "step": 9, "reason": "admitted", "tokens": 512, "in_step": STEP},
         {"at_ms": 100.0, "step": 11, "reason": "decode", "tokens": 1, "in_step": STEP},

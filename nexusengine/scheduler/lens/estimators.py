@@ -16,7 +16,7 @@ _LEAST_ENDED = 8.0  # below so many remembered ends the rate is anyone's guess
 
 
 class OutputLengthFloor:
-    """What almost every answer reaches: an early decode may spend time that it has yet to gain by then. Learns from plan
+    """What almost every answer reaches: an early decode may spend what it is yet to gain until then. Learns from plan
     to plan what share of the answers that begin reach `tokens` tokens."""
 
     def __init__(self, tokens: int) -> None:
