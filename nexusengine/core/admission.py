@@ -3,10 +3,15 @@ and whether its promise can be kept at all; the last two from the performance mo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
+from nexusengine.core.request import RequestState
 from nexusengine.errors import ContextTooLong, InvalidRequest
 from nexusengine.scheduler.attainable import attainable, prompts_s
+from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO, EngineRequest
 
@@ -67,3 +72,32 @@ def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
         view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])
     )
     return not met[0]
+
+
+class NewArrivals:
+    """Requests that no plan has seen yet, and when their first token is expected."""
+
+    def __init__(self) -> None:
+        self._states: list[RequestState] = []
+
+    def add(self, state: RequestState, view: EngineView, cached_tokens: int, now: float) -> None:
+        """Predict a request's TTFT, and whether its SLO can be met, before it is one of those that wait.
+
+        Args:
+            view: the engine without it.
+            cached_tokens: of its prompt, in the prefix cache.
+            now: timestamp, seconds.
+        """
+        request, prompt_tokens = state.request, state.known - cached_tokens
+        waited_s = max(now - request.arrival_s, 0.0)
+        state.predicted_ttft_s = waited_s + first_token_in_s(view, prompt_tokens)
+        state.unattainable = request.slo is not None and unattainable(view, prompt_tokens, request.slo)
+        self._states.append(state)
+
+    def planned(self, plan: StepPlan, requests: Mapping[int, RequestState]) -> None:
+        """The policy knows better when first tokens come, where it expects to meet the SLO. requests: by slot."""
+        for state in self._states if plan.first_token_s is not None else ():
+            at_s = float(plan.first_token_s[state.slot])  # type: ignore[index]
+            if math.isfinite(at_s) and requests.get(state.slot) is state:
+                state.predicted_ttft_s = max(at_s - state.request.arrival_s, 0.0)
+        self._states.clear()

@@ -135,7 +135,7 @@ def main() -> None:
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
         scheduler=core.policy.name,
-        max_waiting=core.max_waiting,
+        max_waiting=core.scheduler.max_waiting,
         traits=core.policy.traits,
     )
     prefixes = None
