@@ -40,10 +40,13 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
 
 def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
     """Seconds from now until a prompt that arrives now has its first token, if what is there goes first: the prompts
-    that wait or have begun and are not relegated, in full steps beside one token of each decode. No policy is asked:
-    one that lets a newcomer overtake others will beat this, one that makes it wait for the sake of decodes will not.
+    that wait or are partially prefilled and are not relegated, in full steps beside one token of each decode. No policy
+    is asked: one that lets a new request overtake others will beat this, one that makes it wait for the sake of decodes
+    will not.
 
-    prompt_tokens: those to compute, without a cached prefix.
+    Args:
+        view: the engine without it.
+        prompt_tokens: those to compute, without a cached prefix.
     """
     c, running = view.columns, view.running
     left = c.known_tokens[running] - c.computed_tokens[running]

@@ -23,7 +23,7 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
-from nexusengine.server.pieces import JSONPieces, PrefillRate
+from nexusengine.server.pieces import JSONPieces, Pace
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -113,7 +113,7 @@ class Generation:
         self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
         self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
-        self._pace = PrefillRate()
+        self._pace = Pace()
 
     async def _counted(
         self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]

@@ -13,7 +13,7 @@ _PIECE_S = 0.005
 _PIECE_BYTES = 2**18
 
 
-class PrefillRate:
+class Pace:
     """Lets the event loop see to others every few milliseconds. To be asked between any two short steps of long work:
     iterating over what is there already, an `async for` never gives the loop back by itself."""
 
@@ -38,7 +38,7 @@ class JSONPieces(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pace = PrefillRate()
+        pace = Pace()
         for piece in _parts(self._pieces):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             await pace.rest()

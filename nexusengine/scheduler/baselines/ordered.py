@@ -63,7 +63,7 @@ class Ordered(FCFS):
         return step.plan(relegate=tuple(lost.tolist()))
 
     def _fill(self, step: Step, order: list[int]) -> None:
-        """The first newcomer that cannot start holds back the newcomers behind it."""
+        """The first waiting request that cannot start holds back those after it."""
         begun = set(step.prompts)
         held = Reason.WAIT_BLOCKS if step.preempted else Reason.NONE
         for slot in order:
