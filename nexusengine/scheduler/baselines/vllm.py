@@ -21,7 +21,6 @@ class Vllm:
     long_prefill_token_threshold, 0 for none."""
 
     name = "vllm"
-    uses_model = False
 
     def __init__(self, budget: float | None = None, reserve_full: float = 1, longest_chunk: float = 0) -> None:
         for key, value, least in (("budget", budget, 1), ("longest_chunk", longest_chunk, 0)):
