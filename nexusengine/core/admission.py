@@ -1,5 +1,8 @@
-"""What can be said of a request the moment it arrives: whether it can be served, when its first token is due to come,
-and whether its promise can be kept at all; the last two from the performance model's means."""
+"""What can be said of a request the moment it arrives.
+
+Whether it can be served, when its first token is due to come, and whether its SLO can be met at all; the last two from
+the performance model's means.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,11 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
 
 
 def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
-    """Seconds from now until a prompt that arrives now has its first token, if what is there goes first: the prompts
-    that wait or are partially prefilled and are not relegated, in full steps beside one token of each decode. No policy
-    is asked: one that lets a new request overtake others will beat this, one that makes it wait for the sake of decodes
-    will not.
+    """Seconds from now until a prompt that arrives now has its first token, if what is there goes first.
+
+    That is the prompts that wait or are partially prefilled and are not relegated, in full steps beside one token of
+    each decode. No policy is asked: one that lets a new request overtake others will beat this, one that makes it wait
+    for the sake of decodes will not.
 
     Args:
         view: the engine without it.
@@ -68,8 +72,10 @@ def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
 
 
 def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
-    """Whether the device would break the promise even if it served nothing else (see scheduler.attainable); the whole
-    answer may not take longer than its bound either."""
+    """Whether the device would miss the SLO even if it served nothing else (see scheduler.attainable).
+
+    The whole response may not take longer than its bound either.
+    """
     ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
     met = attainable(
         view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])

@@ -173,10 +173,12 @@ class EngineCore:
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
-        """Compute one step and return the new tokens; returns at once when there is nothing to do. Where steps overlap,
-        submits one and returns the tokens of the one before: none at first.
+        """Compute one step and return the new tokens; returns at once when there is nothing to do.
 
-        Raises InternalError if the policy broke its contract; what the executor raises passes through.
+        Where steps overlap, submits one and returns the tokens of the one before: none at first.
+
+        Raises:
+            InternalError: the policy broke its contract. What the executor raises passes through.
         """
         now = self.clock.now()
         self._expire(now)

@@ -133,8 +133,11 @@ class Step:
         self.reasons[slot] = Reason.PREEMPTED
 
     def pending(self) -> tuple[I4, I4, I4]:
-        """Slots with a prompt to compute, those that have begun first, tokens in their KV cache when they compute
-        next, and tokens left: `[N]` each."""
+        """Every prompt to compute, partially prefilled ones first.
+
+        Returns:
+            Slots, tokens in their KV cache when they compute next, and tokens left, `[N]` each.
+        """
         c, waiting = self.columns, self.view.waiting
         begun = np.array(self.prompts, np.int32)
         slots = np.concatenate([begun, waiting])
@@ -158,8 +161,11 @@ class Step:
         return count
 
     def admissible(self, slot: int) -> Reason:
-        """Why a waiting slot cannot start now; NONE if it can. Its whole prompt must fit beside what the prompts that
-        have begun still need and the headroom of each running sequence, so that none of them blocks another."""
+        """Why a waiting slot cannot start now; NONE if it can.
+
+        Its whole prompt must fit beside what partially prefilled prompts still need and the headroom of each running
+        sequence, so that none of them blocks another.
+        """
         if self.free_running_slots < 1:
             return Reason.WAIT_RUNNING_SLOT
         if self.tokens < 1:

@@ -28,8 +28,13 @@ class Sarathi(FCFS):
 
 
 class Ordered(FCFS):
-    """Prompts that have begun and newcomers in one order: smallest key first. relegate: those whose first token cannot
-    come in time any more, by the performance model, go behind all others, oldest first."""
+    """Partially prefilled and waiting prompts in one order: smallest key first.
+
+    Args:
+        budget: tokens a step.
+        relegate: whether those whose first token cannot come in time any more, by the performance model, go after all
+            others, oldest first.
+    """
 
     by: Literal["deadline", "shortest"]
 

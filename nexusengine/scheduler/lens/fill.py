@@ -1,5 +1,7 @@
-"""Prompt chunks into a step, each as large as the step's time limit allows; waiting requests start only where those who
-run can bear one more."""
+"""Puts prompt chunks into a step, each as large as the step's time limit allows.
+
+Waiting requests start only where those who run can bear one more.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +92,18 @@ class Fill:
 
 
 def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context: int, most: int) -> int:
-    """The largest chunk, up to `most` tokens, of a prompt with `context` tokens in its KV cache that keeps the mean
-    duration of the step `base` within limit_s, or a little less than that; 0 if none.
+    """The largest chunk of a prompt that keeps the mean duration of a step within a limit, or a little less than that.
 
     The duration rises with the chunk, and nearly in a straight line: a few secants find it, else halving does.
+
+    Args:
+        limit_s: of the step.
+        base: the step without the chunk.
+        context: tokens of the prompt in its KV cache.
+        most: tokens of the chunk at most.
+
+    Returns:
+        Tokens; 0 if none fits.
     """
     high = most
     high_s = model.predict(joined(base, high, context)).mean_s
