@@ -35,8 +35,14 @@ class ServerInfo:
 
 @contextmanager
 def own_server(options: Sequence[str], *, ready_s: float = 900.0) -> Iterator[str]:
-    """Start `nexusengine serve OPTIONS` on a free port; its URL. Its log goes to our stderr. Raises Unavailable if it
-    ends, or is not ready in time."""
+    """Start `nexusengine serve OPTIONS` on a free port, its log on our stderr.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        Unavailable: it ends, or is not ready in time.
+    """
     command = [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=_end_with_parent)
     found: list[str] = []

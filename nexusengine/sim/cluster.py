@@ -50,8 +50,13 @@ HOPS = 2
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """link_delay_s: of every message between router and engine, and between client and router. snapshot_period_s:
-    between reports of a worker's load; loss: share of reports that do not arrive."""
+    """What lies between the processes of the simulated server.
+
+    Attributes:
+        link_delay_s: of every message between router and engine, and between client and router.
+        snapshot_period_s: between reports of a worker's load.
+        loss: share of reports that do not arrive.
+    """
 
     link_delay_s: float = 0.0005
     snapshot_period_s: float = 0.1
@@ -302,8 +307,10 @@ class Cluster:
             self._skip_idle(now)
 
     def _skip_idle(self, now: float) -> None:
-        """Move what recurs to the next event, where the router is told what it would have heard last. Reports on their
-        way are delivered at once."""
+        """Move what recurs to the next event, where the router is told what it would have heard last.
+
+        Reports on their way are delivered at once.
+        """
         periods_s = {
             self._timer: self.link.snapshot_period_s,
             self._report: self.link.snapshot_period_s,

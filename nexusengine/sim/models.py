@@ -19,8 +19,9 @@ _LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192
 
 
 def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
-    """A model by its name (see perf.registry); `oracle`: answers the profile's own mean; `scaled:F`: the online one,
-    wrong by the factor F. Raises ConfigError.
+    """A performance model by its name (see perf.registry).
+
+    `oracle` answers the profile's own mean; `scaled:F` is the online one, wrong by the factor F. Raises ConfigError.
     """
     if spec in MODELS:
         return make_ready(spec, profile)

@@ -19,8 +19,11 @@ from nexusengine.sim.job import Job
 
 
 class PipelinedEngine(SimEngine):
-    """Steps are begun by `next_step`, which says what they compute; how long they take is told with `ends_at`, so that
-    engines can step together. ahead: plan one step ahead; otherwise each step is planned when it begins."""
+    """An engine whose steps are begun by `next_step` and ended by `ends_at`, so that engines can step together.
+
+    Args:
+        ahead: plan one step ahead; otherwise each step is planned when it begins.
+    """
 
     def __init__(
         self,
@@ -38,8 +41,11 @@ class PipelinedEngine(SimEngine):
         self._leaving: list[tuple[SimRequest, int]] = []  # with their output tokens
 
     def next_step(self, arrived: Sequence[Job], now: float) -> tuple[I4, I4] | None:
-        """Begin a step at the end of the one before, when `arrived` are taken in: its counts and contexts, row by row;
-        None if there is nothing to do."""
+        """Begin a step at the end of the one before, when `arrived` are taken in.
+
+        Returns:
+            Its counts and contexts, row by row; None if there is nothing to do.
+        """
         if not self._ahead:
             self._let_go()
             self._add_all(arrived, now)
