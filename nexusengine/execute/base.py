@@ -1,16 +1,13 @@
-"""The contract of every executor (contract 3 of the architecture), and how one is made. No torch here."""
+"""The contract of every executor (contract 3 of the architecture). No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from nexusengine.config import DeviceSpec, Quantization
+from nexusengine.config import Quantization
 from nexusengine.execute.batch import StepBatch, StepResult
-
-if TYPE_CHECKING:
-    from nexusengine.loading.resolve import ModelFiles
 
 Progress = Callable[[str, float], None]
 """Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
@@ -84,20 +81,3 @@ class Executor(Protocol):
     def close(self) -> None:
         """Free the device's memory. Safe to call twice."""
         ...
-
-
-def make_executor(
-    model: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress | None = None
-) -> Executor:
-    """Load `model` onto `device`. Raises ModelLoadError or ConfigError with the file or setting at fault."""
-    report = progress or (lambda phase, fraction: None)
-    if device.kind == "emulated":
-        from nexusengine.execute.emulated import EmulatedExecutor
-
-        emulated: Executor = EmulatedExecutor.create(model, device, options, report)
-        return emulated
-    report("importing torch", 0.0)
-    from nexusengine.execute.torch_executor import TorchExecutor
-
-    executor: Executor = TorchExecutor.create(model, device, options, report)
-    return executor

@@ -1,14 +1,16 @@
-"""How many KV blocks a device holds, and how long a sequence may get. No torch."""
+"""How a device's memory is divided: how many KV blocks it holds, and how long a sequence may get. No torch."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nexusengine.cgroup import limits
+from nexusengine.config import DeviceSpec
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.batch import StepBatch
@@ -18,6 +20,71 @@ from nexusengine.types import MAX_LOGPROBS, SamplingParams
 
 _CPU_SHARE, _CPU_MOST_BYTES = 0.4, 4 * 2**30
 _READY_BYTES = 256 * 2**20
+_GRAPHS_SHARE, _GRAPHS_MOST_BYTES = 1 / 32, 2 * 2**30
+RESERVE_SHARE = 0.1
+"""Of a GPU's memory, left for fragmentation and whatever else uses the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A device's memory in bytes, once the model's weights are there.
+
+    Attributes:
+        total: all of it; of a CPU, what this process can have without swapping.
+        weights: the model's.
+        free: the most that a KV cache can have.
+        default_kv: what the KV cache gets if the user names no size.
+        activations: measured peak of the largest step beyond the weights; on a CPU it is not measured: 0.
+        graphs: set aside for CUDA graphs.
+        reserve: left alone.
+    """
+
+    total: int
+    weights: int
+    free: int
+    default_kv: int
+    activations: int = 0
+    graphs: int = 0
+    reserve: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a device's memory is divided.
+
+    Attributes:
+        memory: what there is.
+        kv: bytes of the KV cache.
+        num_blocks: KV blocks, with the null block.
+        max_model_len: longest sequence in tokens.
+    """
+
+    memory: DeviceMemory
+    kv: int
+    num_blocks: int
+    max_model_len: int
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by use, `unused` among them; together they are the total. unused < 0: the parts are more than that."""
+        m = self.memory
+        used = {
+            "weights": m.weights,
+            "activations": m.activations,
+            "graphs": m.graphs,
+            "kv": self.kv,
+            "reserve": m.reserve,
+        }
+        return {**used, "unused": m.total - sum(used.values())}
+
+    def text(self) -> str:
+        """One line in GiB, for the log."""
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts().items())
+        return f"{self.memory.total / 2**30:.2f} GiB: {parts}"
+
+
+def graph_budget_bytes(total_bytes: int) -> int:
+    """A thirty-second of the device, at most 2 GiB."""
+    return min(int(total_bytes * _GRAPHS_SHARE), _GRAPHS_MOST_BYTES)
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -56,6 +123,16 @@ def give_back_freed() -> None:
 def cpu_kv_bytes() -> int:
     """A share of the memory that is available now, at most 4 GiB."""
     return min(int(available_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
+
+
+def cpu_memory(weights_bytes: int) -> DeviceMemory:
+    """What this process can have beside the weights, which it holds already.
+
+    Raises:
+        ConfigError: the system does not say how much memory is free.
+    """
+    free = available_bytes()
+    return DeviceMemory(free + weights_bytes, weights_bytes, free, cpu_kv_bytes())
 
 
 def ready_blocks(num_blocks: int, block_bytes: int) -> int:
@@ -106,6 +183,35 @@ def size_kv(
             param="kv_cache_memory",
         )
     return usable + 1, min(wanted_len, usable * block_size)
+
+
+def plan_memory(
+    config: ModelConfig,
+    options: ExecutorOptions,
+    device: DeviceSpec,
+    memory: DeviceMemory,
+    block_size: int,
+    element_bytes: int,
+) -> MemoryPlan:
+    """Size the KV cache by what the user asked for, or by what the device has for it.
+
+    Args:
+        block_size: tokens a block.
+        element_bytes: bytes of a number in the KV cache.
+
+    Raises:
+        ConfigError: the device holds too little, with the numbers.
+    """
+    kv_bytes = options.kv_cache_bytes or memory.default_kv
+    num_blocks, max_model_len = size_kv(config, options, kv_bytes, block_size, element_bytes)
+    needed = num_blocks * block_size * config.kv_bytes_per_token(element_bytes)
+    if needed > memory.free:
+        raise ConfigError(
+            f"a KV cache of {needed} bytes was asked for, but only {memory.free} bytes are free on {device}; "
+            "lower --kv-cache-memory",
+            param="kv_cache_memory",
+        )
+    return MemoryPlan(memory, needed, num_blocks, max_model_len)
 
 
 def largest_step(options: ExecutorOptions, longest: int, block_size: int) -> StepBatch:

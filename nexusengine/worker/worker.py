@@ -14,7 +14,7 @@ from nexusengine.clock import MonotonicClock
 from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import InternalError, NexusError
-from nexusengine.execute.base import make_executor
+from nexusengine.execute.factory import make_executor
 from nexusengine.execute.memory import resident_bytes
 from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.loading.resolve import resolve_model

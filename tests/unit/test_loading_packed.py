@@ -13,7 +13,8 @@ from nexusengine.attention.base import AttentionSpec  # noqa: E402
 from nexusengine.attention.registry import backend_class  # noqa: E402
 from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ModelLoadError  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions, make_executor  # noqa: E402
+from nexusengine.execute.base import ExecutorOptions  # noqa: E402
+from nexusengine.execute.factory import make_executor  # noqa: E402
 from nexusengine.layers.ops import TorchOps  # noqa: E402
 from nexusengine.layers.packed import PackedMaps, check  # noqa: E402
 from nexusengine.loading.packed import PackedWeight  # noqa: E402
