@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,10 +15,10 @@ from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, Progress
 from nexusengine.execute.memory import wanted_length
 from nexusengine.layers.choice import choose_ops
-from nexusengine.layers.ops import Ops
 from nexusengine.loading.weights import WeightSource
 from nexusengine.model_config import ModelConfig
-from nexusengine.models.llama import LlamaForCausalLM
+from nexusengine.models.base import Model
+from nexusengine.models.loader import WeightLoader
 from nexusengine.models.registry import model_class
 from nexusengine.obs.logs import get_logger
 
@@ -39,7 +38,7 @@ class LoadedModel:
         max_positions: the longest sequence the model was loaded for, in tokens.
     """
 
-    model: LlamaForCausalLM
+    model: Model
     backend: type[AttentionBackend]
     attention_spec: AttentionSpec
     cache_dtype: torch.dtype
@@ -82,44 +81,38 @@ def load_model(
         log.info("attention backend %s is passed over: %s", name, reason)
     ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization, config.stored)
     kept = ops.cache_dtype if backend.name == "cpu" else None
-    model = _make_model(config, source, device, options, progress, dtype=dtype, where=where, longest=longest, ops=ops)
+    loader = WeightLoader(
+        config,
+        source,
+        dtype=dtype,
+        device=where,
+        seed=options.seed,
+        ops=ops,
+        scaled_kv=options.fp8_kv,
+        progress=lambda fraction: progress(source.phase() if source else "loading weights", fraction),
+    )
+    model = _make_model(loader, longest, device)
     return LoadedModel(model, backend, attention_spec, attention_spec.kv_dtype or kept or dtype, longest)
 
 
-def _make_model(
-    config: ModelConfig,
-    source: WeightSource | None,
-    device: DeviceSpec,
-    options: ExecutorOptions,
-    progress: Progress,
-    *,
-    dtype: torch.dtype,
-    where: torch.device,
-    longest: int,
-    ops: Ops[Any],
-) -> LlamaForCausalLM:
+def _make_model(loader: WeightLoader, max_positions: int, device: DeviceSpec) -> Model:
+    config, dtype = loader.config, loader.dtype
     try:
-        model = model_class(config.architecture)(
-            config,
-            dtype=dtype,
-            device=where,
-            max_positions=longest,
-            source=source,
-            seed=options.seed,
-            ops=ops,
-            scaled_kv=options.fp8_kv,
-            progress=lambda fraction: progress(source.phase() if source else "loading weights", fraction),
-        )
+        model = model_class(config.architecture)(loader, max_positions)
     except torch.OutOfMemoryError:
         raise ModelLoadError(
             f"the weights need about {config.num_parameters * dtype.itemsize} bytes in {dtype}, more than device "
             f"{device} has free; take a smaller model or dtype, or end what else uses the device"
         ) from None
-    if config.stored is not None and not ops.keeps_stored:
+    if config.stored is not None and not model.ops.keeps_stored:
         log.info("weights stored with 8 bits are read as %s: nothing on %s multiplies them as they are", dtype, device)
-    elif model.unkept:
-        first, many = model.unkept[0], len(model.unkept)
-        log.info("%d maps, %s first, are read as %s: nothing multiplies them as they are stored", many, first, dtype)
+    elif unkept := model.weights.unkept:
+        log.info(
+            "%d maps, %s first, are read as %s: nothing multiplies them as they are stored",
+            len(unkept),
+            unkept[0],
+            dtype,
+        )
     return model
 
 

@@ -109,7 +109,7 @@ class TorchExecutor:
         loaded = load_model(config, source, device, options, progress)
         progress("allocating the KV cache", 0.0)
         on_cpu = loaded.attention_spec.device.type == "cpu"
-        memory = cpu_memory(loaded.model.weights_bytes) if on_cpu else _gpu_memory(loaded, device, options)
+        memory = cpu_memory(loaded.model.weights.total_bytes) if on_cpu else _gpu_memory(loaded, device, options)
         block_size, element_bytes = loaded.attention_spec.block_size, loaded.cache_dtype.itemsize
         plan = plan_memory(config, options, device, memory, block_size, element_bytes)
         executor = cls(loaded, _spec(loaded, device, options, plan.num_blocks, plan.max_model_len))
@@ -300,7 +300,7 @@ def _spec(
         max_batch_tokens=options.max_batch_tokens,
         vocab_size=config.vocab_size,
         attention_backend=loaded.backend.name,
-        weights_bytes=loaded.model.weights_bytes,
+        weights_bytes=loaded.model.weights.total_bytes,
         kv_bytes=num_blocks * block_bytes,
         kv_dtype=str(attention.kv_dtype).removeprefix("torch.") if attention.kv_dtype else "",
         device_name=torch.cuda.get_device_name(attention.device) if on_cuda else "",
@@ -329,7 +329,7 @@ def _gpu_memory(loaded: LoadedModel, device: DeviceSpec, options: ExecutorOption
     free_bytes = max(int(free - RESERVE_SHARE * total) - peak_bytes - graphs_bytes, 0)
     return DeviceMemory(
         total=total_bytes,
-        weights=loaded.model.weights_bytes,
+        weights=loaded.model.weights.total_bytes,
         free=free_bytes,
         default_kv=free_bytes,
         activations=peak_bytes,

@@ -15,6 +15,7 @@ from nexusengine.layers.rotary import RotaryEmbedding  # noqa: E402
 from nexusengine.layers.triton_ops import TritonOps  # noqa: E402
 from nexusengine.model_config import ModelConfig  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
+from nexusengine.models.loader import WeightLoader  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
 
 from ..attention_cases import BATCHES, make_case  # noqa: E402
@@ -106,7 +107,8 @@ def test_a_model_computes_the_same_with_either_table_and_backend(dtype: torch.dt
     )
     found = {}
     for ops, name in ((TorchOps(EPS), "sdpa"), (TritonOps(EPS), "triton")):
-        model = LlamaForCausalLM(config, dtype=dtype, device=CPU, max_positions=256, source=None, seed=3, ops=ops)
+        loader = WeightLoader(config, None, dtype=dtype, device=CPU, seed=3, ops=ops)
+        model = LlamaForCausalLM(loader, max_positions=256)
         kv = torch.stack([torch.stack([case.k_cache, case.v_cache])] * 2, dim=1).clone()
         attention = backend_class(name)(spec)
         attention.plan(case.meta)
