@@ -24,6 +24,7 @@ from nexusengine.loading.resolve import ModelFiles
 from nexusengine.model_config import ModelConfig
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile
+from nexusengine.splitmix import GOLDEN
 from nexusengine.tokenize.load import end_ids
 
 _ELEMENT_BYTES = 2
@@ -116,7 +117,7 @@ class EmulatedExecutor:
         """Made up of seed and position, so that a request gets the same ones on every device."""
         slots = batch.slots[batch.sampled]
         positions = (batch.starts + batch.counts)[batch.sampled].astype(np.uint64)
-        mixed = batch.sampling.seed[slots].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions
+        mixed = batch.sampling.seed[slots].astype(np.uint64) * np.uint64(GOLDEN) + positions
         mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         spread = np.uint64(self.spec.vocab_size - self._first_token)
         return ((mixed >> np.uint64(33)) % spread).astype(np.int32) + np.int32(self._first_token)

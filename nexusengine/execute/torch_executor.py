@@ -30,7 +30,7 @@ from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.weights import WeightSource, open_weights
 from nexusengine.model_config import ModelConfig
 from nexusengine.obs.logs import get_logger
-from nexusengine.sampling.sampler import SamplingRows, sample
+from nexusengine.sampling.sampler import sample
 
 log = get_logger("executor")
 
@@ -133,19 +133,8 @@ class TorchExecutor:
         hidden = self._hidden(inputs, self._kv)
         tokens, logprobs = None, None
         if len(rows):
-            slots, table = batch.slots[rows], batch.sampling
-            tokens, logprobs = sample(
-                self._model.logits(hidden),
-                SamplingRows(
-                    table.temperature[slots],
-                    table.top_k[slots],
-                    table.top_p[slots],
-                    table.min_p[slots],
-                    table.seed[slots],
-                    table.logprobs[slots],
-                    (batch.starts + batch.counts)[rows],
-                ),
-            )
+            sampling = batch.sampling.rows(batch.slots[rows], (batch.starts + batch.counts)[rows])
+            tokens, logprobs = sample(self._model.logits(hidden), sampling)
             # a row without a token (-1) fails; until its owner knows, any valid id keeps the others' steps safe
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         read_back = ReadBack(tokens, logprobs)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nexusengine.splitmix import GOLDEN, MASK_64
+
 DIGEST_TOKENS = 64
 MOST_NAMES_IN_BATCH = 1360
 BATCHES_REPEATED = 2
 """Every batch goes out three times, so that it takes three lost messages in a row to lose a change: 3 * 1360 names of 8
 bytes stay below 32 KiB."""
-_64_BITS, _ODD = 2**64 - 1, 0x9E3779B97F4A7C15
 
 
 def digest_stride(block_size: int) -> int:
@@ -27,7 +28,7 @@ def digest_stride(block_size: int) -> int:
 
 def short_name(name: bytes) -> int:
     """64 bits of a block's name of 8 to 16 bytes."""
-    return int.from_bytes(name[:8], "little") ^ (int.from_bytes(name[8:16], "little") * _ODD & _64_BITS)
+    return int.from_bytes(name[:8], "little") ^ (int.from_bytes(name[8:16], "little") * GOLDEN & MASK_64)
 
 
 def short_names(names: Sequence[bytes], block_size: int) -> tuple[int, ...]:
