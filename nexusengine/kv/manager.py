@@ -74,11 +74,6 @@ class KVManager:
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks
 
-    @property
-    def cached_blocks(self) -> int:
-        """Blocks with a name, in use or not."""
-        return len(self._block_of)
-
     def blocks_of(self, slot: int) -> int:
         return self._held[slot]
 
@@ -155,13 +150,6 @@ class KVManager:
                     self._free.append(block)
         self.block_tables[slot, : self._held[slot]] = 0
         self._held[slot] = self._published[slot] = 0
-
-    def clear_prefix_cache(self) -> None:
-        """Forget all names; blocks in use stay with their users."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        for block in list(self._hash_of):
-            self._unname(block)
 
     def check(self) -> None:
         """Raises KVError naming the first invariant that does not hold."""

@@ -16,10 +16,7 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.basis import KV_TOKENS, PAIRS, TOKENS
 from nexusengine.perf.features import SHORTEST_S, StepFeatures
-from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import StepTime
-
-_FURTHEST = 1.5  # times the most tokens seen in a step: no chunk is offered beyond
 
 
 class _Tokens:
@@ -147,14 +144,3 @@ class Curve:
         mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
         result: F8 = np.maximum(mean_s, SHORTEST_S)
         return result
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """Offers no chunk that makes the step larger than 1.5 times the largest seen: extrapolation is the model's weak
-        spot, and a few steps later it has seen more."""
-        limit = min(limit, math.floor(self.furthest) - base.tokens)
-        return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
-
-    @property
-    def furthest(self) -> float:
-        """The most tokens a step is planned with."""
-        return _FURTHEST * self.seen

@@ -40,6 +40,28 @@ class StepFeatures:
             decode_kv_tokens=int((ctx + 1.0)[~chunk].sum()),
         )
 
+    def with_prefill(self, tokens: int, context: int) -> StepFeatures:
+        """This step with one more sequence that prefills `tokens` tokens after `context` tokens in its KV cache."""
+        return StepFeatures(
+            self.tokens + tokens,
+            self.sequences + 1,
+            self.prefills + 1,
+            self.prefill_attention + tokens * (context + 0.5 * tokens),
+            self.decode_kv_tokens,
+        )
+
+    def with_chunk(self, tokens: int, context: int) -> StepFeatures:
+        """As `with_prefill`; one token alone counts as a decode, which it is to the device."""
+        if tokens != 1:
+            return self.with_prefill(tokens, context)
+        return StepFeatures(
+            self.tokens + 1,
+            self.sequences + 1,
+            self.prefills,
+            self.prefill_attention,
+            self.decode_kv_tokens + context + 1,
+        )
+
 
 def duration(seconds: float) -> float | None:
     """What a model learns from: within 1 microsecond and 10,000 seconds; None where it is no duration at all."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -45,9 +44,6 @@ class Line:
         mean_s = np.maximum(w[0] + w[1] * (tokens / _TOKENS) + w[2] * sequences, SHORTEST_S)
         return np.broadcast_to(mean_s, shape)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
-
 
 class LineModel:
     """PerformanceModel. by_sequences: whether sequences count."""
@@ -67,9 +63,6 @@ class LineModel:
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._line.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._line.max_tokens(budget_s, base, context, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         took_s = duration(seconds)

@@ -43,11 +43,6 @@ class Predictor(Protocol):
         """`predict(...).mean_s` of many steps at once. The arguments are the fields of StepFeatures; they broadcast."""
         ...
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """The inverse: the largest chunk q <= limit of a prompt with `context` tokens in its cache that can join the
-        step `base` with the upper bound still within `budget_s`; 0 if none."""
-        ...
-
 
 class PerformanceModel(Predictor, Protocol):
     """A predictor that learns from each step measured."""

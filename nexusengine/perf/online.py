@@ -95,9 +95,6 @@ class OnlineModel:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._curve.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._curve.max_tokens(budget_s, base, context, limit)
-
     def snapshot(self) -> PerfSnapshot:
         """weights: `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve

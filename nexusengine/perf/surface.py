@@ -16,7 +16,6 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import PerfSnapshot, StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -50,13 +49,6 @@ class Surface:
         result: F8 = np.maximum(_terms(b, s, *self.weights[_TERMS:]) @ np.array(self.weights[:_TERMS]), SHORTEST_S)
         return result
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """Looks at every chunk: the surface need not rise with the tokens."""
-        for q in range(limit, 0, -1):
-            if self.predict(joined(base, q, context)).upper_s <= budget_s:
-                return q
-        return 0
-
 
 class SurfaceModel:
     """PerformanceModel: keeps the newest 1000 steps and fits them anew every 200."""
@@ -72,9 +64,6 @@ class SurfaceModel:
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._surface.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._surface.max_tokens(budget_s, base, context, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         took_s = duration(seconds)
