@@ -74,16 +74,16 @@ class LlamaForCausalLM(Model):
         """As `Model.forward`; with rows wanted, the last layer computes no others."""
         c, ops = self.config, self.ops
         heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        angles = ops.angles(self.rotary, positions)
+        rope_table = ops.rope_table(self.rotary, positions)
         x = ops.embed(token_ids, self.embedding)
-        mixed = ops.memory("mixed", x, c.num_heads * c.head_dim)
+        mixed = ops.workspace("mixed", x, c.num_heads * c.head_dim)
         for i, layer in enumerate(self.layers):
             k_cache, v_cache = kv[0, i], kv[1, i]
             qkv = ops.linear(layer.qkv, x, norm=layer.input_norm)
-            q = ops.rotate_and_store(qkv, angles, attention, k_cache, v_cache, meta, heads)
+            q = ops.rotate_and_store(qkv, rope_table, attention, k_cache, v_cache, meta, heads)
             attention.run(q, k_cache, v_cache, meta, mixed.view(q.shape))
             if wanted is not None and i == c.num_layers - 1:
-                x, mixed = ops.take("x", x, wanted), ops.take("mixed", mixed, wanted)
+                x, mixed = ops.gather("x", x, wanted), ops.gather("mixed", mixed, wanted)
             x = ops.add_linear(layer.output, mixed, into=x)
             x = ops.add_linear(layer.down, ops.gated(layer.gate_up, x, norm=layer.post_norm), into=x)
         return ops.norm(x, self.norm)

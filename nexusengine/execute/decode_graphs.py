@@ -1,7 +1,6 @@
 """Decode steps as CUDA graphs: inputs at fixed places of one buffer, rows of padding, and the capture itself.
 
-Written for CUDA and rehearsed on the CPU with a device that computes where a graph would be replayed; it has not run on
-a GPU yet.
+Tests run it on the CPU, with a device that computes where a graph would be replayed.
 """
 
 from __future__ import annotations

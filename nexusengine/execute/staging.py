@@ -1,7 +1,7 @@
-"""Between host and device without waiting: a step's inputs go up through pinned buffers that are allocated once, its
-results come down in one asynchronous copy each, behind one event.
+"""Copies between host and device without waiting.
 
-Rehearsed on the CPU, where a copy is a copy and an event has always happened; it has not run on a GPU yet.
+A step's inputs go up through pinned buffers that are allocated once, its results come down in one asynchronous copy
+each, behind one event. On the CPU a copy is a copy, and an event has always happened.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Ops(Protocol[M]):
         """silu(gate) * up, where gate and up are the halves of the map of x."""
         ...
 
-    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def gather(self, use: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows of x by number, i8 `[N]`, in memory of this use."""
         ...
 
@@ -88,11 +88,11 @@ class Ops(Protocol[M]):
         """float32 `[N, V]`."""
         ...
 
-    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
+    def rope_table(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
         """What `rotate_and_store` needs of the positions i8 `[T]`; once a step."""
         ...
 
-    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+    def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         """Uninitialised `[T, columns]` for a use, with rows, type and device of `like`."""
         ...
 
@@ -105,7 +105,7 @@ class Ops(Protocol[M]):
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        angles: Any,
+        rope_table: Any,
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -164,16 +164,16 @@ class TorchOps:
     def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         return silu_mul(self.linear(to, x, norm))
 
-    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return x[places]
+    def gather(self, use: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x[rows]
 
     def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
         return to(x).float()
 
-    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_table(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotary.at(positions)
 
-    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+    def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         return like.new_empty(len(like), columns)
 
     def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
@@ -182,7 +182,7 @@ class TorchOps:
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        rope_table: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -191,7 +191,7 @@ class TorchOps:
     ) -> torch.Tensor:
         count, kv_count, dim = heads
         q, k, v = torch.split(qkv, [count * dim, kv_count * dim, kv_count * dim], dim=-1)
-        q = rotate(q.view(-1, count, dim), angles)
-        k = rotate(k.view(-1, kv_count, dim), angles)
+        q = rotate(q.view(-1, count, dim), rope_table)
+        k = rotate(k.view(-1, kv_count, dim), rope_table)
         attention.store(k, v.view(-1, kv_count, dim), k_cache, v_cache, meta)
         return q

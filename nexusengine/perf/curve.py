@@ -22,26 +22,26 @@ from nexusengine.perf.model import StepTime
 class _Tokens:
     """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i].
 
-    seen: the most tokens seen in a step; beyond, it rises by `slope_beyond` a token and what bends and jumps add.
+    seen: the most tokens seen in a step; beyond, it rises by `slope_beyond` a token and what hinges and steps add.
     """
 
     def __init__(
-        self, weights: Sequence[float], jumps: dict[float, float], seen: float, slope_beyond: float | None = None
+        self, weights: Sequence[float], steps: dict[float, float], seen: float, slope_beyond: float | None = None
     ) -> None:
-        bends: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
+        hinges: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
         self.breaks: list[float] = []
         self.starts, self.slopes = [0.0], [weights[basis.SLOPE] / TOKENS]
-        self.values = [weights[basis.ONE] + jumps.get(0.0, 0.0)]
+        self.values = [weights[basis.ONE] + steps.get(0.0, 0.0)]
         slope = self.slopes[0]
-        for at in sorted({seen, *bends, *jumps} - {0.0}):
+        for at in sorted({seen, *hinges, *steps} - {0.0}):
             value = self(at)
             if at == seen:
                 slope = self._slope_beyond(seen) if slope_beyond is None else slope_beyond
                 self.slope_beyond = slope
-            slope += bends.get(at, 0.0)
+            slope += hinges.get(at, 0.0)
             self.breaks.append(at)
             self.starts.append(at)
-            self.values.append(value + jumps.get(at, 0.0))
+            self.values.append(value + steps.get(at, 0.0))
             self.slopes.append(slope)
         self._arrays: tuple[F8, ...] = ()
 
@@ -90,9 +90,9 @@ class Curve:
         self.weights, self.seen = tuple(weights), seen
         self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
         self.offset_s, self.offset_at_s = offset_s, offset_at_s
-        jumps = {0.0: weights[basis.MIXED]}
-        jumps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
-        self._mixed = _Tokens(weights, jumps, seen)
+        steps = {0.0: weights[basis.MIXED]}
+        steps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
+        self._mixed = _Tokens(weights, steps, seen)
         self._decode = _Tokens(weights, {}, seen, self._mixed.slope_beyond)
         self._mixed_s = weights[basis.MIXED]
         self._sequence_s, self._prefill_s = weights[basis.SEQUENCES], weights[basis.PREFILLS]

@@ -78,7 +78,7 @@ class LineModel:
         self._line.factor_decode, self._line.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
-        """Teaches nothing."""
+        """Does nothing: cold steps are not learned from."""
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""

@@ -29,13 +29,13 @@ OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot'
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
 _PRIOR_WEIGHT, _PRIOR_FORGET = 0.05, 0.99
-_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
+_HINGE, _STEP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
 _EVERY_STEP_UNTIL, _EVERY = 32, 8  # solved after each of the first steps of a kind, then after every eighth step
 _TRUSTED_AFTER = 32
 _KEEP_AT_DRIFT = 0.1
 _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
 _HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
-_COLD_UNTIL = 16  # steps of a kind after which cold ones teach nothing more
+_COLD_UNTIL = 16  # steps of a kind after which cold ones are not learned from
 
 _DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
 _STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
@@ -207,15 +207,15 @@ class OnlineModel:
 
 def _pull(curve: Curve) -> tuple[F8, F8]:
     """How strongly each weight is drawn to a place, and to which: as if so many observations had shown that a step with
-    enough of its term to count takes what that place says. Bends and jumps in the number of tokens are drawn to zero,
-    attention and KV to what the prior says: else the square of a prompt's length could pass for a bend."""
+    enough of its term to count takes what that place says. Hinges and steps in the number of tokens are drawn to zero,
+    attention and KV to what the prior says: else the square of a prompt's length could pass for a hinge."""
     pull, centre = np.full(basis.TERMS, _OTHER), np.zeros(basis.TERMS)
-    for first, places, strength in ((basis.FIRST_HINGE, basis.HINGES, _BEND), (basis.FIRST_STEP, basis.STEPS, _JUMP)):
+    for first, places, strength in ((basis.FIRST_HINGE, basis.HINGES, _HINGE), (basis.FIRST_STEP, basis.STEPS, _STEP)):
         for i, at in enumerate(places):
             step = StepFeatures(2 * at, 1, 1, 2.0 * at * at, 0)
             pull[first + i] = strength * (basis.terms(step)[first + i] / curve.predict(step).mean_s) ** 2
     for term, step in ((basis.ATTENTION, _LONG_CHUNK), (basis.KV, _LONG_DECODES)):
-        pull[term] = _BEND * (basis.terms(step)[term] / curve.predict(step).mean_s) ** 2
+        pull[term] = _HINGE * (basis.terms(step)[term] / curve.predict(step).mean_s) ** 2
         centre[term] = curve.weights[term]
     return pull, centre
 

@@ -77,7 +77,7 @@ class SurfaceModel:
         self._surface.factor_decode, self._surface.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
-        """Teaches nothing."""
+        """Does nothing: cold steps are not learned from."""
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""

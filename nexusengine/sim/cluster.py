@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import InternalError
-from nexusengine.kv.digest import CacheJournal, DigestSender
+from nexusengine.kv.digest import CacheEvents, DigestSender
 from nexusengine.router.core import RouterCore
 from nexusengine.router.placement.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
@@ -130,8 +130,8 @@ class Worker:
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
         self.prefixes: DigestSender | None = None
         if e.settings.prefix_caching:
-            e.kv.journal = CacheJournal(e.settings.block_size)
-            self.prefixes = DigestSender(e.kv.journal)
+            e.kv.events = CacheEvents(e.settings.block_size)
+            self.prefixes = DigestSender(e.kv.events)
 
 
 class Cluster:

@@ -87,8 +87,8 @@ def test_rotation_and_store(heads: tuple[int, int, int], dtype: torch.dtype) -> 
     caches, rotated = {}, {}
     for table in (TritonOps(EPS), TorchOps(EPS)):
         cache = torch.full((2, 10, 4, kv_count, dim), torch.nan, dtype=dtype)
-        angles, attention = table.angles(rotary, positions), backend_class("sdpa")(spec)
-        q = table.rotate_and_store(qkv.clone(), angles, attention, cache[0], cache[1], meta, heads)
+        rope_table, attention = table.rope_table(rotary, positions), backend_class("sdpa")(spec)
+        q = table.rotate_and_store(qkv.clone(), rope_table, attention, cache[0], cache[1], meta, heads)
         rotated[table.name], caches[table.name] = q, cache
     assert close(rotated["triton"], rotated["torch"])
     caches["torch"][:, 0] = torch.nan  # torch's way with a token that is skipped: the null block takes it
