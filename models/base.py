@@ -29,6 +29,7 @@ class Model(Protocol):
         """Load all weights of `loader.config`.
 
         Args:
+            loader: of the checkpoint.
             max_positions: the longest sequence that will be computed, in tokens.
 
         Raises:
@@ -51,7 +52,8 @@ class Model(Protocol):
             token_ids: i8 `[T]`.
             positions: i8 `[T]`, each token's place in its sequence.
             kv: the cache, `[2, L, num_blocks, block_size, H_kv, D]`.
-            attention: planned for `meta` already.
+            attention: the backend, planned for `meta` already.
+            meta: of the step.
             wanted: i8 `[N]`, the only rows that are needed; None: all of them.
 
         Returns:

@@ -26,7 +26,7 @@ _HARMLESS = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale", "_proj.
 
 @dataclass(frozen=True, slots=True)
 class LoadedWeights:
-    """What was loaded.
+    """The weights that a `WeightLoader` has loaded.
 
     Attributes:
         total_bytes: on the device.
@@ -121,7 +121,7 @@ class WeightLoader:
         return packed
 
     def kv_scales(self, attention: str) -> tuple[float, float]:
-        """By what a layer's K and V are divided in the cache; 1 where the cache is not scaled.
+        """Factors by which a layer's K and V are divided in the cache; 1 where the cache is not scaled.
 
         Rotation and attention are linear in K and V: q takes the factor that K loses, and what V loses is given back in
         the map of what attention comes to.
@@ -152,8 +152,11 @@ class WeightLoader:
         return LoadedWeights(sum(t.numel() * t.element_size() for t in tensors), self._unkept)
 
     def _tied_names(self) -> tuple[str, str]:
-        """The names of embedding and head; one name where they are one. As transformers 5 does: what the configuration
-        ties is one all the same only where the checkpoint has one of them, or both and they are equal."""
+        """The names of embedding and head; one name where they are one.
+
+        As transformers 5 does: what the configuration ties is one all the same only where the checkpoint has one of
+        them, or both and they are equal.
+        """
         both = (_EMBEDDING, _HEAD)
         if not self.config.tie_embeddings:
             return both
@@ -168,8 +171,7 @@ class WeightLoader:
         return (_EMBEDDING, _EMBEDDING) if equal else both
 
     def _kv_scale(self, attention: str, which: str) -> float:
-        """The checkpoint's scale, up to the next power of two, so that the weights it is multiplied into lose nothing;
-        1 if it names none."""
+        """The checkpoint's scale, up to the next power of two, by which weights lose nothing; 1 if it names none."""
         projection = f"{attention}.{which}_proj"
         for name in (f"{attention}.{which}_scale", f"{projection}.{which}_scale", f"{projection}.output_scale"):
             if self._source is not None and name in self._names:

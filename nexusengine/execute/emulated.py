@@ -35,7 +35,14 @@ _MOST_LATE_S = 0.05
 
 
 class EmulatedExecutor:
-    """`profile` None is the instant device. rng: of the scatter of step durations."""
+    """An executor that takes the time of a profile's device for each step, and makes up tokens.
+
+    Args:
+        config: of the model.
+        profile: None is the instant device.
+        spec: what it pretends to hold.
+        rng: of the scatter of step durations.
+    """
 
     def __init__(
         self, config: ModelConfig, profile: DeviceProfile | None, spec: ExecutorSpec, rng: np.random.Generator
@@ -50,7 +57,11 @@ class EmulatedExecutor:
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> EmulatedExecutor:
-        """Raises ConfigError for an unknown profile or too little memory."""
+        """Emulate the device that `device` names.
+
+        Raises:
+            ConfigError: the profile is unknown, or holds too little memory.
+        """
         config, name = files.config, device.profile or ""
         block_size = options.block_size or 16
         kv_element_bytes = 1 if options.fp8_kv else _ELEMENT_BYTES
@@ -100,8 +111,11 @@ class EmulatedExecutor:
         self._in_flight.append((StepResult(self._tokens(batch), takes_s), max(begins_s, now - late_s) + takes_s))
 
     def collect(self) -> StepResult:
-        """Sleeps until the step would be over. A sleep ends late, by a tenth of a millisecond or more where the
-        machine is busy; the step that follows at once is as much shorter, so that lateness does not add up."""
+        """Sleep until the step would be over.
+
+        A sleep ends late, by a tenth of a millisecond or more where the machine is busy; the step that follows at once
+        is as much shorter, so that lateness does not add up.
+        """
         if not self._in_flight:
             raise RuntimeError("no step is in flight")
         result, ends_s = self._in_flight.popleft()

@@ -55,7 +55,11 @@ def load_model(
     """Choose what the model runs with, and bring its weights to the device.
 
     Args:
+        config: of the model.
         source: the weights; None: random ones from `options.seed`.
+        device: where it is to run.
+        options: what the user decided.
+        progress: told how far loading is.
 
     Raises:
         ModelLoadError: naming the tensor at fault, or how much memory is lacking.

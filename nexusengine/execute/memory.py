@@ -50,7 +50,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a device's memory is divided.
+    """The division of a device's memory.
 
     Attributes:
         memory: what there is.
@@ -90,7 +90,11 @@ def graph_budget_bytes(total_bytes: int) -> int:
 def available_bytes(root: Path = Path("/")) -> int:
     """Memory that this process can have without swapping: what the host has free and its control groups leave.
 
-    root: where /proc and /sys are. Raises ConfigError where the system does not say.
+    Args:
+        root: where /proc and /sys are.
+
+    Raises:
+        ConfigError: the system does not say.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -113,8 +117,7 @@ def resident_bytes() -> int:
 
 
 def give_back_freed() -> None:
-    """Return to the system what was freed and is still held for later: the copies that loading made, as far as the C
-    library can tell."""
+    """Return freed memory to the system, as far as the C library can tell; loading frees many copies."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -126,23 +129,29 @@ def cpu_kv_bytes() -> int:
 
 
 def cpu_memory(weights_bytes: int) -> DeviceMemory:
-    """What this process can have beside the weights, which it holds already.
+    """The memory of this process, which holds the weights already.
 
     Raises:
-        ConfigError: the system does not say how much memory is free.
+        ConfigError: the system does not say how much is free.
     """
     free = available_bytes()
     return DeviceMemory(free + weights_bytes, weights_bytes, free, cpu_kv_bytes())
 
 
 def ready_blocks(num_blocks: int, block_bytes: int) -> int:
-    """How many blocks of a KV cache on a CPU, those given out first, are to have memory when the engine starts: else it
-    comes page by page while the first steps write there, and these take longer than all others."""
+    """Number of blocks of a KV cache on a CPU that are to have memory when the engine starts, the first ones.
+
+    Else their memory comes page by page while the first steps write there, and these take longer than all others.
+    """
     return min(num_blocks, _READY_BYTES // block_bytes)
 
 
 def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:
-    """The longest sequence asked for, in tokens. Raises ConfigError if the model has fewer positions."""
+    """The longest sequence asked for, in tokens.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
     if options.max_model_len is not None and options.max_model_len > config.max_position:
         raise ConfigError(
             f"max_model_len {options.max_model_len} is more than the model's {config.max_position} positions; set it "
@@ -161,9 +170,13 @@ def wanted_length(config: ModelConfig, options: ExecutorOptions) -> int:
 def size_kv(
     config: ModelConfig, options: ExecutorOptions, kv_bytes: int, block_size: int, element_bytes: int
 ) -> tuple[int, int]:
-    """(blocks with the null block, longest sequence in tokens) for `kv_bytes` of KV cache.
+    """Size a KV cache of `kv_bytes`; no more blocks than `max_running` sequences of full length can use.
 
-    No more blocks than `max_running` sequences of full length can use. Raises ConfigError with the numbers.
+    Returns:
+        Blocks with the null block, and the longest sequence in tokens.
+
+    Raises:
+        ConfigError: too little memory, with the numbers.
     """
     wanted_len = wanted_length(config, options)
     block_bytes = config.kv_bytes_per_token(element_bytes) * block_size
@@ -196,6 +209,10 @@ def plan_memory(
     """Size the KV cache by what the user asked for, or by what the device has for it.
 
     Args:
+        config: of the model.
+        options: what the user decided.
+        device: its name, for errors.
+        memory: of the device.
         block_size: tokens a block.
         element_bytes: bytes of a number in the KV cache.
 
@@ -215,8 +232,11 @@ def plan_memory(
 
 
 def largest_step(options: ExecutorOptions, longest: int, block_size: int) -> StepBatch:
-    """A step that takes about as much memory as any: most rows, most tokens, the longest context, every row sampled
-    with filters and log-probabilities. All its blocks are block 1, so a KV cache of two blocks can run it."""
+    """A step that takes about as much memory as any.
+
+    It has most rows, most tokens and the longest context, and every row is sampled with filters and log-probabilities.
+    All its blocks are block 1, so a KV cache of two blocks can run it.
+    """
     rows = min(options.max_running, options.max_batch_tokens)
     chunk = min(options.max_batch_tokens - rows + 1, longest)
     counts = np.ones(rows, np.int32)

@@ -104,7 +104,11 @@ class TorchExecutor:
         """As `create`, from weights that are open already.
 
         Args:
+            config: of the model.
             source: the weights; None: random ones from `options.seed`, for checks without a checkpoint.
+            device: where it is to run.
+            options: what the user decided.
+            progress: told how far loading is.
         """
         loaded = load_model(config, source, device, options, progress)
         progress("allocating the KV cache", 0.0)
@@ -142,8 +146,7 @@ class TorchExecutor:
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
-        """What the model says of the sampled rows `[N, C]`; a step that only decodes is one of few shapes, which a
-        table may remember."""
+        """Hidden states `[N, C]` of the sampled rows; a decode step is one of few shapes, which may be remembered."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
         if inputs.graph is not None and self.graphs is not None:
@@ -201,9 +204,11 @@ class TorchExecutor:
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
     def _upload(self, arrays: dict[str, np.ndarray], graph: GraphShape | None) -> dict[str, torch.Tensor]:
-        """To the device. On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU
-        each to the place that is always its own, so that steps of the same shape find their inputs at the same
-        addresses."""
+        """Copy a step's arrays to the device.
+
+        On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU each to the place
+        that is always its own, so that steps of the same shape find their inputs at the same addresses.
+        """
         if graph is not None and self.graphs is not None:
             return self._staging.upload(self.graphs.padded(graph, arrays), self.graphs.inputs)
         if self._device.type == "cpu":

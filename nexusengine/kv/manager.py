@@ -141,7 +141,7 @@ class KVManager:
         return True
 
     def commit(self, slot: int, hashes: Sequence[bytes], computed_tokens: int) -> None:
-        """Cache the slot's fully computed blocks under `hashes`. A hash that is cached already keeps its first block."""
+        """Cache the slot's computed full blocks under `hashes`; a hash that is cached already keeps its first block."""
         full = min(computed_tokens // self.block_size, len(hashes), self._held[slot])
         if not self.prefix_caching:
             return
@@ -158,6 +158,7 @@ class KVManager:
         """Free all blocks of the slot, the last first, so that a prompt's beginning stays cached longest.
 
         Args:
+            slot: whose request has ended or is preempted.
             discard: nobody may be given their content any more, not even of blocks that others hold too.
         """
         for block in self.block_tables[slot, : self._held[slot]][::-1].tolist():
@@ -173,7 +174,11 @@ class KVManager:
         self._held[slot] = self._published[slot] = 0
 
     def check(self) -> None:
-        """Raises KVError naming the first invariant that does not hold."""
+        """Check the pool.
+
+        Raises:
+            KVError: naming the first invariant that does not hold.
+        """
         users = [0] * len(self._users)
         for slot, held in enumerate(self._held):
             row = self.block_tables[slot].tolist()

@@ -69,8 +69,11 @@ class NativeOps:
         gated: bool = False,
         head: bool = False,
     ) -> PackedMap:
-        """int4: 4-bit blocks are kept, other weights rounded to such; the head, and what is no multiple of 32 wide, has
-        8 bits."""
+        """Pack a map with the bits of the quantization.
+
+        int4: 4-bit blocks are kept, other weights rounded to such; the head, and what is no multiple of 32 wide, has 8
+        bits.
+        """
         if isinstance(weight, Q4Blocks):
             return PackedMap(pack_q4(weight, bias, gated), gated)
         if not isinstance(weight, torch.Tensor):
@@ -132,8 +135,10 @@ class NativeOps:
         return rotary, positions
 
     def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
-        """The same place for the same use and number of rows, until more rows are asked for than ever before: then room
-        is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind."""
+        """The same place for the same use and number of rows, until more rows are asked for than ever before.
+
+        Then room is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind.
+        """
         rows = like.shape[0]
         view = self._views.get((use, rows, columns))
         if view is not None:
@@ -147,8 +152,11 @@ class NativeOps:
         return view
 
     def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """All calls at once, so that the threads need not be woken for each. Steps are told apart by their inputs'
-        addresses, rows and distances between rows: nothing else goes into the arguments of their calls."""
+        """Run all calls of a step at once, so that the threads need not be woken for each.
+
+        Steps are told apart by their inputs' addresses, rows and distances between rows: nothing else goes into the
+        arguments of their calls.
+        """
         key = tuple([number for t in inputs or () for number in (t.data_ptr(), t.shape[0], t.stride(0))])
         known = self._steps.get(key)
         if known is None:

@@ -21,8 +21,13 @@ _UNUSED = (".input_scale", ".activation_scale", ".weight_scale", ".weight_scale_
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """data float8_e4m3fn `[n, k]`; scale float32 `[n, 1]`, or `[ceil(n / rows), ceil(k / columns)]` where block is
-    (rows, columns)."""
+    """A matrix `[n, k]` of 8-bit floats with scales.
+
+    Attributes:
+        data: float8_e4m3fn `[n, k]`.
+        scale: float32 `[n, 1]`, or `[ceil(n / rows), ceil(k / columns)]`.
+        block: (rows, columns) that share a scale; None: one scale a row.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor

@@ -1,5 +1,7 @@
-"""GGUF metadata -> ModelConfig, by llama.cpp's rules for the architectures llama and qwen2. What we cannot compute is
-refused by name."""
+"""GGUF metadata -> ModelConfig, by llama.cpp's rules for the architectures llama and qwen2.
+
+What we cannot compute is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,10 @@ def parse_metadata(
     """The geometry that GGUF metadata describes.
 
     Args:
+        values: the metadata.
         tensors: by Hugging Face name.
         array: reads one of them.
+        path: of the file, for errors.
 
     Raises:
         ModelLoadError: naming the key that is missing, wrong or not supported; of several, the architecture first.
@@ -161,8 +165,11 @@ def _vocab_size(m: _Metadata, tensors: Mapping[str, GGUFTensor]) -> int:
 
 
 def _rope_scaling(m: _Metadata) -> RopeScaling | None:
-    """llama.cpp's rules: a factor without a type is linear; the factor may be under its old name; attn_factor
-    multiplies whatever else there is, for yarn 1 + 0.1 ln(factor)."""
+    """The scaling of rotary embeddings, by llama.cpp's rules.
+
+    A factor without a type is linear; the factor may be under its old name; attn_factor multiplies whatever else there
+    is, for yarn 1 + 0.1 ln(factor).
+    """
     kind = m.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise m.fail(f"rope.scaling.type {short(kind)} is not supported; known: none, linear, yarn")

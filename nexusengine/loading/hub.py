@@ -101,8 +101,10 @@ def _here(repository: str, revision: str | None, patterns: list[str]) -> Path | 
 
 
 def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: Report) -> None:
-    """model.safetensors where there is one, else what the index names: as transformers chooses. Of the commit of
-    `folder`, which the hub need not be asked for once more. Weights of a model that cannot be served are not fetched.
+    """Fetch model.safetensors where there is one, else what the index names: as transformers chooses.
+
+    Of the commit of `folder`, which the hub need not be asked for once more. Weights of a model that cannot be served
+    are not fetched.
     """
     if SINGLE in names:
         wanted = [SINGLE]

@@ -1,7 +1,7 @@
-"""Weights of few bits packed into 32-bit integers, as AWQ and GPTQ checkpoints have them. They are not unpacked here:
-what computes with them (layers.packed) takes them as they are.
+"""Weights of few bits packed into 32-bit integers, as AWQ and GPTQ checkpoints have them.
 
-A map `X` has `X.qweight`, `X.qzeros`, `X.scales` and, of GPTQ, `X.g_idx`; here it is `X.weight`, as everywhere.
+They are not unpacked here: what computes with them (layers.packed) takes them as they are. A map `X` has `X.qweight`,
+`X.qzeros`, `X.scales` and, of GPTQ, `X.g_idx`; here it is `X.weight`, as everywhere.
 """
 
 from __future__ import annotations

@@ -26,7 +26,12 @@ _SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "g
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk. path: its directory, or its .gguf file. kind "none": configuration and tokenizer only."""
+    """A model on disk.
+
+    Attributes:
+        path: its directory, or its .gguf file.
+        kind: "none": configuration and tokenizer only.
+    """
 
     name: str
     path: Path

@@ -26,7 +26,7 @@ _NO_STEPS = (0.0,) * len(STEPS)
 
 
 def terms(f: StepFeatures) -> list[float]:
-    """What the weights are multiplied with, `[TERMS]`."""
+    """The terms of a step, `[TERMS]`, by which the weights are multiplied."""
     tokens, kv = f.tokens, f.decode_kv_tokens / KV_TOKENS
     hinges = [(tokens - h) / TOKENS if tokens > h else 0.0 for h in HINGES]
     if not f.prefills:

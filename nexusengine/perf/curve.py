@@ -20,9 +20,13 @@ from nexusengine.perf.model import StepTime
 
 
 class _Tokens:
-    """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i].
+    """A rising, piecewise-linear function of T, in seconds; piece i holds for breaks[i-1] < T <= breaks[i].
 
-    seen: the most tokens seen in a step; beyond, it rises by `slope_beyond` a token and what hinges and steps add.
+    Args:
+        weights: in the order of `basis`.
+        steps: seconds by which it rises behind a number of tokens.
+        seen: the most tokens seen in a step.
+        slope_beyond: seconds a token beyond `seen`, besides what hinges and steps add; None: it is estimated.
     """
 
     def __init__(
@@ -71,11 +75,16 @@ class _Tokens:
 
 
 class Curve:
-    """Predictor. weights `[TERMS]` in the order of `basis`, not negative. seen: the most tokens seen in a step, > 0.
+    """Predictor; a mixed step takes no less than the same step without prompts.
 
-    factor_decode, factor_mixed: from the mean to the upper bound of decode-only and of mixed steps, >= 1.
-    offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter ones
-    a like share of it. A mixed step takes no less than the same step without prompts.
+    Args:
+        weights: `[TERMS]` in the order of `basis`, not negative.
+        seen: the most tokens seen in a step, > 0.
+        factor_decode: from the mean to the upper bound of decode-only steps, >= 1.
+        factor_mixed: as that, of mixed steps.
+        offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter
+            ones a like share of it.
+        offset_at_s: see offset_s.
     """
 
     def __init__(
@@ -101,7 +110,7 @@ class Curve:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What it was made from, in that order."""
+        """The arguments it was made from, in that order."""
         factors = self.factor_decode, self.factor_mixed
         return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s)
 
@@ -121,7 +130,7 @@ class Curve:
         return mean_s if mean_s > SHORTEST_S else SHORTEST_S
 
     def plain_s(self, f: StepFeatures) -> float:
-        """What the weights alone say."""
+        """The mean by the weights alone, without the offset."""
         if f.prefills:
             return (
                 self._mixed(f.tokens)

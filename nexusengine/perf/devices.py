@@ -9,7 +9,12 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class Datasheet:
-    """bandwidth_gb_s: of its memory, in 10^9 bytes; tflops: 10^12 multiply-adds counted as two."""
+    """Figures of a device.
+
+    Attributes:
+        bandwidth_gb_s: of its memory, in 10^9 bytes.
+        tflops: 10^12 multiply-adds counted as two.
+    """
 
     bandwidth_gb_s: float
     tflops: float

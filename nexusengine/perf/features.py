@@ -15,9 +15,12 @@ SHORTEST_S, LONGEST_S = 1e-6, 1e4
 class StepFeatures:
     """A step's composition.
 
-    tokens: T, tokens computed. sequences: n. prefills: sequences that compute more than one token.
-    prefill_attention: A, the sum over prefill chunks of q * (ctx + q / 2), in token pairs.
-    decode_kv_tokens: K, KV tokens read by the sequences that compute one token.
+    Attributes:
+        tokens: T, tokens computed.
+        sequences: n.
+        prefills: sequences that compute more than one token.
+        prefill_attention: A, the sum over prefill chunks of q * (ctx + q / 2), in token pairs.
+        decode_kv_tokens: K, KV tokens read by the sequences that compute one token.
     """
 
     tokens: int
@@ -64,7 +67,7 @@ class StepFeatures:
 
 
 def duration(seconds: float) -> float | None:
-    """What a model learns from: within 1 microsecond and 10,000 seconds; None where it is no duration at all."""
+    """The seconds a model learns from, within 1 microsecond and 10,000 seconds; None for what is no duration."""
     if not (math.isfinite(seconds) and seconds > 0.0):
         return None
     return min(max(seconds, SHORTEST_S), LONGEST_S)

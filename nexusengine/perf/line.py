@@ -27,7 +27,13 @@ _EVERY_STEP_UNTIL, _EVERY = 64, 8
 
 
 class Line:
-    """Predictor. weights: w0, w1, w2 of the formula above. factor_decode, factor_mixed: from mean to bound."""
+    """Predictor.
+
+    Args:
+        weights: w0, w1, w2 of the formula above.
+        factor_decode: from the mean to the upper bound of decode-only steps.
+        factor_mixed: as that, of mixed steps.
+    """
 
     def __init__(self, weights: Sequence[float], factor_decode: float, factor_mixed: float) -> None:
         self.weights = tuple(weights)
@@ -46,7 +52,12 @@ class Line:
 
 
 class LineModel:
-    """PerformanceModel. by_sequences: whether sequences count."""
+    """PerformanceModel.
+
+    Args:
+        prior: what to believe before anything was measured.
+        by_sequences: sequences count, beside tokens.
+    """
 
     def __init__(self, prior: Prior = GENERIC, *, by_sequences: bool = False) -> None:
         self._terms = 3 if by_sequences else 2
@@ -84,7 +95,7 @@ class LineModel:
         """Detects no changes, and so expects none."""
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: the three of the formula, then the factors of decode-only and mixed steps."""
+        """Its weights are the three of the formula, then the factors of decode-only and mixed steps."""
         decode, mixed = self._line.factor_decode, self._line.factor_mixed
         return PerfSnapshot(KIND, (*self._line.weights, decode, mixed), max(decode, mixed), self.steps)
 
@@ -98,7 +109,11 @@ class LineModel:
 
 
 def rebuild_line(weights: Sequence[float]) -> Line:
-    """From `LineModel.snapshot().weights`. Raises ValueError."""
+    """The predictor of `LineModel.snapshot().weights`.
+
+    Raises:
+        ValueError: they are not such weights.
+    """
     if len(weights) != 5 or not all(map(math.isfinite, weights)) or min(weights) < 0.0:
         raise ValueError(f"the weights of a line are five finite numbers >= 0, not {weights}")
     return Line(weights[:3], weights[3], weights[4])

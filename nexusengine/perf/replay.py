@@ -33,7 +33,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What was predicted for each step, `[N]`.
+    """Predictions for each step, `[N]`, beside the measured durations.
 
     Attributes:
         measured_s: what it took.
@@ -63,6 +63,8 @@ def replay(
     """Predict each step, then let the model observe it.
 
     Args:
+        model: it learns from the steps.
+        steps: in order.
         timer: seconds, for `cost_s`.
         train_max_tokens: steps with more tokens are predicted but not observed.
     """

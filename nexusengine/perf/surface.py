@@ -29,7 +29,13 @@ _TERMS = 5
 
 
 class Surface:
-    """Predictor. weights: tau0, w0/P, w1/P, tauB, tauS in seconds, then kB and kS."""
+    """Predictor.
+
+    Args:
+        weights: tau0, w0/P, w1/P, tauB, tauS in seconds, then kB and kS.
+        factor_decode: from the mean to the upper bound of decode-only steps.
+        factor_mixed: as that, of mixed steps.
+    """
 
     def __init__(self, weights: Sequence[float], factor_decode: float, factor_mixed: float) -> None:
         self.weights = tuple(weights)
@@ -83,7 +89,7 @@ class SurfaceModel:
         """Detects no changes, and so expects none."""
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of Surface, then the factors of decode-only and mixed steps."""
+        """Its weights are those of Surface, then the factors of decode-only and mixed steps."""
         decode, mixed = self._surface.factor_decode, self._surface.factor_mixed
         return PerfSnapshot(KIND, (*self._surface.weights, decode, mixed), max(decode, mixed), self.steps)
 
@@ -111,7 +117,11 @@ def _terms(b: F8, s: F8, k_b: float, k_s: float) -> F8:
 
 
 def rebuild_surface(weights: Sequence[float]) -> Surface:
-    """From `SurfaceModel.snapshot().weights`. Raises ValueError."""
+    """The predictor of `SurfaceModel.snapshot().weights`.
+
+    Raises:
+        ValueError: they are not such weights.
+    """
     if len(weights) != _TERMS + 4 or not all(map(math.isfinite, weights)) or min(weights) < 0.0:
         raise ValueError(f"the weights of a surface are {_TERMS + 4} finite numbers >= 0, not {weights}")
     return Surface(weights[: _TERMS + 2], weights[-2], weights[-1])

@@ -48,7 +48,11 @@ SAME = Scale()
 
 
 def scale_between(base: Geometry, target: Geometry) -> Scale:
-    """Raises ConfigError where the shapes are too unlike for measured times to say anything."""
+    """How much larger the work of one model is than that of another.
+
+    Raises:
+        ConfigError: the shapes are too unlike for measured times to say anything.
+    """
     scale = Scale(
         (target.attention_parameters + target.mlp_parameters) / (base.attention_parameters + base.mlp_parameters),
         target.vocab * target.hidden / (base.vocab * base.hidden),
@@ -123,8 +127,10 @@ def _seconds(tables: Tables, name: str) -> F8:
 
 
 def _scaled_weights(weights_s: list[float], geometry: Geometry, scale: Scale, entry: Mapping[str, Any]) -> list[float]:
-    """Of the formula of profiles.fit: dense terms with the weights of all layers, pairs with the query width, KV terms
-    with the width of K and V."""
+    """Weights of the formula of profiles.fit for another shape.
+
+    Dense terms grow with the weights of all layers, pairs with the query width, KV terms with the width of K and V.
+    """
     layers = geometry.layers / entry["layers"]
     dense = layers * scale.layer
     factors = [dense] * (len(weights_s) - 3) + [layers * scale.queries] + [layers * scale.kv] * 2

@@ -21,7 +21,7 @@ _INTERPRETED = tl.constexpr(launching.interpreted())
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What never changes from step to step.
+    """The part of a call that never changes from step to step.
 
     Attributes:
         scale: of scores.
@@ -44,7 +44,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program works on at a time.
+    """A program's share of the work at a time.
 
     Attributes:
         rows: packed queries.
@@ -73,8 +73,11 @@ def prefill_tile(shape: Shape, itemsize: int, capability: tuple[int, int]) -> Ti
 
 
 def _tile(rows: int, warps: int, shape: Shape, itemsize: int, capability: tuple[int, int]) -> Tile:
-    """32 KiB of K and V at a time; as many stages, up to three, as leave two fifths of the shared memory to the rest
-    (Q, P, changes of layout). That it fits is what the cross-compilation tests say."""
+    """32 KiB of K and V at a time, in up to three stages.
+
+    As many as leave two fifths of the shared memory to the rest (Q, P, changes of layout). That it fits is what the
+    cross-compilation tests say.
+    """
     dim = padded(shape.head_dim)
     keys = max(16, min(64, 16_384 // (dim * itemsize)))
     ahead = launching.shared_bytes(capability) * 3 // 5 // (2 * keys * dim * itemsize)

@@ -103,15 +103,19 @@ def decode(
     split_tokens: int,
     capability: tuple[int, int],
 ) -> None:
-    """Attention of rows with one query each. A row of length 0 gives zeros.
+    """Attention of rows with one query each; a row of length 0 gives zeros.
 
     Args:
-        q, out: `[R, H, D]`, heads side by side.
-        k_cache, v_cache: `[num_blocks, block_size, H_kv, D]` of equal strides, of q's type or float8_e4m3fn, whose
-            numbers q's type has too.
+        q: `[R, H, D]`, heads side by side.
+        k_cache: `[num_blocks, block_size, H_kv, D]`, of q's type or float8_e4m3fn, whose numbers q's type has too.
+        v_cache: as k_cache, with equal strides.
         block_table: i4 `[R, B]`.
         seq_lens: i4 `[R]`, at most num_splits * split_tokens.
-        num_splits: into how many parts a row's keys are split, each of split_tokens.
+        out: as q.
+        shape: of the model.
+        num_splits: into how many parts a row's keys are split.
+        split_tokens: keys of each part.
+        capability: of the device.
     """
     rows, tile = len(q), decode_tile(shape, q.element_size(), capability)
     partial, levels = out, out

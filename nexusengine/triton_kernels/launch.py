@@ -25,7 +25,7 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
+    """True if kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 

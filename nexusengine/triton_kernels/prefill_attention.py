@@ -20,8 +20,11 @@ def _prefill_kernel(
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile of one row's queries, one KV head. Tiles of row r begin at starts[r] // TOKENS + r - first,
-    which leaves room for every row's last tile; programs in the gaps end at once."""
+    """A program: a tile of one row's queries, one KV head.
+
+    Tiles of row r begin at starts[r] // TOKENS + r - first, which leaves room for every row's last tile; programs in
+    the gaps end at once.
+    """
     TOKENS: tl.constexpr = ROWS // GROUP
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     origin = tl.load(starts + first_row)
@@ -77,9 +80,16 @@ def prefill(
     """Attention of rows with any number of queries, which are the last tokens of their sequences.
 
     Args:
-        q, out: `[T, H, D]` of the whole batch, as the tables are.
+        q: `[T, H, D]` of the whole batch, as the tables are.
+        k_cache: as for decodes.
+        v_cache: as for decodes.
+        block_table: i4 `[R, B]`.
+        seq_lens: i4 `[R]`.
         cu_seqlens_q: i4 `[R + 1]`, where each row's queries begin.
+        out: as q.
+        shape: of the model.
         first_row: the rows from here on are computed; those before have one token each.
+        capability: of the device.
     """
     tile = prefill_tile(shape, q.element_size(), capability)
     rows = len(seq_lens)
