@@ -20,7 +20,17 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def find(module: str, name: str, parameters: tuple[str, ...], install: str) -> tuple[Callable[..., Any] | None, str]:
-    """(the function or class, what was found) or (None, what is missing). Never raises. install: what brings it."""
+    """Find a function or class of another library; never raises.
+
+    Args:
+        module: that holds it.
+        name: of the function or class.
+        parameters: it has to take.
+        install: how to get the library, for the reason.
+
+    Returns:
+        It and what was found, or None and what is missing.
+    """
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:

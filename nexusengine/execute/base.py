@@ -45,7 +45,7 @@ class ExecutorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
-    """What the user may decide about an executor; None: chosen from model and device.
+    """The user's decisions about an executor; None: chosen from model and device.
 
     Attributes:
         kv_cache_bytes: memory for K and V.

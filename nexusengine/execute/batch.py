@@ -44,7 +44,7 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled.
+    """The tokens that a step sampled.
 
     Attributes:
         token_ids: i4 `[N]`, one for each sampled row, in row order; -1 where the logits were not finite (that request

@@ -22,7 +22,7 @@ BATCHES_REPEATED = 2
 
 
 def digest_stride(block_size: int) -> int:
-    """Which blocks of a prefix are reported: the stride-th, the 2 * stride-th, ..."""
+    """The stride of the blocks of a prefix that are reported: the stride-th, the 2 * stride-th, ..."""
     return max(DIGEST_TOKENS // block_size, 1)
 
 

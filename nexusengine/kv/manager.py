@@ -25,7 +25,7 @@ class KVError(InternalError):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """What the cache holds of a prompt's beginning.
+    """The cached beginning of a prompt.
 
     Attributes:
         tokens: how many.

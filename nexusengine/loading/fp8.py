@@ -80,7 +80,11 @@ class Fp8Source:
         return self._files.get(name, dtype) if stored is None else stored.numbers(dtype)
 
     def stored(self, name: str) -> Fp8Weight | None:
-        """Raises ModelLoadError for a weight without a scale, or with one of a shape that says nothing."""
+        """The weight as it is stored, with its scale.
+
+        Raises:
+            ModelLoadError: it has no scale, or one of a shape that says nothing.
+        """
         if self._files.kind(name) != "F8_E4M3":
             return None
         scale_name = next((name + end for end in _SCALES if name + end in self._files.names()), None)

@@ -123,7 +123,11 @@ def parse_metadata(
 
 
 def _architecture(m: _Metadata) -> str:
-    """The model's, by its name in config.json. Raises ModelLoadError for what is no model or is not supported."""
+    """The model's architecture, by its name in config.json.
+
+    Raises:
+        ModelLoadError: the file holds no model, or one that is not supported.
+    """
     kind = m.values.get("general.type", "model")
     if kind != "model":
         raise m.fail(f"it holds no model: its general.type is {short(kind)}")

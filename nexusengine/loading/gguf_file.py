@@ -194,7 +194,11 @@ class GGUFFile:
 
 
 def _all_parts(path: Path, count: Any) -> tuple[Path, ...]:
-    """The files of a model of which one is `path`. Raises ModelLoadError naming a part that is missing."""
+    """The files of a model of which one is `path`.
+
+    Raises:
+        ModelLoadError: naming a part that is missing.
+    """
     if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
         raise ModelLoadError(f"{path}: split.count is {short(count)}, which is not a number of files")
     if count < 2:

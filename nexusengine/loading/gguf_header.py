@@ -47,7 +47,7 @@ class GGUFTensor:
 class Cursor:
     """Reads little-endian values one after the other, never past the end.
 
-    what: in every method, the name of the value in errors. All raise ModelLoadError.
+    In every method, `what` is the name of the value in errors. All raise ModelLoadError.
     """
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:

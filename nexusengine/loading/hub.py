@@ -29,10 +29,18 @@ Report = Callable[[str, float], None]
 def download(repository: str, revision: str | None, weights: bool, report: Report, quantisation: str = "") -> Path:
     """Download what a repository's model is made of; what is there already is not fetched again.
 
-    quantisation: of a repository of GGUF files, the one to take (`Q4_K_M`). weights=False: without the weights, where
-    there is a config.json.
-    Returns the local directory of the snapshot, or the GGUF file (the first, if it is split).
-    Raises ModelLoadError with one sentence that says what to do.
+    Args:
+        repository: OWNER/NAME.
+        revision: a branch, tag or commit.
+        weights: False: without the weights, where there is a config.json.
+        quantisation: of a repository of GGUF files, the one to take (`Q4_K_M`).
+        report: called with a phase and the fraction done.
+
+    Returns:
+        The local directory of the snapshot, or the GGUF file (the first, if it is split).
+
+    Raises:
+        ModelLoadError: with one sentence that says what to do.
     """
     report(f"downloading {repository}", 0.0)
     with explained(repository, revision):

@@ -20,7 +20,13 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """One map of the checkpoint. tensors: by their names in it (`qweight`, ...)."""
+    """One map of the checkpoint.
+
+    Attributes:
+        inputs: columns of the weight.
+        outputs: rows of the weight.
+        tensors: by their names in it (`qweight`, ...).
+    """
 
     inputs: int
     outputs: int
@@ -67,7 +73,7 @@ class PackedSource:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a packed map: what its packed tensor comes to. GPTQ packs inputs, AWQ outputs."""
+        """The shape of a tensor; of a packed map, what its packed tensor comes to: GPTQ packs inputs, AWQ outputs."""
         if (stem := name.removesuffix(".weight")) not in self._maps:
             return self._files.shape(name)
         rows, columns = self._files.shape(f"{stem}.qweight")

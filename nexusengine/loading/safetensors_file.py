@@ -124,7 +124,12 @@ class SafetensorsSource:
     """Tensors of one or more checked files. At most two files are mapped at a time, the ones used last."""
 
     def __init__(self, paths: tuple[Path, ...], also: tuple[str, ...] = ()) -> None:
-        """also: types of tensors that are read beside plain floats."""
+        """Open checked files.
+
+        Args:
+            paths: the files.
+            also: types of tensors that are read beside plain floats.
+        """
         self._file_of: dict[str, Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._files = len(paths)

@@ -91,10 +91,11 @@ def replay(
 def figures(r: Replay) -> dict[str, float | None]:
     """Errors and coverage in percent, None where there is no such step.
 
-    mape: mean of |predicted - measured| / measured; mape_after_500 leaves the first 500 steps out, mape_first_100 takes
-    only those; mape_mixed and mape_decode are of one kind of step. p99: of the same relative errors. coverage_95: share
-    of steps within their upper bound. bias: mean of (predicted - measured) / measured. *_unseen: of steps with more
-    tokens than were learned from. us_per_step: CPU time of predict and observe.
+    Returns:
+        mape: mean of |predicted - measured| / measured; mape_after_500 leaves the first 500 steps out, mape_first_100
+            takes only those; mape_mixed and mape_decode are of one kind of step. p99: of the same relative errors.
+            coverage_95: share of steps within their upper bound. bias: mean of (predicted - measured) / measured.
+            *_unseen: of steps with more tokens than were learned from. us_per_step: CPU time of predict and observe.
     """
     signed: F8 = 100.0 * (r.mean_s - r.measured_s) / r.measured_s
     error: F8 = np.abs(signed)

@@ -48,7 +48,7 @@ SAME = Scale()
 
 
 def scale_between(base: Geometry, target: Geometry) -> Scale:
-    """How much larger the work of one model is than that of another.
+    """The ratios of the work of one model to that of another.
 
     Raises:
         ConfigError: the shapes are too unlike for measured times to say anything.
@@ -82,7 +82,16 @@ def _scaled(seconds: F8, factor: float, floor_s: float) -> F8:
 def assemble(
     identity: ProfileIdentity, entry: Mapping[str, Any], tables: Tables, geometry: Geometry, scale: Scale, noise: Noise
 ) -> DeviceProfile:
-    """geometry: of the model asked for; tables: of the model measured."""
+    """Make a profile of measured parts.
+
+    Args:
+        identity: of the profile.
+        entry: of the registry.
+        tables: of the model measured.
+        geometry: of the model asked for.
+        scale: of the model asked for against the one measured.
+        noise: scatter of steps.
+    """
     if entry["kind"] == "fitted":
         return FittedProfile(
             identity, weights_s=_scaled_weights(entry["weights_s"], geometry, scale, entry), noise=noise

@@ -90,8 +90,12 @@ class Skew:
 class JointAttention:
     """Attention measured with decodes and prefills in one call.
 
-    decodes: surface over (n, KV tokens); prefill: over (chunk, cached); beside: what n decodes of some context add to a
-    chunk, over (chunk, cached, n, KV tokens).
+    Args:
+        decodes: surface over (n, KV tokens).
+        prefill: surface over (chunk, cached).
+        beside: what n decodes of some context add to a chunk, over (chunk, cached, n, KV tokens).
+        skew: the cost of unequal contexts.
+        shortest_chunk: in tokens; its time is taken for a launch.
     """
 
     def __init__(self, decodes: Surface, prefill: Surface, beside: Quad, skew: Skew, shortest_chunk: int) -> None:
@@ -130,7 +134,11 @@ class JointAttention:
 class SplitAttention:
     """Attention of decodes and of prefills, measured apart; no cost of unequal contexts.
 
-    decodes, prefill: as above. beside: how many times as long decodes take in one kernel call with a chunk.
+    Args:
+        decodes: surface over (n, KV tokens).
+        prefill: surface over (chunk, cached).
+        shortest_chunk: in tokens; its time is taken for a launch.
+        beside: how many times as long decodes take in one kernel call with a chunk.
     """
 
     def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int, beside: float) -> None:

@@ -56,7 +56,7 @@ _DECODER = msgspec.json.Decoder(ProfileFile)
 
 @dataclass(frozen=True, slots=True)
 class UserProfile:
-    """path: where it was read."""
+    """A profile file, and the path it was read from."""
 
     path: Path
     file: ProfileFile

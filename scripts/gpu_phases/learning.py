@@ -21,8 +21,10 @@ _ROWS = 64
 
 
 def performance_model(at: Setting) -> Findings:
-    """The model learns from one grid of steps and is scored on mixed steps it has not seen. The grid's steps, each run
-    by itself, also make a profile of this device for the simulator."""
+    """The model learns from one grid of steps and is scored on mixed steps it has not seen.
+
+    The grid's steps, each run by itself, also make a profile of this device for the simulator.
+    """
     found: Findings = {}
     # (name of the model in the profile, shape, contexts of the grid, contexts held out)
     shapes = [("tiny", TINY, (64, 256), 128)] if at.tiny else [("llama-3.1-8b", LARGE, (128, 2048), 1024)]
