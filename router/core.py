@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
-from nexusengine.kv.digest import short_names
+from nexusengine.kv.digest import short_hashes
 from nexusengine.router.breaker import Answer, classify
 from nexusengine.router.checks import (
     check_digest,
@@ -403,7 +403,7 @@ class RouterCore:
         cached: dict[str, int] = {}
         for size in self.registry.block_sizes():
             if size not in entry.prefix:
-                entry.prefix[size] = short_names(self._block_names(entry.request, size), size)
+                entry.prefix[size] = short_hashes(self._block_names(entry.request, size), size)
             cached |= self.prefixes.shared(entry.prefix[size], size)
         if cached != entry.placement.cached_tokens:
             entry.placement = replace(entry.placement, cached_tokens=cached)

@@ -26,9 +26,6 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def names_of(self, worker_id: str) -> frozenset[int]:
-        return frozenset(self._names.get(worker_id, ()))
-
     def count_of(self, worker_id: str) -> int:
         """How many names it is believed to hold."""
         return len(self._names.get(worker_id, ()))

@@ -39,10 +39,15 @@ def _lines() -> Iterator[bytes]:
 _stdin = _lines()
 
 
+def set_parent_death_signal(number: int) -> None:
+    """From now on the kernel sends this process signal `number` when the thread that spawned it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def die_with(parent_pid: int) -> None:
     """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`
     (0: whatever it is)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if parent_pid not in (0, os.getppid()):  # it died before the signal was armed
         os._exit(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nexusengine.kv.digest import CacheJournal, DigestSender
+from nexusengine.kv.digest import CacheEvents, DigestSender
 from nexusengine.sim.engine import SimEngine
 from nexusengine.wire import PrefixDigest, Report, WorkerInfo, identity_of
 
@@ -63,5 +63,5 @@ class SimWorker:
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
         self.prefixes: DigestSender | None = None
         if e.settings.prefix_caching:
-            e.kv.journal = CacheJournal(e.settings.block_size)
-            self.prefixes = DigestSender(e.kv.journal)
+            e.kv.events = CacheEvents(e.settings.block_size)
+            self.prefixes = DigestSender(e.kv.events)

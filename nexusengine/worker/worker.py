@@ -14,9 +14,9 @@ from nexusengine.clock import MonotonicClock
 from nexusengine.config import ServeConfig, parse_device
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import InternalError, NexusError
-from nexusengine.execute.base import make_executor
+from nexusengine.execute.factory import make_executor
 from nexusengine.execute.memory import resident_bytes
-from nexusengine.kv.digest import CacheJournal, DigestSender
+from nexusengine.kv.digest import CacheEvents, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.perf.model import PerformanceModel
@@ -140,8 +140,8 @@ def main() -> None:
     )
     prefixes = None
     if core.kv.prefix_caching:
-        core.kv.journal = CacheJournal(core.kv.block_size)
-        prefixes = DigestSender(core.kv.journal)
+        core.kv.events = CacheEvents(core.kv.block_size)
+        prefixes = DigestSender(core.kv.events)
     telemetry = Telemetry(os.environ)
     link.ready(info, telemetry.beside(with_memory(core.load)), core.request_ids, prefixes)
     child.emit({"type": "ready"})

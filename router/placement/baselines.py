@@ -8,9 +8,8 @@ from nexusengine.errors import ConfigError
 from nexusengine.router.placement.candidates import Rotation, Unprepared, candidates
 from nexusengine.router.placement.forecast import REFERENCE_STEP, predictor_of
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
+from nexusengine.splitmix import splitmix64
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_64_BITS = 2**64 - 1
 SETTLED_STEPS = 500
 
 
@@ -146,11 +145,3 @@ class CapacityWeighted(_LeastCost):
         if perf.steps >= SETTLED_STEPS:
             self._settled[worker.worker_id] = weight
         return weight
-
-
-def splitmix64(seed: int, counter: int) -> int:
-    """64 well-mixed bits of (seed, counter): Steele, Lea and Flood, OOPSLA 2014."""
-    z = (seed + (counter + 1) * _GOLDEN) & _64_BITS
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _64_BITS
-    return z ^ (z >> 31)

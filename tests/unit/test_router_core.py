@@ -7,7 +7,7 @@ import pytest
 
 from nexusengine import wire
 from nexusengine.errors import ConfigError
-from nexusengine.kv.digest import pack, short_names
+from nexusengine.kv.digest import pack, short_hashes
 from nexusengine.router.breaker import FAULTS_TO_OPEN
 from nexusengine.router.core import RouterCore
 from nexusengine.router.placement.baselines import LeastRequests
@@ -593,7 +593,7 @@ def with_prefixes(policy: str, *workers: str) -> Router:
 
 def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: int = 1, digest_seq: int = 0) -> None:
     request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
-    packed = pack(short_names(names(request, 16), 16))
+    packed = pack(short_hashes(names(request, 16), 16))
     digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
     report = wire.Report("e1", seq, wire.WorkerLoad(0), digest)
     router.core.on_worker(identity_of(worker, "e1"), report, router.now)

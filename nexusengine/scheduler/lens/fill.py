@@ -6,7 +6,6 @@ Waiting requests start only where those who run can bear one more.
 from __future__ import annotations
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import Predictor
 from nexusengine.scheduler.lens.prefill_rate import MarginalCosts
 from nexusengine.scheduler.plan import Reason
@@ -106,7 +105,7 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
         Tokens; 0 if none fits.
     """
     high = most
-    high_s = model.predict(joined(base, high, context)).mean_s
+    high_s = model.predict(base.with_chunk(high, context)).mean_s
     if high_s <= limit_s:
         return most
     low, low_s = 0, model.predict(base).mean_s
@@ -119,7 +118,7 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
             middle = min(max(middle, low + 1), high - 1)
         else:
             middle = (low + high) // 2
-        middle_s = model.predict(joined(base, middle, context)).mean_s
+        middle_s = model.predict(base.with_chunk(middle, context)).mean_s
         if middle_s <= limit_s:
             low, low_s = middle, middle_s
             if middle_s >= _CLOSE * limit_s:
