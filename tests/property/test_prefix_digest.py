@@ -84,7 +84,7 @@ class Picture(RuleBasedStateMachine):
                 self.follow(self.sent.pop(0))
         assert self.kv.journal is not None
         there = {short_name(n) for n in self.kv._block_of if int.from_bytes(n[8:], "little") % STRIDE == STRIDE - 1}
-        assert self.index.names_of("w") == there
+        assert self.index.hashes_of("w") == there
         assert len(self.index) == len(there)
         for family in range(4):
             names = names_of(family, 25)
