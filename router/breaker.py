@@ -24,8 +24,11 @@ class Answer(enum.Enum):
 
 
 def classify(error_code: str | None) -> Answer:
-    """Classify the error that a request ended with, None if it ended well: 4xx is the client's doing and a success of
-    the worker; 429 and 503 say that it has too much to do, and a deadline that passed says nothing."""
+    """Classify the error that a request ended with, None if it ended well.
+
+    4xx is the client's doing and a success of the worker; 429 and 503 say that it has too much to do, and a deadline
+    that passed says nothing.
+    """
     if error_code is None:
         return Answer.SUCCESS
     if error_code in (Overloaded.code, Unavailable.code):

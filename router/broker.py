@@ -124,8 +124,11 @@ class Broker:
             log.warning("told to drain %r, which is no worker", message["worker_id"])
 
     def _flush(self) -> None:
-        """Send what is to be sent. A peer that cannot be reached, or whose queue is full, is dropped: a worker counts
-        as gone, a client's requests are cancelled. Both may cause further messages."""
+        """Send what is to be sent.
+
+        A peer that cannot be reached, or whose queue is full, is dropped: a worker counts as gone, a client's requests
+        are cancelled. Both may cause further messages.
+        """
         while out := self.core.take():
             for outgoing in out:
                 self._send(outgoing)

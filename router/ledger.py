@@ -14,8 +14,13 @@ NO_DEADLINE = float("inf")
 
 
 class Stage(enum.Enum):
-    """Where a request is: HELD at no worker; DISPATCHED to one, its client has seen nothing; STREAMING, its client has
-    seen tokens."""
+    """Where a request is.
+
+    Attributes:
+        HELD: at no worker.
+        DISPATCHED: at one; its client has seen nothing.
+        STREAMING: its client has seen tokens.
+    """
 
     HELD = enum.auto()
     DISPATCHED = enum.auto()
@@ -91,9 +96,11 @@ class Ledger:
 
     @property
     def held(self) -> int:
+        """How many entries are at no worker."""
         return len(self._held)
 
     def get(self, request_id: str) -> Entry | None:
+        """The entry of a request, None if it is not in flight."""
         return self._entries.get(request_id)
 
     def add(self, request: EngineRequest, client: bytes) -> Entry:
@@ -176,8 +183,10 @@ class Ledger:
         return [e for e in self._entries.values() if e.client == client]
 
     def held_entries(self) -> Iterator[Entry]:
-        """Held entries by the timestamp their first token is due, those without an SLO last, as they came; the ledger
-        may change while this is consumed."""
+        """Held entries by the timestamp their first token is due, those without an SLO last, as they came.
+
+        The ledger may change while this is consumed.
+        """
         return iter(sorted(self._held.values(), key=lambda e: e.placement.first_token_due_s))
 
     def expired(self, now: float) -> list[Entry]:

@@ -31,12 +31,14 @@ class Outbox:
         return taken
 
     def to_client(self, identity: bytes, message: Message) -> None:
+        """Send to a client."""
         self._messages.append(Outgoing("client", identity, message))
 
     def to_worker(self, identity: bytes, message: Message) -> None:
+        """Send to a worker process."""
         self._messages.append(Outgoing("worker", identity, message))
 
     def deltas(self, by_client: Mapping[bytes, Sequence[TokenDelta]]) -> None:
-        """New tokens and ends of requests, one message a client."""
+        """Send new tokens and ends of requests, one message a client."""
         for client, deltas in by_client.items():
             self.to_client(client, Deltas(*split_deltas(deltas)))

@@ -39,6 +39,7 @@ class Placer:
 
     @property
     def looks_up_prefixes(self) -> bool:
+        """Whether the policy is told what workers hold of a prompt."""
         return self._block_hashes is not None
 
     def prepare(self, now: float) -> None:
@@ -50,8 +51,11 @@ class Placer:
         return any(view.accepts for view in self._workers.views(self._ledger))
 
     def place(self, entry: Entry, now: float) -> Decision:
-        """Ask the policy where a held request goes. If to a worker, the entry is dispatched there; else it stays held,
-        and a refusal is the caller's to answer."""
+        """Ask the policy where a held request goes.
+
+        If to a worker, the entry is dispatched there, and the message is the caller's to send; else it stays held, and
+        a refusal is the caller's to answer.
+        """
         decision = self._policy.place(self._with_cached_tokens(entry), self._workers.views(self._ledger), now)
         if isinstance(decision, Place):
             worker = self._workers.by_id[decision.worker_id]

@@ -1,5 +1,4 @@
-"""The workers the router knows: what they are, what they last reported, whether they make progress and accept requests.
-PURE."""
+"""The workers the router knows: what they reported, whether they make progress and accept requests. PURE."""
 
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ from nexusengine.wire import WorkerState
 
 
 def candidates(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """The workers that may take it now: those that accept requests and can hold it, without those in slow start unless
-    all are."""
+    """The workers that may take the request now.
+
+    Those that accept requests and can hold it, without those in slow start unless all are.
+    """
     able = [w for w in workers if w.accepts and w.fits(request)]
     return [w for w in able if not w.slow_start] or able
 

@@ -156,8 +156,11 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
 
 
 def _listed(load: WorkerLoad) -> tuple[F8, F8, F8, F8]:
-    """Due timestamp, tokens left, tokens done and TPOT of the prompts that the report lists, `[N]` each; those that are
-    relegated left out."""
+    """The prompts that the report lists, but for relegated ones.
+
+    Returns:
+        `[N]` each: timestamp at which the first token is due, tokens to compute, tokens computed, TPOT.
+    """
     count = len(load.pending)
     rows = np.fromiter(chain.from_iterable(map(astuple, load.pending)), np.float64, 5 * count).reshape(count, 5)
     if load.relegated:
@@ -212,8 +215,12 @@ def _dispatched(base: Snapshot, view: WorkerView) -> Queue:
 
 
 def _needs(base: Snapshot, view: WorkerView) -> tuple[int, float, float, float]:
-    """Of all that have not begun to decode in the report: sequences, KV tokens when their prompts are computed, KV
-    tokens still to be taken; and the least TPOT of these and all others."""
+    """What the requests need that do not decode yet by the report.
+
+    Returns:
+        Sequences; their KV tokens when their prompts are computed; KV tokens of these still to be taken; and the least
+        TPOT of all requests.
+    """
     kv, kv_tokens, tightest_tpot_s = base.pending_kv, base.pending_tokens, base.tightest_tpot_s
     for r in chain(view.started, view.unreported):
         kv, kv_tokens = kv + r.prompt_tokens, kv_tokens + r.prompt_tokens

@@ -72,8 +72,10 @@ class ForecastMatrix:
         return position
 
     def cached_tokens(self, request: PlacementRequest) -> F8 | float:
-        """Tokens of the request's prompt in each worker's prefix cache `[W]`, or 0 of them all; one token is always
-        left to compute."""
+        """Tokens of the request's prompt in each worker's prefix cache `[W]`, or 0 for all.
+
+        One token is always left to compute.
+        """
         if not request.cached_tokens:
             return 0.0
         cached = np.zeros(len(self.views))

@@ -38,9 +38,11 @@ class PaperPrism:
         self._rotation = Rotation()
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        """See PlacementPolicy."""
         self._matrix.update(workers, now)
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
+        """See PlacementPolicy."""
         matrix = self._matrix
         matrix.update(workers, now)
         eligible = matrix.eligible(request)

@@ -66,6 +66,7 @@ class WorkerView:
 
     @property
     def worker_id(self) -> str:
+        """Stable over restarts of the worker."""
         return self.info.worker_id
 
     @property
@@ -137,6 +138,8 @@ class PlacementPolicy(Protocol):
         ...
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
-        """Digest what is new in the views, so that the next placement finds it done. Called between requests; never
-        needed for the result."""
+        """Digest what is new in the views, so that the next placement finds it done.
+
+        Called between requests; never needed for the result.
+        """
         ...

@@ -68,9 +68,11 @@ class Prism:
         self._rotation = Rotation()
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        """See PlacementPolicy."""
         self._matrix.update(workers, now)
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
+        """See PlacementPolicy."""
         self._matrix.update(workers, now)
         eligible = self._matrix.eligible(request)
         if eligible is None:
@@ -86,8 +88,10 @@ class Prism:
     def _relegate(
         self, request: PlacementRequest, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools
     ) -> Place:
-        """Nobody can serve it in time without making another late: it goes where it waits least, as engines serve what
-        is late after all else."""
+        """Place a request that nobody can serve in time without making another late.
+
+        It goes where it waits least, as engines serve what is late after all else.
+        """
         able = eligible & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
         e = self._matrix.estimates
         wait_s = e.rest_s + self._matrix.ahead_s[:, -1] + e.late_s

@@ -44,14 +44,13 @@ class Queue:
         )
 
     def done_s(self) -> F8:
-        """`[N + 1]`, seconds of service of the first i of them."""
+        """Seconds of service `[N + 1]` of the first i of them."""
         done_s = np.zeros(len(self) + 1)
         np.cumsum(self.service_s, out=done_s[1:])
         return done_s
 
     def slack_s(self, done_s: F8, start_s: float) -> F8:
-        """`[N + 1]`, by how many seconds those from the i-th on can be delayed without any becoming late; infinite at
-        the end.
+        """Seconds `[N + 1]` by which those from the i-th on can be delayed without any getting late; the last infinite.
 
         Args:
             done_s: as returned by `done_s`.

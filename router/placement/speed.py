@@ -61,8 +61,7 @@ class Speed:
     per_kv_s: float
 
     def service_s(self, left: F8, done: F8) -> F8:
-        """Seconds `[N]` that prompts keep the worker busy, with `left [N]` tokens to compute and `done [N]` in the KV
-        cache."""
+        """Seconds `[N]` that prompts with `left [N]` tokens to compute and `done [N]` computed keep the worker busy."""
         return left * (self.per_token_s + self.per_pair_s * (done + 0.5 * left))
 
 
