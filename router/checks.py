@@ -83,11 +83,11 @@ def check_digest(batches: tuple[Batch, ...]) -> None:
     Raises:
         ProtocolError: it is.
     """
-    size = sum(len(names) for batch in batches for names in batch)
+    size = sum(len(hashes) for batch in batches for hashes in batch)
     if size > MAX_DIGEST_BYTES:
         raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
-    if any(len(names) % 8 for batch in batches for names in batch):
-        raise ProtocolError("a digest that cannot be read: its names are not of 8 bytes each")
+    if any(len(hashes) % 8 for batch in batches for hashes in batch):
+        raise ProtocolError("a digest that cannot be read: its hashes are not of 8 bytes each")
 
 
 def problem_of_request(request: EngineRequest) -> str | None:

@@ -20,7 +20,7 @@ BlockHashes = Callable[[EngineRequest, int], Sequence[bytes]]
 
 
 class Placer:
-    """Takes requests from the router to workers.
+    """Places requests on workers.
 
     Args:
         block_hashes: None where no prefix is to be looked up.
@@ -47,7 +47,7 @@ class Placer:
         self._policy.prepare(self._workers.views(self._ledger), now)
 
     def any_accepts(self) -> bool:
-        """Whether any worker takes requests now."""
+        """Whether any worker accepts requests now."""
         return any(view.accepts for view in self._workers.views(self._ledger))
 
     def place(self, entry: Entry, now: float) -> Decision:

@@ -256,7 +256,7 @@ class WorkerTable:
                 worker.version += 1
 
     def block_sizes(self) -> set[int]:
-        """KV block sizes of all workers that have a process and have told theirs."""
+        """KV block sizes of all workers that have a process and reported theirs."""
         return {w.info.block_size for w in self._by_identity.values()} - {0}
 
     # ---- what others see -----------------------------------------------------------------------------------------

@@ -130,8 +130,7 @@ def test_a_slow_a_crashing_and_a_joining_worker_leave_nothing_behind() -> None:
     jobs = make_jobs(rate=50.0, count=250)
     faults = ("slow:0:1:1.4", "crash:1:2:1.5", "join:3:3")
     link = LinkSettings(0.002, 0.1, loss=0.1)
-    for router in ("prism", "prism:hold=2"):
-        assert simulated((1.0, 1.0, 0.5, 1.0), router, jobs, link=link, faults=faults) > 0.6
+    assert simulated((1.0, 1.0, 0.5, 1.0), "prism", jobs, link=link, faults=faults) > 0.6
 
 
 def conversations(count: int = 30, turns: int = 5) -> list[Job]:
