@@ -48,9 +48,9 @@ class ForecastMatrix:
         """The workers that may take the request now `[W]`; None if there is none. One in slow start may if all are."""
         able: Bools = self.accepts & (self.max_tokens >= request.prompt_tokens + max(request.max_tokens, 1))
         settled = able & ~self.slow_start
-        if settled.any():
+        if np.count_nonzero(settled):
             return settled
-        return able if able.any() else None
+        return able if np.count_nonzero(able) else None
 
     def position(self, due_s: float, left: F8 | float) -> npt.NDArray[np.intp]:
         """How many prompts of each worker are served before a request.
@@ -62,7 +62,7 @@ class ForecastMatrix:
         Returns:
             `[W]`.
         """
-        if self.shortest_first.any():
+        if np.count_nonzero(self.shortest_first):
             keys = np.where(self.shortest_first, left, due_s)[:, None]
             before: npt.NDArray[np.intp] = np.minimum((self.keys <= keys).sum(axis=1), self.count)
             return before

@@ -80,7 +80,7 @@ class Prism:
         costs = assess(self._matrix, request, now)
         missed = np.minimum(costs.late + costs.decode, 1.0) + costs.kv + costs.harm
         feasible = eligible & (missed < 1.0)
-        if not feasible.any():
+        if not np.count_nonzero(feasible):
             return self._relegate(request, workers, costs, eligible)
         score = np.where(feasible, missed + self._delay * costs.spent, _INF)
         return self._choose(workers, costs, score, self._tie, "in time")
@@ -95,7 +95,7 @@ class Prism:
         able = eligible & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
         e = self._matrix.estimates
         wait_s = e.rest_s + self._matrix.ahead_s[:, -1] + e.late_s
-        score = np.where(able if able.any() else eligible, wait_s, _INF)
+        score = np.where(able if np.count_nonzero(able) else eligible, wait_s, _INF)
         reason = "relegated: nobody can serve it in time" if request.slo else "where it waits least"
         return self._choose(workers, costs, score, 0.0, reason)
 

@@ -78,11 +78,11 @@ def roll_forward(queue: Queue, traits: PolicyTraits, start_s: float) -> tuple[Qu
     """
     if traits.order == "arrival":  # a new request waits for all, and delays none
         return Queue(queue.keys, np.full(len(queue), _INF), queue.service_s), 0.0
-    if (queue.keys[1:] < queue.keys[:-1]).any():
+    if np.count_nonzero(queue.keys[1:] < queue.keys[:-1]):
         queue = queue[queue.keys.argsort(kind="stable")]
     allowed_s = queue.limit_s - start_s
     late = np.cumsum(queue.service_s) > allowed_s
-    if not late.any():
+    if not np.count_nonzero(late):
         return queue, 0.0
     if not traits.relegates:
         return Queue(queue.keys, np.where(late, _INF, queue.limit_s), queue.service_s), 0.0
