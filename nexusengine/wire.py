@@ -359,7 +359,7 @@ class Deltas(Message, frozen=True):
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
-    barred: why it gets no requests although it is ready; None if it does."""
+    ejected: why it gets no requests although it is ready; None if it does."""
 
     info: WorkerInfo
     state: WorkerState
@@ -369,7 +369,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     load: WorkerLoad | None
     restarts: int = 0
     cause: str | None = None
-    barred: str | None = None
+    ejected: str | None = None
 
 
 class Cluster(Message, frozen=True):
@@ -379,14 +379,14 @@ class Cluster(Message, frozen=True):
     (the router was restarted, or forgot a client that was silent), the client's requests whose number is below `since`
     are lost.
     held: requests the router holds because no worker can take them. ledger: requests in flight in all.
-    totals: the router's counters since it started.
+    counters: of the router since it started, by name (see server.metrics).
     """
 
     router_epoch: str
     workers: tuple[WorkerStatus, ...]
     held: int = 0
     ledger: int = 0
-    totals: dict[str, float] = {}
+    counters: dict[str, float] = {}
     session: int = 0
     since: int = 0
 

@@ -100,7 +100,9 @@ def _total(name: str) -> Callable[[WorkerStatus], float | None]:
 
 WORKER_METRICS = (
     WorkerMetric("worker_ready", "gauge", "1 if the worker takes requests", lambda w: w.state is WorkerState.READY),
-    WorkerMetric("worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.barred is not None),
+    WorkerMetric(
+        "worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.ejected is not None
+    ),
     WorkerMetric("worker_restarts", "gauge", "Restarts in the last five minutes", lambda w: w.restarts),
     WorkerMetric("worker_outstanding", "gauge", "Requests dispatched and not finished", lambda w: w.outstanding),
     WorkerMetric("worker_running", "gauge", "Sequences that hold KV blocks", _total("running")),
@@ -178,7 +180,7 @@ ROUTER_COUNTERS = {
     "router_prefix_error_tokens": ("prefix_error_tokens", "Differences between the two, request by request"),
     "router_prefix_digests_lost": ("prefix_digests_lost", "Times a worker was asked for its whole digest"),
 }
-"""Key in `Cluster.totals` and help."""
+"""Key in `Cluster.counters` and help."""
 
 
 class Metrics:
@@ -289,7 +291,7 @@ class _ClusterCollector(Collector):
         for name, help in ROUTER_METRICS.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=getattr(cluster, name.removeprefix("router_")))
         for name, (key, help) in ROUTER_COUNTERS.items():
-            yield CounterMetricFamily(PREFIX + name, help, value=cluster.totals.get(key, 0.0))
+            yield CounterMetricFamily(PREFIX + name, help, value=cluster.counters.get(key, 0.0))
 
 
 class _WindowCollector(Collector):

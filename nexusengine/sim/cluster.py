@@ -114,7 +114,7 @@ class Cluster:
             epoch=EPOCH,
             max_held=max_held,
             report_period_s=link.snapshot_period_s,
-            block_names=lambda request, size: self._jobs[request.request_id].block_names(size),
+            block_hashes=lambda request, size: self._jobs[request.request_id].block_names(size),
         )
         self.outcomes: dict[str, Outcome] = {}
         self.placing_s: list[float] = []

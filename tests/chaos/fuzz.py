@@ -70,7 +70,7 @@ class Fuzz:
     def __init__(self, seed: int, policy: str = "prism") -> None:
         self.rng = random.Random(seed)
         expected = [wire.WorkerInfo(w, e, 0, "cpu", "m") for w, e in (("w0", "e0"), ("w1", "e1"))]
-        self.core = RouterCore(make_policy(policy), expected, epoch="r", block_names=self._names)
+        self.core = RouterCore(make_policy(policy), expected, epoch="r", block_hashes=self._names)
         self.now, self.sent, self.seq = 100.0, 0, 0
         self.open: set[str] = set()
         self.ends: Counter[str] = Counter()

@@ -37,7 +37,7 @@ def test_equal_idle_workers_get_equal_shares_and_ties_do_not_all_fall_to_the_fir
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_holds_while_no_worker_is_ready_and_never_chooses_one_that_is_not(name: str) -> None:
     policy = make_policy(name)
-    views = [view("a", state=WorkerState.STARTING), view("b", barred="full"), view("c", state=WorkerState.GONE)]
+    views = [view("a", state=WorkerState.STARTING), view("b", ejected="full"), view("c", state=WorkerState.GONE)]
     held = policy.place(request(), views, 0.0)
     assert isinstance(held, Hold)
     assert held.everyone
@@ -46,9 +46,9 @@ def test_every_policy_holds_while_no_worker_is_ready_and_never_chooses_one_that_
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-def test_a_worker_that_warms_up_is_taken_only_when_all_do(name: str) -> None:
-    assert set(chosen(name, [view("new", warming=True), view("old", outstanding=50)], 5)) == {"old"}
-    assert set(chosen(name, [view("new", warming=True)], 5)) == {"new"}
+def test_a_worker_in_slow_start_is_taken_only_when_all_are(name: str) -> None:
+    assert set(chosen(name, [view("new", slow_start=True), view("old", outstanding=50)], 5)) == {"old"}
+    assert set(chosen(name, [view("new", slow_start=True)], 5)) == {"new"}
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
