@@ -80,7 +80,7 @@ class Preempting:
 
 def test_greedy_text_survives_preemption(reference: Reference) -> None:
     with checked({"prefix_caching": True}) as engine:
-        engine._runner.core.policy = Preempting()  # type: ignore[union-attr]
+        engine._runner.core.scheduler.policy = Preempting()  # type: ignore[union-attr]
         outputs = engine.generate(reference.prompts, GREEDY, progress=False)
         assert engine.stats()["preemptions"] >= 5
     assert mismatches(reference, [list(o.token_ids) for o in outputs]) == []
