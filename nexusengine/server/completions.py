@@ -23,7 +23,7 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
-from nexusengine.server.pieces import JSONPieces, PrefillRate
+from nexusengine.server.pieces import JSONPieces, LoopYield
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -113,7 +113,7 @@ class Generation:
         self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
         self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
-        self._pace = PrefillRate()
+        self._loop_yield = LoopYield()
 
     async def _counted(
         self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
@@ -196,7 +196,7 @@ class Generation:
                 entries[index] += await self._entries(index, output)
                 if output.finished:
                     verdicts[index] = nexus(output)
-                await self._pace.rest()
+                await self._loop_yield.yield_if_due()
         pieces: list[bytes] = []
         for i, text in enumerate(texts):
             choice = self.shape.choice(i, text, reasons[i], self._joined(entries[i]))
@@ -204,7 +204,7 @@ class Generation:
                 choice["nexus"] = verdicts[i]
             pieces += [b"," if i else b"", msgspec.json.encode(choice)]
             entries[i].clear()
-            await self._pace.rest()
+            await self._loop_yield.yield_if_due()
         reply = self.envelope(self.shape.object_name, []) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
@@ -243,7 +243,7 @@ class Generation:
         entries: list[Any] = []
         for offset in output.text_offsets if waiting else ():
             entries.append(self.shape.entry(self.engine.tokenizer, waiting.popleft(), before + offset))
-            await self._pace.rest()
+            await self._loop_yield.yield_if_due()
         return entries
 
     def _joined(self, entries: Sequence[Any]) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from nexusengine.lens import registry as lens
 
 from nexusengine.config import (
     EngineConfig,
@@ -19,7 +18,8 @@ from nexusengine.config import (
     parse_devices,
 )
 from nexusengine.errors import ConfigError
-from nexusengine.router import policies as router
+from nexusengine.router.placement import registry as router
+from nexusengine.scheduler import registry as scheduler
 from tests.unit.test_serve_gpu import A, FakeDriver
 
 
@@ -131,7 +131,7 @@ def test_keys_and_origins_are_taken_as_they_are() -> None:
     assert config.cors_origins == "https://example.org,http://localhost:3000,null"
 
 
-@pytest.mark.parametrize(("name", "policies"), [("scheduler", lens.POLICIES), ("router", router.POLICIES)])
+@pytest.mark.parametrize(("name", "policies"), [("scheduler", scheduler.POLICIES), ("router", router.POLICIES)])
 def test_the_help_names_every_policy(name: str, policies: dict[str, str]) -> None:
     (setting,) = (f for f in dataclasses.fields(ServeConfig) if f.name == name)
     assert set(policies) <= set(re.findall(r"[\w-]+", setting.metadata["help"]))

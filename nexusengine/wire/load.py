@@ -1,0 +1,130 @@
+"""What a worker is, and what it is doing: the numbers that placements are made from."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from nexusengine.wire.base import MAX_PENDING_IN_REPORT, Count, Seconds
+
+
+class WorkerState(StrEnum):
+    """starting: loading its model. ready: takes requests. stalled: a step takes far longer than predicted.
+    draining: finishes what it has. gone: process ended or silent for too long."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STALLED = "stalled"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt that is not fully computed: its TTFT deadline (monotonic; infinite without an SLO), tokens left and
+    done."""
+
+    deadline_s: float
+    left_tokens: Count
+    done_tokens: Count
+    tpot_s: float
+    relegated: bool
+
+
+class PerfWeights(msgspec.Struct, frozen=True, array_like=True):
+    """`perf.model.PerfSnapshot` on the wire."""
+
+    kind: str
+    weights: Annotated[tuple[float, ...], Meta(max_length=1024)]
+    quantile: Annotated[float, Meta(gt=0.0, le=1e6)]
+    steps: Count
+    epoch: Count
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker is doing at one instant.
+
+    last_dispatch_seq: the last dispatch (by `Dispatch.seq`) whose effect is included here.
+    step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
+    bound predicted for it.
+    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
+    relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
+    totals: counters since the worker started, by metric name (see server.metrics).
+    """
+
+    last_dispatch_seq: Count
+    running: Count = 0
+    waiting: Count = 0
+    kv_used_blocks: Count = 0
+    kv_total_blocks: Count = 0
+    step: Count = 0
+    step_running_s: Seconds = 0.0
+    step_upper_s: Seconds = 0.0
+    decodes: Count = 0
+    decode_kv_tokens: Count = 0
+    tightest_tpot_s: float = float("nan")
+    pending: Annotated[tuple[PendingPrefill, ...], Meta(max_length=MAX_PENDING_IN_REPORT)] = ()
+    pending_tokens: Count = 0
+    mean_output_tokens: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
+    perf: PerfWeights | None = None
+    totals: Annotated[dict[str, float], Meta(max_length=1024)] = {}
+    relegated: Count = 0
+    relegated_tokens: Count = 0
+
+
+class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
+    """What others need to know of an engine policy to foresee what it does; each policy declares its own.
+
+    order: which prompts it serves first, by the "deadline" of their first token, as of their "arrival", or those with
+    the "shortest" rest. relegates: whether prompts that cannot be in time go behind all others.
+    step_tokens: most tokens of a step, 0 for the engine's own limit. step_s, single_steps: no step is planned longer
+    than step_s seconds, or than so many steps of a single token if that is longer; infinite if only tokens count.
+    by_tpot: whether steps are kept within the tightest TPOT of those that decode.
+    """
+
+    order: Literal["deadline", "arrival", "shortest"] = "deadline"
+    relegates: bool = True
+    step_tokens: Count = 0
+    step_s: float = 0.12
+    single_steps: float = 2.5
+    by_tpot: bool = True
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler, traits: name
+    of its engine policy, for people, and what it declares. max_waiting: requests that may wait in it; more are
+    refused. 0 and "" where not known yet."""
+
+    worker_id: str
+    epoch: str
+    pid: int
+    device: str
+    model: str
+    dtype: str = ""
+    attention_backend: str = ""
+    max_model_len: int = 0
+    max_batch_tokens: int = 0
+    block_size: int = 0
+    kv_total_blocks: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    scheduler: str = ""
+    max_waiting: int = 0
+    traits: PolicyTraits = PolicyTraits()
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
+    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
+    barred: why it gets no requests although it is ready; None if it does."""
+
+    info: WorkerInfo
+    state: WorkerState
+    phase: str
+    fraction: float
+    outstanding: int
+    load: WorkerLoad | None
+    restarts: int = 0
+    cause: str | None = None
+    barred: str | None = None
