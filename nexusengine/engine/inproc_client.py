@@ -17,6 +17,7 @@ from nexusengine.engine.request import error_delta
 from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
 from nexusengine.types import EngineRequest, TokenDelta
+from nexusengine.worker.build import info_of
 
 _IDLE_WAIT_S = 0.5
 _ANSWER_S = 3.0
@@ -70,22 +71,8 @@ class LocalBackend:
             self._arrived.set()
 
     def status(self) -> wire.Cluster:
-        spec = self.core.executor.spec
-        info = wire.WorkerInfo(
-            "w0",
-            "local",
-            0,
-            spec.device,
-            self._model,
-            spec.dtype,
-            spec.attention_backend,
-            self.core.max_model_len,
-            spec.max_batch_tokens,
-            spec.block_size,
-            self.core.kv.total_blocks,
-            spec.weights_bytes,
-            spec.kv_bytes,
-        )
+        device = self.core.executor.spec.device
+        info = info_of(self.core, wire.WorkerInfo("w0", "local", 0, device, self._model))
         state = wire.WorkerState.GONE if self._failure else wire.WorkerState.READY
         worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
         return wire.Cluster("local", (worker,), ledger=len(self._sinks))

@@ -19,6 +19,7 @@ from nexusengine.engine.router_client import RouterClient
 from nexusengine.errors import ConfigError, NexusError
 from nexusengine.execute.base import make_executor
 from nexusengine.loading.resolve import resolve_model
+from nexusengine.supervisor.events import Event, Ready
 from nexusengine.supervisor.supervisor import Supervisor
 from nexusengine.tokenize import Tokenizer, load_tokenizer
 from nexusengine.worker.build import executor_options, make_core
@@ -114,8 +115,8 @@ class SupervisorThread:
     def forget(self) -> None:
         self._supervisor.forget_children()
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if event["type"] == "ready":
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Ready):
             self._ready.set()
 
     def _run(self) -> None:

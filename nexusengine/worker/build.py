@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
 from nexusengine.config import EngineConfig, parse_device, parse_devices
@@ -18,6 +20,7 @@ from nexusengine.perf.prior import GENERIC, Prior, roofline
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.scheduler.registry import make_policy
+from nexusengine.wire import WorkerInfo
 from nexusengine.worker.calibrate import calibrate
 from nexusengine.worker.step_recorder import StepRecorder
 
@@ -74,6 +77,25 @@ def make_core(
         log.debug("calibrated with %d steps", steps)
     give_back_freed()
     return core
+
+
+def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
+    """The info of a worker once its core is made."""
+    spec = core.executor.spec
+    return msgspec.structs.replace(
+        info,
+        dtype=spec.dtype,
+        attention_backend=spec.attention_backend,
+        max_model_len=core.max_model_len,
+        max_batch_tokens=spec.max_batch_tokens,
+        block_size=spec.block_size,
+        kv_total_blocks=core.kv.total_blocks,
+        weights_bytes=spec.weights_bytes,
+        kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.max_waiting,
+        traits=core.policy.traits,
+    )
 
 
 def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:

@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import zmq
 
 from nexusengine import wire
@@ -163,8 +162,3 @@ class RouterLink:
             self._socket.send(wire.encode(again))
         elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)
-
-
-def with_spec(info: wire.WorkerInfo, **known: object) -> wire.WorkerInfo:
-    """The info of a worker once its executor is made."""
-    return msgspec.structs.replace(info, **known)

@@ -12,7 +12,7 @@ from nexusengine import nvml as gpus
 from nexusengine.config import DeviceSpec, count_cuda_devices, parse_device
 from nexusengine.nvml import Gpu, GpuState
 from nexusengine.perf.online import OnlineModel
-from nexusengine.supervisor.supervisor import worker_environ
+from nexusengine.supervisor.roles import worker_environ
 from nexusengine.wire import WorkerLoad
 from nexusengine.worker.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
 from nexusengine.worker.worker import heed

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from nexusengine import wire
-from nexusengine.process.child import _event
+from nexusengine.process.control import Ready, decode_from_child
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 from nexusengine.wire import identity_of
 from nexusengine.worker.link import RouterLink
@@ -87,5 +87,5 @@ def test_progress_beyond_its_range_is_still_a_message(router: Router) -> None:
 
 @pytest.mark.parametrize("line", [b"null", b"5", b"[1]", b'"x"', b"{}", b'{"type": 5}', b"[" * 100_000, b"\xff", b""])
 def test_what_a_library_writes_to_a_childs_stdout_is_no_event(line: bytes) -> None:
-    assert _event(line) is None
-    assert _event(b'{"type": "ready"}') == {"type": "ready"}
+    assert decode_from_child(line) is None
+    assert decode_from_child(b'{"type": "ready"}') == Ready()
