@@ -37,13 +37,13 @@ _EPOCH = "e"
 _STEP_S, _CHUNK_S = 0.006, (0.003, 0.02)  # of a step, and of 100 tokens in it, in the slowest and quickest worker
 
 
-def perf(rng: np.random.Generator) -> wire.PerfWeights:
+def perf(rng: np.random.Generator) -> wire.PerfSnapshot:
     """Of a device somewhere between the quickest and the slowest."""
     weights = [0.0] * basis.TERMS
     terms = (basis.ONE, basis.SLOPE, basis.ATTENTION, basis.KV)
     for term, seconds in zip(terms, (_STEP_S, float(rng.uniform(*_CHUNK_S)), 0.002, 0.001), strict=True):
         weights[term] = seconds
-    return wire.PerfWeights(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
+    return wire.PerfSnapshot(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
 
 
 def load(rng: np.random.Generator, pending: int, last_dispatch_seq: int, now: float) -> wire.WorkerLoad:

@@ -17,7 +17,7 @@ from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,
     PROTOCOL_VERSION,
-    PerfWeights,
+    PerfSnapshot,
     ProtocolError,
     WorkerInfo,
     WorkerLoad,
@@ -56,7 +56,7 @@ def check_load(load: WorkerLoad) -> None:
 
 
 @lru_cache(maxsize=256)
-def _problem_of(perf: PerfWeights) -> str | None:
+def _problem_of(perf: PerfSnapshot) -> str | None:
     """A worker reports the same model until it has learned something."""
     try:
         model = predictor_of(perf)

@@ -31,12 +31,12 @@ from nexusengine.router.workers import Registry
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     Abort,
-    Ask,
     Cancel,
     Cluster,
+    DebugQuery,
+    DebugReply,
     Deltas,
     Dispatch,
-    Findings,
     Hello,
     Leaving,
     Message,
@@ -140,9 +140,10 @@ class RouterCore:
             self._send("client", identity, session.of(self.cluster()))
         if isinstance(message, Submit):
             self._submit(identity, message.request, now)
-        elif isinstance(message, Ask):
+        elif isinstance(message, DebugQuery):
             for worker in self.registry.identities():
-                self._send("worker", worker, Ask(message.query, message.last_steps, message.request_id, identity))
+                query = DebugQuery(message.query, message.last_steps, message.request_id, identity)
+                self._send("worker", worker, query)
         elif isinstance(message, Abort):
             entry = self.ledger.get(message.request_id)
             if entry is not None and entry.client == identity:
@@ -194,7 +195,7 @@ class RouterCore:
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
                 worker.last_seen_s = now
                 self._forward(identity, message, now)
-        elif isinstance(message, Findings):
+        elif isinstance(message, DebugReply):
             if message.client in self._clients:
                 self._send("client", message.client, message)
         elif isinstance(message, Leaving):

@@ -21,11 +21,11 @@ import numpy as np
 from nexusengine.clock import Clock
 from nexusengine.core.admission import first_token_in_s, longest_output, unattainable
 from nexusengine.core.deltas import Error, first_delta, last_delta, next_delta, token_logprobs
-from nexusengine.core.history import History, life_of
+from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.invariants import check_requests
 from nexusengine.core.published_load import PublishedLoad
-from nexusengine.core.records import request_history, step_histories
+from nexusengine.core.records import newest_steps, request_history
 from nexusengine.core.request import RequestState
 from nexusengine.core.step_batch import step_batch
 from nexusengine.core.timeouts import Timeouts
@@ -39,9 +39,9 @@ from nexusengine.perf.model import PerformanceModel
 from nexusengine.sampling.table import SampledLogprobs, SamplingTable
 from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
 from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduled, Scheduler
-from nexusengine.scheduler.stats import CoreStats, StepRecord
+from nexusengine.scheduler.stats import CoreStats
 from nexusengine.types import EngineRequest, FinishReason, Service, TokenDelta, TokenLogprob
-from nexusengine.wire import Ask, Findings, WorkerLoad
+from nexusengine.wire import DebugQuery, DebugReply, RequestRecord, StepRecord, WorkerLoad
 
 _RECORDS = 4096
 
@@ -384,7 +384,8 @@ class EngineCore:
         del self._by_id[state.request.request_id]
         self.scheduler.stats.finished(reason)
         now, service = self.clock.now(), self._service(state)
-        self._history.ended(state.slot, life_of(state, service, now, reason, error.message if error else None))
+        record = record_of(state, service, now, reason, error.message if error else None)
+        self._history.ended(state.slot, state.serial, record)
         self._outbox.append(
             last_delta(state, service, now, reason, token_ids, logprobs, stop_reason=stop_reason, error=error)
         )
@@ -410,16 +411,20 @@ class EngineCore:
         """A picture of the counters and the present numbers."""
         return self.scheduler.counters()
 
-    def findings(self, ask: Ask) -> Findings:
+    def debug_reply(self, query: DebugQuery) -> DebugReply:
         """The newest steps, and what is remembered of a request that is here or was not long ago."""
-        life = None
-        if ask.request_id is not None:
-            state = self._by_id.get(ask.request_id)
-            life = self._history.life(ask.request_id) if state is None else life_of(state, self._service(state))
         found = None
-        if life is not None:
-            found = request_history(life, self._history.changes(life.serial), self.records, self.clock.now())
-        return Findings(ask.client, ask.query, self.name, step_histories(self.records, ask.last_steps), found)
+        if query.request_id is not None and (known := self._known(query.request_id)) is not None:
+            serial, record = known
+            found = request_history(record, self._history.changes(serial), self.records, self.clock.now())
+        return DebugReply(query.client, query.query, self.name, newest_steps(self.records, query.last_steps), found)
+
+    def _known(self, request_id: str) -> tuple[int, RequestRecord] | None:
+        """The number in the history and the record of a request."""
+        state = self._by_id.get(request_id)
+        if state is None:
+            return self._history.ended_record(request_id)
+        return state.serial, record_of(state, self._service(state))
 
     def load(self) -> WorkerLoad:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""

@@ -15,7 +15,7 @@ from nexusengine.engine.request import error_delta
 from nexusengine.errors import DeadlineExceeded, NexusError, Unavailable
 from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, TokenDelta
-from nexusengine.wire import Cluster, Findings
+from nexusengine.wire import Cluster, DebugReply
 
 Sink = Callable[[TokenDelta], None]
 """Called in the event loop's thread with each delta of a request; the last one has a finish_reason."""
@@ -39,7 +39,7 @@ class AsyncBackend(Protocol):
         """The newest picture of workers and queues; None before the first."""
         ...
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[DebugReply]:
         """What every worker remembers of its newest steps, or of a request; without those that do not answer in time.
         Raises Unavailable if nobody can be asked."""
         ...
@@ -97,7 +97,7 @@ class UnboundedBackend:
     def status(self) -> Cluster | None:
         return self.inner.status()
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[DebugReply]:
         return await self.inner.ask(last_steps=last_steps, request_id=request_id)
 
     async def close(self) -> None:

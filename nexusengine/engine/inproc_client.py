@@ -30,12 +30,12 @@ log = get_logger("engine")
 class _Query:
     """A question to the core from the event loop."""
 
-    ask: wire.Ask
-    answered: asyncio.Future[wire.Findings]
+    query: wire.DebugQuery
+    answered: asyncio.Future[wire.DebugReply]
 
-    def tell(self, answer: wire.Findings) -> None:
+    def reply(self, reply: wire.DebugReply) -> None:
         if not self.answered.done():
-            self.answered.set_result(answer)
+            self.answered.set_result(reply)
 
 
 class LocalBackend:
@@ -77,10 +77,10 @@ class LocalBackend:
         worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
         return wire.Cluster("local", (worker,), ledger=len(self._sinks))
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
         if self._failure is not None or self._closing:
             raise Unavailable(self._failure or "the engine was closed")
-        query = _Query(wire.Ask(0, last_steps, request_id), self._loop.create_future())
+        query = _Query(wire.DebugQuery(0, last_steps, request_id), self._loop.create_future())
         self._commands.append(query)
         self._arrived.set()
         try:
@@ -116,18 +116,18 @@ class LocalBackend:
                 deltas = self._take_commands()
                 deltas += self.core.step()
                 if deltas:
-                    self._tell(self._deliver, deltas)
+                    self._call(self._deliver, deltas)
                 if not self.core.has_work:
                     self._arrived.wait(_IDLE_WAIT_S)
                     self._arrived.clear()
         except Exception as error:  # whatever it is, the requests in flight must be told
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
-            self._tell(self._fail_all, InternalError.code, self._failure)
+            self._call(self._fail_all, InternalError.code, self._failure)
         finally:
             lifetime.ended(self)
 
-    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
+    def _call(self, callback: Callable[..., None], *args: Any) -> None:
         """Call it in the event loop. Where that has ended without closing the engine, nobody listens any more."""
         try:
             self._loop.call_soon_threadsafe(callback, *args)
@@ -145,7 +145,7 @@ class LocalBackend:
                     deltas.append(delta)
                 continue
             if isinstance(command, _Query):
-                self._tell(command.tell, self.core.findings(command.ask))
+                self._call(command.reply, self.core.debug_reply(command.query))
                 continue
             try:
                 self.core.add(command)

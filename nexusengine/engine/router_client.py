@@ -69,7 +69,7 @@ class RouterClient:
         self._heard_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
-        self._queries: dict[int, asyncio.Queue[wire.Findings]] = {}
+        self._queries: dict[int, asyncio.Queue[wire.DebugReply]] = {}
         self._next_query = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -120,18 +120,18 @@ class RouterClient:
             silent_s = time.monotonic() - self._heard_s
         return silent_s
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
         cluster = self.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=_RETRY_AFTER_S)
         serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
         expected = sum(w.state in serving for w in cluster.workers)
-        answers: list[wire.Findings] = []
+        answers: list[wire.DebugReply] = []
         query = self._next_query
         self._next_query += 1
         arriving = self._queries[query] = asyncio.Queue()
         try:
-            self._send(wire.Ask(query, last_steps, request_id))
+            self._send(wire.DebugQuery(query, last_steps, request_id))
             async with asyncio.timeout(_ANSWER_S):
                 while len(answers) < expected:
                     answers.append(await arriving.get())
@@ -257,7 +257,7 @@ class RouterClient:
         self._heard_s = time.monotonic()
         if isinstance(message, wire.Cluster):
             self._on_cluster(message)
-        elif isinstance(message, wire.Findings):
+        elif isinstance(message, wire.DebugReply):
             if (arriving := self._queries.get(message.query)) is not None:
                 arriving.put_nowait(message)
         elif isinstance(message, wire.Refused):

@@ -6,7 +6,7 @@ import msgspec
 
 from nexusengine.wire.base import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Message, ProtocolError
 from nexusengine.wire.client import Abort, Cluster, Deltas, Hello, Refused, Submit
-from nexusengine.wire.history import Ask, Findings
+from nexusengine.wire.history import DebugQuery, DebugReply
 from nexusengine.wire.worker import (
     Cancel,
     Dispatch,
@@ -19,10 +19,10 @@ from nexusengine.wire.worker import (
     WorkerDeltas,
 )
 
-ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | Findings
-ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | Ask | Refused
-ToRouterFromClient = Hello | Submit | Abort | Ask
-ToClient = Deltas | Cluster | Findings | Refused
+ToRouterFromWorker = Starting | Ready | Report | WorkerDeltas | Leaving | DebugReply
+ToWorker = Dispatch | Cancel | Reregister | RepeatPrefixes | DebugQuery | Refused
+ToRouterFromClient = Hello | Submit | Abort | DebugQuery
+ToClient = Deltas | Cluster | DebugReply | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {

@@ -33,14 +33,22 @@ class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
     relegated: bool
 
 
-class PerfWeights(msgspec.Struct, frozen=True, array_like=True):
-    """`perf.model.PerfSnapshot` on the wire."""
+class PerfSnapshot(msgspec.Struct, frozen=True, array_like=True):
+    """Enough to rebuild the same step-time predictor in another process, with `perf.registry.rebuild`.
+
+    Attributes:
+        kind: which model.
+        weights: its parameters, in that model's own order and units (documented there).
+        quantile: factor from mean to upper bound.
+        steps: observations learned from.
+        epoch: rises when drift was accepted.
+    """
 
     kind: str
     weights: Annotated[tuple[float, ...], Meta(max_length=1024)]
     quantile: Annotated[float, Meta(gt=0.0, le=1e6)]
-    steps: Count
-    epoch: Count
+    steps: Count = 0
+    epoch: Count = 0
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +76,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     pending: Annotated[tuple[PendingPrefill, ...], Meta(max_length=MAX_PENDING_IN_REPORT)] = ()
     pending_tokens: Count = 0
     mean_output_tokens: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
-    perf: PerfWeights | None = None
+    perf: PerfSnapshot | None = None
     totals: Annotated[dict[str, float], Meta(max_length=1024)] = {}
     relegated: Count = 0
     relegated_tokens: Count = 0

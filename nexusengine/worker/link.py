@@ -37,7 +37,7 @@ class RouterLink:
         period_s: float,
         on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self.inbox: deque[wire.Dispatch | wire.Cancel | wire.Ask] = deque()
+        self.inbox: deque[wire.Dispatch | wire.Cancel | wire.DebugQuery] = deque()
         self._info, self._period_s, self._on_refused = info, period_s, on_refused
         self._complaints = Sparse(log)
         self._load: Callable[[], wire.WorkerLoad] | None = None
@@ -89,9 +89,10 @@ class RouterLink:
                 self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), last_dispatch_seq))
             os.sched_yield()
 
-    def tell(self, findings: wire.Findings) -> None:
+    def send_reply(self, reply: wire.DebugReply) -> None:
+        """Answer a `DebugQuery`."""
         with self._lock:
-            self._exchange(findings)
+            self._exchange(reply)
 
     def receive(self) -> None:
         """Put what has come into the inbox."""

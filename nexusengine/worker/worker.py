@@ -43,8 +43,8 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
             if isinstance(message, wire.Cancel):
                 core.abort(message.request_id)  # the router has told the client already
                 continue
-            if isinstance(message, wire.Ask):
-                link.tell(core.findings(message))
+            if isinstance(message, wire.DebugQuery):
+                link.send_reply(core.debug_reply(message))
                 continue
             core.last_dispatch_seq = message.seq
             core.abort(message.request.request_id)  # the router knows nothing of one that has the same id

@@ -16,11 +16,11 @@ from msgspec.structs import astuple
 
 from nexusengine.arrays import F8, Bools
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import PerfSnapshot, Predictor
+from nexusengine.perf.model import Predictor
 from nexusengine.perf.registry import make_model, rebuild
 from nexusengine.router.placement.policy import WorkerView
 from nexusengine.scheduler.moore_hodgson import defer
-from nexusengine.wire import PerfWeights, PolicyTraits, WorkerLoad
+from nexusengine.wire import PerfSnapshot, PolicyTraits, WorkerLoad
 
 REFERENCE_STEP = StepFeatures(
     tokens=544, sequences=33, prefills=1, prefill_attention=512 * 256.0, decode_kv_tokens=32_768
@@ -346,12 +346,12 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
     return Forecast(due, ahead, slack, numbers)
 
 
-def predictor_of(perf: PerfWeights | None) -> Predictor:
+def predictor_of(perf: PerfSnapshot | None) -> Predictor:
     """The model a worker reported; an untaught one where it has reported none. Raises ValueError for one it should not
     have sent."""
     if perf is None:
         return _untaught()
-    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
+    return rebuild(perf)
 
 
 @cache

@@ -59,7 +59,7 @@ def load(last_dispatch_seq: int, now: float, rng: random.Random) -> wire.WorkerL
     return wire.WorkerLoad(
         last_dispatch_seq, running=3, waiting=2, kv_used_blocks=10, kv_total_blocks=1000, decodes=2,
         decode_kv_tokens=200, tightest_tpot_s=0.05, pending=pending, pending_tokens=400, mean_output_tokens=20.0,
-        perf=wire.PerfWeights(s.kind, s.weights, s.quantile, s.steps, s.epoch), totals={"steps": 5.0},
+        perf=s, totals={"steps": 5.0},
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ class Fuzz:
             wire.Hello(submitted=3),
             wire.Submit(request(f"bad-{self.frames}", self.now, self.rng), 5),
             wire.Abort(self.some_name()),
-            wire.Ask(3, 4, "bad"),
+            wire.DebugQuery(3, 4, "bad"),
         ])  # fmt: skip
 
     def valid_of_worker(self) -> wire.Message:
@@ -186,7 +186,7 @@ class Fuzz:
             wire.Report("e1", self.frames + 1, load(self.frames, self.now, rng)),
             wire.WorkerDeltas("e1", ((name, (3,)),), (delta,)),
             rng.choice([wire.Leaving("e1", "tired"), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
-            wire.Findings(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
+            wire.DebugReply(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
         ])  # fmt: skip
 
     def changed(self, valid: wire.Message) -> bytes:

@@ -67,9 +67,9 @@ def request(name: str = "a", **fields: Any) -> EngineRequest:
     })  # fmt: skip
 
 
-def perf(**fields: Any) -> wire.PerfWeights:
+def perf(**fields: Any) -> wire.PerfSnapshot:
     s = make_model().snapshot()
-    return msgspec.structs.replace(wire.PerfWeights(s.kind, s.weights, s.quantile, 0, 0), **fields)
+    return msgspec.structs.replace(wire.PerfSnapshot(s.kind, s.weights, s.quantile, 0, 0), **fields)
 
 
 def pending(**fields: Any) -> wire.PendingPrefill:

@@ -21,7 +21,7 @@ def test_a_report_brings_load_relegated_work_and_the_digest() -> None:
         tightest_tpot_s=0.05,
         pending=(wire.PendingPrefill(1.5, 10, 2, 0.05, True),),
         pending_tokens=10,
-        perf=wire.PerfWeights("k", (1.0, 2.0), 1.1, 3, 0),
+        perf=wire.PerfSnapshot("k", (1.0, 2.0), 1.1, 3, 0),
         relegated=1,
         relegated_tokens=10,
     )
@@ -63,7 +63,7 @@ def test_the_router_can_read_every_model_that_a_worker_may_run(model: Performanc
     for tokens in (1, 8, 64, 300):
         model.observe(StepFeatures(tokens, 2, 1, 100.0 * tokens, 50), 0.01 + 1e-5 * tokens)
     s = model.snapshot()
-    perf = wire.PerfWeights(s.kind, s.weights, s.quantile, s.steps, s.epoch)
+    perf = s
     sent = wire.Report("e", 1, wire.WorkerLoad(0, perf=perf))
     report = wire.decode_from_worker(wire.encode(sent))
     assert isinstance(report, wire.Report)

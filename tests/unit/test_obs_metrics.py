@@ -24,7 +24,7 @@ from nexusengine.server.metrics import (
 )
 from nexusengine.server.window import WINDOW_S, SlidingWindow
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
-from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.wire import Cluster, PerfSnapshot, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from nexusengine.worker.worker import with_memory
 
 LOADED = WorkerStatus(
@@ -36,7 +36,7 @@ LOADED = WorkerStatus(
     load=with_memory(
         lambda: WorkerLoad(
             0,
-            perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
+            perf=PerfSnapshot("online-1", (), 1.1, 7, epoch=1),
             totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
             | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
         )

@@ -641,10 +641,10 @@ def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_wh
         router.ready(w)
     router.core.on_client(CLIENT, wire.Hello(), 0.0)
     router.sent()
-    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    router.core.on_client(CLIENT, wire.DebugQuery(5, 9, "a", b"somebody else"), 0.0)
     asked = router.sent()
-    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    assert asked == {identity_of(w, "e1"): [wire.DebugQuery(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
     for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
-        findings = wire.Findings(client, 5, "w0")
+        findings = wire.DebugReply(client, 5, "w0")
         router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
         assert router.sent() == ({client: [findings]} if passed_on else {})
