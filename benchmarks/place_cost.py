@@ -96,7 +96,7 @@ def place_all(name: str, workers: int, pending: int, requests: int, reports: flo
     now, seq, owed = 0.0, 0, 0.0
     for info in infos:
         core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Ready(info), now)
-        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(_EPOCH, 0, load(rng, pending, 0, now)), now)
+        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(0, load(rng, pending, 0, now)), now)
     sampling = SamplingParams(seed=1, max_tokens=200)
     router_s, digest_s = np.zeros(requests), np.zeros(requests)
     for n in range(requests):
@@ -107,7 +107,7 @@ def place_all(name: str, workers: int, pending: int, requests: int, reports: flo
             owed, seq = owed - 1.0, seq + 1
             info = infos[seq % workers]
             worker = core.registry.workers[info.worker_id]
-            report = wire.Report(_EPOCH, seq, load(rng, pending, worker.dispatch_seq, now))
+            report = wire.Report(seq, load(rng, pending, worker.dispatch_seq, now))
             began_s = time.perf_counter()
             core.on_worker(identity_of(info.worker_id, _EPOCH), report, now)
             digest_s[n] += time.perf_counter() - began_s

@@ -122,7 +122,7 @@ class RouterCore:
             workers=self.registry.statuses(self.ledger),
             held=self.ledger.held,
             ledger=len(self.ledger),
-            totals=dict(self._totals),
+            counters=dict(self._totals),
         )
 
     # ---- clients -------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class RouterCore:
             if message.prefixes is not None:
                 check_digest(message.prefixes.batches)
             if not self.registry.report(identity, message.seq, message.load, self.ledger, now):
-                self._send("worker", identity, Reregister(self.epoch))
+                self._send("worker", identity, Reregister())
             elif message.prefixes is not None:
                 self._follow(identity, message.prefixes, now)
         elif isinstance(message, WorkerDeltas):

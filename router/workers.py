@@ -272,7 +272,7 @@ class Registry:
                 load=w.load,
                 restarts=w.restarts,
                 cause=w.cause,
-                barred=view.barred if view.state is WorkerState.READY else None,
+                ejected=view.barred if view.state is WorkerState.READY else None,
             )
             for w, view in zip(self.workers.values(), self.views(ledger), strict=True)
         )

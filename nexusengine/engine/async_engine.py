@@ -20,7 +20,6 @@ from nexusengine.engine.request import (
     DEFAULT_SAMPLING,
     Prompt,
     check_length,
-    error_delta,
     make_processor,
     make_request,
     merge,
@@ -273,7 +272,7 @@ class AsyncEngine:
                 else:  # the backend should have ended the request at its deadline
                     gave_up = True
                     silent = DeadlineExceeded("the time limit of the request is over, and no answer came")
-                    delta = error_delta(request.request_id, silent)
+                    delta = TokenDelta.failed(request.request_id, silent)
                 output = output_of(processor, delta, time.monotonic())
                 if (processor.stopped or gave_up) and not over:
                     backend.abort(request.request_id)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nexusengine.engine.request import error_delta
 from nexusengine.errors import DeadlineExceeded, NexusError, Unavailable
 from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, TokenDelta
@@ -110,7 +109,7 @@ class UnboundedBackend:
 
     def _end_waiting(self) -> None:
         for request_id in list(self._waiting):
-            self._end(request_id, error_delta(request_id, Unavailable("the engine was closed")))
+            self._end(request_id, TokenDelta.failed(request_id, Unavailable("the engine was closed")))
 
     def _let_in(self) -> None:
         """Requests from the heap while there are places. A sink may be called before `submit` returns, and calls this
@@ -137,12 +136,12 @@ class UnboundedBackend:
         try:
             self.inner.submit(request, heard)
         except NexusError as error:
-            heard(error_delta(request.request_id, error))
+            heard(TokenDelta.failed(request.request_id, error))
 
     def _expire(self, request: EngineRequest) -> None:
         limit_s = (request.deadline_s or math.inf) - request.arrival_s
         error = DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival")
-        self._end(request.request_id, error_delta(request.request_id, error))
+        self._end(request.request_id, TokenDelta.failed(request.request_id, error))
 
     def _end(self, request_id: str, delta: TokenDelta) -> None:
         if (waiting := self._forget(request_id)) is not None:

@@ -13,7 +13,6 @@ from nexusengine import wire
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.engine import lifetime
 from nexusengine.engine.client import Sink
-from nexusengine.engine.request import error_delta
 from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
 from nexusengine.types import EngineRequest, TokenDelta
@@ -59,7 +58,7 @@ class LocalBackend:
     def submit(self, request: EngineRequest, sink: Sink) -> None:
         if self._failure is not None or self._closing:
             failure, closed = self._failure, Unavailable("the engine was closed")
-            sink(error_delta(request.request_id, InternalError(failure) if failure else closed))
+            sink(TokenDelta.failed(request.request_id, InternalError(failure) if failure else closed))
             return
         self._sinks[request.request_id] = sink
         self._commands.append(request)
@@ -92,7 +91,7 @@ class LocalBackend:
         self.stop()
         while self._thread.is_alive():  # no thread to join it in: at the exit of an interpreter there is none
             await asyncio.sleep(_JOIN_EVERY_S)
-        self._fail_all(Unavailable.code, "the engine was closed")
+        self._fail_all(Unavailable("the engine was closed"))
         self.core.executor.close()
 
     def drop(self) -> None:
@@ -123,7 +122,7 @@ class LocalBackend:
         except Exception as error:  # whatever it is, the requests in flight must be told
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
-            self._call(self._fail_all, InternalError.code, self._failure)
+            self._call(self._fail_all, InternalError(self._failure))
         finally:
             lifetime.ended(self)
 
@@ -150,7 +149,7 @@ class LocalBackend:
             try:
                 self.core.add(command)
             except NexusError as error:
-                deltas.append(error_delta(command.request_id, error))
+                deltas.append(TokenDelta.failed(command.request_id, error))
         return deltas
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
@@ -162,8 +161,8 @@ class LocalBackend:
                 del self._sinks[delta.request_id]
             sink(delta)
 
-    def _fail_all(self, code: str, message: str) -> None:
+    def _fail_all(self, error: NexusError) -> None:
         """End every request, also those that the core has not seen yet."""
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
-            sink(TokenDelta(request_id, finish_reason="error", error_code=code, error_message=message))
+            sink(TokenDelta.failed(request_id, error))

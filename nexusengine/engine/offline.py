@@ -24,7 +24,7 @@ from nexusengine.config import EngineConfig
 from nexusengine.engine.async_engine import AsyncEngine
 from nexusengine.engine.launch import make_local
 from nexusengine.engine.lifetime import Home
-from nexusengine.engine.request import Prompt, error_delta, make_processor, output_of
+from nexusengine.engine.request import Prompt, make_processor, output_of
 from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
 from nexusengine.obs.logs import get_logger
 from nexusengine.scheduler.registry import OFFLINE
@@ -62,7 +62,7 @@ class LocalRunner:
         self._home.check()
 
     def stats(self) -> dict[str, float]:
-        return self.core.stats().totals()
+        return self.core.stats().counters()
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
         """stream: whether the caller looks at the news before a request's end."""
@@ -153,7 +153,7 @@ class LocalRunner:
                 try:
                     self.core.add(request)
                 except NexusError as error:
-                    self._deliver([error_delta(request.request_id, error)])
+                    self._deliver([TokenDelta.failed(request.request_id, error)])
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
@@ -164,7 +164,7 @@ class LocalRunner:
         """The end of the engine, and of all that is in flight."""
         self._failure = error
         self._queue.clear()
-        self._deliver([error_delta(request_id, error) for request_id in list(self._inboxes)])
+        self._deliver([TokenDelta.failed(request_id, error) for request_id in list(self._inboxes)])
 
     def _see_to_those_left(self) -> None:
         while self._left:
@@ -291,11 +291,11 @@ class RemoteRunner:
         cluster = self._session.engine.backend.status()
         if cluster is None:
             raise Unavailable("the router is silent")
-        totals: dict[str, float] = {}
+        counters: dict[str, float] = {}
         for worker in cluster.workers:
-            for name, value in (worker.load.totals if worker.load else {}).items():
-                totals[name] = totals.get(name, 0.0) + value
-        return totals
+            for name, value in (worker.load.counters if worker.load else {}).items():
+                counters[name] = counters.get(name, 0.0) + value
+        return counters
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
         """stream: whether the caller looks at the news before a request's end; else it may be generated twice."""

@@ -16,7 +16,6 @@ from nexusengine.errors import (
     InvalidRequest,
     NexusError,
     Overloaded,
-    error_from_code,
 )
 from nexusengine.slo.classes import SLOClass
 from nexusengine.tokenize import Tokenizer
@@ -146,30 +145,12 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
     )
 
 
-def delta_error(delta: TokenDelta) -> NexusError:
-    """The error that a delta with finish_reason "error" carries."""
-    return error_from_code(
-        delta.error_code or "", delta.error_message or "no reason was given", retry_after_s=delta.retry_after_s
-    )
-
-
-def error_delta(request_id: str, error: NexusError) -> TokenDelta:
-    """The last delta of a request that failed."""
-    return TokenDelta(
-        request_id,
-        finish_reason="error",
-        error_code=error.code,
-        error_message=error.message,
-        retry_after_s=error.retry_after_s,
-    )
-
-
 def output_of(processor: OutputProcessor, delta: TokenDelta, now: float) -> RequestOutput | None:
     """`processor.push`, with the error of a request that failed in its last output."""
     output = processor.push(delta, now)
     if output is None or output.finish_reason != "error":
         return output
-    error = delta_error(delta)
+    error = delta.error
     verdict = None if output.verdict is None else Verdict(False, False, _missed(error))
     return replace(output, error=error, verdict=verdict)
 

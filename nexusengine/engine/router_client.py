@@ -171,7 +171,7 @@ class RouterClient:
             task.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
-        self._fail(list(self._pending), Unavailable.code, "the engine was closed")
+        self._fail(list(self._pending), "the engine was closed")
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
@@ -264,7 +264,7 @@ class RouterClient:
             if self._refused is None:
                 self._refused = f"the router does not take this process: {message.reason}"
                 log.error(self._refused)
-            self._fail(list(self._pending), Unavailable.code, self._refused)
+            self._fail(list(self._pending), self._refused)
             self._changed.set()
         else:
             self._deliver(wire.join_deltas(message.plain, message.full))
@@ -278,7 +278,7 @@ class RouterClient:
                 "the router was restarted" if restarted else "the router gave the request up: this process was silent"
             )
             lost = [request_id for request_id, pending in self._pending.items() if pending.number < cluster.since]
-            self._fail(lost, Unavailable.code, message)
+            self._fail(lost, message)
         self._changed.set()
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
@@ -295,19 +295,11 @@ class RouterClient:
         """End every request, at the router too if it is there after all."""
         for request_id in self._pending:
             self.abort(request_id)
-        self._fail(list(self._pending), Unavailable.code, message)
+        self._fail(list(self._pending), message)
 
-    def _fail(self, request_ids: list[str], code: str, message: str) -> None:
+    def _fail(self, request_ids: list[str], reason: str) -> None:
         """End requests with an error after which they can be tried again."""
         for request_id in request_ids:
-            entry = self._pending.pop(request_id)
-            code_now = WorkerLost.code if entry.streamed else code
-            entry.sink(
-                TokenDelta(
-                    request_id,
-                    finish_reason="error",
-                    error_code=code_now,
-                    error_message=message,
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            )
+            pending = self._pending.pop(request_id)
+            error = (WorkerLost if pending.streamed else Unavailable)(reason, retry_after_s=_RETRY_AFTER_S)
+            pending.sink(TokenDelta.failed(request_id, error))

@@ -55,7 +55,7 @@ def worker_load(
         pending_tokens=int(pending_left.sum()),
         mean_output_tokens=mean_output_tokens,
         perf=perf,
-        totals=stats.totals(),
+        counters=stats.counters(),
         relegated=int(relegated.sum()),
         relegated_tokens=int(pending_left[relegated].sum()),
     )

@@ -43,7 +43,7 @@ class CoreStats:
     coverage: float = 0.0
     slow_steps: int = 0
 
-    def totals(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in self.__slots__}
 
     def stepped(self, tokens: int, predicted_s: float, upper_s: float, device_s: float) -> None:

@@ -95,12 +95,17 @@ _DRIFT = 0.1
 
 
 def _total(name: str) -> Callable[[WorkerStatus], float | None]:
-    return lambda w: None if w.load is None else w.load.totals.get(name)
+    return lambda w: None if w.load is None else w.load.counters.get(name)
 
 
 WORKER_METRICS = (
     WorkerMetric("worker_ready", "gauge", "1 if the worker takes requests", lambda w: w.state is WorkerState.READY),
-    WorkerMetric("worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.barred is not None),
+    WorkerMetric(
+        "worker_ejected",
+        "gauge",
+        "1 if it is ready but gets no requests: it failed too often, or has too much to do",
+        lambda w: w.ejected is not None,
+    ),
     WorkerMetric("worker_restarts", "gauge", "Restarts in the last five minutes", lambda w: w.restarts),
     WorkerMetric("worker_outstanding", "gauge", "Requests dispatched and not finished", lambda w: w.outstanding),
     WorkerMetric("worker_running", "gauge", "Sequences that hold KV blocks", _total("running")),
@@ -111,7 +116,12 @@ WORKER_METRICS = (
     WorkerMetric("worker_computed_tokens", "counter", "Tokens computed, prompts and output", _total("computed_tokens")),
     WorkerMetric("worker_generated_tokens", "counter", "Tokens generated", _total("generated_tokens")),
     WorkerMetric("worker_cached_tokens", "counter", "Tokens found in the prefix cache", _total("cached_tokens")),
-    WorkerMetric("worker_preemptions", "counter", "Sequences whose KV was taken back", _total("preemptions")),
+    WorkerMetric(
+        "worker_preemptions",
+        "counter",
+        "Sequences that were preempted: their KV blocks were given to others",
+        _total("preemptions"),
+    ),
     WorkerMetric("worker_kv_evictions", "counter", "Cached KV blocks given to others", _total("kv_evictions")),
     WorkerMetric("worker_device_seconds", "counter", "Time the device worked", _total("device_s")),
     WorkerMetric("worker_scheduler_seconds", "counter", "Time planning and bookkeeping took", _total("scheduler_s")),
@@ -131,7 +141,7 @@ WORKER_METRICS = (
         "worker_step_prediction_drift",
         "gauge",
         "1 while that bias is above 10 percent to either side",
-        lambda w: None if w.load is None else float(abs(w.load.totals.get("prediction_bias", 0.0)) > _DRIFT),
+        lambda w: None if w.load is None else float(abs(w.load.counters.get("prediction_bias", 0.0)) > _DRIFT),
     ),
     WorkerMetric(
         "worker_slow_steps", "counter", "Steps that took more than 1.6 times what was predicted", _total("slow_steps")
@@ -152,7 +162,7 @@ WORKER_METRICS = (
     WorkerMetric("worker_gpu_most_clock_mhz", "gauge", "Highest clock it has", _total("gpu_most_clock_mhz")),
     WorkerMetric("worker_gpu_power_watts", "gauge", "Power it takes", _total("gpu_power_w")),
     WorkerMetric("worker_gpu_temperature_celsius", "gauge", "How hot it is", _total("gpu_temperature_c")),
-    WorkerMetric("worker_gpu_used_bytes", "gauge", "Memory in use on it, by whomever", _total("gpu_used_bytes")),
+    WorkerMetric("worker_gpu_used_bytes", "gauge", "Memory in use on it, by all processes", _total("gpu_used_bytes")),
     WorkerMetric("worker_gpu_throttled", "gauge", "1 while power or heat hold its clock down", _total("gpu_throttled")),
 )
 
@@ -162,14 +172,17 @@ ROUTER_METRICS = {
 }
 ROUTER_COUNTERS = {
     "router_requests": ("requests", "Requests that came to the router"),
-    "router_dispatches": ("dispatches", "Requests sent to a worker, again included"),
+    "router_dispatches": ("dispatches", "Requests sent to a worker, repetitions included"),
     "router_redispatches": ("redispatches", "Requests sent to a second worker, the first being lost, stalled or full"),
     "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
     "router_failed_requests": ("requests_error", "Requests that ended with an error"),
-    "router_backpressure": ("backpressure", "Answers of workers that had too much to do"),
-    "router_faults": ("faults", "Answers of workers that count against them: five in a row and they get a rest"),
+    "router_backpressure": ("backpressure", "Requests that workers turned away because they had too much to do"),
+    "router_faults": (
+        "faults",
+        "Errors of workers that count against them: five in a row and the worker is ejected for 1 to 30 s",
+    ),
     "router_workers_lost": ("workers_lost", "Worker processes that ended or fell silent"),
-    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens of which the policy said when they come"),
+    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens whose time the policy predicted"),
     "router_first_token_seconds": ("first_token_s", "Of those, time from dispatch to the first token"),
     "router_first_token_error_seconds": ("first_token_error_s", "Of those, by how much the prediction was off"),
     "router_prefix_prompt_tokens": ("prefix_prompt_tokens", "Prompt tokens of requests whose prefix was looked up"),
@@ -178,7 +191,7 @@ ROUTER_COUNTERS = {
     "router_prefix_error_tokens": ("prefix_error_tokens", "Differences between the two, request by request"),
     "router_prefix_digests_lost": ("prefix_digests_lost", "Times a worker was asked for its whole digest"),
 }
-"""Key in `Cluster.totals` and help."""
+"""Key in `Cluster.counters` and help."""
 
 
 class Metrics:
@@ -289,7 +302,7 @@ class _ClusterCollector(Collector):
         for name, help in ROUTER_METRICS.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=getattr(cluster, name.removeprefix("router_")))
         for name, (key, help) in ROUTER_COUNTERS.items():
-            yield CounterMetricFamily(PREFIX + name, help, value=cluster.totals.get(key, 0.0))
+            yield CounterMetricFamily(PREFIX + name, help, value=cluster.counters.get(key, 0.0))
 
 
 class _WindowCollector(Collector):

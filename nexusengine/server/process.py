@@ -21,6 +21,7 @@ from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.process import child
 from nexusengine.process.control import Drain, Drained, Failed, Model, Phase, Ready, ToChild
+from nexusengine.process.event_loop import loop_factory
 from nexusengine.server.app import create_app
 from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState
@@ -149,15 +150,6 @@ def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
     state = ServerState(config, config.served_model_name or config.model)
     control = Control(state, front)
     child.listen(control.on_message, control.on_end)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve(state, control, listening))
     control.leave()
-
-
-def _loop_factory() -> Any:
-    """uvloop, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

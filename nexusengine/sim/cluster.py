@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nexusengine.errors import InternalError
+from nexusengine.errors import InternalError, Overloaded
 from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.router.core import RouterCore
 from nexusengine.router.placement.policy import PlacementPolicy
@@ -108,7 +108,7 @@ class Worker:
         """Its load, and what has changed in its prefix cache."""
         self.report_seq += 1
         digest = None if self.prefixes is None else PrefixDigest(*self.prefixes.take())
-        return Report(self.info.epoch, self.report_seq, self.engine.load(now), digest)
+        return Report(self.report_seq, self.engine.load(now), digest)
 
     def _describe(self) -> None:
         e = self.engine
@@ -315,10 +315,10 @@ class Cluster:
             request_id = end.job.request.request_id
             self._sent[request_id] = end, worker.info.worker_id
             if end.refused:
-                full.append(TokenDelta(request_id, finish_reason="error", error_code="overloaded"))
+                full.append(TokenDelta.failed(request_id, Overloaded("refused")))
             else:
                 full.append(TokenDelta(request_id, finish_reason="length"))
-        message = WorkerDeltas(worker.info.epoch, (), tuple(full))
+        message = WorkerDeltas((), tuple(full))
         self._at(now + self.link.link_delay_s, self._to_router, worker.identity, message)
 
     def _streams(self, now: float, request_id: str) -> None:

@@ -48,14 +48,14 @@ class Cluster(Message, frozen=True):
     (the router was restarted, or forgot a client that was silent), the client's requests whose number is below `since`
     are lost.
     held: requests the router holds because no worker can take them. ledger: requests in flight in all.
-    totals: the router's counters since it started.
+    counters: the router's counters since it started.
     """
 
     router_epoch: str
     workers: tuple[WorkerStatus, ...]
     held: int = 0
     ledger: int = 0
-    totals: dict[str, float] = msgspec.field(default_factory=dict)
+    counters: dict[str, float] = msgspec.field(default_factory=dict)
     session: int = 0
     since: int = 0
 

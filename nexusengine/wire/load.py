@@ -59,7 +59,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     bound predicted for it.
     tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
     relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
-    totals: counters since the worker started, by metric name (see server.metrics).
+    counters: counters since the worker started, by metric name (see server.metrics).
     """
 
     last_dispatch_seq: Count
@@ -77,7 +77,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     pending_tokens: Count = 0
     mean_output_tokens: Annotated[float, Meta(ge=0.0, le=1e12)] = 0.0
     perf: PerfSnapshot | None = None
-    totals: Annotated[dict[str, float], Meta(max_length=1024)] = {}
+    counters: Annotated[dict[str, float], Meta(max_length=1024)] = {}
     relegated: Count = 0
     relegated_tokens: Count = 0
 
@@ -125,7 +125,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
-    barred: why it gets no requests although it is ready; None if it does."""
+    ejected: why it gets no requests although it is ready; None if it does."""
 
     info: WorkerInfo
     state: WorkerState
@@ -135,4 +135,4 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     load: WorkerLoad | None
     restarts: int = 0
     cause: str | None = None
-    barred: str | None = None
+    ejected: str | None = None

@@ -49,10 +49,13 @@ class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Report(Message, frozen=True):
-    """A worker's load, pushed every snapshot period by a thread that runs while a long step computes: the heartbeat.
-    seq rises with every report of an epoch. prefixes: None where there is no prefix cache."""
+    """A worker's load and its heartbeat, sent every snapshot period by a thread that runs while a long step computes.
 
-    epoch: str
+    Attributes:
+        seq: rises with every report of a process.
+        prefixes: None where there is no prefix cache.
+    """
+
     seq: Count
     load: WorkerLoad
     prefixes: PrefixDigest | None = None
@@ -68,7 +71,6 @@ class WorkerDeltas(Message, frozen=True):
             to it once more after that are of the attempt before, and not wanted.
     """
 
-    epoch: str
     plain: tuple[tuple[str, tuple[int, ...]], ...]
     full: tuple[TokenDelta, ...] = ()
     last_dispatch_seq: Count = 2**53
@@ -77,7 +79,6 @@ class WorkerDeltas(Message, frozen=True):
 class Leaving(Message, frozen=True):
     """A worker that ends by itself: draining, or with a cause when it failed."""
 
-    epoch: str
     cause: str | None = None
 
 
@@ -102,9 +103,7 @@ class RepeatPrefixes(Message, frozen=True):
 
 
 class Reregister(Message, frozen=True):
-    """The router does not know this worker (it was restarted): say Starting or Ready again."""
-
-    router_epoch: str
+    """The router does not know this worker (it was restarted): send Starting or Ready again."""
 
 
 def identity_of(worker_id: str, epoch: str) -> bytes:

@@ -52,7 +52,7 @@ class Telemetry:
         self._uuid = environ.get("CUDA_VISIBLE_DEVICES", "") if environ.get(PINNED) else ""
         self._read, self._now = read, now
         self._read_s = float("-inf")
-        self._totals: dict[str, float] = {}
+        self._counters: dict[str, float] = {}
         self._state: GpuState | None = None
         self._news: deque[str] = deque(maxlen=1)
 
@@ -64,18 +64,18 @@ class Telemetry:
             return ""
 
     def beside(self, load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
-        """`load` with the GPU's numbers among its totals."""
+        """`load` with the GPU's numbers among its counters."""
         if not self._uuid:
             return load
 
         def both() -> WorkerLoad:
             if self._now() - self._read_s >= _EVERY_S:
                 state, self._read_s = self._read(self._uuid), self._now()
-                self._totals = {} if state is None else state.totals()
+                self._counters = {} if state is None else state.counters()
                 if state is not None and self._state is not None:
                     self._news.extend(filter(None, [slowed_or_freed(self._state, state)]))
                 self._state = state
             found = load()
-            return msgspec.structs.replace(found, totals={**found.totals, **self._totals})
+            return msgspec.structs.replace(found, counters={**found.counters, **self._counters})
 
         return both

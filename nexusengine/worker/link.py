@@ -86,7 +86,7 @@ class RouterLink:
         """
         if deltas:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), last_dispatch_seq))
+                self._exchange(wire.WorkerDeltas(*wire.split_deltas(deltas), last_dispatch_seq))
             os.sched_yield()
 
     def send_reply(self, reply: wire.DebugReply) -> None:
@@ -112,7 +112,7 @@ class RouterLink:
         self._closing.set()
         self._thread.join(2.0)
         with self._lock:
-            self._exchange(wire.Leaving(self._info.epoch, cause))
+            self._exchange(wire.Leaving(cause))
             self._socket.close()
 
     def _report(self) -> None:
@@ -128,7 +128,7 @@ class RouterLink:
             return wire.Starting(self._info, self._phase, self._fraction)
         self._seq += 1
         digest = None if self._prefixes is None else wire.PrefixDigest(*self._prefixes.take())
-        return wire.Report(self._info.epoch, self._seq, self._load(), digest)
+        return wire.Report(self._seq, self._load(), digest)
 
     def _exchange(self, message: wire.Message | None = None) -> None:
         """With the lock held: send, then take all that has come. The socket's descriptor tells of a change once, and

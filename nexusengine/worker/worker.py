@@ -51,15 +51,7 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
             try:
                 core.add(message.request)
             except NexusError as error:
-                deltas.append(
-                    TokenDelta(
-                        message.request.request_id,
-                        finish_reason="error",
-                        error_code=error.code,
-                        error_message=error.message,
-                        retry_after_s=error.retry_after_s,
-                    )
-                )
+                deltas.append(TokenDelta.failed(message.request.request_id, error))
         link.send(deltas, core.last_dispatch_seq)
         link.send(core.step(), core.last_dispatch_seq)
         if not core.has_work:
@@ -67,11 +59,11 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
 
 
 def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
-    """`load` with the memory of this process among its totals."""
+    """`load` with the memory of this process among its counters."""
 
     def both() -> WorkerLoad:
         found = load()
-        return msgspec.structs.replace(found, totals={**found.totals, "resident_bytes": resident_bytes()})
+        return msgspec.structs.replace(found, counters={**found.counters, "resident_bytes": resident_bytes()})
 
     return both
 

@@ -138,7 +138,7 @@ def test_frames_of_strangers_on_its_sockets_do_not_disturb_a_server(serve: Serve
         b"\x91\xa1\x81",
         b"\x91" * 5000,
         wire.encode(wire.Ready(stranger)),
-        wire.encode(wire.Report("e", 1, wire.WorkerLoad(0, perf=nonsense))),
+        wire.encode(wire.Report(1, wire.WorkerLoad(0, perf=nonsense))),
         wire.encode(wire.Hello(protocol=99)),
     ]
     for name in ("front", "back"):

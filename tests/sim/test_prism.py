@@ -159,10 +159,10 @@ def test_conversations_go_back_to_where_their_beginning_is_cached() -> None:
         cached, prompts = (sum(getattr(e.stats, k) for e in engines) for k in ("cached_tokens", "prompt_tokens"))
         results[router] = attainment(outcomes), cached / prompts
         if router != "least-requests":
-            totals = cluster.core.cluster().totals
-            assert totals["prefix_prompt_tokens"] == prompts
-            assert totals["prefix_hit_tokens"] == cached
-            assert totals["prefix_error_tokens"] < 0.1 * cached, "hits are predicted"
+            counters = cluster.core.cluster().counters
+            assert counters["prefix_prompt_tokens"] == prompts
+            assert counters["prefix_hit_tokens"] == cached
+            assert counters["prefix_error_tokens"] < 0.1 * cached, "hits are predicted"
             assert cluster.core.registry.block_sizes() == {16}
     assert results["prism"][1] >= 0.9 * results["cache-aware"][1]
     assert results["prism"][0] >= results["cache-aware"][0]

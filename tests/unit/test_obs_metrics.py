@@ -37,14 +37,14 @@ LOADED = WorkerStatus(
         lambda: WorkerLoad(
             0,
             perf=PerfSnapshot("online-1", (), 1.1, 7, epoch=1),
-            totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
-            | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
+            counters=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).counters()
+            | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).counters(),
         )
     )(),
     restarts=2,
 )
 STARTING = WorkerStatus(WorkerInfo("w1", "e", 2, "cpu", "m"), WorkerState.STARTING, "loading", 0.5, 0, load=None)
-CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5, totals={"faults": 6.0})
+CLUSTER = Cluster("r", (LOADED, STARTING), held=4, ledger=5, counters={"faults": 6.0})
 
 
 def values(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -102,7 +102,7 @@ def test_names_are_unique_and_on_the_page() -> None:
     names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *ROUTER_COUNTERS, *WINDOW_METRICS]
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
-    assert set(asdict(CoreStats())) == set(CoreStats().totals())
+    assert set(asdict(CoreStats())) == set(CoreStats().counters())
 
 
 def ended(slo_class: str | None, verdict: Verdict | None, **fields: object) -> RequestOutput:

@@ -39,7 +39,7 @@ class Router:
         self.core.on_client(CLIENT, wire.Submit(request), self.now)
 
     def deltas(self, worker: str, *deltas: TokenDelta, epoch: str = "e1") -> None:
-        message = wire.WorkerDeltas(epoch, *wire.split_deltas(deltas))
+        message = wire.WorkerDeltas(*wire.split_deltas(deltas))
         self.core.on_worker(identity_of(worker, epoch), message, self.now)
 
     def sent(self) -> dict[bytes, list[wire.Message]]:
@@ -155,8 +155,8 @@ def test_a_new_process_of_a_worker_replaces_the_old_one() -> None:
 def test_an_unknown_worker_is_asked_to_say_hello_and_its_old_requests_are_cancelled() -> None:
     router = Router("w0")
     identity = identity_of("w0", "e1")
-    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(0)), 0.0)
-    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Report(1, wire.WorkerLoad(0)), 0.0)
+    assert router.sent() == {identity: [wire.Reregister()]}
     router.core.on_worker(identity, wire.Ready(info("w0"), ("old",)), 0.0)
     assert router.sent() == {identity: [wire.Cancel("old")]}
 
@@ -179,7 +179,7 @@ def test_a_client_that_falls_silent_takes_its_requests_with_it() -> None:
     router.ready("w0")
     router.submit("a")
     router.sent()
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 20.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(1)), 20.0)
     router.core.on_timer(20.0)
     assert router.sent() == {identity_of("w0", "e1"): [wire.Cancel("a")]}
     assert len(router.core.ledger) == 0
@@ -233,15 +233,15 @@ def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_f
     router.core.on_timer(40.0)
     router.sent()
     identity = identity_of("w0", "e1")
-    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(1)), 40.0)
-    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Report(1, wire.WorkerLoad(1)), 40.0)
+    assert router.sent() == {identity: [wire.Reregister()]}
     router.core.on_worker(identity, wire.Ready(info("w0"), ("a",), last_dispatch_seq=1), 40.0)
     sent = router.sent()[identity]
     assert [type(m) for m in sent] == [wire.Cancel, wire.Dispatch]
     assert isinstance(sent[1], wire.Dispatch)
     assert sent[1].seq == 2
     for last_dispatch_seq, tokens in ((1, (5, 6)), (2, (7,))):
-        message = wire.WorkerDeltas("e1", (("a", tokens),), (), last_dispatch_seq)
+        message = wire.WorkerDeltas((("a", tokens),), (), last_dispatch_seq)
         router.core.on_worker(identity, message, 40.0)
     assert router.sent() == {CLIENT: [wire.Deltas((("a", (7,)),))]}
 
@@ -316,12 +316,12 @@ def test_a_worker_without_progress_gets_no_new_requests_until_it_moves_again(sil
     stuck = wire.WorkerLoad(0, step_running_s=6.0, step_upper_s=0.1)
     router.now = 6.0
     if not silent:
-        router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, stuck), 6.0)
+        router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, stuck), 6.0)
     router.core.on_timer(6.0)
     assert router.core.registry.workers["w0"].state is wire.WorkerState.STALLED
     router.submit("a")
     assert router.dispatched() == {}
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 2, wire.WorkerLoad(0)), 6.5)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(2, wire.WorkerLoad(0)), 6.5)
     router.core.on_timer(6.6)
     assert router.dispatched() == {"a": "w0"}
 
@@ -341,7 +341,7 @@ def test_reports_that_are_overtaken_are_dropped() -> None:
     router.ready("w0")
     identity = identity_of("w0", "e1")
     for seq, last_dispatch_seq in ((2, 9), (1, 5)):
-        router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
+        router.core.on_worker(identity, wire.Report(seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
     load = router.core.registry.workers["w0"].load
     assert load is not None
     assert load.last_dispatch_seq == 9
@@ -352,7 +352,7 @@ def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
     router.ready("w0")
     for name in "abc":
         router.submit(name)
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
     (view,) = router.core.registry.views(router.core.ledger)
     assert (view.outstanding, [p.request_id for p in view.unreported]) == (3, ["c"])
 
@@ -383,7 +383,7 @@ def test_a_worker_that_turns_a_request_away_is_left_in_peace_and_another_gets_it
     router.submit("c")
     assert set(router.dispatched().values()) == {"w1"}
     router.now = 1.1
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 1.1)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(1)), 1.1)
     router.core.on_timer(1.1)
     router.submit("d")
     assert router.dispatched() == {"d": "w0"}
@@ -456,7 +456,7 @@ def test_requests_nobody_has_seen_a_token_of_leave_a_worker_that_stalls() -> Non
     router.deltas("w0", TokenDelta("b", (7,)))
     router.ready("w1")
     router.sent()
-    router.core.on_worker(identity_of("w1", "e1"), wire.Report("e1", 1, wire.WorkerLoad(0)), 2.0)
+    router.core.on_worker(identity_of("w1", "e1"), wire.Report(1, wire.WorkerLoad(0)), 2.0)
     router.core.on_timer(2.1)
     sent = router.sent()
     assert sent[identity_of("w0", "e1")] == [wire.Cancel("a")]
@@ -495,7 +495,7 @@ def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None
         router.submit(f"a{n}")
     router.now = 20.0
     router.core.on_client(CLIENT, wire.Hello(), 20.0)
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(40)), 20.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(40)), 20.0)
     router.sent()
     router.ready("w1")
     for n in range(20):
@@ -503,7 +503,7 @@ def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None
     assert list(router.dispatched().values()).count("w1") == WARMING_REQUESTS
     router.now = 31.0
     for worker in ("w0", "w1"):
-        router.core.on_worker(identity_of(worker, "e1"), wire.Report("e1", 2, wire.WorkerLoad(60)), 31.0)
+        router.core.on_worker(identity_of(worker, "e1"), wire.Report(2, wire.WorkerLoad(60)), 31.0)
     router.core.on_client(CLIENT, wire.Hello(), 31.0)
     router.core.on_timer(31.0)
     for n in range(20):
@@ -522,7 +522,7 @@ def test_a_worker_whose_queue_is_full_is_passed_over_and_its_bound_holds() -> No
     assert (placed.count("w0"), placed.count("w1")) == (3, 5)
     assert router.core.ledger.held == 2
     router.deltas("w0", TokenDelta("0", (1,)))
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(3, waiting=2)), 0.1)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(3, waiting=2)), 0.1)
     router.core.on_timer(0.1)
     assert router.dispatched() == {"8": "w0"}
 
@@ -558,10 +558,10 @@ def test_predicted_and_actual_first_tokens_are_counted() -> None:
     router.now = 0.75
     router.deltas("w0", TokenDelta("a", (1,)))
     router.deltas("w0", TokenDelta("a", (2,)))
-    totals = router.core.cluster().totals
-    assert totals["first_tokens_predicted"] == 1
-    assert totals["first_token_s"] == 0.75
-    assert 0.0 < totals["first_token_error_s"] < 0.75
+    counters = router.core.cluster().counters
+    assert counters["first_tokens_predicted"] == 1
+    assert counters["first_token_s"] == 0.75
+    assert 0.0 < counters["first_token_error_s"] < 0.75
 
 
 def test_a_new_process_of_a_worker_that_failed_starts_with_a_clean_slate() -> None:
@@ -595,7 +595,7 @@ def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: in
     request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
     packed = pack(short_names(names(request, 16), 16))
     digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
-    report = wire.Report("e1", seq, wire.WorkerLoad(0), digest)
+    report = wire.Report(seq, wire.WorkerLoad(0), digest)
     router.core.on_worker(identity_of(worker, "e1"), report, router.now)
 
 
@@ -609,9 +609,9 @@ def test_requests_go_where_their_beginning_is_cached_and_hits_are_compared_with_
     first = TokenDelta("a0", (5,), cached_tokens=1584, timings=Timings(0.0))
     router.deltas("w1", first)
     router.deltas("w1", TokenDelta("a0", (6,)))
-    totals = router.core.cluster().totals
-    assert (totals["prefix_prompt_tokens"], totals["prefix_predicted_tokens"]) == (1610, 1600)
-    assert (totals["prefix_hit_tokens"], totals["prefix_error_tokens"]) == (1584, 16)
+    counters = router.core.cluster().counters
+    assert (counters["prefix_prompt_tokens"], counters["prefix_predicted_tokens"]) == (1610, 1600)
+    assert (counters["prefix_hit_tokens"], counters["prefix_error_tokens"]) == (1584, 16)
     router.core.on_worker_exited("w1", "e1", "killed", 1, 0.0)
     assert len(router.core.prefixes) == 0
 
@@ -623,7 +623,7 @@ def test_a_digest_with_a_gap_is_asked_for_anew_and_an_absurd_one_is_an_error() -
     tell_digest(router, "w0", 2, 10, digest_seq=5)
     assert router.sent() == {identity_of("w0", "e1"): [wire.RepeatPrefixes()]}
     for wrong in (b"123", b"x" * 8 * 5000):
-        report = wire.Report("e1", 3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
+        report = wire.Report(3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
         with pytest.raises(wire.ProtocolError, match="digest"):
             router.core.on_worker(identity_of("w0", "e1"), report, 0.0)
 

@@ -144,7 +144,7 @@ def test_the_state_leaves_out_what_the_gpu_does_not_tell() -> None:
     state = gpus.state_of(A.uuid)
     assert state is not None
     assert state.throttled == ("power cap",)
-    assert state.totals() == {
+    assert state.counters() == {
         "gpu_clock_mhz": 1500.0, "gpu_most_clock_mhz": 1980.0, "gpu_temperature_c": 60.0, "gpu_used_bytes": 1.0,
         "gpu_throttled": 1.0,
     }  # fmt: skip
@@ -169,9 +169,9 @@ def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> Non
         return GpuState(1500.0, None, 300.0, None, None, ())
 
     environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
-    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1, totals={"steps": 7.0})
+    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1, counters={"steps": 7.0})
     beside = Telemetry(environ, read, lambda: at[0]).beside(lambda: load)
-    assert beside().totals == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
+    assert beside().counters == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
     beside()
     at[0] = 1.5
     beside()
