@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nexusengine import native
@@ -48,13 +49,29 @@ def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
     return make_core(executor, config, MonotonicClock(), geometry=files.config), tokenizer, files.config.vocab_size
 
 
-async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, int, SupervisorThread | None]:
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What an AsyncEngine serves with.
+
+    Attributes:
+        backend: started.
+        vocab_size: number of token ids.
+        supervisor: of the processes behind the backend, where they are this engine's own.
+    """
+
+    backend: AsyncBackend
+    tokenizer: Tokenizer
+    vocab_size: int
+    supervisor: SupervisorThread | None = None
+
+
+async def start_backend(config: EngineConfig) -> Started:
     """One device: a core in a thread of this process. Several: router and workers in processes of their own."""
     if len(parse_devices(config.devices)) == 1:
         core, tokenizer, vocab_size = await asyncio.to_thread(make_local, config)
         local = LocalBackend(core, config.model)
         await local.start()
-        return local, tokenizer, vocab_size, None
+        return Started(local, tokenizer, vocab_size)
     supervisor = SupervisorThread(config)
     client = RouterClient(supervisor.front)
     started = False
@@ -70,7 +87,7 @@ async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, 
             await client.close()
         await supervisor.closed()
         raise
-    return client, tokenizer, files.config.vocab_size, supervisor
+    return Started(client, tokenizer, files.config.vocab_size, supervisor)
 
 
 class SupervisorThread:

@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 from nexusengine.config import EngineConfig
-from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.launch import make_local
 from nexusengine.engine.lifetime import Home
 from nexusengine.engine.request import Prompt, make_processor, output_of
-from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
+from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
 from nexusengine.scheduler.registry import OFFLINE
 from nexusengine.slo.due import first_token_due_s
@@ -36,8 +36,8 @@ log = get_logger("engine")
 
 
 class LocalRunner:
-    """A core in this process, stepped by its callers: whoever has no news computes the next step, for all of them, with
-    the lock held.
+    """A core in this process, stepped by its callers: whoever has no output to yield computes the next step, for all of
+    them, with the lock held.
 
     Only the holder of the lock touches the core. A generator may be closed by the garbage collector, in any thread and
     also within a step, so its end takes no lock: what it leaves is written down in `_left`, for the holder to see to.
@@ -65,7 +65,7 @@ class LocalRunner:
         return self.core.stats().counters()
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
-        """stream: whether the caller looks at the news before a request's end."""
+        """Yield the outputs of all requests. stream: whether the caller looks at them before a request's end."""
         processors = {
             r.request_id: (i, make_processor(r, self.tokenizer, p))
             for i, (r, p) in enumerate(zip(requests, prompts, strict=True))
@@ -298,22 +298,26 @@ class RemoteRunner:
         return counters
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
-        """stream: whether the caller looks at the news before a request's end; else it may be generated twice."""
+        """Yield the outputs of all requests.
+
+        Args:
+            stream: whether the caller looks at them before a request's end; else one may be generated twice.
+        """
         session = self._session
         if session.loop.is_closed():
             raise Unavailable("the engine was closed")
-        news: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
+        outputs: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
         pairs = list(zip(requests, prompts, strict=True))
-        starts: list[Outputs] = [partial(session.engine.serve, request, prompt) for request, prompt in pairs]
+        starts: list[Outputs] = [partial(session.engine.stream, request, prompt) for request, prompt in pairs]
         if not stream:
-            starts = [partial(_whole, start) for start in starts]
-        running = asyncio.run_coroutine_threadsafe(_serve_all(starts, news), session.loop)
-        running.add_done_callback(lambda _: news.put(None))
+            starts = [partial(retry_on_worker_loss, start) for start in starts]
+        running = asyncio.run_coroutine_threadsafe(_serve_all(starts, outputs), session.loop)
+        running.add_done_callback(lambda _: outputs.put(None))
         left = len(requests)
         try:
             while left:
                 self.check()
-                output = news.get()
+                output = outputs.get()
                 if output is None:
                     raise _cause(running)
                 left -= output.finished
@@ -325,25 +329,15 @@ class RemoteRunner:
         self._session.close()
 
 
-async def _serve_all(starts: list[Outputs], news: queue.SimpleQueue[RequestOutput | None]) -> None:
+async def _serve_all(starts: list[Outputs], outputs: queue.SimpleQueue[RequestOutput | None]) -> None:
     async def one(index: int, start: Outputs) -> None:
         async for output in start():
             output.metadata["index"] = index
-            news.put(output)
+            outputs.put(output)
 
     async with asyncio.TaskGroup() as group:
         for index, start in enumerate(starts):
             group.create_task(one(index, start))
-
-
-async def _whole(start: Outputs) -> AsyncGenerator[RequestOutput]:
-    """The outputs of a generation whose caller looks at them only when they are complete: generated a second time if
-    the worker is lost in the middle. A worker lost before the first token is the router's concern."""
-    outputs = [output async for output in start()]
-    if isinstance(outputs[-1].error, WorkerLost) and any(output.token_ids for output in outputs):
-        outputs = [output async for output in start()]
-    for output in outputs:
-        yield output
 
 
 def _cause(running: Future[None]) -> BaseException:

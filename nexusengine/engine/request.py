@@ -109,7 +109,8 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
         raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param=param)
 
 
-def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt) -> OutputProcessor:
+def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt | None = None) -> OutputProcessor:
+    """Makes the outputs of a request. prompt: as the caller gave it; a text is repeated in the outputs."""
     return OutputProcessor(
         request.request_id,
         tuple(request.prompt_token_ids),

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.request import check_fits, check_token_ids
 from nexusengine.errors import InvalidRequest
 from nexusengine.server.body import read_body
@@ -108,7 +108,7 @@ class Generation:
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
         counted = [partial(self._counted, i, start) for i, start in enumerate(starts)]
-        self._generations = [start() if asked.stream else once_more(start) for start in counted]
+        self._generations = [start() if asked.stream else retry_on_worker_loss(start) for start in counted]
         self._lengths = [0] * len(counted)
         self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}

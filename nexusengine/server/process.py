@@ -109,7 +109,7 @@ class Control:
             os._exit(1)
         client = self._client = RouterClient(self._front)
         await client.start()
-        self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
+        self.state.engine = AsyncEngine.from_client(client, tokenizer, files.config.vocab_size)
         self.state.model_name = model.name
         gc.collect()
         gc.freeze()  # what is there by now stays, and need not be looked through while requests are served

@@ -15,7 +15,7 @@ import nexusengine.engine.async_engine
 from nexusengine import wire
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.engine_core import EngineCore
-from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.client import Sink
 from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.engine.request import merge
@@ -54,7 +54,7 @@ def core() -> EngineCore:
 async def engine(core: EngineCore) -> AsyncIterator[AsyncEngine]:
     backend = LocalBackend(core, "fake")
     await backend.start()
-    made = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    made = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     yield made
     core.executor.gate.set()  # type: ignore[attr-defined]
     await made.close()
@@ -202,7 +202,7 @@ class SilentBackend:
 async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nexusengine.engine.async_engine, "_DEADLINE_GRACE_S", 0.05)
     backend = SilentBackend()
-    engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    engine = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     with pytest.raises(DeadlineExceeded):
         await asyncio.wait_for(gather(engine, "ab", timeout_s=0.05, request_id="mine"), 5)
     assert backend.aborted == ["mine"]
@@ -210,7 +210,7 @@ async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monk
 
 async def test_the_context_length_is_remembered_while_all_workers_start_again() -> None:
     backend = SilentBackend()
-    engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    engine = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     backend.workers = ()
     with pytest.raises(Unavailable, match="no worker"):
         _ = engine.max_model_len
@@ -231,7 +231,7 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop() -> None:
             threads.append(threading.current_thread())
             return super().encode(text)
 
-    engine = AsyncEngine.over(SilentBackend(), Tokenizer(), VOCABULARY)  # type: ignore[arg-type]
+    engine = AsyncEngine.from_client(SilentBackend(), Tokenizer(), VOCABULARY)  # type: ignore[arg-type]
     assert await engine.encode("ab") == TOKENIZER.encode("ab")
     assert len(await engine.encode("a" * 100_000)) == 100_000
     assert [t is threading.main_thread() for t in threads] == [True, False]
@@ -254,17 +254,17 @@ def generations(*lengths: int, last: int) -> tuple[list[int], Any]:
 
 async def test_what_is_looked_at_only_when_complete_is_generated_again_once_if_its_worker_is_lost() -> None:
     started, start = generations(3, last=4)
-    assert [(o.text, o.token_ids) async for o in once_more(start)] == [("1", (i,)) for i in range(4)]
+    assert [(o.text, o.token_ids) async for o in retry_on_worker_loss(start)] == [("1", (i,)) for i in range(4)]
     started, start = generations(3, 2, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start)]
+        _ = [o async for o in retry_on_worker_loss(start)]
     assert started == [0, 1]
 
 
 async def test_a_worker_lost_before_the_first_token_is_not_this_layers_concern() -> None:
     started, start = generations(0, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start)]
+        _ = [o async for o in retry_on_worker_loss(start)]
     assert started == [0]
 
 
