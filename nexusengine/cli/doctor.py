@@ -49,7 +49,7 @@ def findings() -> dict[str, Any]:
 
 
 def advice(count: int, no_driver: str, torch: dict[str, Any], backends: list[dict[str, Any]]) -> list[str]:
-    """What to install or mend for more speed."""
+    """Things to install or repair for more speed."""
     found: list[str] = []
     if not count:
         why = f"the NVIDIA driver does not answer ({no_driver})" if no_driver else "CUDA_VISIBLE_DEVICES hides them all"
@@ -163,7 +163,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _ledger(gpu: gpus.Gpu) -> dict[str, int]:
-    """What there would be for a model: the worker's log says how it is divided once one is loaded."""
+    """The memory there would be for a model: the worker's log says how it is divided once one is loaded."""
     from nexusengine.execute.ledger import RESERVE_SHARE, graph_budget_bytes
 
     reserve, graphs = int(RESERVE_SHARE * gpu.total_bytes), graph_budget_bytes(gpu.total_bytes)

@@ -56,7 +56,7 @@ class EngineCore:
         max_running, max_waiting: requests that hold KV, and that wait for it.
         prefix_caching: reuse the KV of equal beginnings.
         hash_key: secret of the prefix cache's hashes.
-        name: of this worker, for those who are told how they were served.
+        name: of this worker, in records and deltas.
         check_every_step: verify every invariant after each step (tests).
 
     Attributes:
@@ -209,7 +209,7 @@ class EngineCore:
         began_s, stats = time.perf_counter(), self.scheduler.stats
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
-        self._tell_refused(scheduled)
+        self._end_refused(scheduled)
         self._take_predictions(scheduled.plan)
         if not len(scheduled.slots):
             return False
@@ -242,7 +242,7 @@ class EngineCore:
         self._advance(step)
         return True
 
-    def _tell_refused(self, scheduled: Scheduled[RequestState]) -> None:
+    def _end_refused(self, scheduled: Scheduled[RequestState]) -> None:
         for state in scheduled.refused:
             message = "refused: the engine cannot serve it in time"
             self._ended(state, "error", error=Error(Overloaded.code, message, self.scheduler.predicted_drain_s()))
@@ -380,7 +380,7 @@ class EngineCore:
         stop_reason: int | None = None,
         error: Error | None = None,
     ) -> None:
-        """The scheduler has let go of it: tell its caller and the history."""
+        """The scheduler has removed it: end it for its caller and the history."""
         del self._by_id[state.request.request_id]
         self.scheduler.stats.finished(reason)
         now, service = self.clock.now(), self._service(state)

@@ -1,4 +1,4 @@
-"""What became of each request in the newest steps, for whoever asks afterwards.
+"""What became of each request in the newest steps, for those who ask afterwards.
 
 Only changes are kept: a request that waits for the same reason as a step before, or goes on decoding, costs nothing.
 Rings of fixed size; numpy only, nothing per token.

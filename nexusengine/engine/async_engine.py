@@ -27,7 +27,7 @@ from nexusengine.engine.request import (
 )
 from nexusengine.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from nexusengine.slo.classes import CLASSES
-from nexusengine.slo.resolve import Promise, SLOClasses
+from nexusengine.slo.resolve import SLOClasses, SLOLike
 from nexusengine.templates.pool import PROCESSES
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message, check_template_variables
@@ -39,7 +39,7 @@ _DEADLINE_GRACE_S = 5.0
 
 
 class _Resources:
-    """What an AsyncEngine has started; outlives it only as long as it takes to end it."""
+    """The client, threads and processes of an AsyncEngine; outlive it only as long as it takes to end them."""
 
     def __init__(self) -> None:
         self.home = Home()
@@ -182,8 +182,11 @@ class AsyncEngine:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt + output in tokens that some worker can hold; while all of them start again, what it was
-        before. Raises Unavailable before one was ready, and when the router is silent."""
+        """Longest prompt + output in tokens that some worker can hold; while all of them start again, as before.
+
+        Raises:
+            Unavailable: no worker was ready yet, or the router is silent.
+        """
         cluster = self.backend.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=1.0)
@@ -202,8 +205,15 @@ class AsyncEngine:
     async def render_chat(
         self, messages: Sequence[Message] | Callable[[], Sequence[Message]], /, **options: Any
     ) -> str:
-        """The prompt of a conversation, or of what a function returns; options: see ChatTemplate.render. In a thread,
-        because a template may take seconds. Raises InvalidRequest."""
+        """The prompt of a conversation, rendered in a thread, because a template may take seconds.
+
+        Args:
+            messages: the conversation, or a function that returns it.
+            options: see ChatTemplate.render.
+
+        Raises:
+            InvalidRequest: with what the template says is wrong with the messages.
+        """
 
         def render() -> str:
             return self.tokenizer.render_chat(messages() if callable(messages) else messages, **options)
@@ -221,7 +231,7 @@ class AsyncEngine:
         sampling: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        slo: Promise = None,
+        slo: SLOLike = None,
         priority: int = 0,
         timeout_s: float | None = None,
         arrival_s: float | None = None,

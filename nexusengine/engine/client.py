@@ -1,5 +1,7 @@
-"""What stands between text and tokens: something that serves EngineRequests. Local (a core in this process) or remote
-(the router). The HTTP server, Engine and AsyncEngine see only this protocol."""
+"""The contract of what serves EngineRequests: a core in this process, or the router and its workers.
+
+The HTTP server, Engine and AsyncEngine see only this protocol.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,11 @@ Sink = Callable[[TokenDelta], None]
 
 
 class AsyncBackend(Protocol):
-    """Serves requests from one event loop. Every request submitted gets exactly one delta with a finish_reason: also
-    when it is aborted, its worker dies, or the backend is closed."""
+    """Serves requests from one event loop.
+
+    Every request submitted gets exactly one delta with a finish_reason: also when it is aborted, its worker dies, or
+    the backend is closed.
+    """
 
     async def start(self) -> None: ...
 
@@ -39,8 +44,14 @@ class AsyncBackend(Protocol):
         ...
 
     async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[DebugReply]:
-        """What every worker remembers of its newest steps, or of a request; without those that do not answer in time.
-        Raises Unavailable if nobody can be asked."""
+        """Ask every worker what it remembers of its newest steps, or of a request.
+
+        Returns:
+            The replies that come in time.
+
+        Raises:
+            Unavailable: no worker can be asked.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -62,9 +73,14 @@ class _Waiting:
 
 
 class UnboundedBackend:
-    """A backend that takes any number of requests: at most `places` of them are in `inner` at a time, whose queue is
-    bounded; the others wait before it, by the instant their first token is due, those without an SLO behind, as they
-    came. For callers in Python, who have all their prompts at hand anyway; a server refuses what its queue cannot hold.
+    """A backend that takes any number of requests, over one whose queue is bounded.
+
+    Those beyond `places` wait before it, ordered by the time their first token is due, those without an SLO last, as
+    they came. For callers in Python, who have all their prompts at hand anyway; a server refuses what its queue cannot
+    hold.
+
+    Args:
+        places: most requests in `inner` at a time.
     """
 
     def __init__(self, inner: AsyncBackend, places: int) -> None:
@@ -112,8 +128,10 @@ class UnboundedBackend:
             self._end(request_id, TokenDelta.failed(request_id, Unavailable("the engine was closed")))
 
     def _let_in(self) -> None:
-        """Requests from the heap while there are places. A sink may be called before `submit` returns, and calls this
-        again: the outermost call does the work."""
+        """Submit requests from the heap while there are places.
+
+        A sink may be called before `submit` returns, and calls this again: the outermost call does the work.
+        """
         if self._letting_in:
             return
         self._letting_in = True
@@ -126,7 +144,7 @@ class UnboundedBackend:
             self._letting_in = False
 
     def _submit(self, request: EngineRequest, sink: Sink) -> None:
-        def heard(delta: TokenDelta) -> None:
+        def forward(delta: TokenDelta) -> None:
             if delta.finish_reason is not None:
                 self._inside -= 1
                 self._let_in()
@@ -134,9 +152,9 @@ class UnboundedBackend:
 
         self._inside += 1
         try:
-            self.inner.submit(request, heard)
+            self.inner.submit(request, forward)
         except NexusError as error:
-            heard(TokenDelta.failed(request.request_id, error))
+            forward(TokenDelta.failed(request.request_id, error))
 
     def _expire(self, request: EngineRequest) -> None:
         limit_s = (request.deadline_s or math.inf) - request.arrival_s

@@ -119,7 +119,7 @@ class LocalBackend:
                 if not self.core.has_work:
                     self._arrived.wait(_IDLE_WAIT_S)
                     self._arrived.clear()
-        except Exception as error:  # whatever it is, the requests in flight must be told
+        except Exception as error:  # whatever it is, the requests in flight must end
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
             self._call(self._fail_all, InternalError(self._failure))

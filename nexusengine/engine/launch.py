@@ -1,4 +1,4 @@
-"""What Engine and AsyncEngine are started from: their settings, a core in this process, or processes of its own."""
+"""How Engine and AsyncEngine are started: settings, a core in this process, or processes of their own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What an AsyncEngine serves with.
+    """A client that is started, and what belongs to it.
 
     Attributes:
         backend: started.

@@ -36,11 +36,11 @@ log = get_logger("engine")
 
 
 class LocalRunner:
-    """A core in this process, stepped by its callers: whoever has no output to yield computes the next step, for all of
-    them, with the lock held.
+    """A core in this process, stepped by its callers.
 
-    Only the holder of the lock touches the core. A generator may be closed by the garbage collector, in any thread and
-    also within a step, so its end takes no lock: what it leaves is written down in `_left`, for the holder to see to.
+    Whoever has no output to yield computes the next step, for all of them, with the lock held. Only the holder of the
+    lock touches the core. A generator may be closed by the garbage collector, in any thread and also within a step, so
+    its end takes no lock: the requests that it leaves go into `_left`, and the holder aborts them.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -94,7 +94,7 @@ class LocalRunner:
             self._leave(*processors)
 
     def close(self) -> None:
-        """What is in flight ends with an error."""
+        """End what is in flight with an error."""
         if not self._home.here:
             return
         self._closing = True
@@ -113,7 +113,7 @@ class LocalRunner:
         with self._lock:
             try:
                 self._holder = threading.get_ident()
-                self._see_to_those_left()
+                self._abort_left()
                 yield
             finally:
                 if self._closing and self._failure is None:
@@ -133,15 +133,14 @@ class LocalRunner:
                 heapq.heappush(self._queue, (due_s, self._submitted, request))
 
     def _step(self, inbox: deque[TokenDelta]) -> None:
-        """One step of the core, unless another thread's has brought something meanwhile. Its tokens go to whoever asked
-        for them."""
+        """Compute one step, unless another thread's has brought something meanwhile; its tokens go to all inboxes."""
         with self._turn(), _interrupts_deferred():
             if inbox or self._failure is not None:
                 return
             try:
                 self._feed()
                 self._deliver(self.core.step())
-            except Exception as error:  # whatever it is, all that are in flight must be told
+            except Exception as error:  # whatever it is, all that are in flight must end
                 log.exception("a step failed; the engine cannot be used any more")
                 self._fail(InternalError(f"a step failed: {error}"))
 
@@ -166,7 +165,7 @@ class LocalRunner:
         self._queue.clear()
         self._deliver([TokenDelta.failed(request_id, error) for request_id in list(self._inboxes)])
 
-    def _see_to_those_left(self) -> None:
+    def _abort_left(self) -> None:
         while self._left:
             request_id = self._left.popleft()
             if self._failure is None:
@@ -190,7 +189,7 @@ class LocalRunner:
         with _interrupts_deferred():
             while self._left and self._lock.acquire(blocking=False):
                 try:
-                    self._see_to_those_left()
+                    self._abort_left()
                 finally:
                     self._lock.release()
 
@@ -219,8 +218,10 @@ def _interrupts_deferred() -> Iterator[None]:
 
 
 class _Session:
-    """An AsyncEngine in an event loop of its own, in a background thread. Knows nothing of the RemoteRunner it is for,
-    so that this can be garbage while the thread runs."""
+    """An AsyncEngine in an event loop of its own, in a background thread.
+
+    Knows nothing of the RemoteRunner it is for, so that this can be garbage while the thread runs.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.home = Home()

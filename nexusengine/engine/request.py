@@ -47,7 +47,7 @@ def make_request(
     slo: SLOClass | None = None,
     priority: int = 0,
 ) -> EngineRequest:
-    """Tokenise, draw a seed if there is none, and fix the promise for this prompt's length. Raises InvalidRequest."""
+    """Tokenise, draw a seed if there is none, and set the SLO for this prompt's length. Raises InvalidRequest."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
     if not isinstance(sampling, SamplingParams):
@@ -87,7 +87,7 @@ def _special_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> dict[int, 
 
 
 def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
-    """What every worker would refuse, refused before it is sent. Raises ContextTooLong or InvalidRequest."""
+    """Refuse what every worker would, before it is sent. Raises ContextTooLong or InvalidRequest."""
     check_fits(len(request.prompt_token_ids), request.sampling.max_tokens, max_model_len)
     check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
 

@@ -27,7 +27,7 @@ log = get_logger("client")
 
 
 class _Pending:
-    """A request that has no final delta yet. number: how many this client had submitted before."""
+    """A request that has no last delta yet. number: how many this client had submitted before."""
 
     __slots__ = ("number", "sink", "streamed")
 
@@ -44,19 +44,22 @@ def _beat(client_of: weakref.ref[RouterClient], closing: threading.Event) -> Non
 
 
 def _drop(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    """Of a client that nobody closed: a context that is garbage waits for its sockets, which is for ever."""
+    """Close what a client left that nobody closed: a garbage context would wait for its sockets for ever."""
     for each in (monitor, socket):
         each.close(linger=0)
     context.term()
 
 
 class RouterClient:
-    """AsyncBackend over a DEALER socket; lives in one event loop, which watches the socket's file descriptor: a future
-    for every message would cost a tenth of a millisecond each.
+    """AsyncBackend over a DEALER socket.
 
-    Heartbeats leave from a thread of their own, so that a loop that is held up does not look like a client that is
-    gone; the socket is used under a lock. Requests that the router lost, because it ended, was restarted, or forgot
-    this client, end at once with an error.
+    It belongs to one event loop, which watches the socket's file descriptor: a future for every message would cost a
+    tenth of a millisecond each. Heartbeats leave from a thread of their own, so that a loop that is held up does not
+    look like a client that is gone; the socket is used under a lock. Requests that the router lost, because it ended,
+    was restarted, or forgot this client, end at once with an error.
+
+    Args:
+        endpoint: of the router, for clients.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -89,7 +92,7 @@ class RouterClient:
         weakref.finalize(self, _drop, self._socket, self._monitor, self._context).atexit = False
         self._loop.add_reader(self._socket.fileno(), self._receive)
         self._loop.add_reader(self._monitor.fileno(), self._on_disconnected)
-        self._on_disconnected()  # its descriptor tells of what comes after somebody has found nothing
+        self._on_disconnected()  # its descriptor shows only what comes after a read that found nothing
         beat = (weakref.ref(self), self._closing)
         self._heart = threading.Thread(target=_beat, args=beat, name="router heartbeat", daemon=True)
         self._heart.start()
@@ -112,8 +115,10 @@ class RouterClient:
         return None if self._refused or self._silent_s() > _SILENT_S else self._cluster
 
     def _silent_s(self) -> float:
-        """How long nothing has come from the router. Where that seems long, the socket is looked at first: perhaps it
-        was this event loop that was busy."""
+        """Seconds since the router was heard.
+
+        Where that seems long, the socket is read first: perhaps it was this event loop that was busy.
+        """
         silent_s = time.monotonic() - self._heard_s
         if silent_s > _SILENT_S and asyncio._get_running_loop() is self._loop:
             self._receive()
@@ -126,20 +131,20 @@ class RouterClient:
             raise Unavailable("the router does not answer", retry_after_s=_RETRY_AFTER_S)
         serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
         expected = sum(w.state in serving for w in cluster.workers)
-        answers: list[wire.DebugReply] = []
+        replies: list[wire.DebugReply] = []
         query = self._next_query
         self._next_query += 1
         arriving = self._queries[query] = asyncio.Queue()
         try:
             self._send(wire.DebugQuery(query, last_steps, request_id))
             async with asyncio.timeout(_ANSWER_S):
-                while len(answers) < expected:
-                    answers.append(await arriving.get())
+                while len(replies) < expected:
+                    replies.append(await arriving.get())
         except TimeoutError:
-            pass  # a worker in a long step answers after it
+            pass  # a worker in a long step replies after it
         finally:
             del self._queries[query]
-        return answers
+        return replies
 
     async def wait_for_ready(self, timeout_s: float) -> wire.Cluster:
         """Until every worker is ready. Raises TimeoutError, and ProtocolError if the router refuses this client."""
@@ -196,8 +201,10 @@ class RouterClient:
         return True
 
     def _unread(self) -> bool:
-        """With the lock held. The descriptor tells of a change once, and sending or an unfinished turn may have used
-        that up."""
+        """With the lock held, whether there is something to receive.
+
+        The descriptor shows a change once, and sending or an unfinished turn may have used that up.
+        """
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def _say_hello(self) -> bool:

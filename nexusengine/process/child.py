@@ -1,4 +1,4 @@
-"""How the processes of one engine are tied together.
+"""A process of an engine, seen from inside (`read_boot`, `listen`, `send`) and from its parent (`Child`).
 
 A child reads control messages (see `control`) on stdin, one a line, and sends its own on stdout; logs go to stderr. The
 end of stdin means that its parent is gone: it exits at once. Where the parent spawns from its main thread, the kernel

@@ -142,7 +142,7 @@ class WorkerExited(_Message, frozen=True):
 
 
 class Phase(_Message, frozen=True):
-    """What start-up is doing. fraction: of it done, 0..1."""
+    """The phase that start-up is in. fraction: of it done, 0..1."""
 
     phase: str
     fraction: float

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions: the same life, two shapes of reply."""
+"""/v1/chat/completions and /v1/completions: served alike, with two shapes of reply."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts.
+    """The options of a request, beside its prompts.
 
-    tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
-    n: choices a prompt.
-    verdict: whether it wants the `nexus` object.
-    stream: whether the client sees tokens as they come.
+    Attributes:
+        tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
+        n: choices a prompt.
+        verdict: whether it wants the `nexus` object.
+        stream: whether the client sees tokens as they come.
     """
 
     sampling: SamplingParams
@@ -118,7 +119,7 @@ class Generation:
     async def _counted(
         self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
     ) -> AsyncGenerator[RequestOutput]:
-        """The news of one choice, its tokens counted as they come, also those that nobody will see."""
+        """The outputs of one choice, its tokens counted as they come, also those that nobody will see."""
         self._count_cut_off(index)  # what a worker that was lost had given
         async with aclosing(start()) as outputs:
             async for output in outputs:
@@ -133,12 +134,12 @@ class Generation:
         self._lengths[index] = 0
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """The news of every choice; counts usage and metrics as choices end."""
+        """The outputs of every choice; counts usage and metrics as choices end."""
         left = len(self._generations)
         missed: Missed | None = "unfinished"  # if the client leaves
         try:
-            async with fan_in(self._generations) as news:
-                async for index, output in news:
+            async with fan_in(self._generations) as outputs:
+                async for index, output in outputs:
                     if output.finished:
                         left -= 1
                         self._begun.pop(index, None)
@@ -256,7 +257,7 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
 
 
 async def _nothing(request_id: str, prompt: Sequence[int]) -> AsyncGenerator[RequestOutput]:
-    """What a generation of no tokens gives."""
+    """The output of a generation of no tokens."""
     yield RequestOutput(request_id, tuple(prompt), "", (), "length")
 
 
@@ -299,7 +300,7 @@ async def encode(state: ServerState, text: str, add_special_tokens: bool) -> lis
 def _tokenised(
     engine: AsyncEngine, prompts: Sequence[str | list[int] | None], echo: bool, tokens: int | None
 ) -> list[tuple[list[int], str]]:
-    """Of each prompt its token ids and what is echoed of it. tokens: asked for. Raises InvalidRequest."""
+    """The token ids and the echoed text of each prompt. tokens: to generate. Raises InvalidRequest."""
     tokenizer = engine.tokenizer
     ready = []
     for prompt in prompts:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from nexusengine.errors import InvalidRequest, NotFound
 from nexusengine.server.state import ServerState
-from nexusengine.server.verdict import ms
+from nexusengine.server.verdict import ms, slo_in_ms
 from nexusengine.slo.due import judge
 from nexusengine.slo.resolve import NONE
 from nexusengine.types import Verdict
@@ -34,8 +34,7 @@ async def steps(request: Request) -> Response:
 
 
 async def one_request(request: Request) -> Response:
-    """What is remembered of a request, by the `id` of its reply. Of one that went to a second worker, both histories;
-    the newest first."""
+    """What is remembered of a request, by the `id` of its reply; the newest history first, if it had two workers."""
     state: ServerState = request.app.state.server
     request_id = request.path_params["request_id"]
     replies = await state.serving_engine().backend.ask(request_id=request_id)
@@ -57,7 +56,7 @@ def _step(step: StepRecord, now_s: float) -> dict[str, Any]:
 
 def _history(h: RequestHistory) -> dict[str, Any]:
     """at_ms: since the request arrived at the server."""
-    r, t, slo = h.record, h.record.timings, h.record.slo
+    r, t = h.record, h.record.timings
 
     def at(timestamp_s: float | None) -> float | None:
         return None if timestamp_s is None else ms(timestamp_s - t.arrival_s)
@@ -68,7 +67,7 @@ def _history(h: RequestHistory) -> dict[str, Any]:
         "request_id": r.request_id,
         "worker": r.service.worker,
         "class": r.slo_class or NONE,
-        "slo": slo and {"ttft_ms": ms(slo.ttft_s), "tpot_ms": ms(slo.tpot_s), "e2e_ms": ms(slo.e2e_s)},
+        "slo": slo_in_ms(r.slo),
         "priority": r.priority,
         "prompt_tokens": r.prompt_tokens,
         "cached_tokens": r.cached_tokens,

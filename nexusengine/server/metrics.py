@@ -58,7 +58,7 @@ SERVER_METRICS = (
     ServerMetric(
         "slo_requests",
         "counter",
-        "Generations by SLO class and verdict: met, what was missed first, or finished where nothing was promised",
+        "Generations by SLO class and verdict: met, what was missed first, or finished for those without an SLO",
         ("class", "verdict"),
     ),
     ServerMetric("slo_strict_met_requests", "counter", "Of those met, how many by the strict contract", ("class",)),
@@ -195,8 +195,13 @@ ROUTER_COUNTERS = {
 
 
 class Metrics:
-    """cluster: called at each scrape for the newest picture, None if there is none. classes: names of the SLO classes
-    there are; no label has other values than these, "custom" and "none"."""
+    """The metrics of one server process.
+
+    Args:
+        cluster: called at each scrape for the newest state of the workers; None if there is none.
+        classes: names of the SLO classes there are; no label has other values than these, "custom" and "none".
+        now: monotonic clock.
+    """
 
     def __init__(
         self,
@@ -244,7 +249,7 @@ class Metrics:
         self._by_name["cached_prompt_tokens"].inc(cached_tokens)
 
     def judged(self, output: RequestOutput, output_tokens: int) -> None:
-        """The last output of a generation, with what was promised for it."""
+        """The last output of a generation, with its SLO."""
         name, verdict, timings = self._class_of(output.slo_class), output.verdict, output.timings
         if verdict is None:
             ended = "unfinished" if output.finish_reason == "abort" else "finished"

@@ -14,8 +14,10 @@ _PIECE_BYTES = 2**18
 
 
 class LoopYield:
-    """Gives the event loop back every few milliseconds, between any two short steps of long work: an `async for` over
-    what is there already never does so by itself."""
+    """Gives the event loop back every few milliseconds, between any two short steps of long work.
+
+    An `async for` over what is there already never does so by itself.
+    """
 
     def __init__(self) -> None:
         self._since_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the server process does once it is bound: HTTP at once, requests when tokenizer and a worker are there."""
+"""The server process once it is bound: HTTP at once, requests when tokenizer and a worker are there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Control:
                 self._loop.call_soon_threadsafe(self._handle, message)
 
     def on_end(self) -> None:
-        """The supervisor is gone or wants the end: what is still under way is told, and gets a moment to be written."""
+        """The supervisor is gone or wants the end: end what is under way, with a moment to write that."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end)
         threading.Timer(_LAST_WORDS_S, self.leave).start()

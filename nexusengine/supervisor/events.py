@@ -1,4 +1,4 @@
-"""What happens to a supervisor (in its queue), and what it says to its caller."""
+"""The events that a supervisor handles, and those that it passes to its caller."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from nexusengine.worker.gpu import PINNED
 
 
 class RoleKind(StrEnum):
-    """What a process is."""
+    """The kinds of processes."""
 
     ROUTER = "router"
     SERVER = "server"
@@ -74,7 +74,7 @@ class Role:
 
 
 def worker_environ(device: DeviceSpec, gpus: tuple[Gpu, ...]) -> dict[str, str]:
-    """What has to be known before torch is imported.
+    """The environment that has to be set before torch is imported.
 
     A CPU worker: its thread count, and that torch does not spin after computing, beside the kernels. A GPU's: that GPU
     alone, by its UUID, so that nothing depends on the order in which libraries count them; there it is device 0.

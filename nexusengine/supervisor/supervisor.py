@@ -123,8 +123,10 @@ class Supervisor:
     # ---- from any thread -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take no new requests, finish those that run within drain_timeout, then end; end now if no worker was ready
-        yet. Asked again after a second or more: end now (some send their signal twice)."""
+        """Take no new requests, finish those that run within drain_timeout, then end.
+
+        Ends now if no worker was ready yet, or when asked again after a second or more (some send their signal twice).
+        """
         self._events.put((None, DrainRequested(time.monotonic())))
 
     def stop(self) -> None:
@@ -132,7 +134,7 @@ class Supervisor:
         self._events.put((None, StopRequested()))
 
     def forget_children(self) -> None:
-        """In a fork of this process: let go of their stdin, whose end is what tells them that their parent is gone."""
+        """In a fork of this process: close their stdin, whose end shows them that their parent is gone."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for role in self._roles.values():
             stdin = role.child.process.stdin if role.child is not None else None
@@ -143,8 +145,11 @@ class Supervisor:
     # ---- in the supervisor's thread ------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until drained or stopped. Raises NexusError with the cause when it cannot go on; by the time this
-        returns or raises, every child has ended."""
+        """Serve until drained or stopped; at the end every child has ended.
+
+        Raises:
+            NexusError: it cannot go on, with the cause.
+        """
         try:
             for role in self._roles.values():  # workers import what they need while the model is looked for
                 self._start(role)
@@ -278,8 +283,10 @@ class Supervisor:
             self._roles["router"].send(message)
 
     def _on_lost_while_draining(self, role: Role, code: int, cause: str) -> None:
-        """The drain goes on as long as some worker can finish a request and its reply can be sent: a worker is started
-        again; without router or server nothing is left to wait for but the errors that the server sends."""
+        """Decide whether the drain goes on: as long as some worker can finish requests and their replies can be sent.
+
+        A worker is started again; without router or server only the errors that the server sends are left.
+        """
         if role.was_ready or not _asked_to_end(code):
             self._lose_while_draining(role.name, cause)
         others = [r for r in self._roles.values() if r.is_worker and r is not role]
@@ -328,8 +335,10 @@ class Supervisor:
             self._events.put((None, ResolveFailed(failed)))
 
     def _compile(self) -> None:
-        """Compile the CPU kernels, if need be, while the model is looked for and workers import torch. A worker that is
-        there first waits for it."""
+        """Compile the CPU kernels, if need be, while the model is looked for and workers import torch.
+
+        A worker that is there first waits for it.
+        """
 
         def progress(phase: str, fraction: float) -> None:
             self._events.put((None, Compiling(Phase(phase, fraction))))

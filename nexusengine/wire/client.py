@@ -12,22 +12,33 @@ from nexusengine.wire.load import WorkerStatus
 
 
 class Hello(Message, frozen=True):
-    """A client's first message, and its heartbeat; answered with `Cluster`. A client silent for long is forgotten and
-    its requests are cancelled; it learns so from the `session` of the next Cluster. submitted: how many requests it has
-    submitted before this message."""
+    """A client's first message, and its heartbeat; answered with `Cluster`.
+
+    A client silent for long is forgotten and its requests are cancelled; it learns so from the `session` of the next
+    Cluster.
+
+    Attributes:
+        submitted: how many requests it has submitted before this message.
+    """
 
     protocol: int = PROTOCOL_VERSION
     submitted: Count = 0
 
 
 class Submit(Message, frozen=True):
-    """Serve this request. number: how many requests this client has submitted before it."""
+    """Serve this request.
+
+    Attributes:
+        number: how many requests this client has submitted before it.
+    """
 
     request: EngineRequest
     number: Count = 0
 
 
 class Abort(Message, frozen=True):
+    """End this request; its last delta has finish_reason "abort"."""
+
     request_id: str
 
 
@@ -42,13 +53,15 @@ class Deltas(Message, frozen=True):
 
 
 class Cluster(Message, frozen=True):
-    """All workers, pushed to clients every snapshot period and at every change of state.
+    """All workers, sent to clients every snapshot period and at every change of state.
 
-    router_epoch, session: of the router process, and of its acquaintance with this client. Where either has changed
-    (the router was restarted, or forgot a client that was silent), the client's requests whose number is below `since`
-    are lost.
-    held: requests the router holds because no worker can take them. ledger: requests in flight in all.
-    counters: the router's counters since it started.
+    Attributes:
+        router_epoch, session: of the router process, and of its session with this client. Where either has changed (the
+            router was restarted, or forgot a client that was silent), the client's requests whose number is below
+            `since` are lost.
+        held: requests that the router holds because no worker can take them.
+        ledger: requests in flight in all.
+        counters: of the router since it started, by name (see server.metrics).
     """
 
     router_epoch: str

@@ -12,8 +12,15 @@ from nexusengine.wire.base import MAX_PENDING_IN_REPORT, Count, Seconds
 
 
 class WorkerState(StrEnum):
-    """starting: loading its model. ready: takes requests. stalled: a step takes far longer than predicted.
-    draining: finishes what it has. gone: process ended or silent for too long."""
+    """Whether a worker serves.
+
+    Attributes:
+        STARTING: loading its model.
+        READY: takes requests.
+        STALLED: a step takes far longer than predicted.
+        DRAINING: finishes what it has.
+        GONE: its process ended or was silent for too long.
+    """
 
     STARTING = "starting"
     READY = "ready"
@@ -23,8 +30,12 @@ class WorkerState(StrEnum):
 
 
 class PendingPrefill(msgspec.Struct, frozen=True, array_like=True):
-    """A prompt that is not fully computed: its TTFT deadline (monotonic; infinite without an SLO), tokens left and
-    done."""
+    """A prompt that is not fully computed.
+
+    Attributes:
+        deadline_s: monotonic timestamp at which its first token is due; infinite without an SLO.
+        left_tokens, done_tokens: to compute, and computed.
+    """
 
     deadline_s: float
     left_tokens: Count
@@ -52,14 +63,16 @@ class PerfSnapshot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is doing at one instant.
+    """The load of a worker at one time.
 
-    last_dispatch_seq: the last dispatch (by `Dispatch.seq`) whose effect is included here.
-    step: number of the newest step; step_running_s: how long it has been running, 0 between steps; step_upper_s: the
-    bound predicted for it.
-    tightest_tpot_s: of the decodes; NaN without one. pending: at most MAX_PENDING_IN_REPORT, earliest deadline first,
-    relegated ones after all others. relegated, relegated_tokens: how many are relegated, and their tokens left.
-    counters: counters since the worker started, by metric name (see server.metrics).
+    Attributes:
+        last_dispatch_seq: the last dispatch (by `Dispatch.seq`) whose effect is included here.
+        step, step_running_s: number of the newest step, and how long it has been running; 0 between steps.
+        step_upper_s: upper bound predicted for its duration.
+        tightest_tpot_s: of the decodes; NaN without one.
+        pending: at most MAX_PENDING_IN_REPORT, earliest deadline first, relegated ones after all others.
+        counters: since the worker started, by metric name (see server.metrics).
+        relegated, relegated_tokens: how many are relegated, and their tokens left.
     """
 
     last_dispatch_seq: Count
@@ -83,13 +96,16 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
-    """What others need to know of an engine policy to foresee what it does; each policy declares its own.
+    """What an engine policy does, as far as others need it to predict its steps; each policy declares its own.
 
-    order: which prompts it serves first, by the "deadline" of their first token, as of their "arrival", or those with
-    the "shortest" rest. relegates: whether prompts that cannot be in time go behind all others.
-    step_tokens: most tokens of a step, 0 for the engine's own limit. step_s, single_steps: no step is planned longer
-    than step_s seconds, or than so many steps of a single token if that is longer; infinite if only tokens count.
-    by_tpot: whether steps are kept within the tightest TPOT of those that decode.
+    Attributes:
+        order: which prompts it serves first, by the "deadline" of their first token, as of their "arrival", or those
+            with the "shortest" rest.
+        relegates: whether prompts that cannot be in time go behind all others.
+        step_tokens: most tokens of a step; 0 for the engine's own limit.
+        step_s, single_steps: no step is planned longer than step_s seconds, or than so many steps of a single token if
+            that is longer; infinite if only tokens count.
+        by_tpot: whether steps are kept within the tightest TPOT of those that decode.
     """
 
     order: Literal["deadline", "arrival", "shortest"] = "deadline"
@@ -101,9 +117,14 @@ class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is. worker_id: stable over restarts ("w0"); epoch: unique for each process. scheduler, traits: name
-    of its engine policy, for people, and what it declares. max_waiting: requests that may wait in it; more are
-    refused. 0 and "" where not known yet."""
+    """The description of a worker; 0 and "" where something is not known yet.
+
+    Attributes:
+        worker_id: stable over restarts ("w0").
+        epoch: unique for each process.
+        scheduler, traits: name of its engine policy, for people, and what it declares.
+        max_waiting: requests that may wait in it; more are refused.
+    """
 
     worker_id: str
     epoch: str
@@ -124,8 +145,12 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
-    """A worker as the router sees it. outstanding: requests dispatched and not finished, from the router's ledger.
-    ejected: why it gets no requests although it is ready; None if it does."""
+    """A worker as the router sees it.
+
+    Attributes:
+        outstanding: requests dispatched and not finished, from the router's ledger.
+        ejected: why it gets no requests although it is ready; None if it does.
+    """
 
     info: WorkerInfo
     state: WorkerState

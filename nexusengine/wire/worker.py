@@ -15,7 +15,12 @@ from nexusengine.wire.load import WorkerInfo, WorkerLoad
 
 
 class Starting(Message, frozen=True):
-    """A worker that is not ready yet: phase ("loading weights") and fraction done 0..1. Also a heartbeat."""
+    """A worker that is not ready yet; also its heartbeat.
+
+    Attributes:
+        phase: "loading weights", for example.
+        fraction: of it done, 0..1.
+    """
 
     info: WorkerInfo
     phase: Annotated[str, Meta(max_length=1024)]
@@ -39,9 +44,13 @@ class Ready(Message, frozen=True):
 
 
 class PrefixDigest(msgspec.Struct, frozen=True, array_like=True):
-    """What has changed in a worker's prefix cache: the newest batches of `kv.digest.DigestSender`, of which the last
-    has the number seq. A batch is names that came and names that went, 8 bytes each; all together at most
-    MAX_DIGEST_BYTES."""
+    """Changes of a worker's prefix cache; see `kv.digest.DigestSender`.
+
+    Attributes:
+        round: rises where the worker begins anew.
+        seq: number of the last batch.
+        batches: block hashes that came and block hashes that went, 8 bytes each; all together at most MAX_DIGEST_BYTES.
+    """
 
     round: Count
     seq: Count
@@ -77,7 +86,7 @@ class WorkerDeltas(Message, frozen=True):
 
 
 class Leaving(Message, frozen=True):
-    """A worker that ends by itself: draining, or with a cause when it failed."""
+    """A worker ends by itself: drained, or with a cause when it failed."""
 
     cause: str | None = None
 
@@ -86,14 +95,18 @@ class Leaving(Message, frozen=True):
 
 
 class Dispatch(Message, frozen=True):
-    """Serve this request. seq rises by one with every dispatch to this epoch of the worker."""
+    """Serve this request.
+
+    Attributes:
+        seq: rises by one with every dispatch to this process of the worker.
+    """
 
     seq: int
     request: EngineRequest
 
 
 class Cancel(Message, frozen=True):
-    """Stop working on a request; no answer is expected."""
+    """Stop working on a request; there is no reply."""
 
     request_id: str
 

@@ -22,12 +22,15 @@ log = get_logger("worker")
 
 
 class RouterLink:
-    """Messages from the router wait in `inbox` until the engine's thread takes them; `receive` fetches them there, and
-    `wait` sleeps until one comes.
+    """The worker's socket to the router.
 
-    Before `ready` it reports phases, afterwards the worker's load: both every period, from the link's own thread, which
-    answers the router meanwhile if the engine's thread is in a long step. The socket is used under a lock.
-    on_refused is called, in either thread, if the router does not take this worker.
+    Messages from the router wait in `inbox` until the engine's thread takes them; `receive` fetches them there, and
+    `wait` sleeps until one comes. Before `ready` the link reports phases, afterwards the worker's load: both every
+    period, from a thread of its own, which replies to the router meanwhile if the engine's thread is in a long step.
+    The socket is used under a lock.
+
+    Args:
+        on_refused: called, in either thread, if the router does not take this worker.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class RouterLink:
         self._socket.set(zmq.LINGER, 500)
         self._socket.connect(endpoint)
         self._lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # tells a waiting engine what the link's thread has received
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # wakes a waiting engine for what the link's thread has received
         self._poll = select.poll()
         self._poll.register(self._socket.fileno(), select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
@@ -62,7 +65,7 @@ class RouterLink:
         self._thread.start()
 
     def phase(self, phase: str, fraction: float) -> None:
-        """What the worker is doing before it is ready."""
+        """Set what start-up is doing, for the next report. fraction: of it done, 0..1."""
         self._phase, self._fraction = phase, min(max(fraction, 0.0), 1.0)
 
     def ready(
@@ -72,17 +75,24 @@ class RouterLink:
         in_flight: Callable[[], list[str]],
         prefixes: DigestSender | None = None,
     ) -> None:
-        """From now on requests may come. in_flight: ids of those it works on, for a router that was restarted.
-        prefixes: of the prefix cache; used by the link alone from now on."""
+        """Say that requests may come from now on.
+
+        Args:
+            in_flight: returns the ids of requests that it works on, for a router that was restarted.
+            prefixes: of the prefix cache; used by the link alone from now on.
+        """
         with self._lock:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
             self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta], last_dispatch_seq: int) -> None:
-        """New tokens; last_dispatch_seq: the last dispatch that was seen before they were computed.
+        """Send new tokens.
 
         ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
         planning and more, so that goes behind it.
+
+        Args:
+            last_dispatch_seq: the last dispatch that was seen before they were computed.
         """
         if deltas:
             with self._lock:
@@ -131,8 +141,11 @@ class RouterLink:
         return wire.Report(self._seq, self._load(), digest)
 
     def _exchange(self, message: wire.Message | None = None) -> None:
-        """With the lock held: send, then take all that has come. The socket's descriptor tells of a change once, and
-        any use of the socket may be what it is told to; so none ends without looking."""
+        """With the lock held, send, then take all that has come.
+
+        The socket's descriptor shows a change once, and any use of the socket may use that up; so none ends without
+        looking.
+        """
         if message is not None:
             self._socket.send(wire.encode(message))
         while True:

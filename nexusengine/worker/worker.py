@@ -33,15 +33,15 @@ log = get_logger("worker")
 
 
 def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> None:
-    """Until the process is ended: take what the router sent, compute a step, send the new tokens."""
+    """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
     while True:
-        heed(telemetry, core.model)
+        apply_telemetry(telemetry, core.model)
         deltas: list[TokenDelta] = []
         link.receive()
         while link.inbox:
             message = link.inbox.popleft()
             if isinstance(message, wire.Cancel):
-                core.abort(message.request_id)  # the router has told the client already
+                core.abort(message.request_id)  # the client knows it from the router already
                 continue
             if isinstance(message, wire.DebugQuery):
                 link.send_reply(core.debug_reply(message))
@@ -68,9 +68,9 @@ def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
     return both
 
 
-def heed(telemetry: Telemetry, model: PerformanceModel) -> None:
-    """What the driver says of the GPU's clock lets the model believe sooner that steps take another time."""
-    if why := telemetry.news():
+def apply_telemetry(telemetry: Telemetry, model: PerformanceModel) -> None:
+    """Let the model expect a change of step times where the driver says that the GPU's clock has changed."""
+    if why := telemetry.take_change():
         log.debug("%s: a change of step times is expected", why)
         model.expect_change()
 

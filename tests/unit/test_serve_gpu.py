@@ -15,7 +15,7 @@ from nexusengine.perf.online import OnlineModel
 from nexusengine.supervisor.roles import worker_environ
 from nexusengine.wire import WorkerLoad
 from nexusengine.worker.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
-from nexusengine.worker.worker import heed
+from nexusengine.worker.worker import apply_telemetry
 
 A = Gpu("GPU-aaaa-1", "H100", 80, 79, (9, 0), "00000000:01:00.0", 0)
 B = Gpu("GPU-bbbb-2", "L4", 24, 23, (8, 9), "00000000:02:00.0", 1)
@@ -220,8 +220,8 @@ def test_throttling_that_the_driver_tells_lets_the_model_believe_in_slower_steps
     for second, reasons in enumerate([0, 1, 32, 32, 0, 0]):  # 1: the GPU has nothing to do
         at[0], bits[0] = float(second), reasons
         report()
-        heed(telemetry, model)
-        heed(telemetry, model)
+        apply_telemetry(telemetry, model)
+        apply_telemetry(telemetry, model)
     assert told == [2.0, 4.0]
 
 
