@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from nexusengine.wire import (
-    MAX_CHANGES_IN_ANSWER,
-    MAX_STEPS_IN_ANSWER,
+    MAX_CHANGES_IN_REPLY,
+    MAX_STEPS_IN_REPLY,
     RequestChange,
     RequestHistory,
     RequestRecord,
@@ -16,8 +16,8 @@ from nexusengine.wire import (
 
 
 def newest_steps(steps: Sequence[StepRecord], last: int) -> tuple[StepRecord, ...]:
-    """The newest `last` steps, oldest first; at most MAX_STEPS_IN_ANSWER."""
-    wanted = min(last, MAX_STEPS_IN_ANSWER, len(steps))
+    """The newest `last` steps, oldest first; at most MAX_STEPS_IN_REPLY."""
+    wanted = min(last, MAX_STEPS_IN_REPLY, len(steps))
     return tuple(itertools.islice(steps, len(steps) - wanted, None))
 
 
@@ -31,9 +31,9 @@ def request_history(
         steps: the newest of the core, successive.
         now: timestamp on the core's clock.
     """
-    shown = changes[-MAX_CHANGES_IN_ANSWER:]
+    shown = changes[-MAX_CHANGES_IN_REPLY:]
     first = steps[0].step if steps else 0
-    numbers = sorted({c.step for c in shown if 0 <= c.step - first < len(steps)})[-MAX_STEPS_IN_ANSWER:]
+    numbers = sorted({c.step for c in shown if 0 <= c.step - first < len(steps)})[-MAX_STEPS_IN_REPLY:]
     return RequestHistory(
         record=record,
         now_s=now,

@@ -17,7 +17,7 @@ from nexusengine.server.verdict import ms, slo_in_ms
 from nexusengine.slo.due import judge
 from nexusengine.slo.resolve import NONE
 from nexusengine.types import Verdict
-from nexusengine.wire import MAX_STEPS_IN_ANSWER, RequestHistory, RequestRecord, StepRecord
+from nexusengine.wire import MAX_STEPS_IN_REPLY, RequestHistory, RequestRecord, StepRecord
 
 _DEFAULT_STEPS = 50
 
@@ -26,21 +26,20 @@ async def steps(request: Request) -> Response:
     """The newest `last` steps of each worker, oldest first. Times in milliseconds; age_ms since a step began."""
     state: ServerState = request.app.state.server
     text = request.query_params.get("last", str(_DEFAULT_STEPS))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_STEPS_IN_ANSWER):
-        raise InvalidRequest(f"last must be a whole number from 1 to {MAX_STEPS_IN_ANSWER}, got {text!r}", param="last")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_STEPS_IN_REPLY):
+        raise InvalidRequest(f"last must be a whole number from 1 to {MAX_STEPS_IN_REPLY}, got {text!r}", param="last")
     replies = await state.serving_engine().backend.ask(last_steps=int(text))
     now_s = time.monotonic()
     return JSONResponse({"workers": {r.worker_id: [_step(s, now_s) for s in r.steps] for r in replies}})
 
 
 async def one_request(request: Request) -> Response:
-    """What is remembered of a request, by the `id` of its reply; the newest history first, if it had two workers."""
+    """The histories of a request, by the `id` of its reply; the newest first, if it had two workers."""
     state: ServerState = request.app.state.server
     request_id = request.path_params["request_id"]
     replies = await state.serving_engine().backend.ask(request_id=request_id)
-    found = sorted(
-        (a.request for a in replies if a.request), key=lambda h: h.record.timings.scheduled_s or 0.0, reverse=True
-    )
+    found = [reply.request for reply in replies if reply.request is not None]
+    found.sort(key=lambda h: h.record.timings.scheduled_s or 0.0, reverse=True)
     if not found:
         raise NotFound(f"no worker remembers a request {request_id[:128]!r}", param="request_id")
     return JSONResponse({"histories": [_history(h) for h in found]})

@@ -4,16 +4,16 @@ A message is one frame. Frozen dataclasses of `types` travel inside as they are.
 protocol, or whose numbers are out of range, raises `ProtocolError` where it is decoded; who sent it is ignored. A peer
 that says it speaks another version of the protocol is answered with `Refused`.
 
-By file: `worker` and `client` hold the messages of each pair of processes, `load` what placements are made from,
-`history` what a worker remembers for those who ask, `codec` how they become frames.
+By file: `worker` and `client` hold the messages of each pair of processes, `load` the numbers that placements are made
+from, `history` the records that a worker keeps, `codec` how messages become frames.
 """
 
 from nexusengine.wire.base import (
-    MAX_CHANGES_IN_ANSWER,
+    MAX_CHANGES_IN_REPLY,
     MAX_DIGEST_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_PENDING_IN_REPORT,
-    MAX_STEPS_IN_ANSWER,
+    MAX_STEPS_IN_REPLY,
     PROTOCOL_VERSION,
     Message,
     ProtocolError,
@@ -56,11 +56,11 @@ from nexusengine.wire.worker import (
 )
 
 __all__ = [
-    "MAX_CHANGES_IN_ANSWER",
+    "MAX_CHANGES_IN_REPLY",
     "MAX_DIGEST_BYTES",
     "MAX_MESSAGE_BYTES",
     "MAX_PENDING_IN_REPORT",
-    "MAX_STEPS_IN_ANSWER",
+    "MAX_STEPS_IN_REPLY",
     "PROTOCOL_VERSION",
     "Abort",
     "Cancel",

@@ -1,4 +1,4 @@
-"""What a worker remembers of its steps and requests: written by its core, sent to those who ask (`/debug`)."""
+"""The records of steps and requests that a worker keeps: written by its core, sent to those who ask (`/debug`)."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class RequestHistory(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         now_s: timestamp of this reply.
-        changes: at most MAX_CHANGES_IN_ANSWER, oldest first.
+        changes: at most MAX_CHANGES_IN_REPLY, oldest first.
         changes_left_off: older ones that are remembered.
-        steps: those of the changes that are remembered, at most MAX_STEPS_IN_ANSWER, the newest.
+        steps: those of the changes that are remembered, at most MAX_STEPS_IN_REPLY, the newest.
     """
 
     record: RequestRecord

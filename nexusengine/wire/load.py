@@ -1,4 +1,4 @@
-"""What a worker is, and what it is doing: the numbers that placements are made from."""
+"""The description, load and state of a worker: the numbers that placements are made from."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
-    """What an engine policy does, as far as others need it to predict its steps; each policy declares its own.
+    """The behaviour of an engine policy, as far as others must predict its steps; each policy declares its own.
 
     Attributes:
         order: which prompts it serves first, by the "deadline" of their first token, as of their "arrival", or those

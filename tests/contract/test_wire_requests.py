@@ -53,7 +53,7 @@ def test_a_question_goes_through_the_router_to_a_worker_and_its_answer_back() ->
 
 def test_the_largest_answer_is_far_below_the_limit_of_a_message() -> None:
     change = wire.RequestChange(1e9 / 3, 2**40, "wait_blocks_and_more", 2**30)
-    history = msgspec.structs.replace(HISTORY, changes=(change,) * wire.MAX_CHANGES_IN_ANSWER)
-    steps = (msgspec.structs.replace(STEP, notes={f"note_{i}": 1 / 3 for i in range(30)}),) * wire.MAX_STEPS_IN_ANSWER
+    history = msgspec.structs.replace(HISTORY, changes=(change,) * wire.MAX_CHANGES_IN_REPLY)
+    steps = (msgspec.structs.replace(STEP, notes={f"note_{i}": 1 / 3 for i in range(30)}),) * wire.MAX_STEPS_IN_REPLY
     history = msgspec.structs.replace(history, steps=steps)
     assert len(wire.encode(wire.DebugReply(b"client", 3, "w1", steps, history))) < wire.MAX_MESSAGE_BYTES / 30

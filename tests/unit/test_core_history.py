@@ -11,7 +11,7 @@ from nexusengine.core.history import History, record_of
 from nexusengine.core.request import RequestState
 from nexusengine.scheduler.plan import Reason
 from nexusengine.types import SLO, Service
-from nexusengine.wire import MAX_CHANGES_IN_ANSWER, MAX_STEPS_IN_ANSWER, DebugQuery, RequestChange
+from nexusengine.wire import MAX_CHANGES_IN_REPLY, MAX_STEPS_IN_REPLY, DebugQuery, RequestChange
 from tests.fakes import FakeExecutor, make_core, request, run
 
 NOBODY = np.zeros(0, np.int32)
@@ -147,11 +147,11 @@ def test_an_answer_has_bounds_whatever_is_asked_for() -> None:
     core = served(max_running=2)
     core.add(request("a", list(range(60)), 60))
     run(core)
-    for step in range(3 * MAX_CHANGES_IN_ANSWER):
+    for step in range(3 * MAX_CHANGES_IN_REPLY):
         core.records.append(msgspec.structs.replace(core.records[-1], step=core.records[-1].step + 1))
         core._history.planned(step, 0.0, np.full(34, 1 + step % 2, np.int8), NOBODY, NOBODY)
     answer = core.debug_reply(DebugQuery(1, last_steps=10**9, request_id="a"))
-    assert len(answer.steps) == MAX_STEPS_IN_ANSWER
+    assert len(answer.steps) == MAX_STEPS_IN_REPLY
     assert answer.request is not None
-    assert len(answer.request.changes) <= MAX_CHANGES_IN_ANSWER
-    assert len(answer.request.steps) <= MAX_STEPS_IN_ANSWER
+    assert len(answer.request.changes) <= MAX_CHANGES_IN_REPLY
+    assert len(answer.request.steps) <= MAX_STEPS_IN_REPLY

@@ -31,17 +31,19 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=5)
 
 
 class GatedDevice(FakeExecutor):
-    """Computes only while the gate is open; fails when `broken`."""
+    """Computes only while the gate is open; fails when `broken`. close_gate: after the next step."""
 
     def __init__(self) -> None:
         super().__init__(num_blocks=256)
-        self.gate, self.broken = threading.Event(), False
+        self.gate, self.broken, self.close_gate = threading.Event(), False, False
         self.gate.set()
 
     def collect(self) -> Any:
         assert self.gate.wait(10)
         if self.broken:
             raise RuntimeError("the device fell off the bus")
+        if self.close_gate:
+            self.gate.clear()
         return super().collect()
 
 
@@ -79,11 +81,17 @@ async def test_requests_run_side_by_side(engine: AsyncEngine) -> None:
     assert texts == [answer(f"prompt {i}") for i in range(12)]
 
 
-async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(engine: AsyncEngine) -> None:
+async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(
+    engine: AsyncEngine, core: EngineCore
+) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     pieces: list[RequestOutput] = []
     async for output in engine.generate("ab", SamplingParams(temperature=0.0, max_tokens=60)):
         pieces.append(output)
         if len(pieces) == 1:
+            device.close_gate = False
+            device.gate.set()
             await until(lambda: engine.backend.status().ledger == 0)  # type: ignore[union-attr]
     assert len(pieces) == 2
     assert "".join(p.text for p in pieces) == answer("ab", 60)
@@ -91,11 +99,13 @@ async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(eng
 
 
 async def test_leaving_the_iterator_aborts_the_request(engine: AsyncEngine, core: EngineCore) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
     await outputs.aclose()
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device.close_gate = False
+    device.gate.set()
     await until(lambda: not core.has_work)
     assert core.stats().finished_abort == 1
 
@@ -103,15 +113,18 @@ async def test_leaving_the_iterator_aborts_the_request(engine: AsyncEngine, core
 @pytest.mark.parametrize("started", [True, False])
 async def test_cancelling_the_consumer_aborts_the_request(engine: AsyncEngine, core: EngineCore, started: bool) -> None:
     """Also before its first token."""
-    if not started:
-        core.executor.gate.clear()  # type: ignore[attr-defined]
+    device: Any = core.executor
+    if started:
+        device.close_gate = True
+    else:
+        device.gate.clear()
     task = asyncio.create_task(gather(engine, "ab", LONG))
-    await until(lambda: core.has_work)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
+    await until(lambda: core.stats().steps == started and core.has_work)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device.close_gate = False
+    device.gate.set()
     await until(lambda: not core.has_work)
     assert core.stats().finished_abort == 1
 
@@ -156,9 +169,9 @@ async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
 
 
 async def test_closing_the_engine_ends_requests_in_flight_with_an_error(engine: AsyncEngine, core: EngineCore) -> None:
+    core.executor.close_gate = True  # type: ignore[attr-defined]
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
     late = asyncio.create_task(gather(engine, "cd", LONG))
     await asyncio.sleep(0)
     closing = asyncio.create_task(engine.close())
