@@ -129,10 +129,13 @@ async def test_cancelling_the_consumer_aborts_the_request(engine: AsyncEngine, c
     assert core.stats().finished_abort == 1
 
 
-async def test_abort_by_id_ends_the_iterator_with_that_reason(engine: AsyncEngine) -> None:
+async def test_abort_by_id_ends_the_iterator_with_that_reason(engine: AsyncEngine, core: EngineCore) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     outputs = engine.generate("ab", LONG, request_id="mine")
     await anext(outputs)
     engine.abort("mine")
+    device.gate.set()
     assert [o.finish_reason async for o in outputs][-1] == "abort"
     engine.abort("mine")
     engine.abort("unknown")
