@@ -32,6 +32,7 @@ MAX_BATCH_TOKENS = 8192
 
 STATIC: dict[str, tuple[str, ...]] = {
     "fcfs": tuple(f"fcfs:budget={b}" for b in (512, 1024, 2048, 8192)),
+    "vllm": tuple(f"vllm:budget={b}" for b in (512, 1024, 2048, 8192)),
     "prefill-first": tuple(f"prefill-first:budget={b}" for b in (2048, 8192)),
 }
 """Policies that know neither promises nor step times; chunked prefill with a budget of 512 is Sarathi's."""
@@ -43,7 +44,7 @@ ABLATIONS: dict[str, tuple[str, str]] = {
     "lens": ("lens", "online"),
     "step limit only": ("lens:order=0", "online"),
     "order only": ("lens:limit=0,budget={budget}", "online"),
-    "no saving up": ("lens:coalescing=0", "online"),
+    "no coalescing": ("lens:coalescing=0", "online"),
     "upper bounds": ("lens:quantile=1", "online"),
     "no length guard": ("lens:goal_long=0", "online"),
     "no share": ("lens:share=0", "online"),

@@ -106,7 +106,7 @@ def place_all(name: str, workers: int, pending: int, requests: int, reports: flo
         while owed >= 1.0:
             owed, seq = owed - 1.0, seq + 1
             info = infos[seq % workers]
-            worker = core.registry.workers[info.worker_id]
+            worker = core.workers.by_id[info.worker_id]
             report = wire.Report(seq, load(rng, pending, worker.dispatch_seq, now))
             began_s = time.perf_counter()
             core.on_worker(identity_of(info.worker_id, _EPOCH), report, now)

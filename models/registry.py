@@ -9,15 +9,19 @@ from nexusengine.errors import ModelLoadError
 from nexusengine.loading.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from nexusengine.models.llama import LlamaForCausalLM
+    from nexusengine.models.base import Model
 
 
-def model_class(architecture: str) -> type[LlamaForCausalLM]:
-    """Imports the family's file. Raises ModelLoadError listing what is known."""
+def model_class(architecture: str) -> type[Model]:
+    """Import the family's file.
+
+    Raises:
+        ModelLoadError: listing the architectures that are known.
+    """
     if architecture not in ARCHITECTURES:
         raise ModelLoadError(
             f"architecture {architecture!r} is not supported; known: {', '.join(sorted(ARCHITECTURES))}"
         )
     module, _, attribute = ARCHITECTURES[architecture].partition(":")
-    found: type[LlamaForCausalLM] = getattr(importlib.import_module(module), attribute)
+    found: type[Model] = getattr(importlib.import_module(module), attribute)
     return found

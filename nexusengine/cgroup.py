@@ -42,8 +42,10 @@ def limits(root: Path = Path("/")) -> Limits:
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """Threads worth computing with: cores that this process may run on, no more than its groups pay for in full, and at
-    least one."""
+    """Threads worth computing with.
+
+    Cores that this process may run on, no more than its groups pay for in full, and at least one.
+    """
     cores, paid = len(os.sched_getaffinity(0)), limits(root).cpus
     return cores if paid is None else max(min(cores, int(paid)), 1)
 

@@ -39,8 +39,10 @@ class RopeScaling:
         return ""
 
     def reach(self, positions: int) -> int:
-        """How many positions a model of `positions` is good for once they are scaled: those of its training times the
-        factor, where the file does not name more itself."""
+        """How many positions a model of `positions` is good for once they are scaled.
+
+        Those of its training times the factor, where the file does not name more itself.
+        """
         if self.kind == "llama3":
             return positions
         trained = self.original_max_position if self.kind == "yarn" else positions
@@ -94,8 +96,10 @@ class ModelConfig:
 
     @property
     def longest(self) -> int:
-        """Tokens up to which the model computes what it should: within a sliding window, since beyond it positions
-        would see more than they were trained to see."""
+        """Tokens up to which the model computes what it should.
+
+        Within a sliding window, since beyond it positions would see more than they were trained to see.
+        """
         return min(self.max_position, self.sliding_window or self.max_position)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:

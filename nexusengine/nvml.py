@@ -74,8 +74,11 @@ def driver_version() -> tuple[str, str]:
 
 
 def visible(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """In the order in which `cuda:N` counts them: what CUDA_VISIBLE_DEVICES names, else all in the order of the bus.
-    Its numbers are taken in the order of the bus too. Empty without a driver."""
+    """The GPUs in the order in which `cuda:N` counts them.
+
+    What CUDA_VISIBLE_DEVICES names, else all in the order of the bus; its numbers are taken in the order of the bus
+    too. Empty without a driver.
+    """
     try:
         with driver() as nvml:
             gpus = [_gpu(nvml, i) for i in range(int(nvml.nvmlDeviceGetCount()))]
@@ -85,8 +88,10 @@ def visible(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
 
 
 def select(gpus: list[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves: numbers or beginnings of UUIDs, up to the first that names none, as CUDA
-    reads it."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves.
+
+    It holds numbers or beginnings of UUIDs, and counts up to the first that names none, as CUDA reads it.
+    """
     if wanted is None:
         return tuple(gpus)
     found: list[Gpu] = []

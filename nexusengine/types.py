@@ -123,8 +123,11 @@ class SLO:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a promise was kept, by the mean contract and by the strict one (see `slo`). missed: the first thing that
-    went wrong; None if met."""
+    """Whether an SLO was met, by the mean contract and by the strict one (see slo.due).
+
+    Attributes:
+        missed: the first thing that went wrong; None if met.
+    """
 
     met: bool
     strict_met: bool
@@ -194,9 +197,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a worker knows of how it serves a request. predicted_ttft_s: from arrival to the first token, as predicted
-    when the worker took it in. unattainable: the device cannot keep the promise even when it serves nothing else.
-    strict: every token so far came in time by the strict contract."""
+    """What a worker knows of how it serves a request.
+
+    Attributes:
+        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in.
+        unattainable: the device cannot meet the SLO even when it serves nothing else.
+        strict: every token so far came in time by the strict contract.
+    """
 
     worker: str
     predicted_ttft_s: float

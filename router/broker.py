@@ -15,7 +15,8 @@ from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.process import child
 from nexusengine.process.control import Drain, DrainWorker, Listening, RouterBoot, ToChild, WorkerExited
-from nexusengine.router.core import Outgoing, RouterCore
+from nexusengine.router.core import RouterCore
+from nexusengine.router.outbox import Outgoing
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import EngineRequest
 
@@ -26,7 +27,13 @@ log = get_logger("router")
 
 
 class Broker:
-    """front: where clients connect; back: where workers connect. Both are ZeroMQ endpoints."""
+    """The router's sockets and its loop.
+
+    Args:
+        front: ZeroMQ endpoint where clients connect.
+        back: ZeroMQ endpoint where workers connect.
+        snapshot_period_s: how often the core's timer is called.
+    """
 
     def __init__(self, core: RouterCore, front: str, back: str, snapshot_period_s: float) -> None:
         self.core = core
@@ -57,6 +64,7 @@ class Broker:
         os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
+        """Serve for ever."""
         poller = zmq.Poller()
         for source in (self._front, self._back, self._wake):
             poller.register(source, zmq.POLLIN)
@@ -117,8 +125,11 @@ class Broker:
                     log.warning("asked to drain %r, which is no worker", message.worker_id)
 
     def _flush(self) -> None:
-        """Send what is to be sent. A peer that cannot be reached, or whose queue is full, is given up: a worker counts
-        as gone, a client's requests are cancelled. Both may cause further messages."""
+        """Send what is to be sent.
+
+        A peer that cannot be reached, or whose queue is full, is dropped: a worker counts as gone, a client's requests
+        are cancelled. Both may cause further messages.
+        """
         while out := self.core.take():
             for outgoing in out:
                 self._send(outgoing)
@@ -144,7 +155,7 @@ def main() -> None:
     setup(config.log_level)
     hash_key = bytes.fromhex(boot.hash_key)
 
-    def block_names(request: EngineRequest, block_size: int) -> list[bytes]:
+    def hashes(request: EngineRequest, block_size: int) -> list[bytes]:
         return block_hashes(request.prompt_token_ids, block_size, hash_key)
 
     core = RouterCore(
@@ -153,7 +164,7 @@ def main() -> None:
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
         report_period_s=config.snapshot_period,
-        block_names=block_names,
+        block_hashes=hashes,
     )
     broker = Broker(core, boot.front, boot.back, config.snapshot_period)
     child.listen(broker.control)

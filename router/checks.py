@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import astuple
 
 from nexusengine.kv.digest import Batch
-from nexusengine.router.placement.forecast import REFERENCE_STEP, predictor_of
+from nexusengine.router.placement.speed import REFERENCE_STEP, predictor_of
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,
@@ -23,10 +23,10 @@ from nexusengine.wire import (
     WorkerLoad,
 )
 
-LONGEST_NAME = 4096
-MOST_TOKENS = 2**31 - 1
-LARGEST_TOKEN = 2**31 - 1
-LONGEST_STEP_S = 1e9
+MAX_NAME_CHARS = 4096
+MAX_COUNT = 2**31 - 1
+MAX_TOKEN_ID = 2**31 - 1
+MAX_STEP_S = 1e9
 
 
 def wrong_version(protocol: int) -> str | None:
@@ -37,9 +37,13 @@ def wrong_version(protocol: int) -> str | None:
 
 
 def check_info(info: WorkerInfo) -> None:
-    """Refuse what a worker says of itself if it cannot be true. Raises ProtocolError."""
+    """Refuse what a worker says of itself if it cannot be true.
+
+    Raises:
+        ProtocolError: it cannot.
+    """
     for name, value in zip(info.__struct_fields__, astuple(info), strict=True):
-        if isinstance(value, str) and len(value) > LONGEST_NAME:
+        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
             raise ProtocolError(f"{name} of a worker has {len(value)} characters")
         if isinstance(value, int | float) and not 0 <= value <= 2**53:
             raise ProtocolError(f"{name} of a worker is {value}")
@@ -48,7 +52,11 @@ def check_info(info: WorkerInfo) -> None:
 
 
 def check_load(load: WorkerLoad) -> None:
-    """Refuse a worker's report if it cannot be true. Raises ProtocolError."""
+    """Refuse a worker's report if it cannot be true.
+
+    Raises:
+        ProtocolError: it cannot.
+    """
     if load.tightest_tpot_s <= 0.0 or any(p.tpot_s <= 0.0 for p in load.pending):  # NaN: none
         raise ProtocolError("a report with a time per token that is not above 0")
     if load.perf is not None and (problem := _problem_of(load.perf)):
@@ -57,7 +65,7 @@ def check_load(load: WorkerLoad) -> None:
 
 @lru_cache(maxsize=256)
 def _problem_of(perf: PerfSnapshot) -> str | None:
-    """A worker reports the same model until it has learned something."""
+    """Why a performance model cannot be used; None if it can. Cached, as a worker reports the same one for a while."""
     try:
         model = predictor_of(perf)
         f = REFERENCE_STEP
@@ -65,26 +73,30 @@ def _problem_of(perf: PerfSnapshot) -> str | None:
         took_s = model.mean_s(sizes, np.ones(3), np.ones(3), np.full(3, f.prefill_attention), np.zeros(3))
     except (ValueError, ArithmeticError) as error:
         return str(error)
-    within = bool(((took_s >= 0.0) & (took_s <= LONGEST_STEP_S)).all())
+    within = bool(((took_s >= 0.0) & (took_s <= MAX_STEP_S)).all())
     return None if within else f"it predicts steps of {took_s.tolist()} s"
 
 
 def check_digest(batches: tuple[Batch, ...]) -> None:
-    """Refuse a digest of block hashes that is too large or malformed. Raises ProtocolError."""
-    size = sum(len(names) for batch in batches for names in batch)
+    """Refuse a digest of block hashes that is too large or malformed.
+
+    Raises:
+        ProtocolError: it is.
+    """
+    size = sum(len(hashes) for batch in batches for hashes in batch)
     if size > MAX_DIGEST_BYTES:
         raise ProtocolError(f"a digest of {size} bytes, over the limit of {MAX_DIGEST_BYTES}")
-    if any(len(names) % 8 for batch in batches for names in batch):
-        raise ProtocolError("a digest that cannot be read: its names are not of 8 bytes each")
+    if any(len(hashes) % 8 for batch in batches for hashes in batch):
+        raise ProtocolError("a digest that cannot be read: its hashes are not of 8 bytes each")
 
 
 def problem_of_request(request: EngineRequest) -> str | None:
     """Why a request is invalid; None if it can be placed. Whether the model can serve it is the worker's to check."""
     ids = request.prompt_token_ids
-    if not ids or min(ids) < 0 or max(ids) > LARGEST_TOKEN:
+    if not ids or min(ids) < 0 or max(ids) > MAX_TOKEN_ID:
         return "its prompt is not a list of token ids"
-    if len(request.request_id) > LONGEST_NAME:
-        return f"its id has {len(request.request_id)} characters; at most {LONGEST_NAME} are taken"
+    if len(request.request_id) > MAX_NAME_CHARS:
+        return f"its id has {len(request.request_id)} characters; at most {MAX_NAME_CHARS} are taken"
     if not math.isfinite(request.arrival_s):
         return f"it arrived at {request.arrival_s}"
     if request.deadline_s is not None and math.isnan(request.deadline_s):
@@ -97,9 +109,9 @@ def problem_of_request(request: EngineRequest) -> str | None:
 def problem_of_delta(delta: TokenDelta) -> str | None:
     """Why a delta of new tokens is invalid; None if it can be passed on."""
     ids = delta.token_ids
-    if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN:
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID:
         return "a token id is out of range"
-    if not 0 <= delta.cached_tokens <= MOST_TOKENS or not 0 <= delta.preemptions <= MOST_TOKENS:
+    if not 0 <= delta.cached_tokens <= MAX_COUNT or not 0 <= delta.preemptions <= MAX_COUNT:
         return "a count of it is out of range"
     if delta.finish_reason == "error" and not delta.error_code:
         return "it ends with an error that it does not name"

@@ -18,7 +18,9 @@ CLIENT_SILENT_S = 15.0
 class Session:
     """The session with one client.
 
-    seen_s: when a message of it came last. number, since: `session` and `since` of Cluster.
+    Attributes:
+        seen_s: timestamp of its last message.
+        number, since: `session` and `since` of Cluster.
     """
 
     seen_s: float
@@ -41,11 +43,16 @@ class Clients:
         return identity in self._sessions
 
     def items(self) -> list[tuple[bytes, Session]]:
+        """All sessions with the identities of their clients."""
         return list(self._sessions.items())
 
     def heard(self, identity: bytes, message: ToRouterFromClient, now: float) -> tuple[Session | None, bool]:
-        """The session with the client that sent the message, and whether the message began it. None for a client that
-        is not known and neither says hello nor submits a request."""
+        """Note a message of a client.
+
+        Returns:
+            The session with the client, None for one that is not known and neither says hello nor submits a request;
+            and whether the message began it.
+        """
         session = self._sessions.get(identity)
         if session is not None:
             session.seen_s = now
@@ -62,10 +69,10 @@ class Clients:
         self._sessions.pop(identity, None)
 
     def silent(self, now: float) -> list[bytes]:
-        """Those that have been silent for too long."""
+        """Clients that have been silent for too long."""
         return [identity for identity, s in self._sessions.items() if now - s.seen_s > CLIENT_SILENT_S]
 
     def paused(self, seconds: float) -> None:
-        """Nobody could be heard for so long."""
+        """Excuse everybody's silence of so long."""
         for session in self._sessions.values():
             session.seen_s += seconds

@@ -1,4 +1,4 @@
-"""The truth about requests in flight: who asked, who works on it, and whether its client has seen a token."""
+"""The truth about requests in flight: who asked, who works on it, and whether its client has seen a token. PURE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ NO_DEADLINE = float("inf")
 
 
 class Stage(enum.Enum):
-    """HELD: at no worker. DISPATCHED: at one, its client has seen nothing. STREAMING: its client has seen tokens."""
+    """Where a request is.
+
+    Attributes:
+        HELD: at no worker.
+        DISPATCHED: at one; its client has seen nothing.
+        STREAMING: its client has seen tokens.
+    """
 
     HELD = enum.auto()
     DISPATCHED = enum.auto()
@@ -23,11 +29,17 @@ class Stage(enum.Enum):
 
 @dataclass(slots=True)
 class Entry:
-    """One request in flight. identity: the worker process it is at; seq: of its dispatch; attempts: dispatches.
+    """One request in flight.
 
-    placed_s, first_token_in_s: when it was dispatched last, and the first token's delay predicted then.
-    prefix: short names of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
-    probe: it tests whether a worker's breaker may close.
+    Attributes:
+        client: identity of who asked.
+        identity: the worker process it is at.
+        seq: number of its dispatch there.
+        attempts: how often it was dispatched.
+        placed_s: timestamp of its last dispatch.
+        first_token_in_s: seconds to its first token, predicted then.
+        prefix: short hashes of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
+        probe: it tests whether a worker's breaker may close.
     """
 
     request: EngineRequest
@@ -44,14 +56,18 @@ class Entry:
 
     @property
     def tokens(self) -> int:
+        """Prompt and output tokens at most."""
         return self.placement.prompt_tokens + self.placement.max_tokens
 
 
 @dataclass(slots=True)
 class Share:
-    """What of the ledger is at one worker process, in order of dispatch. tokens: prompts and output, of all.
+    """What of the ledger is at one worker process, in order of dispatch.
 
-    unreported: those that the worker's last report does not include yet. version: rises with every change.
+    Attributes:
+        unreported: entries that the worker's last report does not include yet.
+        tokens: prompt and output tokens of all entries.
+        version: rises with every change.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -80,13 +96,19 @@ class Ledger:
 
     @property
     def held(self) -> int:
+        """How many entries are at no worker."""
         return len(self._held)
 
     def get(self, request_id: str) -> Entry | None:
+        """The entry of a request, None if it is not in flight."""
         return self._entries.get(request_id)
 
     def add(self, request: EngineRequest, client: bytes) -> Entry:
-        """Enter a request as held. Raises ValueError if its id is in flight."""
+        """Enter a request as held.
+
+        Raises:
+            ValueError: its id is in flight.
+        """
         if request.request_id in self._entries:
             raise ValueError(f"request {request.request_id!r} is in flight already")
         deadline_s = NO_DEADLINE if request.deadline_s is None else request.deadline_s
@@ -97,7 +119,6 @@ class Ledger:
             arrival_s=request.arrival_s,
             deadline_s=deadline_s,
             slo=request.slo,
-            priority=request.priority,
         )
         entry = Entry(request, placement, client)
         self._entries[request.request_id] = self._held[request.request_id] = entry
@@ -109,7 +130,7 @@ class Ledger:
         return entry
 
     def dispatch(self, entry: Entry, identity: bytes, seq: int) -> None:
-        """The entry goes to a worker process. seq must be above that of every dispatch to it before."""
+        """Move the entry to a worker process; seq must be above that of every dispatch to it before."""
         self._leave(entry)
         entry.stage, entry.identity, entry.seq = Stage.DISPATCHED, identity, seq
         entry.attempts += 1
@@ -119,7 +140,7 @@ class Ledger:
         share.version += 1
 
     def streams(self, entry: Entry) -> None:
-        """The entry's client sees a token."""
+        """Note that the entry's client sees a token."""
         if entry.stage is Stage.STREAMING or entry.identity is None:
             return
         entry.stage = Stage.STREAMING
@@ -127,23 +148,24 @@ class Ledger:
         if entry.request.request_id in share.unreported:
             share.version += 1
 
-    def reported(self, identity: bytes, covers: int) -> None:
-        """A worker process has reported a load that includes its dispatches up to `covers`."""
+    def reported(self, identity: bytes, last_dispatch_seq: int) -> None:
+        """Note that a worker process has reported a load that includes its dispatches up to last_dispatch_seq."""
         share = self._shares.get(identity)
         if share is None:
             return
         unreported = share.unreported
-        while unreported and (entry := next(iter(unreported.values()))).seq <= covers:
+        while unreported and (entry := next(iter(unreported.values()))).seq <= last_dispatch_seq:
             del unreported[entry.request.request_id]
             share.version += 1
 
     def hold(self, entry: Entry) -> None:
-        """The entry is at no worker (any more)."""
+        """Take the entry back from its worker."""
         self._leave(entry)
         entry.stage, entry.identity = Stage.HELD, None
         self._held[entry.request.request_id] = entry
 
     def remove(self, entry: Entry) -> None:
+        """End the entry."""
         self._leave(entry)
         entry.identity = None
         del self._entries[entry.request.request_id]
@@ -157,11 +179,14 @@ class Ledger:
         return list(self.share(identity).entries.values())
 
     def of_client(self, client: bytes) -> list[Entry]:
+        """Entries of a client."""
         return [e for e in self._entries.values() if e.client == client]
 
     def held_entries(self) -> Iterator[Entry]:
-        """By the instant the first token is due, those without an SLO behind, as they came; the ledger may change while
-        this is consumed."""
+        """Held entries by the timestamp their first token is due, those without an SLO last, as they came.
+
+        The ledger may change while this is consumed.
+        """
         return iter(sorted(self._held.values(), key=lambda e: e.placement.first_token_due_s))
 
     def expired(self, now: float) -> list[Entry]:

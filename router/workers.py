@@ -1,4 +1,4 @@
-"""The workers the router knows: what they are, what they last said, whether they make progress and take requests."""
+"""The workers the router knows: what they reported, whether they make progress and accept requests. PURE."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from nexusengine.wire import WorkerInfo, WorkerLoad, WorkerState, WorkerStatus, 
 
 STALL_FACTOR, STALL_AT_LEAST_S = 10.0, 5.0
 SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS, SILENT_IS_GONE_S = 2.0, 10.0, 30.0
-PUSHED_BACK_AT_LEAST_S, PUSHED_BACK_AT_MOST_S = 0.1, 2.0
-WARM_AFTER_S, WARMING_REQUESTS, WARMING_DOUBLES_S = 10.0, 4, 1.0
-"""A worker that joins others at work has at most WARMING_REQUESTS in flight, twice as many every WARMING_DOUBLES_S, and
-no such limit after WARM_AFTER_S: its model knows little yet, and an empty queue attracts everybody."""
+MIN_BACKPRESSURE_S, MAX_BACKPRESSURE_S = 0.1, 2.0
+SLOW_START_S, SLOW_START_REQUESTS, SLOW_START_DOUBLES_S = 10.0, 4, 1.0
+"""A worker that joins others at work has at most SLOW_START_REQUESTS in flight, twice as many every
+SLOW_START_DOUBLES_S, and no such limit after SLOW_START_S: its model has seen few steps, and an empty queue attracts
+everybody."""
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker by its stable id; `identity` is the process (epoch) that serves for it now, None if there is none.
+    """One worker by its stable id. Only WorkerTable changes it.
 
-    Only Registry changes it. last_identity: as identity, of the last process where there is none now.
-    version: rises with every change that a view of it would show. ready_s: when the process became ready.
-    full_until_s: it has said that it has too much to do. may_have: most requests it may have in flight while it warms
-    up. expected_epoch: of the process that may say that it is this worker; "" for any.
+    Attributes:
+        identity: of the process (epoch) that serves for it now; None if there is none.
+        last_identity: as identity, of the last process where there is none now.
+        report_seq: number of the newest report; dispatch_seq: of the last dispatch.
+        last_seen_s: timestamp of its last message; reported_s: of its last report; ready_s: when it became ready.
+        full: it has said that it has too much to do; full_until_s: timestamp until which that is believed.
+        slow_start_limit: most requests it may have in flight; infinite after its slow start.
+        ejected: why its breaker lets no request through; None if it does.
+        version: rises with every change that a view of it would show.
+        expected_epoch: of the process that may register as this worker; "" for any.
     """
 
     info: WorkerInfo
@@ -44,15 +51,15 @@ class Worker:
     ready_s: float = float("-inf")
     full_until_s: float = float("-inf")
     full: bool = False
-    may_have: float = float("inf")
+    slow_start_limit: float = float("inf")
     breaker: Breaker = field(default_factory=Breaker)
-    breaker_says: str | None = None
+    ejected: str | None = None
     version: int = 0
     expected_epoch: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _CachedView:
     """A view, and what it was made of."""
 
     view: WorkerView
@@ -61,27 +68,30 @@ class _Made:
     share_version: int
 
 
-class Registry:
+class WorkerTable:
     """Workers by id, and by the identity of their process.
 
-    expected: the workers that may connect, each with the epoch of its process if it is known; where none are named, all
-    may. report_period_s: how often they are expected to report.
+    Args:
+        expected: the workers that may connect, each with the epoch of its process if it is known; where none are
+            named, all may.
+        report_period_s: how often they are expected to report.
     """
 
     def __init__(self, expected: list[WorkerInfo], report_period_s: float = 0.1) -> None:
         self._stalled_after_s = max(SILENT_IS_STALLED_S, SILENT_IS_STALLED_PERIODS * report_period_s)
-        self.workers = {info.worker_id: Worker(info, expected_epoch=info.epoch) for info in expected}
+        self.by_id = {info.worker_id: Worker(info, expected_epoch=info.epoch) for info in expected}
         self._open_to_all = not expected
         self._by_identity: dict[bytes, Worker] = {}
-        self._made: dict[str, _Made] = {}
+        self._views: dict[str, _CachedView] = {}
 
     def of(self, identity: bytes) -> Worker | None:
+        """The worker that this process serves for; None if it is not known."""
         return self._by_identity.get(identity)
 
     def identities(self) -> list[bytes]:
-        """Of the processes that serve now."""
+        """The processes that serve now."""
         serving = (WorkerState.READY, WorkerState.STALLED, WorkerState.DRAINING)
-        return [w.identity for w in self.workers.values() if w.identity is not None and w.state in serving]
+        return [w.identity for w in self.by_id.values() if w.identity is not None and w.state in serving]
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -89,24 +99,28 @@ class Registry:
         """Whether the process is the worker that it says it is."""
         if identity != identity_of(info.worker_id, info.epoch):
             return False
-        worker = self.workers.get(info.worker_id)
+        worker = self.by_id.get(info.worker_id)
         if worker is None:
             return self._open_to_all
         return worker.expected_epoch in ("", info.epoch)
 
     def expect(self, worker_id: str, epoch: str) -> None:
-        """The next process of the worker has this epoch."""
-        if (worker := self.workers.get(worker_id)) is not None:
+        """Let only a process of this epoch register as the worker from now on."""
+        if (worker := self.by_id.get(worker_id)) is not None:
             worker.expected_epoch = epoch
 
     def paused(self, seconds: float) -> None:
-        """Nobody could be heard for so long."""
+        """Excuse everybody's silence of so long."""
         for worker in self._by_identity.values():
             worker.last_seen_s += seconds
 
     def connect(self, identity: bytes, info: WorkerInfo, now: float) -> tuple[Worker, bytes | None]:
-        """A process says that it is this worker. Returns the worker, and the process it replaces if there was one."""
-        worker = self.workers.setdefault(info.worker_id, Worker(info))
+        """Register a process as this worker.
+
+        Returns:
+            The worker, and the process that it replaces if there was one.
+        """
+        worker = self.by_id.setdefault(info.worker_id, Worker(info))
         replaced = worker.identity if worker.identity not in (None, identity) else None
         if replaced is not None:
             self.disconnect(replaced, None)
@@ -114,7 +128,7 @@ class Registry:
             worker.load, worker.reported_s, worker.report_seq = None, float("-inf"), -1
             if identity != worker.last_identity:  # else: the same process, which was thought gone
                 worker.dispatch_seq = 0
-            worker.breaker, worker.breaker_says, worker.draining = Breaker(), None, False
+            worker.breaker, worker.ejected, worker.draining = Breaker(), None, False
             worker.full_until_s, worker.full = float("-inf"), False
         worker.identity = worker.last_identity = identity
         worker.info, worker.last_seen_s = info, now
@@ -123,23 +137,23 @@ class Registry:
         return worker, replaced
 
     def starting(self, worker: Worker, phase: str, fraction: float) -> None:
-        """It is loading its model."""
+        """The worker is loading its model."""
         worker.state, worker.phase, worker.fraction = WorkerState.STARTING, phase, fraction
         worker.version += 1
 
-    def ready(self, worker: Worker, now: float, covers: int = 0) -> None:
-        """It takes requests from now on. covers: the last dispatch it has seen."""
-        worker.dispatch_seq = max(worker.dispatch_seq, covers)
+    def ready(self, worker: Worker, now: float, last_dispatch_seq: int = 0) -> None:
+        """The worker accepts requests from now on; last_dispatch_seq is the last dispatch it has seen."""
+        worker.dispatch_seq = max(worker.dispatch_seq, last_dispatch_seq)
         if worker.state is not WorkerState.READY:
             worker.ready_s = now
         worker.state = WorkerState.DRAINING if worker.draining else WorkerState.READY
         worker.phase, worker.fraction, worker.cause = "ready", 1.0, None
         worker.version += 1
-        self._warm(now)
+        self._update_slow_start(now)
 
     def drain(self, worker_id: str) -> bool:
-        """It gets no more requests; what it has is finished. False if there is no such worker."""
-        worker = self.workers.get(worker_id)
+        """Send it no more requests; what it has is finished. False if there is no such worker."""
+        worker = self.by_id.get(worker_id)
         if worker is None:
             return False
         worker.draining = True
@@ -149,7 +163,7 @@ class Registry:
         return True
 
     def disconnect(self, identity: bytes, cause: str | None) -> Worker | None:
-        """The process is gone; its worker is without one until the next connects."""
+        """Note that the process is gone; its worker is without one until the next connects."""
         worker = self._by_identity.pop(identity, None)
         if worker is not None:
             worker.identity, worker.state, worker.load = None, WorkerState.GONE, None
@@ -157,31 +171,31 @@ class Registry:
             worker.version += 1
         return worker
 
-    # ---- what it says --------------------------------------------------------------------------------------------
+    # ---- reports and answers -------------------------------------------------------------------------------------
 
-    def report(self, identity: bytes, seq: int, load: WorkerLoad, ledger: Ledger, now: float) -> bool:
-        """Take a worker's report; False if the sender is unknown. Reports that are overtaken are dropped."""
+    def report(self, identity: bytes, seq: int, load: WorkerLoad, ledger: Ledger, now: float) -> Worker | None:
+        """Take a worker's report; None if the sender is unknown. Reports that are overtaken are dropped."""
         worker = self._by_identity.get(identity)
         if worker is None:
-            return False
+            return None
         worker.last_seen_s = now
         if seq > worker.report_seq:
             worker.report_seq, worker.load, worker.reported_s = seq, load, now
             worker.version += 1
             ledger.reported(identity, load.last_dispatch_seq)
-        return True
+        return worker
 
     def answered(
         self, identity: bytes | None, answer: Answer, retry_after_s: float | None, now: float, *, probe: bool
     ) -> None:
-        """A request ended at a worker process, or was taken from it (Answer.NOTHING)."""
+        """Note that a request ended at a worker process, or was cancelled there (Answer.IGNORED)."""
         worker = None if identity is None else self._by_identity.get(identity)
         if worker is None:
             return
         worker.breaker.answered(answer, now, probe=probe)
-        self._look_at_breaker(worker)
+        self._update_ejected(worker)
         if answer is Answer.BACKPRESSURE:
-            wait_s = min(max(retry_after_s or 0.0, PUSHED_BACK_AT_LEAST_S), PUSHED_BACK_AT_MOST_S)
+            wait_s = min(max(retry_after_s or 0.0, MIN_BACKPRESSURE_S), MAX_BACKPRESSURE_S)
             worker.full_until_s, worker.full = now + wait_s, True
             worker.version += 1
 
@@ -191,19 +205,22 @@ class Registry:
         probe = worker.breaker.half_open
         if probe:
             worker.breaker.probing = True
-            self._look_at_breaker(worker)
+            self._update_ejected(worker)
         return worker.dispatch_seq, probe
 
     def refresh(self, now: float) -> tuple[list[bytes], list[bytes]]:
-        """Judge every worker's progress, and end what is over. Returns the processes that have been silent for too
-        long, and those that have just stalled."""
+        """Classify every worker's progress, and end what is over.
+
+        Returns:
+            The processes that have been silent for too long, and those that have just stalled.
+        """
         silent, stalled = [], []
         for identity, worker in self._by_identity.items():
             silence_s = now - worker.last_seen_s
             if silence_s > SILENT_IS_GONE_S:
                 silent.append(identity)
             worker.breaker.refresh(now)
-            self._look_at_breaker(worker)
+            self._update_ejected(worker)
             if worker.full and now >= worker.full_until_s:
                 worker.full = False
                 worker.version += 1
@@ -217,29 +234,29 @@ class Registry:
                 worker.version += 1
                 if state is WorkerState.STALLED:
                     stalled.append(identity)
-        self._warm(now)
+        self._update_slow_start(now)
         return silent, stalled
 
-    def _look_at_breaker(self, worker: Worker) -> None:
-        says = worker.breaker.barred()
-        if says != worker.breaker_says:
-            worker.breaker_says = says
+    def _update_ejected(self, worker: Worker) -> None:
+        ejected = worker.breaker.ejected()
+        if ejected != worker.ejected:
+            worker.ejected = ejected
             worker.version += 1
 
-    def _warm(self, now: float) -> None:
-        """Set how much each worker may have while it warms up; where all are new, nobody is held back."""
-        takers = [w for w in self._by_identity.values() if w.state is WorkerState.READY]
-        warm = any(now - w.ready_s >= WARM_AFTER_S for w in takers)
-        for worker in takers:
-            age_s, may_have = now - worker.ready_s, float("inf")
-            if warm and age_s < WARM_AFTER_S:
-                may_have = WARMING_REQUESTS * 2.0 ** int(age_s / WARMING_DOUBLES_S)
-            if may_have != worker.may_have:
-                worker.may_have = may_have
+    def _update_slow_start(self, now: float) -> None:
+        """Set how much each worker may have in slow start; where all are new, nobody is held back."""
+        ready = [w for w in self._by_identity.values() if w.state is WorkerState.READY]
+        any_settled = any(now - w.ready_s >= SLOW_START_S for w in ready)
+        for worker in ready:
+            age_s, limit = now - worker.ready_s, float("inf")
+            if any_settled and age_s < SLOW_START_S:
+                limit = SLOW_START_REQUESTS * 2.0 ** int(age_s / SLOW_START_DOUBLES_S)
+            if limit != worker.slow_start_limit:
+                worker.slow_start_limit = limit
                 worker.version += 1
 
     def block_sizes(self) -> set[int]:
-        """Of the KV caches of all workers that have a process and have said."""
+        """KV block sizes of all workers that have a process and reported theirs."""
         return {w.info.block_size for w in self._by_identity.values()} - {0}
 
     # ---- what others see -----------------------------------------------------------------------------------------
@@ -247,21 +264,22 @@ class Registry:
     def views(self, ledger: Ledger) -> list[WorkerView]:
         """One for each worker. A view is the same object as long as nothing in it has changed."""
         views = []
-        for worker_id, worker in self.workers.items():
+        for worker_id, worker in self.by_id.items():
             share = ledger.share(worker.identity)
-            made = self._made.get(worker_id)
+            known = self._views.get(worker_id)
             if (
-                made is None
-                or made.version != worker.version
-                or made.share is not share
-                or made.share_version != share.version
+                known is None
+                or known.version != worker.version
+                or known.share is not share
+                or known.share_version != share.version
             ):
-                made = _Made(view_of(worker, share), worker.version, share, share.version)
-                self._made[worker_id] = made
-            views.append(made.view)
+                known = _CachedView(view_of(worker, share), worker.version, share, share.version)
+                self._views[worker_id] = known
+            views.append(known.view)
         return views
 
     def statuses(self, ledger: Ledger) -> tuple[WorkerStatus, ...]:
+        """One for each worker, for the cluster's picture."""
         return tuple(
             WorkerStatus(
                 info=w.info,
@@ -272,24 +290,24 @@ class Registry:
                 load=w.load,
                 restarts=w.restarts,
                 cause=w.cause,
-                ejected=view.barred if view.state is WorkerState.READY else None,
+                ejected=view.ejected if view.state is WorkerState.READY else None,
             )
-            for w, view in zip(self.workers.values(), self.views(ledger), strict=True)
+            for w, view in zip(self.by_id.values(), self.views(ledger), strict=True)
         )
 
 
 def view_of(worker: Worker, share: Share = NOTHING) -> WorkerView:
-    """The picture a policy gets of a worker and its share of the ledger."""
+    """A worker and its share of the ledger, as a policy sees them."""
     unreported: list[PlacementRequest] = []
     started: list[PlacementRequest] = []
     for entry in share.unreported.values():
         (started if entry.stage is Stage.STREAMING else unreported).append(entry.placement)
-    barred = worker.breaker_says
+    ejected = worker.ejected
     waiting = (worker.load.waiting if worker.load is not None else 0) + len(unreported)
-    if barred is None and worker.full:
-        barred = "it has too much to do"
-    if barred is None and worker.info.max_waiting and waiting >= worker.info.max_waiting:
-        barred = f"{waiting} requests wait in it"
+    if ejected is None and worker.full:
+        ejected = "it has too much to do"
+    if ejected is None and worker.info.max_waiting and waiting >= worker.info.max_waiting:
+        ejected = f"{waiting} requests wait in it"
     return WorkerView(
         info=worker.info,
         state=worker.state,
@@ -299,6 +317,6 @@ def view_of(worker: Worker, share: Share = NOTHING) -> WorkerView:
         unreported=tuple(unreported),
         started=tuple(started),
         reported_s=worker.reported_s,
-        barred=barred,
-        warming=len(share.entries) >= worker.may_have,
+        ejected=ejected,
+        slow_start=len(share.entries) >= worker.slow_start_limit,
     )

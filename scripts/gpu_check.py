@@ -123,8 +123,10 @@ def _usable(
 
 
 def kernels(at: Setting) -> Findings:
-    """Every backend against float32: MHA and GQA, head sizes, block edges, prefix hits, mixed batches; K and V of 8
-    bits where it keeps such."""
+    """Every backend against float32.
+
+    MHA and GQA, head sizes, block edges, prefix hits, mixed batches; K and V of 8 bits where it keeps such.
+    """
     shapes = [(4, 4, 64), (8, 2, 64), (8, 2, 80), (8, 2, 128), (8, 1, 256)][: 2 if at.tiny else None]
     found: Findings = {}
     for shape, kept in product(shapes, (None, FP8)):
@@ -220,8 +222,10 @@ def attention_speed(at: Setting) -> Findings:
 
 
 def end_to_end(at: Setting) -> Findings:
-    """Throughput, time to the first token and between tokens at several concurrencies; the performance model's error
-    on the later half of the same run's steps; the gap between steps."""
+    """Throughput, time to the first token and between tokens at several concurrencies.
+
+    Also the performance model's error on the later half of the same run's steps, and the gap between steps.
+    """
     found: Findings = {}
     copy_gb_s = at.copy_gb_s()
     shapes = {"tiny": TINY} if at.tiny else {"0.6B": SMALL, "8B": LARGE}

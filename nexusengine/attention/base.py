@@ -18,8 +18,15 @@ def as_stored(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """The shape a backend is asked for. window: most recent keys a query sees, itself included. soft_cap: scores become
-    cap * tanh(score / cap). kv_dtype: of the cache, FP8 or None for dtype; numbers beyond FP8's largest become that."""
+    """The shape a backend is asked for.
+
+    Attributes:
+        block_size: tokens a KV block.
+        scale: of scores.
+        window: most recent keys a query sees, itself included.
+        soft_cap: scores become cap * tanh(score / cap).
+        kv_dtype: of the cache, FP8 or None for dtype; numbers beyond FP8's largest become that.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -35,10 +42,17 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCaps:
-    """block_sizes: sizes it can use, preferred first. dtypes it computes in. graphs: can run in a CUDA graph, or have
-    its calls recorded and replayed (layers.ops.Ops.step). modifiers: knows windows and soft caps. plain_cache: K and V
-    lie in the cache as they are, so that others may store them (`AttentionBackend.store` says how). fp8_cache: K and V
-    may be 8-bit floats."""
+    """Capabilities of a backend.
+
+    Attributes:
+        block_sizes: sizes it can use, preferred first.
+        dtypes: it computes in.
+        graphs: it can run in a CUDA graph, or have its calls recorded and replayed (layers.ops.Ops.step).
+        modifiers: it knows windows and soft caps.
+        plain_cache: K and V lie in the cache as they are, so that others may store them (`AttentionBackend.store` says
+            how).
+        fp8_cache: K and V may be 8-bit floats.
+    """
 
     block_sizes: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]

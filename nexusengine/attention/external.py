@@ -1,7 +1,7 @@
-"""What the adapters of other libraries share: finding a function by its signature, what all of them ask of a shape, and
-the store of K and V.
+"""The part that the adapters of other libraries share.
 
-Whether a function will do is read off its parameters, not off a version: the same names come from several packages.
+It finds a function by its signature, checks what all of them ask of a shape, and stores K and V. Whether a function
+will do is read off its parameters, not off a version: the same names come from several packages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def find(module: str, name: str, parameters: tuple[str, ...], install: str) -> tuple[Callable[..., Any] | None, str]:
-    """(the function or class, what was found) or (None, what is missing). Never raises. install: what brings it."""
+    """Find a function or class of another library; never raises.
+
+    Args:
+        module: that holds it.
+        name: of the function or class.
+        parameters: it has to take.
+        install: how to get the library, for the reason.
+
+    Returns:
+        It and what was found, or None and what is missing.
+    """
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -47,8 +57,17 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def fits(
     spec: AttentionSpec, majors: tuple[int, ...], max_dim: int = 256, dtypes: tuple[torch.dtype, ...] = HALF
 ) -> tuple[bool, str]:
-    """What every library here asks: CUDA of certain generations (`majors` of the compute capability), half precision,
-    head dimensions that are multiples of 8."""
+    """Check what every library here asks of a shape: half precision, head dimensions that are multiples of 8.
+
+    Args:
+        spec: the shape.
+        majors: generations of CUDA devices, by compute capability.
+        max_dim: largest head dimension.
+        dtypes: that it computes in.
+
+    Returns:
+        Whether it fits, and why or why not.
+    """
     found = capability(spec.device)
     if found is None:
         return False, f"needs a CUDA device, not {spec.device}"
@@ -65,13 +84,16 @@ def fits(
 
 
 def window_of(spec: AttentionSpec) -> tuple[int, int]:
-    """(keys before its own that a query sees, keys after), -1 for all, as flash-attn counts. Without a window both are
-    -1, beside causal=True: a limit to the right would keep decodes from packing the heads that share K and V."""
+    """(keys before its own that a query sees, keys after), -1 for all, as flash-attn counts.
+
+    Without a window both are -1, beside causal=True: a limit to the right would keep decodes from packing the heads
+    that share K and V.
+    """
     return (spec.window - 1, 0) if spec.window else (-1, -1)
 
 
 def options_of(spec: AttentionSpec) -> dict[str, Any]:
-    """What flash-attn's functions are told in every call, by the names of its versions 2 to 4."""
+    """Options of every call to flash-attn's functions, by the names of its versions 2 to 4."""
     return {
         "softmax_scale": spec.scale,
         "causal": True,
@@ -81,7 +103,7 @@ def options_of(spec: AttentionSpec) -> dict[str, Any]:
 
 
 class External:
-    """What the adapters have in common."""
+    """The part that the adapters have in common."""
 
     def plan(self, meta: AttentionMeta) -> None:
         """Nothing, where the function schedules its work itself."""
@@ -89,16 +111,21 @@ class External:
     def store(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
     ) -> None:
-        """Models come here only by torch's table of operations; TritonOps stores while it rotates. Skipped tokens land
-        in the null block, which nobody reads."""
+        """Models come here only by torch's table of operations; TritonOps stores while it rotates.
+
+        Skipped tokens land in the null block, which nobody reads.
+        """
         slots = meta.slot_mapping.clamp_min(0)
         k_cache.view(-1, *k.shape[1:])[slots] = as_stored(k, k_cache)
         v_cache.view(-1, *v.shape[1:])[slots] = as_stored(v, v_cache)
 
 
 class Finite:
-    """Makes a cache's numbers finite, once. Kernels that load whole pages of V by TMA give keys past a row's end the
-    weight 0, and 0 times a NaN that was never written is NaN."""
+    """Makes a cache's numbers finite, once.
+
+    Kernels that load whole pages of V by TMA give keys past a row's end the weight 0, and 0 times a NaN that was never
+    written is NaN.
+    """
 
     def __init__(self) -> None:
         self._done: set[int] = set()

@@ -1,5 +1,8 @@
-"""flash-attn 2 (package flash-attn): prefill by the varlen function over the block table, which does not split keys;
-decodes by the function for KV caches, which does. Both take blocks of a multiple of 256 tokens alone."""
+"""flash-attn 2 (package flash-attn).
+
+Prefill by the varlen function over the block table, which does not split keys; decodes by the function for KV caches,
+which does. Both take blocks of a multiple of 256 tokens alone.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Flash2Backend(external.External):
         self._cu_q = self._cu_k = torch.empty(0)
 
     def plan(self, meta: AttentionMeta) -> None:
-        """Where the rows of several tokens begin, counted from the first of them, in queries and in keys."""
+        """Note where the rows of several tokens begin, counted from the first of them, in queries and in keys."""
         ones = meta.num_decodes
         if ones < len(meta.seq_lens_host):
             self._cu_q = meta.cu_seqlens_q[ones:] - ones

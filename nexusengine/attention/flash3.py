@@ -1,5 +1,7 @@
-"""flash-attn 3 (module flash_attn_interface, built from the Hopper folder of flash-attention): one call for queries of
-any length over blocks of any size, keys split where that helps."""
+"""flash-attn 3 (module flash_attn_interface, built from the Hopper folder of flash-attention).
+
+One call for queries of any length over blocks of any size, keys split where that helps.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""flash-attn 4 (package flash-attn-4, module flash_attn.cute) for data-centre Blackwell: one call for queries of any
-length; blocks of 128 tokens are what its fast loads want. It has no paged KV on sm80 and sm120, and does not split keys
-on sm90."""
+"""flash-attn 4 (package flash-attn-4, module flash_attn.cute) for data-centre Blackwell.
+
+One call for queries of any length; blocks of 128 tokens are what its fast loads want. It has no paged KV on sm80 and
+sm120, and does not split keys on sm90.
+"""
 
 from __future__ import annotations
 

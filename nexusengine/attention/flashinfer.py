@@ -67,8 +67,13 @@ class FlashInferBackend(external.External):
             self._prefill.plan(starts, *self._pages(meta, ones, rows), *shape, causal=True, **options)
 
     def _pages(self, meta: AttentionMeta, first: int, past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the rows first .. past - 1: where their blocks begin i4 `[rows + 1]`, the blocks i4, tokens in each row's
-        last one i4 `[rows]`. The blocks come from the device's table, the rest lies on the host."""
+        """The KV blocks of the rows first .. past - 1.
+
+        The blocks come from the device's table, the rest lies on the host.
+
+        Returns:
+            Where each row's blocks begin i4 `[rows + 1]`, the blocks i4, tokens in each row's last one i4 `[rows]`.
+        """
         size, lengths = self._spec.block_size, np.array(meta.seq_lens_host[first:past])
         used = -(-lengths // size)
         starts = _sums(used)

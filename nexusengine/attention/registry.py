@@ -39,7 +39,12 @@ def backend_class(name: str) -> type[AttentionBackend]:
 
 
 def preferred(device: torch.device, capability: tuple[int, int] | None = None) -> tuple[str, ...]:
-    """Names of backends for a device, best first. capability: of a CUDA device, asked of it if not given."""
+    """Names of backends for a device, best first.
+
+    Args:
+        device: on which attention is computed.
+        capability: of a CUDA device, asked of it if not given.
+    """
     if device.type != "cuda":
         return _ORDER_CPU
     major, _ = capability or torch.cuda.get_device_capability(device)
@@ -72,9 +77,13 @@ def choose(
     block_size: int | None = None,
     capability: tuple[int, int] | None = None,
 ) -> tuple[type[AttentionBackend], AttentionSpec, list[tuple[str, str]]]:
-    """The backend, the spec with its block size, and (name, why not) of those passed over.
+    """Choose the backend for a shape: the one wanted, else the best that can run here.
 
-    Raises ConfigError if `wanted` is unknown or cannot run here.
+    Returns:
+        The backend, the spec with its block size, and (name, why not) of those passed over.
+
+    Raises:
+        ConfigError: `wanted` is unknown or cannot run here.
     """
     if wanted is not None and wanted not in BACKENDS:
         raise ConfigError(

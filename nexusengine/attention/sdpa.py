@@ -23,8 +23,14 @@ _GROUP_TOKENS = 32_768
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """One-token rows of similar length. rows i8 `[R]`; blocks i8 `[R * B]`; padding i8: tokens of the gathered
-    `[R * B * block_size]` to clear; mask `[R, 1, 1, longest]`, 0 or -inf. Equal lengths need neither."""
+    """One-token rows of similar length; equal lengths need neither padding nor mask.
+
+    Attributes:
+        rows: i8 `[R]`.
+        blocks: i8 `[R * B]`.
+        padding: i8, tokens of the gathered `[R * B * block_size]` to clear.
+        mask: `[R, 1, 1, longest]`, 0 or -inf.
+    """
 
     rows: torch.Tensor
     blocks: torch.Tensor
@@ -35,8 +41,12 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A row of several tokens. pieces: (first query, past the last one, keys they see, mask bool `[queries, keys]`),
-    queries counted in the batch."""
+    """A row of several tokens.
+
+    Attributes:
+        pieces: (first query, past the last one, keys they see, mask bool `[queries, keys]`), queries counted in the
+            batch.
+    """
 
     blocks: torch.Tensor
     pieces: list[tuple[int, int, int, torch.Tensor]]
@@ -157,8 +167,7 @@ class SdpaBackend:
 def _gather(
     cache: torch.Tensor, dtype: torch.dtype, blocks: torch.Tensor, padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """cache `[num_blocks, block_size, H_kv, D]` -> a copy of the blocks' tokens `[N, H_kv, D]` in a type, padding
-    cleared."""
+    """cache `[num_blocks, block_size, H_kv, D]` -> tokens of `blocks`, `[N, H_kv, D]`, in a type, padding cleared."""
     tokens = cache.index_select(0, blocks).flatten(0, 1).to(dtype)
     return tokens if padding is None else tokens.index_fill_(0, padding, 0.0)
 

@@ -1,5 +1,7 @@
-"""torch's own varlen attention with a block table (torch 2.12 and later): flash-attn 2 as torch brings it, with split
-keys. Blocks of a multiple of 256 tokens; no soft cap."""
+"""torch's own varlen attention with a block table (torch 2.12 and later): flash-attn 2 as torch brings it.
+
+Keys are split. Blocks of a multiple of 256 tokens; no soft cap.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,11 @@ class TorchVarlenBackend(external.External):
         self._cu_k: dict[int, torch.Tensor] = {}
 
     def plan(self, meta: AttentionMeta) -> None:
-        """Where each row's keys begin, if they lay side by side: the kernel wants to see it, though it reads what
-        seqused_k says. For each number of rows at a place that stays, as graphs need it."""
+        """Note where each row's keys would begin if they lay side by side.
+
+        The kernel wants to see it, though it reads what seqused_k says. For each number of rows at a place that stays,
+        as graphs need it.
+        """
         rows = len(meta.seq_lens)
         if rows not in self._cu_k:
             self._cu_k[rows] = torch.zeros(rows + 1, dtype=torch.int32, device=meta.seq_lens.device)
@@ -56,8 +61,7 @@ class TorchVarlenBackend(external.External):
         meta: AttentionMeta,
         out: torch.Tensor,
     ) -> None:
-        """Decodes by themselves: only where all rows have one token, and nothing limits what they see, are heads packed
-        and keys split."""
+        """Decodes run by themselves: only there are heads packed and keys split, if nothing limits what rows see."""
         ones, rows = meta.num_decodes, len(meta.seq_lens)
         cu_k = self._cu_k[rows]
         if ones:

@@ -1,4 +1,4 @@
-"""Attention by our Triton kernels (triton_kernels/attention): decodes split over their keys, everything else by tiles.
+"""Attention by our Triton kernels: decodes split over their keys, everything else by tiles of queries.
 
 Splits have one size, whatever the batch, so that a row's numbers never depend on the rows beside it. Grids depend on
 the plan alone (rows, tokens, longest row), so that a launch can be captured in a CUDA graph and replayed with other
@@ -86,16 +86,16 @@ class TritonBackend:
         out: torch.Tensor,
     ) -> None:
         """The heads of a token lie side by side in q and out; tokens may lie apart."""
-        from nexusengine.triton_kernels import attention
+        from nexusengine.triton_kernels import decode_attention, prefill_attention
 
         ones = meta.num_decodes
         if ones:
-            attention.decode(
+            decode_attention.decode(
                 q[:ones], k_cache, v_cache, meta.block_table[:ones], meta.seq_lens[:ones], out[:ones], self._shape,
                 self._num_splits, _SPLIT_TOKENS, self._capability,
             )  # fmt: skip
         if len(meta.seq_lens) > ones:
-            attention.prefill(
+            prefill_attention.prefill(
                 q, k_cache, v_cache, meta.block_table, meta.seq_lens, meta.cu_seqlens_q, out, self._shape, ones,
                 self._capability,
             )  # fmt: skip

@@ -163,8 +163,8 @@ def _cpu() -> dict[str, Any]:
 
 
 def _ledger(gpu: gpus.Gpu) -> dict[str, int]:
-    """The memory there would be for a model: the worker's log says how it is divided once one is loaded."""
-    from nexusengine.execute.ledger import RESERVE_SHARE, graph_budget_bytes
+    """What there would be for a model: the worker's log says how it is divided once one is loaded."""
+    from nexusengine.execute.memory import RESERVE_SHARE, graph_budget_bytes
 
     reserve, graphs = int(RESERVE_SHARE * gpu.total_bytes), graph_budget_bytes(gpu.total_bytes)
     return {

@@ -120,7 +120,7 @@ class _Load:
             if seconds is not None and now - began_s >= seconds:
                 return self.ended
             if now >= until_s:
-                wanted = self._between(1, min(2 * self._load, core.max_running + core.max_waiting))
+                wanted = self._between(1, min(2 * self._load, core.scheduler.slots))
                 until_s = now + _SAME_LOAD_S
             all_sent = requests is not None and self._sent >= requests
             if not all_sent and len(core.request_ids()) < wanted:

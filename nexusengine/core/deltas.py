@@ -19,6 +19,16 @@ class Error(NamedTuple):
     retry_after_s: float | None = None
 
 
+class End(NamedTuple):
+    """How a request ended. token_ids: its last token, where that is output. stop_reason: the token that stopped it."""
+
+    reason: FinishReason
+    token_ids: tuple[int, ...] = ()
+    logprobs: Logprobs = None
+    stop_reason: int | None = None
+    error: Error | None = None
+
+
 def first_delta(state: RequestState, service: Service, token: int, logprobs: Logprobs) -> TokenDelta:
     return TokenDelta(
         state.request.request_id,
@@ -34,23 +44,14 @@ def next_delta(state: RequestState, token: int, logprobs: Logprobs) -> TokenDelt
     return TokenDelta(state.request.request_id, (token,), logprobs)
 
 
-def last_delta(
-    state: RequestState,
-    service: Service,
-    now: float,
-    reason: FinishReason,
-    token_ids: tuple[int, ...],
-    logprobs: Logprobs,
-    *,
-    stop_reason: int | None,
-    error: Error | None,
-) -> TokenDelta:
+def last_delta(state: RequestState, service: Service, now: float, end: End) -> TokenDelta:
+    error = end.error
     return TokenDelta(
         state.request.request_id,
-        token_ids,
-        logprobs,
-        finish_reason=reason,
-        stop_reason=stop_reason,
+        end.token_ids,
+        end.logprobs,
+        finish_reason=end.reason,
+        stop_reason=end.stop_reason,
         timings=state.timings(now),
         cached_tokens=state.cached_tokens,
         preemptions=state.preemptions,

@@ -11,16 +11,15 @@ sockets nor tensors. Not thread-safe: one thread calls everything, except `load`
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from nexusengine.clock import Clock
-from nexusengine.core.admission import first_token_in_s, longest_output, unattainable
-from nexusengine.core.deltas import Error, first_delta, last_delta, next_delta, token_logprobs
+from nexusengine.core.admission import NewArrivals, longest_output
+from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
 from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.invariants import check_requests
@@ -37,10 +36,10 @@ from nexusengine.kv.manager import KVManager
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.sampling.table import SampledLogprobs, SamplingTable
-from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
-from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduled, Scheduler
+from nexusengine.scheduler.plan import SchedulerPolicy
+from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduler
 from nexusengine.scheduler.stats import CoreStats
-from nexusengine.types import EngineRequest, FinishReason, Service, TokenDelta, TokenLogprob
+from nexusengine.types import EngineRequest, Service, TokenDelta
 from nexusengine.wire import DebugQuery, DebugReply, RequestRecord, StepRecord, WorkerLoad
 
 _RECORDS = 4096
@@ -108,20 +107,12 @@ class EngineCore:
         self._in_flight: deque[InFlightStep] = deque()  # oldest first; two at most, and only while `step` runs
         self._timeouts = Timeouts(2 * slots)
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
-        self._new_arrivals: list[RequestState] = []  # since the last plan
+        self._new_arrivals = NewArrivals()
         self._published = PublishedLoad(self.kv.total_blocks)
         self._stepped_s = clock.now()
         self._submitted = 0
 
     # ---- requests in and out -------------------------------------------------------------------------------------
-
-    @property
-    def max_running(self) -> int:
-        return self.scheduler.max_running
-
-    @property
-    def max_waiting(self) -> int:
-        return self.scheduler.max_waiting
 
     @property
     def has_work(self) -> bool:
@@ -146,7 +137,7 @@ class EngineCore:
             )
         if self.kv.prefix_caching:
             state.block_hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
-        self._predict_ttft(state)
+        self._new_arrivals.add(state, self.scheduler.view(), self._cached_tokens(state), self.clock.now())
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
         state.serial = self._history.arrived(state.slot)
@@ -162,21 +153,15 @@ class EngineCore:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         return longest_output(request, self.executor.spec.vocab_size, self.max_model_len)
 
-    def _predict_ttft(self, state: RequestState) -> None:
-        """When its first token will come, and whether its SLO can be met; before it is one of those that wait."""
-        now, slo, view = self.clock.now(), state.request.slo, self.scheduler.view()
-        cached = self.kv.lookup(state.block_hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
-        waited_s = max(now - state.request.arrival_s, 0.0)
-        state.predicted_ttft_s = waited_s + first_token_in_s(view, state.known - cached)
-        state.unattainable = slo is not None and unattainable(view, state.known - cached, slo)
-        self._new_arrivals.append(state)
+    def _cached_tokens(self, state: RequestState) -> int:
+        return self.kv.lookup(state.block_hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
         state = self._by_id.get(request_id)
         if state is None:
             return None
-        self._finish(state, "abort")
+        self._finish(state, End("abort"))
         return self._outbox.pop()
 
     def fail_all(self, code: str, message: str) -> list[TokenDelta]:
@@ -188,10 +173,12 @@ class EngineCore:
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
-        """Compute one step and return the new tokens; returns at once when there is nothing to do. Where steps overlap,
-        submits one and returns the tokens of the one before: none at first.
+        """Compute one step and return the new tokens; returns at once when there is nothing to do.
 
-        Raises InternalError if the policy broke its contract; what the executor raises passes through.
+        Where steps overlap, submits one and returns the tokens of the one before: none at first.
+
+        Raises:
+            InternalError: the policy broke its contract. What the executor raises passes through.
         """
         now = self.clock.now()
         self._expire(now)
@@ -209,8 +196,8 @@ class EngineCore:
         began_s, stats = time.perf_counter(), self.scheduler.stats
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
-        self._end_refused(scheduled)
-        self._take_predictions(scheduled.plan)
+        self._refuse(scheduled.refused)
+        self._new_arrivals.planned(scheduled.plan, self.scheduler.requests)
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
@@ -242,18 +229,11 @@ class EngineCore:
         self._advance(step)
         return True
 
-    def _end_refused(self, scheduled: Scheduled[RequestState]) -> None:
-        for state in scheduled.refused:
+    def _refuse(self, states: Sequence[RequestState]) -> None:
+        for state in states:
             message = "refused: the engine cannot serve it in time"
-            self._ended(state, "error", error=Error(Overloaded.code, message, self.scheduler.predicted_drain_s()))
-
-    def _take_predictions(self, plan: StepPlan) -> None:
-        """The policy knows better when the first tokens of new requests come, where it expects to meet their SLO."""
-        for state in self._new_arrivals if plan.first_token_s is not None else ():
-            at_s = float(plan.first_token_s[state.slot])  # type: ignore[index]
-            if math.isfinite(at_s) and self.scheduler.requests.get(state.slot) is state:
-                state.predicted_ttft_s = max(at_s - state.request.arrival_s, 0.0)
-        self._new_arrivals.clear()
+            error = Error(Overloaded.code, message, self.scheduler.predicted_drain_s())
+            self._ended(state, End("error", error=error))
 
     def _advance(self, step: InFlightStep) -> None:
         """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
@@ -328,11 +308,11 @@ class EngineCore:
             state.first_token_s = c.first_token_s[slot] = now
         if token in state.end_ids:
             stop_reason = token if token in state.request.sampling.stop_token_ids else None
-            self._finish(state, "stop", stop_reason=stop_reason)
+            self._finish(state, End("stop", stop_reason=stop_reason))
             return
         found = None if logprobs is None else token_logprobs(logprobs, row, token, state)
         if state.output_tokens == state.max_tokens:
-            self._finish(state, "length", (token,), found)
+            self._finish(state, End("length", (token,), found))
             return
         state.append(token)
         if not state.pending:
@@ -352,43 +332,23 @@ class EngineCore:
 
     # ---- ends ----------------------------------------------------------------------------------------------------
 
-    def _finish(
-        self,
-        state: RequestState,
-        reason: FinishReason,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] | None = None,
-        *,
-        stop_reason: int | None = None,
-        error: Error | None = None,
-        discard: bool = False,
-    ) -> None:
+    def _finish(self, state: RequestState, end: End, *, discard: bool = False) -> None:
         """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
         self.scheduler.finish(state, output_tokens=state.output_tokens, discard=discard)
-        self._ended(state, reason, token_ids, logprobs, stop_reason=stop_reason, error=error)
+        self._ended(state, end)
 
     def _fail(self, state: RequestState, code: str, message: str, *, discard: bool = False) -> None:
-        self._finish(state, "error", error=Error(code, message), discard=discard)
+        self._finish(state, End("error", error=Error(code, message)), discard=discard)
 
-    def _ended(
-        self,
-        state: RequestState,
-        reason: FinishReason,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] | None = None,
-        *,
-        stop_reason: int | None = None,
-        error: Error | None = None,
-    ) -> None:
-        """The scheduler has removed it: end it for its caller and the history."""
+    def _ended(self, state: RequestState, end: End) -> None:
+        """The scheduler has let go of it: send its last delta, and remember it."""
         del self._by_id[state.request.request_id]
-        self.scheduler.stats.finished(reason)
+        self.scheduler.stats.finished(end.reason)
         now, service = self.clock.now(), self._service(state)
-        record = record_of(state, service, now, reason, error.message if error else None)
+        message = end.error.message if end.error else None
+        record = record_of(state, service, now, end.reason, message)
         self._history.ended(state.slot, state.serial, record)
-        self._outbox.append(
-            last_delta(state, service, now, reason, token_ids, logprobs, stop_reason=stop_reason, error=error)
-        )
+        self._outbox.append(last_delta(state, service, now, end))
 
     def _service(self, state: RequestState) -> Service:
         strict = bool(self.scheduler.strict[state.slot])

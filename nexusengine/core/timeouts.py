@@ -7,8 +7,11 @@ from collections.abc import Container
 
 
 class Timeouts:
-    """Timestamps by which requests must have ended, the earliest first. most: beyond so many, those that have ended are
-    forgotten."""
+    """Timestamps by which requests must have ended, the earliest first.
+
+    Args:
+        most: beyond so many, those of requests that have ended are forgotten.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most

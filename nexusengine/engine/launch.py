@@ -18,7 +18,7 @@ from nexusengine.engine.client import AsyncBackend
 from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.engine.router_client import RouterClient
 from nexusengine.errors import ConfigError, NexusError
-from nexusengine.execute.base import make_executor
+from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.supervisor.events import Event, Ready
 from nexusengine.supervisor.supervisor import Supervisor

@@ -1,1 +1,1 @@
-"""Running a step on a device. `batch` and `base` are the contract (no torch); each executor is imported when chosen."""
+"""Running a step on a device. `base` and `batch` are the contract, `factory` makes executors; none imports torch."""

@@ -1,16 +1,13 @@
-"""The contract of every executor (contract 3 of the architecture), and how one is made. No torch here."""
+"""The contract of every executor (contract 3 of the architecture). No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from nexusengine.config import DeviceSpec, Quantization
+from nexusengine.config import Quantization
 from nexusengine.execute.batch import StepBatch, StepResult
-
-if TYPE_CHECKING:
-    from nexusengine.loading.resolve import ModelFiles
 
 Progress = Callable[[str, float], None]
 """Called with (phase, fraction 0..1) while an executor is made, e.g. ("loading weights", 0.4)."""
@@ -18,12 +15,16 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class ExecutorSpec:
-    """What an executor can hold, decided when it is made.
+    """Limits and properties of an executor, fixed when it is made.
 
-    num_blocks: KV blocks including the null block 0. max_model_len: longest sequence in tokens (prompt + output).
-    device_name: what its maker calls the device, where that is known. overlaps: a second step can be submitted while
-    one is in flight. kv_dtype: of the cache, "" for dtype. ready_blocks: so many, the first ones, have
-    memory from the start; 0: all of them.
+    Attributes:
+        num_blocks: KV blocks, with the null block 0.
+        max_model_len: longest sequence in tokens, prompt and output together.
+        attention_backend: its name.
+        device_name: what its maker calls the device, where that is known.
+        overlaps: a second step can be submitted while one is in flight.
+        kv_dtype: of the KV cache; "" if it is `dtype`.
+        ready_blocks: so many blocks, the first ones, have memory from the start; 0: all of them.
     """
 
     device: str
@@ -44,11 +45,17 @@ class ExecutorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
-    """What the user may decide about an executor. None means: chosen from model and device.
+    """The user's decisions about an executor; None: chosen from model and device.
 
-    kv_cache_bytes: memory for K and V. fp8_kv: as 8-bit floats. block_size: tokens a block. max_running: most sequences
-    in a step. worker: its name, so that emulated devices do not all scatter alike. overlap: take a second step while
-    one is in flight; by default where the device works beside the host. enforce_eager: no CUDA graphs.
+    Attributes:
+        kv_cache_bytes: memory for K and V.
+        fp8_kv: keep K and V as 8-bit floats.
+        block_size: tokens a block.
+        max_batch_tokens: most tokens in a step.
+        max_running: most sequences in a step.
+        worker: its name, so that emulated devices do not all scatter alike.
+        overlap: take a second step while one is in flight; by default where the device works beside the host.
+        enforce_eager: no CUDA graphs.
     """
 
     dtype: str | None = None
@@ -67,14 +74,18 @@ class ExecutorOptions:
 
 
 class Executor(Protocol):
-    """Computes steps, one at a time, in the order they were submitted. `submit` may return before the device is done;
-    `collect` waits for it."""
+    """Computes steps, one at a time, in the order they were submitted.
+
+    `submit` may return before the device is done; `collect` waits for it.
+    """
 
     spec: ExecutorSpec
 
     def submit(self, batch: StepBatch) -> None:
-        """Start a step. At most one step is in flight, or two where steps overlap; the batch's arrays may be reused
-        once this returns."""
+        """Start a step; the batch's arrays may be reused once this returns.
+
+        At most one step is in flight, or two where steps overlap.
+        """
         ...
 
     def collect(self) -> StepResult:
@@ -84,20 +95,3 @@ class Executor(Protocol):
     def close(self) -> None:
         """Free the device's memory. Safe to call twice."""
         ...
-
-
-def make_executor(
-    model: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress | None = None
-) -> Executor:
-    """Load `model` onto `device`. Raises ModelLoadError or ConfigError with the file or setting at fault."""
-    report = progress or (lambda phase, fraction: None)
-    if device.kind == "emulated":
-        from nexusengine.execute.emulated import EmulatedExecutor
-
-        emulated: Executor = EmulatedExecutor.create(model, device, options, report)
-        return emulated
-    report("importing torch", 0.0)
-    from nexusengine.execute.torch_executor import TorchExecutor
-
-    executor: Executor = TorchExecutor.create(model, device, options, report)
-    return executor

@@ -19,17 +19,18 @@ PENDING = -1
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's work. R rows (sequences), T tokens; rows that compute one token come first.
+    """One step's work: R rows (sequences), T tokens; rows that compute one token come first.
 
-    slots     i4 [R]  row of the tables below
-    starts    i4 [R]  tokens of the sequence already in the KV cache
-    counts    i4 [R]  tokens computed now; the sequence then has starts + counts tokens in the cache
-    sampled   bool [R]  rows whose last token's logits are sampled; a sampled token's place in its sequence is
-                        starts + counts, which with the seed alone determines its random draw
-    token_ids i4 [T]  input tokens, row after row; PENDING stands for the token this slot sampled last
-    block_tables i4 [S, B]  KV blocks of each slot, in order; 0 is the null block. Shared, not a copy: valid during the
-                        step only.
-    sampling  columns by slot
+    Attributes:
+        slots: i4 `[R]`, row of the tables below.
+        starts: i4 `[R]`, tokens of the sequence already in the KV cache.
+        counts: i4 `[R]`, tokens computed now; the sequence then has starts + counts tokens in the cache.
+        sampled: bool `[R]`, rows whose last token's logits are sampled; a sampled token's place in its sequence is
+            starts + counts, which with the seed alone determines its random draw.
+        token_ids: i4 `[T]`, input tokens, row after row; PENDING stands for the token this slot sampled last.
+        block_tables: i4 `[S, B]`, KV blocks of each slot, in order; 0 is the null block. Shared, not a copy: valid
+            during the step only.
+        sampling: columns by slot.
     """
 
     slots: I4
@@ -43,8 +44,14 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """token_ids i4 `[N]`: one for each sampled row, in row order; -1 where the logits were not finite (that request
-    fails, no other). logprobs: present if any sampled row asked. device_s: seconds the device worked on the step."""
+    """The tokens that a step sampled.
+
+    Attributes:
+        token_ids: i4 `[N]`, one for each sampled row, in row order; -1 where the logits were not finite (that request
+            fails, no other).
+        device_s: seconds the device worked on the step.
+        logprobs: present if any sampled row asked.
+    """
 
     token_ids: I4
     device_s: float

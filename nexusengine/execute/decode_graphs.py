@@ -1,7 +1,6 @@
 """Decode steps as CUDA graphs: inputs at fixed places of one buffer, rows of padding, and the capture itself.
 
-Written for CUDA and rehearsed on the CPU with a device that computes where a graph would be replayed; it has not run on
-a GPU yet.
+Tests run it on the CPU, with a device that computes where a graph would be replayed.
 """
 
 from __future__ import annotations
@@ -46,11 +45,21 @@ class CudaGraphDevice:
 
 
 class DecodeGraphs:
-    """Graphs of one executor's decode steps. forward: the model's, with its KV cache and backend.
+    """Graphs of one executor's decode steps.
 
     All inputs of a step lie in one buffer, `inputs`, at places that its shape determines, so that one copy brings them
     there; a step's are those of its rows and of rows of padding. A row of padding has one token in the null block,
     writes to slot -1, which is skipped, and nobody reads its output.
+
+    Args:
+        graph_device: captures the graphs.
+        attention: the backend.
+        forward: the model's, with its KV cache and backend.
+        device: where the inputs lie.
+        block_size: tokens a KV block.
+        max_rows: most rows of a step.
+        max_tokens: longest row.
+        budget_bytes: for all graphs together.
     """
 
     def __init__(
@@ -74,8 +83,11 @@ class DecodeGraphs:
         self._places: dict[GraphShape, dict[str, torch.Tensor]] = {}
 
     def shape_of(self, rows: int, longest: int) -> GraphShape | None:
-        """The shape whose graph runs a step in which every row computes one token, captured if need be; None if it has
-        to be computed without a graph."""
+        """The shape whose graph runs a step in which every row computes one token, captured if need be.
+
+        Returns:
+            None if the step has to be computed without a graph.
+        """
         shape = self.table.shape_for(rows, longest)
         if shape is None:
             return None

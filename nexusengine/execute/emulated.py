@@ -24,6 +24,7 @@ from nexusengine.loading.resolve import ModelFiles
 from nexusengine.model_config import ModelConfig
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile
+from nexusengine.splitmix import GOLDEN
 from nexusengine.tokenize.load import end_ids
 
 _ELEMENT_BYTES = 2
@@ -34,7 +35,14 @@ _MOST_LATE_S = 0.05
 
 
 class EmulatedExecutor:
-    """`profile` None is the instant device. rng: of the scatter of step durations."""
+    """An executor that takes the time of a profile's device for each step, and makes up tokens.
+
+    Args:
+        config: of the model.
+        profile: None is the instant device.
+        spec: what it pretends to hold.
+        rng: of the scatter of step durations.
+    """
 
     def __init__(
         self, config: ModelConfig, profile: DeviceProfile | None, spec: ExecutorSpec, rng: np.random.Generator
@@ -49,7 +57,11 @@ class EmulatedExecutor:
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> EmulatedExecutor:
-        """Raises ConfigError for an unknown profile or too little memory."""
+        """Emulate the device that `device` names.
+
+        Raises:
+            ConfigError: the profile is unknown, or holds too little memory.
+        """
         config, name = files.config, device.profile or ""
         block_size = options.block_size or 16
         kv_element_bytes = 1 if options.fp8_kv else _ELEMENT_BYTES
@@ -99,8 +111,11 @@ class EmulatedExecutor:
         self._in_flight.append((StepResult(self._tokens(batch), takes_s), max(begins_s, now - late_s) + takes_s))
 
     def collect(self) -> StepResult:
-        """Sleeps until the step would be over. A sleep ends late, by a tenth of a millisecond or more where the
-        machine is busy; the step that follows at once is as much shorter, so that lateness does not add up."""
+        """Sleep until the step would be over.
+
+        A sleep ends late, by a tenth of a millisecond or more where the machine is busy; the step that follows at once
+        is as much shorter, so that lateness does not add up.
+        """
         if not self._in_flight:
             raise RuntimeError("no step is in flight")
         result, ends_s = self._in_flight.popleft()
@@ -116,7 +131,7 @@ class EmulatedExecutor:
         """Made up of seed and position, so that a request gets the same ones on every device."""
         slots = batch.slots[batch.sampled]
         positions = (batch.starts + batch.counts)[batch.sampled].astype(np.uint64)
-        mixed = batch.sampling.seed[slots].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions
+        mixed = batch.sampling.seed[slots].astype(np.uint64) * np.uint64(GOLDEN) + positions
         mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         spread = np.uint64(self.spec.vocab_size - self._first_token)
         return ((mixed >> np.uint64(33)) % spread).astype(np.int32) + np.int32(self._first_token)

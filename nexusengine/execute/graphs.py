@@ -16,7 +16,12 @@ _SHORTEST_TOKENS, _LONGER_BY = 1024, 4
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphShape:
-    """rows: of the batch, padding included. longest: tokens of the longest row that it can take."""
+    """The shape of a decode step that a graph runs.
+
+    Attributes:
+        rows: of the batch, padding included.
+        longest: tokens of the longest row that it can take.
+    """
 
     rows: int
     longest: int
@@ -31,14 +36,14 @@ class Captured(Generic[T]):
 
 
 class GraphDevice(Protocol[T]):
-    """What captures; a stand-in takes its place in tests."""
+    """Captures graphs; a stand-in takes its place in tests."""
 
     def capture(self, compute: Callable[[], T]) -> Captured[T]:
         """Runs `compute` once as it is, so that everything it compiles is compiled, then captures it."""
         ...
 
     def used_bytes(self) -> int:
-        """Memory of the device in use, by whomever."""
+        """Memory of the device in use, by all processes."""
         ...
 
 
@@ -49,8 +54,11 @@ def row_buckets(most: int) -> tuple[int, ...]:
 
 
 def length_buckets(most_tokens: int) -> tuple[int, ...]:
-    """1024, 4096, ... tokens, and the longest there can be: split sizes and grids are fixed with a graph, and those of
-    the longest context would make the steps of short ones slow."""
+    """1024, 4096, ... tokens, and the longest there can be.
+
+    Split sizes and grids are fixed with a graph, and those of the longest context would make the steps of short ones
+    slow.
+    """
     sizes, size = [], _SHORTEST_TOKENS
     while size < most_tokens:
         sizes.append(size)
@@ -60,8 +68,17 @@ def length_buckets(most_tokens: int) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class GraphTable(Generic[T]):
-    """budget_bytes: for all graphs together; used_bytes of it are taken. refused: shapes that run without a graph, and
-    why. replays: steps that ran as graphs."""
+    """The graphs captured so far, within a memory budget.
+
+    Attributes:
+        device: captures them.
+        max_rows: most rows of a step.
+        max_tokens: longest row.
+        budget_bytes: for all graphs together.
+        used_bytes: of the budget.
+        replays: steps that ran as graphs.
+        refused: shapes that run without a graph, and why.
+    """
 
     device: GraphDevice[T]
     max_rows: int
@@ -83,9 +100,15 @@ class GraphTable(Generic[T]):
         return None if size is None or length is None else GraphShape(size, length)
 
     def graph(self, shape: GraphShape, compute: Callable[[GraphShape], Callable[[], T]]) -> Captured[T] | None:
-        """The graph of a shape, captured if need be; None if it has to run without, see `refused`.
+        """The graph of a shape, captured if need be.
 
-        compute: what computes a shape's step; called where it is to be captured, with harmless inputs in place.
+        Args:
+            shape: the smallest that takes the step.
+            compute: returns what computes a shape's step; called where it is to be captured, with harmless inputs in
+                place.
+
+        Returns:
+            None if the shape has to run without a graph, see `refused`.
         """
         largest = GraphShape(row_buckets(self.max_rows)[-1], shape.longest)
         for one in (largest, shape):

@@ -1,7 +1,7 @@
-"""Between host and device without waiting: a step's inputs go up through pinned buffers that are allocated once, its
-results come down in one asynchronous copy each, behind one event.
+"""Copies between host and device without waiting.
 
-Rehearsed on the CPU, where a copy is a copy and an event has always happened; it has not run on a GPU yet.
+A step's inputs go up through pinned buffers that are allocated once, its results come down in one asynchronous copy
+each, behind one event. On the CPU a copy is a copy, and an event has always happened.
 """
 
 from __future__ import annotations
@@ -65,8 +65,13 @@ class Timer:
 
 
 def views(buffer: torch.Tensor, arrays: dict[str, np.ndarray]) -> tuple[dict[str, torch.Tensor], int]:
-    """Where the arrays lie in a buffer of bytes, one after the other, and how many bytes they take. The same arrays, by
-    order, types and shapes, always lie at the same places."""
+    """Lay arrays one after the other into a buffer of bytes.
+
+    The same arrays, by order, types and shapes, always lie at the same places.
+
+    Returns:
+        A view of the buffer for each array, and how many bytes they take.
+    """
     found, at = {}, 0
     for name, array in arrays.items():
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -76,7 +81,7 @@ def views(buffer: torch.Tensor, arrays: dict[str, np.ndarray]) -> tuple[dict[str
 
 
 def bytes_of(array: np.ndarray) -> int:
-    """That an array takes beside others."""
+    """Bytes that an array takes in a buffer beside others."""
     return -(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
@@ -96,8 +101,13 @@ class Staging:
         self._next = 0
 
     def upload(self, arrays: dict[str, np.ndarray], there: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Arrays of any types to the device; they hold until the second call from now. there: a buffer of the caller's
-        to be written instead, where they hold until it gives it again."""
+        """Copy arrays of any types to the device.
+
+        Args:
+            arrays: by name.
+            there: a buffer of the caller's to be written, where they hold until it is given again; None: they hold
+                until the second call from now.
+        """
         total = sum(map(bytes_of, arrays.values()))
         if not self._host or self._host[0].numel() < total:
             self._grow(total)
@@ -122,7 +132,7 @@ class Staging:
 
 
 class ReadBack:
-    """What a step sampled, on its way to the host since it was made."""
+    """A step's sampled tokens, on their way to the host since they were made."""
 
     def __init__(self, tokens: torch.Tensor | None, logprobs: DeviceLogprobs | None) -> None:
         self._tokens = None if tokens is None else _down(tokens.int())

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nexusengine.attention.base import FP8, AttentionBackend, AttentionMeta, AttentionSpec
-from nexusengine.attention.registry import choose
-from nexusengine.cgroup import usable_cpus
+from nexusengine.attention.base import AttentionMeta
 from nexusengine.config import DeviceSpec
-from nexusengine.errors import ConfigError, ModelLoadError
+from nexusengine.errors import ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
 from nexusengine.execute.graphs import GraphDevice, GraphShape
-from nexusengine.execute.ledger import RESERVE_SHARE, MemoryLedger, graph_budget_bytes
-from nexusengine.execute.memory import available_bytes, cpu_kv_bytes, largest_step, ready_blocks, size_kv, wanted_length
+from nexusengine.execute.load import LoadedModel, load_model
+from nexusengine.execute.memory import (
+    RESERVE_SHARE,
+    DeviceMemory,
+    cpu_memory,
+    graph_budget_bytes,
+    largest_step,
+    plan_memory,
+    ready_blocks,
+)
 from nexusengine.execute.staging import ReadBack, Staging, Timer
-from nexusengine.layers.choice import choose_ops
 from nexusengine.loading.resolve import ModelFiles
 from nexusengine.loading.weights import WeightSource, open_weights
 from nexusengine.model_config import ModelConfig
-from nexusengine.models.llama import LlamaForCausalLM
-from nexusengine.models.registry import model_class
 from nexusengine.obs.logs import get_logger
-from nexusengine.sampling.sampler import SamplingRows, sample
+from nexusengine.sampling.sampler import sample
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 log = get_logger("executor")
 
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """A step on the device. token_ids, positions i8 `[T]`; last, sampled_slots i8 `[N]`: the sampled rows' last token
-    in the batch, and their slots. graph: the shape that runs it, with rows of padding among its tensors, or None."""
+    """A step's tensors on the device.
+
+    Attributes:
+        token_ids: i8 `[T]`.
+        positions: i8 `[T]`.
+        last: i8 `[N]`, where in the batch the last token of each sampled row is.
+        sampled_slots: i8 `[N]`, the slots of the sampled rows.
+        meta: for the attention backend.
+        graph: the shape that runs the step, with rows of padding among the tensors; None: no graph does.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -50,35 +59,30 @@ class _Inputs:
 class TorchExecutor:
     """A model, its KV cache and its attention backend on one device. Made by `create`."""
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        attention: AttentionBackend,
-        attention_spec: AttentionSpec,
-        spec: ExecutorSpec,
-        cache_dtype: torch.dtype,
-    ) -> None:
-        """cache_dtype: of K and V."""
+    def __init__(self, loaded: LoadedModel, spec: ExecutorSpec) -> None:
         self.spec = spec
-        self._model, self._attention, self._device = model, attention, attention_spec.device
-        self._block_size = attention_spec.block_size
-        c = model.config
+        attention_spec, c = loaded.attention_spec, loaded.model.config
+        self._model, self._attention = loaded.model, loaded.backend(attention_spec)
+        self._device, self._block_size = attention_spec.device, attention_spec.block_size
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=cache_dtype, device=self._device)
+        self._kv: torch.Tensor | None = torch.empty(shape, dtype=loaded.cache_dtype, device=self._device)
         self._kv[:, :, : spec.ready_blocks].zero_()  # else the first steps that write there wait for their pages
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
         self._in_flight: deque[tuple[ReadBack, Timer]] = deque()
         self.graphs: DecodeGraphs | None = None
-        self.ledger: MemoryLedger | None = None
 
     @classmethod
     def create(
         cls, files: ModelFiles, device: DeviceSpec, options: ExecutorOptions, progress: Progress
     ) -> TorchExecutor:
-        """Load the model. Raises ModelLoadError naming its file or folder, or ConfigError naming the setting that
-        cannot be met."""
+        """Load the model and allocate its KV cache.
+
+        Raises:
+            ModelLoadError: naming the model's file or folder.
+            ConfigError: naming the setting that cannot be met.
+        """
         try:
             with open_weights(files) as source:
                 return cls.build(files.config, source, device, options, progress)
@@ -97,102 +101,26 @@ class TorchExecutor:
         options: ExecutorOptions,
         progress: Progress,
     ) -> TorchExecutor:
-        """source None: random weights from `options.seed`, for checks without a checkpoint. Raises like `create`."""
-        where = _torch_device(device)
-        dtype = _dtype(options.dtype, config.dtype, where)
-        longest = wanted_length(config, options)
-        if longest == config.sliding_window and longest < config.max_position:
-            log.warning(
-                "prompt + output are limited to %d tokens: more needs sliding-window attention, which is not supported",
-                longest,
-            )
-        attention_spec = AttentionSpec(
-            config.num_heads, config.num_kv_heads, config.head_dim, dtype, where, 1, config.head_dim**-0.5,
-            kv_dtype=FP8 if options.fp8_kv else None,
-        )  # fmt: skip
-        if where.type == "cpu":
-            progress("preparing the CPU kernels (the first time, they are compiled)", 0.0)
-        backend, attention_spec, passed_over = choose(attention_spec, options.attention_backend, options.block_size)
-        for name, reason in passed_over:
-            log.info("attention backend %s is passed over: %s", name, reason)
-        ops = choose_ops(where, dtype, config.rms_norm_eps, options.quantization, config.stored)
-        kept = ops.cache_dtype if backend.name == "cpu" else None
-        cache_dtype = attention_spec.kv_dtype or kept or dtype
-        token_bytes = config.kv_bytes_per_token(cache_dtype.itemsize)
-        try:
-            model = model_class(config.architecture)(
-                config,
-                dtype=dtype,
-                device=where,
-                max_positions=longest,
-                source=source,
-                seed=options.seed,
-                ops=ops,
-                scaled_kv=options.fp8_kv,
-                progress=lambda fraction: progress(source.phase() if source else "loading weights", fraction),
-            )
-        except torch.OutOfMemoryError:
-            raise ModelLoadError(
-                f"the weights need about {config.num_parameters * dtype.itemsize} bytes in {dtype}, more than device "
-                f"{device} has free; take a smaller model or dtype, or end what else uses the device"
-            ) from None
-        if config.stored is not None and not ops.keeps_stored:
-            log.info(
-                "weights stored with 8 bits are read as %s: nothing on %s multiplies them as they are", dtype, device
-            )
-        elif model.unkept:
-            first, many = model.unkept[0], len(model.unkept)
-            log.info(
-                "%d maps, %s first, are read as %s: nothing multiplies them as they are stored", many, first, dtype
-            )
+        """As `create`, from weights that are open already.
 
-        def made(num_blocks: int, max_model_len: int) -> TorchExecutor:
-            ready = ready_blocks(num_blocks, attention_spec.block_size * token_bytes) if where.type == "cpu" else 0
-            spec = ExecutorSpec(
-                device=str(device),
-                dtype=str(dtype).removeprefix("torch."),
-                block_size=attention_spec.block_size,
-                num_blocks=num_blocks,
-                max_model_len=max_model_len,
-                max_batch_tokens=options.max_batch_tokens,
-                vocab_size=config.vocab_size,
-                attention_backend=backend.name,
-                weights_bytes=model.weights_bytes,
-                kv_bytes=num_blocks * attention_spec.block_size * token_bytes,
-                kv_dtype=str(attention_spec.kv_dtype).removeprefix("torch.") if attention_spec.kv_dtype else "",
-                device_name=torch.cuda.get_device_name(where) if where.type == "cuda" else "",
-                overlaps=where.type == "cuda" if options.overlap is None else options.overlap,
-                ready_blocks=ready,
-            )
-            return cls(model, backend(attention_spec), attention_spec, spec, cache_dtype)
-
+        Args:
+            config: of the model.
+            source: the weights; None: random ones from `options.seed`, for checks without a checkpoint.
+            device: where it is to run.
+            options: what the user decided.
+            progress: told how far loading is.
+        """
+        loaded = load_model(config, source, device, options, progress)
         progress("allocating the KV cache", 0.0)
-        graphs_bytes = peak_bytes = 0
-        if where.type == "cpu":
-            free_bytes = total_bytes = available_bytes()
-            total_bytes += model.weights_bytes
-            kv_bytes = options.kv_cache_bytes or cpu_kv_bytes()
-        else:
-            total_bytes = torch.cuda.mem_get_info(where)[1]
-            if backend.caps().graphs and not options.enforce_eager:
-                graphs_bytes = graph_budget_bytes(total_bytes)
-            step = largest_step(options, longest, attention_spec.block_size)
-            free_bytes, peak_bytes = _free_gpu_bytes(made(2, longest), step, graphs_bytes)
-            kv_bytes = options.kv_cache_bytes or free_bytes
-        num_blocks, max_len = size_kv(config, options, kv_bytes, attention_spec.block_size, cache_dtype.itemsize)
-        needed = num_blocks * attention_spec.block_size * token_bytes
-        if needed > free_bytes:
-            raise ConfigError(
-                f"a KV cache of {needed} bytes was asked for, but only {free_bytes} bytes are free on {device}; "
-                "lower --kv-cache-memory",
-                param="kv_cache_memory",
-            )
-        executor = made(num_blocks, max_len)
-        reserve = int(RESERVE_SHARE * total_bytes) if where.type == "cuda" else 0
-        executor.ledger = MemoryLedger(total_bytes, model.weights_bytes, peak_bytes, graphs_bytes, needed, reserve)
-        log.info("memory of %s: %s", device, executor.ledger.text())
-        if graphs_bytes:
-            executor.capture_decodes(CudaGraphDevice(where), graphs_bytes, options.max_running)
+        on_cpu = loaded.attention_spec.device.type == "cpu"
+        memory = cpu_memory(loaded.model.weights.total_bytes) if on_cpu else _gpu_memory(loaded, device, options)
+        block_size, element_bytes = loaded.attention_spec.block_size, loaded.cache_dtype.itemsize
+        plan = plan_memory(config, options, device, memory, block_size, element_bytes)
+        executor = cls(loaded, _spec(loaded, device, options, plan.num_blocks, plan.max_model_len))
+        log.info("memory of %s: %s", device, plan.text())
+        if memory.graphs:
+            graph_device = CudaGraphDevice(loaded.attention_spec.device)
+            executor.capture_decodes(graph_device, memory.graphs, options.max_running)
         progress("ready", 1.0)
         return executor
 
@@ -209,19 +137,8 @@ class TorchExecutor:
         hidden = self._hidden(inputs, self._kv)
         tokens, logprobs = None, None
         if len(rows):
-            slots, table = batch.slots[rows], batch.sampling
-            tokens, logprobs = sample(
-                self._model.logits(hidden),
-                SamplingRows(
-                    table.temperature[slots],
-                    table.top_k[slots],
-                    table.top_p[slots],
-                    table.min_p[slots],
-                    table.seed[slots],
-                    table.logprobs[slots],
-                    (batch.starts + batch.counts)[rows],
-                ),
-            )
+            sampling = batch.sampling.rows(batch.slots[rows], (batch.starts + batch.counts)[rows])
+            tokens, logprobs = sample(self._model.logits(hidden), sampling)
             # a row without a token (-1) fails; until its owner knows, any valid id keeps the others' steps safe
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         read_back = ReadBack(tokens, logprobs)
@@ -229,8 +146,7 @@ class TorchExecutor:
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
-        """What the model says of the sampled rows `[N, C]`; a step that only decodes is one of few shapes, which a
-        table may remember."""
+        """Hidden states `[N, C]` of the sampled rows; a decode step is one of few shapes, which may be remembered."""
         meta = inputs.meta
         decodes = meta.max_query_len == 1
         if inputs.graph is not None and self.graphs is not None:
@@ -288,9 +204,11 @@ class TorchExecutor:
     # ---- building the step's tensors -----------------------------------------------------------------------------
 
     def _upload(self, arrays: dict[str, np.ndarray], graph: GraphShape | None) -> dict[str, torch.Tensor]:
-        """To the device. On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU
-        each to the place that is always its own, so that steps of the same shape find their inputs at the same
-        addresses."""
+        """Copy a step's arrays to the device.
+
+        On CUDA in one copy, without waiting for it, for a graph straight to where it looks; on a CPU each to the place
+        that is always its own, so that steps of the same shape find their inputs at the same addresses.
+        """
         if graph is not None and self.graphs is not None:
             return self._staging.upload(self.graphs.padded(graph, arrays), self.graphs.inputs)
         if self._device.type == "cpu":
@@ -361,49 +279,54 @@ class TorchExecutor:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(slots - have)])
 
 
-def _torch_device(device: DeviceSpec) -> torch.device:
-    if device.kind == "cpu":
-        if device.threads is not None:
-            torch.set_num_threads(device.threads)
-        elif "OMP_NUM_THREADS" not in os.environ:  # torch counts cores, not what a container may use of them
-            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {device}: torch {torch.__version__} sees no CUDA device; choose cpu, or run `nexusengine doctor` "
-            "to see why",
-            param="devices",
-        )
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0",
-            param="devices",
-        )
-    where = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(where)
-    return where
+def _spec(
+    loaded: LoadedModel, device: DeviceSpec, options: ExecutorOptions, num_blocks: int, max_model_len: int
+) -> ExecutorSpec:
+    attention, config = loaded.attention_spec, loaded.model.config
+    block_bytes = attention.block_size * config.kv_bytes_per_token(loaded.cache_dtype.itemsize)
+    on_cuda = attention.device.type == "cuda"
+    return ExecutorSpec(
+        device=str(device),
+        dtype=str(attention.dtype).removeprefix("torch."),
+        block_size=attention.block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_batch_tokens=options.max_batch_tokens,
+        vocab_size=config.vocab_size,
+        attention_backend=loaded.backend.name,
+        weights_bytes=loaded.model.weights.total_bytes,
+        kv_bytes=num_blocks * block_bytes,
+        kv_dtype=str(attention.kv_dtype).removeprefix("torch.") if attention.kv_dtype else "",
+        device_name=torch.cuda.get_device_name(attention.device) if on_cuda else "",
+        overlaps=on_cuda if options.overlap is None else options.overlap,
+        ready_blocks=0 if on_cuda else ready_blocks(num_blocks, block_bytes),
+    )
 
 
-def _dtype(wanted: str | None, checkpoint: str, device: torch.device) -> torch.dtype:
-    if wanted not in (None, "auto"):
-        return _DTYPES[wanted]
-    if device.type == "cpu":
-        return torch.float32
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return _DTYPES.get(checkpoint, torch.bfloat16) if checkpoint != "float32" else torch.bfloat16
-
-
-def _free_gpu_bytes(executor: TorchExecutor, step: StepBatch, graphs_bytes: int) -> tuple[int, int]:
-    """(what is left of our share of the device after the weights, the graphs and the measured peak of the largest step;
-    that peak)."""
-    device = executor._device
-    before_bytes = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+def _gpu_memory(loaded: LoadedModel, device: DeviceSpec, options: ExecutorOptions) -> DeviceMemory:
+    """The device's memory after the largest step has run on a KV cache of two blocks, to measure its peak."""
+    where = loaded.attention_spec.device
+    total_bytes = torch.cuda.mem_get_info(where)[1]
+    graphs_bytes = 0
+    if loaded.backend.caps().graphs and not options.enforce_eager:
+        graphs_bytes = graph_budget_bytes(total_bytes)
+    step = largest_step(options, loaded.max_positions, loaded.attention_spec.block_size)
+    executor = TorchExecutor(loaded, _spec(loaded, device, options, 2, loaded.max_positions))
+    before_bytes = torch.cuda.memory_allocated(where)
+    torch.cuda.reset_peak_memory_stats(where)
     executor.submit(step)
     executor.collect()
-    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    peak_bytes = torch.cuda.max_memory_allocated(where) - before_bytes
     executor.close()
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return max(int(free - RESERVE_SHARE * total) - peak_bytes - graphs_bytes, 0), peak_bytes
+    free, total = torch.cuda.mem_get_info(where)
+    free_bytes = max(int(free - RESERVE_SHARE * total) - peak_bytes - graphs_bytes, 0)
+    return DeviceMemory(
+        total=total_bytes,
+        weights=loaded.model.weights.total_bytes,
+        free=free_bytes,
+        default_kv=free_bytes,
+        activations=peak_bytes,
+        graphs=graphs_bytes,
+        reserve=int(RESERVE_SHARE * total_bytes),
+    )

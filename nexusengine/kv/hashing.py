@@ -1,4 +1,4 @@
-"""Names for the content of KV blocks: a keyed hash of the tokens of a block and of all before it."""
+"""Block hashes: a keyed hash of the tokens of a KV block and of all before it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def block_hashes(
 ) -> list[bytes]:
     """Hashes of the full blocks of `token_ids`, each chained to its predecessor.
 
-    key (at most 64 bytes) keeps one engine's names from being guessed or matched by another's. previous: the hash of
-    the block before the first token, or a salt that separates requests which must not share.
+    Args:
+        token_ids: of the sequence, or of its blocks from some block on.
+        block_size: tokens a block.
+        key: at most 64 bytes; keeps one engine's hashes from being guessed or matched by another's.
+        previous: hash of the block before the first token, or a salt that separates requests which must not share.
     """
     ids = np.ascontiguousarray(token_ids, np.int32)
     hashes = []

@@ -1,7 +1,7 @@
 """The block pool of the paged KV cache: who holds which block, and which finished blocks can be used again.
 
-A block is in exactly one of three places: free (no content worth keeping), cached (named content, no user), or held (by
-one or more slots). Cached blocks are taken when no free one is left, least recently used first.
+A block is in exactly one of three places: free (no content worth keeping), cached (content found by its block hash, no
+user), or held (by one or more slots). Cached blocks are taken when no free one is left, least recently used first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.errors import InternalError
-from nexusengine.kv.digest import CacheJournal
+from nexusengine.kv.digest import CacheEvents
 
 
 class KVError(InternalError):
@@ -25,8 +25,13 @@ class KVError(InternalError):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """What the cache holds of a prompt's beginning. free_blocks: how many of `blocks` have no user now, so that taking
-    them makes the free count smaller."""
+    """The cached beginning of a prompt.
+
+    Attributes:
+        tokens: how many.
+        blocks: the blocks that hold them, in order.
+        free_blocks: how many of `blocks` have no user now, so that taking them makes the free count smaller.
+    """
 
     tokens: int
     blocks: tuple[int, ...]
@@ -34,10 +39,17 @@ class PrefixHit:
 
 
 class KVManager:
-    """Block accounting for slots 0 .. max_slots - 1. journal: told of every name that comes and goes, if set.
+    """Block accounting for slots 0 .. max_slots - 1.
 
-    num_blocks counts the null block 0, which is never handed out. block_tables `[max_slots, max_blocks_per_slot]` i4
-    holds each slot's blocks in order, 0 behind them; executors read it in place.
+    Args:
+        num_blocks: with the null block 0, which is never handed out.
+        block_size: tokens a block.
+
+    Attributes:
+        block_tables: i4 `[max_slots, max_blocks_per_slot]`, each slot's blocks in order, 0 behind them; executors read
+            it in place.
+        events: records every block hash that comes and goes, if set.
+        evictions: cached blocks that were taken for other content.
     """
 
     def __init__(
@@ -56,7 +68,7 @@ class KVManager:
         self.prefix_caching = prefix_caching
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_slots, max_blocks_per_slot), np.int32)
         self.evictions = 0
-        self.journal: CacheJournal | None = None
+        self.events: CacheEvents | None = None
         self._held = [0] * max_slots  # blocks of each slot
         self._published = [0] * max_slots  # leading blocks of each slot that were offered to the cache
         self._users = [0] * num_blocks
@@ -74,16 +86,11 @@ class KVManager:
     def used_blocks(self) -> int:
         return self.total_blocks - self.free_blocks
 
-    @property
-    def cached_blocks(self) -> int:
-        """Blocks with a name, in use or not."""
-        return len(self._block_of)
-
     def blocks_of(self, slot: int) -> int:
         return self._held[slot]
 
     def lookup(self, hashes: Sequence[bytes], limit_tokens: int) -> PrefixHit:
-        """The longest run of leading blocks that is cached, of at most `limit_tokens` tokens. Changes nothing."""
+        """The longest run of leading blocks that is cached, of at most `limit_tokens` tokens; changes nothing."""
         blocks: list[int] = []
         free = 0
         for h in hashes[: limit_tokens // self.block_size]:
@@ -95,9 +102,13 @@ class KVManager:
         return PrefixHit(len(blocks) * self.block_size, tuple(blocks), free)
 
     def admit(self, slot: int, hashes: Sequence[bytes], limit_tokens: int) -> int:
-        """Give an empty slot the cached beginning of its prompt; returns how many tokens that is.
+        """Give an empty slot the cached beginning of its prompt.
 
-        Raises KVError if the slot holds blocks already.
+        Returns:
+            How many tokens that is.
+
+        Raises:
+            KVError: the slot holds blocks already.
         """
         if self._held[slot]:
             raise KVError(f"slot {slot} holds {self._held[slot]} blocks and is admitted again")
@@ -111,7 +122,11 @@ class KVManager:
         return hit.tokens
 
     def grow(self, slot: int, total_tokens: int) -> bool:
-        """See to it that the slot has room for `total_tokens`; all or nothing. False if blocks are lacking."""
+        """Give the slot room for `total_tokens`; all or nothing.
+
+        Returns:
+            False if blocks are lacking.
+        """
         held = self._held[slot]
         missing = -(-total_tokens // self.block_size) - held
         if missing <= 0:
@@ -126,7 +141,7 @@ class KVManager:
         return True
 
     def commit(self, slot: int, hashes: Sequence[bytes], computed_tokens: int) -> None:
-        """Offer the slot's fully computed blocks to others under `hashes`. A name that exists keeps its first block."""
+        """Cache the slot's computed full blocks under `hashes`; a hash that is cached already keeps its first block."""
         full = min(computed_tokens // self.block_size, len(hashes), self._held[slot])
         if not self.prefix_caching:
             return
@@ -135,18 +150,20 @@ class KVManager:
             if h not in self._block_of and block not in self._hash_of:
                 self._block_of[h] = block
                 self._hash_of[block] = h
-                if self.journal is not None:
-                    self.journal.added(h, i)
+                if self.events is not None:
+                    self.events.added(h, i)
         self._published[slot] = max(self._published[slot], full)
 
     def release(self, slot: int, *, discard: bool = False) -> None:
-        """Take all blocks from the slot, the last first, so that a prompt's beginning stays cached longest.
+        """Free all blocks of the slot, the last first, so that a prompt's beginning stays cached longest.
 
-        discard: nobody may be given their content any more; blocks that others hold too lose their names.
+        Args:
+            slot: whose request has ended or is preempted.
+            discard: nobody may be given their content any more, not even of blocks that others hold too.
         """
         for block in self.block_tables[slot, : self._held[slot]][::-1].tolist():
             if discard and block in self._hash_of:
-                self._unname(block)
+                self._forget_hash(block)
             self._users[block] -= 1
             if self._users[block] == 0:
                 if block in self._hash_of:
@@ -156,15 +173,12 @@ class KVManager:
         self.block_tables[slot, : self._held[slot]] = 0
         self._held[slot] = self._published[slot] = 0
 
-    def clear_prefix_cache(self) -> None:
-        """Forget all names; blocks in use stay with their users."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        for block in list(self._hash_of):
-            self._unname(block)
-
     def check(self) -> None:
-        """Raises KVError naming the first invariant that does not hold."""
+        """Check the pool.
+
+        Raises:
+            KVError: naming the first invariant that does not hold.
+        """
         users = [0] * len(self._users)
         for slot, held in enumerate(self._held):
             row = self.block_tables[slot].tolist()
@@ -176,23 +190,23 @@ class KVManager:
             wrong = [b for b, (a, c) in enumerate(zip(users, self._users, strict=True)) if a != c]
             raise KVError(f"blocks {wrong[:8]} are counted with other users than the block tables show")
         if self._block_of != {h: b for b, h in self._hash_of.items()}:
-            raise KVError("names and blocks of the prefix cache do not agree")
+            raise KVError("block hashes and blocks of the prefix cache do not agree")
         places = sorted([*self._free, *self._cached, *(b for b, n in enumerate(users) if n)])
         if places != list(range(1, self.total_blocks + 1)):
             raise KVError("a block is lost, or in two of free, cached and held")
         if any(b in self._hash_of for b in self._free) or any(b not in self._hash_of for b in self._cached):
-            raise KVError("a free block has a name, or a cached one has none")
+            raise KVError("a free block has a hash, or a cached one has none")
 
     def _take(self) -> int:
         if self._free:
             return self._free.pop()
         block, _ = self._cached.popitem(last=False)
-        self._unname(block)
+        self._forget_hash(block)
         self.evictions += 1
         return block
 
-    def _unname(self, block: int) -> None:
-        name = self._hash_of.pop(block)
-        del self._block_of[name]
-        if self.journal is not None:
-            self.journal.removed(name)
+    def _forget_hash(self, block: int) -> None:
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if self.events is not None:
+            self.events.removed(block_hash)

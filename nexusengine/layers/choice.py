@@ -25,11 +25,18 @@ def choose_ops(
     quantization: Quantization = "none",
     stored: StoredWeights | None = None,
 ) -> Ops[Any]:
-    """The CPU kernels or, on CUDA, the Triton kernels where they can run; else torch, with a line in the log that says
-    why. stored: how the checkpoint stores its weights.
+    """Choose the CPU kernels or, on CUDA, the Triton kernels where they can run; else torch, and log why.
 
-    Raises ConfigError for a quantization that torch's table does not have, and ModelLoadError for weights that nothing
-    here computes with.
+    Args:
+        device: where the model is.
+        dtype: it computes in.
+        eps: of RMS norms.
+        quantization: of the weights, by the CPU kernels.
+        stored: how the checkpoint stores its weights.
+
+    Raises:
+        ConfigError: torch's table does not have the quantization.
+        ModelLoadError: nothing here computes with the stored weights.
     """
     packed = None
     if stored is not None and stored.method != "fp8":

@@ -1,5 +1,7 @@
-"""Linear maps whose weights stay 8-bit floats on the device. Activations are quantised on the way in: by token, or by
-token and group of 128."""
+"""Linear maps whose weights stay 8-bit floats on the device.
+
+Activations are quantised on the way in: by token, or by token and group of 128.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _ALIGNED = 16
 
 
 def suits(weight: Fp8Weight) -> bool:
-    """Whether there is a product for a weight of this shape and with scales of this kind."""
+    """True if there is a product for a weight of this shape and with scales of this kind."""
     if weight.block:
         return weight.block == (fp8.BLOCK, fp8.BLOCK)
     return not any(size % _ALIGNED for size in weight.data.shape)

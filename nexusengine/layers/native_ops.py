@@ -55,8 +55,8 @@ class NativeOps:
         self._embed, self._norm, self._store = structs.Embed(), structs.Norm(eps=eps), structs.RotateStore()
         self._embed_call, self._norm_call = Prepared(self._embed), Prepared(self._norm)
         self._store_call = Prepared(self._store)
-        self._take = structs.Take()
-        self._take_call = Prepared(self._take)
+        self._gather = structs.Take()
+        self._gather_call = Prepared(self._gather)
 
     def takes(self, weight: Stored, *, head: bool = False) -> bool:
         return self.keeps_stored and isinstance(weight, Q4Blocks)
@@ -69,8 +69,11 @@ class NativeOps:
         gated: bool = False,
         head: bool = False,
     ) -> PackedMap:
-        """int4: 4-bit blocks are kept, other weights rounded to such; the head, and what is no multiple of 32 wide, has
-        8 bits."""
+        """Pack a map with the bits of the quantization.
+
+        int4: 4-bit blocks are kept, other weights rounded to such; the head, and what is no multiple of 32 wide, has 8
+        bits.
+        """
         if isinstance(weight, Q4Blocks):
             return PackedMap(pack_q4(weight, bias, gated), gated)
         if not isinstance(weight, torch.Tensor):
@@ -87,14 +90,14 @@ class NativeOps:
         return
 
     def embed(self, ids: torch.Tensor, table: PackedMap) -> torch.Tensor:
-        out = self.memory("embed", ids, table.packed.k)
+        out = self.workspace("embed", ids, table.packed.k)
         a = self._embed
         a.weight, a.ids, a.out, a.rows = ctypes.pointer(table.weight), ids.data_ptr(), out.data_ptr(), out.shape[0]
         self._library.run(self._embed_call)
         return out
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = self.memory("norm", x, x.shape[1])
+        out = self.workspace("norm", x, x.shape[1])
         a = self._norm
         a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         a.rows, a.dim = x.shape
@@ -102,7 +105,7 @@ class NativeOps:
         return out
 
     def linear(self, to: PackedMap, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        out = self.memory("linear", x, to.outputs)
+        out = self.workspace("linear", x, to.outputs)
         self._run(to, x, norm, out, structs.STORE)
         return out
 
@@ -111,29 +114,31 @@ class NativeOps:
         return into
 
     def gated(self, to: PackedMap, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        out = self.memory("gated", x, to.outputs)
+        out = self.workspace("gated", x, to.outputs)
         self._run(to, x, norm, out, structs.GATED)
         return out
 
-    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        out = self.memory(f"taken {use}", places, x.shape[1])
-        a = self._take
-        a.x, a.places, a.out = x.data_ptr(), places.data_ptr(), out.data_ptr()
+    def gather(self, use: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        out = self.workspace(f"gathered {use}", rows, x.shape[1])
+        a = self._gather
+        a.x, a.places, a.out = x.data_ptr(), rows.data_ptr(), out.data_ptr()
         a.rows, a.columns = out.shape
-        self._library.run(self._take_call)
+        self._library.run(self._gather_call)
         return out
 
     def logits(self, to: PackedMap, x: torch.Tensor) -> torch.Tensor:
-        out = self.memory("logits", x, to.outputs)
+        out = self.workspace("logits", x, to.outputs)
         self._run(to, x, None, out, structs.STORE)
         return out
 
-    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[RotaryEmbedding, torch.Tensor]:
+    def rope_table(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[RotaryEmbedding, torch.Tensor]:
         return rotary, positions
 
-    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
-        """The same place for the same use and number of rows, until more rows are asked for than ever before: then room
-        is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind."""
+    def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+        """The same place for the same use and number of rows, until more rows are asked for than ever before.
+
+        Then room is made for a power of two, so that steps of ever more tokens do not leave a trail of holes behind.
+        """
         rows = like.shape[0]
         view = self._views.get((use, rows, columns))
         if view is not None:
@@ -147,8 +152,11 @@ class NativeOps:
         return view
 
     def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """All calls at once, so that the threads need not be woken for each. Steps are told apart by their inputs'
-        addresses, rows and distances between rows: nothing else goes into the arguments of their calls."""
+        """Run all calls of a step at once, so that the threads need not be woken for each.
+
+        Steps are told apart by their inputs' addresses, rows and distances between rows: nothing else goes into the
+        arguments of their calls.
+        """
         key = tuple([number for t in inputs or () for number in (t.data_ptr(), t.shape[0], t.stride(0))])
         known = self._steps.get(key)
         if known is None:
@@ -165,14 +173,14 @@ class NativeOps:
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        angles: tuple[RotaryEmbedding, torch.Tensor],
+        rope_table: tuple[RotaryEmbedding, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         meta: AttentionMeta,
         heads: tuple[int, int, int],
     ) -> torch.Tensor:
-        rotary, positions = angles
+        rotary, positions = rope_table
         if attention.name != "cpu":  # another backend may keep K and V in a way of its own
             cos_sin = rotary.at(positions)
             return self._torch.rotate_and_store(qkv, cos_sin, attention, k_cache, v_cache, meta, heads)

@@ -32,9 +32,12 @@ M = TypeVar("M", bound=Map)
 
 
 class Ops(Protocol[M]):
-    """Rows are tokens: x `[T, C]`. `norm`: RMS norm weights `[C]` applied to x first. Results may lie in the table's
-    own memory, where they hold until the same operation is called again: those of a step until the next one, so that
-    what is to outlive it (logits among it) must be copied."""
+    """Operations on rows that are tokens, x `[T, C]`.
+
+    Results may lie in the table's own memory, where they hold until the same operation is called again: those of a step
+    until the next one, so that what is to outlive it (logits among it) must be copied. `norm`, where it is an argument:
+    RMS norm weights `[C]` that are applied to x first.
+    """
 
     name: str
     keeps_stored: bool
@@ -43,7 +46,7 @@ class Ops(Protocol[M]):
     """In which K and V are kept where `rotate_and_store` writes them; None: in the model's."""
 
     def takes(self, weight: Stored, *, head: bool = False) -> bool:
-        """Whether `pack` keeps this weight as it is stored."""
+        """True if `pack` keeps this weight as it is stored."""
         ...
 
     def pack(
@@ -54,8 +57,14 @@ class Ops(Protocol[M]):
         gated: bool = False,
         head: bool = False,
     ) -> M:
-        """The map of weight `[out, in]` and bias `[out]`. gated: gate above up, for `gated`. head: it is the embedding
-        or the head, which suffer most from few bits."""
+        """The map of a weight and a bias.
+
+        Args:
+            weight: `[out, in]`.
+            bias: `[out]`.
+            gated: it is gate above up, for `gated`.
+            head: it is the embedding or the head, which suffer most from few bits.
+        """
         ...
 
     def finish(self) -> None:
@@ -80,45 +89,67 @@ class Ops(Protocol[M]):
         """silu(gate) * up, where gate and up are the halves of the map of x."""
         ...
 
-    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Rows of x by number, i8 `[N]`, in memory of this use."""
+    def gather(self, use: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of x by number, i8 `[N]`, in a workspace of this use."""
         ...
 
     def logits(self, to: M, x: torch.Tensor) -> torch.Tensor:
         """float32 `[N, V]`."""
         ...
 
-    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
-        """What `rotate_and_store` needs of the positions i8 `[T]`; once a step."""
+    def rope_table(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> Any:
+        """The form of the positions i8 `[T]` that `rotate_and_store` needs; once a step."""
         ...
 
-    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+    def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         """Uninitialised `[T, columns]` for a use, with rows, type and device of `like`."""
         ...
 
     def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """compute(): operations of this table and of an attention backend that can be captured, on `inputs` and on what
-        never moves. A table may remember what they come to, and do just that for inputs of the same shapes at the same
-        places. inputs None: they are others every time."""
+        """Compute a step, or repeat what is remembered of one like it.
+
+        Args:
+            compute: operations of this table and of an attention backend that can be captured, on `inputs` and on what
+                never moves. A table may remember them, and do just that for inputs of the same shapes at the same
+                places.
+            inputs: None: they are others every time.
+        """
         ...
 
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        angles: Any,
+        rope_table: Any,
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         meta: AttentionMeta,
         heads: tuple[int, int, int],
     ) -> torch.Tensor:
-        """Rotate q and k of qkv `[T, (H + 2 H_kv) * D]`, write k and v into the cache; returns q `[T, H, D]`.
-        heads: H, H_kv, D."""
+        """Rotate q and k, and write k and v into the cache.
+
+        Args:
+            qkv: `[T, (H + 2 H_kv) * D]`.
+            rope_table: of the step.
+            attention: the backend whose cache it is.
+            k_cache: of the layer.
+            v_cache: of the layer.
+            meta: of the step.
+            heads: H, H_kv, D.
+
+        Returns:
+            q `[T, H, D]`.
+        """
         ...
 
 
 class TorchOps:
-    """Plain torch, on any device in any type. packed: makes the maps of checkpoints that are packed, where one is."""
+    """Plain torch, on any device in any type.
+
+    Args:
+        eps: of RMS norms.
+        packed: makes the maps of checkpoints that are packed, where one is.
+    """
 
     name = "torch"
     keeps_stored = False
@@ -164,16 +195,16 @@ class TorchOps:
     def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         return silu_mul(self.linear(to, x, norm))
 
-    def take(self, use: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return x[places]
+    def gather(self, use: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x[rows]
 
     def logits(self, to: Linear, x: torch.Tensor) -> torch.Tensor:
         return to(x).float()
 
-    def angles(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_table(self, rotary: RotaryEmbedding, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotary.at(positions)
 
-    def memory(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
+    def workspace(self, use: str, like: torch.Tensor, columns: int) -> torch.Tensor:
         return like.new_empty(len(like), columns)
 
     def step(self, compute: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
@@ -182,7 +213,7 @@ class TorchOps:
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        rope_table: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -191,7 +222,7 @@ class TorchOps:
     ) -> torch.Tensor:
         count, kv_count, dim = heads
         q, k, v = torch.split(qkv, [count * dim, kv_count * dim, kv_count * dim], dim=-1)
-        q = rotate(q.view(-1, count, dim), angles)
-        k = rotate(k.view(-1, kv_count, dim), angles)
+        q = rotate(q.view(-1, count, dim), rope_table)
+        k = rotate(k.view(-1, kv_count, dim), rope_table)
         attention.store(k, v.view(-1, kv_count, dim), k_cache, v_cache, meta)
         return q

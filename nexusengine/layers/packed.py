@@ -1,8 +1,8 @@
-"""Linear maps of AWQ and GPTQ checkpoints on CUDA, by the kernels of the package gptqmodel, which chooses among them
-(Marlin and others) by device and checkpoint.
+"""Linear maps of AWQ and GPTQ checkpoints on CUDA, by the kernels of the package gptqmodel.
 
-What is called is its interface for transformers and optimum: `hf_select_quant_linear_v2`, the class that it returns,
-`hf_convert_gptq_v1_to_v2_format` and `hf_gptqmodel_post_init`.
+It chooses among them (Marlin and others) by device and checkpoint. What is called is its interface for transformers and
+optimum: `hf_select_quant_linear_v2`, the class that it returns, `hf_convert_gptq_v1_to_v2_format` and
+`hf_gptqmodel_post_init`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ INSTALL = "pip install 'nexusengine[packed]'"
 
 
 def check(stored: StoredWeights, device: torch.device) -> None:
-    """Raises ModelLoadError that says what the checkpoint is, what is missing, and what to do."""
+    """Check that packed weights can be computed with on a device.
+
+    Raises:
+        ModelLoadError: they cannot; says what the checkpoint is, what is missing, and what to do.
+    """
     what = f"the checkpoint's weights are packed by {stored.method} with {stored.bits} bits"
     if device.type != "cuda":
         raise ModelLoadError(
@@ -39,7 +43,11 @@ def check(stored: StoredWeights, device: torch.device) -> None:
 
 @dataclass(slots=True)
 class PackedLinear(Linear):
-    """modules: the library's, one for each map of the checkpoint; outputs lie side by side. weight is not used."""
+    """Linear maps packed by a library, side by side; `weight` is not used.
+
+    Attributes:
+        modules: the library's, one for each map of the checkpoint.
+    """
 
     modules: tuple[torch.nn.Module, ...] = ()
 
@@ -67,7 +75,11 @@ class PackedMaps:
     _kernel: Any = None
 
     def make(self, weight: PackedWeight, bias: torch.Tensor | None) -> PackedLinear:
-        """Raises ModelLoadError with the library's words where it has no kernel for it."""
+        """One map of the checkpoint's, side by side.
+
+        Raises:
+            ModelLoadError: the library has no kernel for it, in its words.
+        """
         s = self._stored = weight.stored
         kernel = self._selected(s)
         modules = []

@@ -60,7 +60,7 @@ class TritonOps(TorchOps):
     def gated(self, to: Linear, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         return silu_mul(self.linear(to, x, norm))
 
-    def angles(  # type: ignore[override]
+    def rope_table(  # type: ignore[override]
         self, rotary: RotaryEmbedding, positions: torch.Tensor
     ) -> tuple[RotaryEmbedding, torch.Tensor]:
         return rotary, positions
@@ -68,7 +68,7 @@ class TritonOps(TorchOps):
     def rotate_and_store(  # type: ignore[override]
         self,
         qkv: torch.Tensor,
-        angles: tuple[RotaryEmbedding, torch.Tensor],
+        rope_table: tuple[RotaryEmbedding, torch.Tensor],
         attention: AttentionBackend,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -76,7 +76,7 @@ class TritonOps(TorchOps):
         heads: tuple[int, int, int],
     ) -> torch.Tensor:
         """q is rotated in qkv itself and returned as a view of it: tokens lie apart."""
-        rotary, positions = angles
+        rotary, positions = rope_table
         if not attention.caps().plain_cache:
             return super().rotate_and_store(qkv, rotary.at(positions), attention, k_cache, v_cache, meta, heads)
         rotate_and_store(qkv, rotary.cos, rotary.sin, positions, meta.slot_mapping, k_cache, v_cache, heads)

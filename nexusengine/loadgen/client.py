@@ -67,8 +67,10 @@ class _Client:
         self._progress(record)
 
     async def _exchange(self, request: bytes, record: Record) -> None:
-        """On a connection that is free, else on a new one. A free one that the server has closed meanwhile, without a
-        word on this request, is replaced by a new one."""
+        """Send a request on a connection that is free, else on a new one.
+
+        A free one that the server has closed meanwhile, without a word on this request, is replaced by a new one.
+        """
         record.sent_s = time.monotonic()
         while self._idle:
             connection = self._idle.pop()

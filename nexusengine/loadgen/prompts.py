@@ -44,8 +44,11 @@ class Prompts:
 def bodies(
     items: Sequence[WorkItem], prompts: Prompts, model: str | None, *, seed: int, bounds: bool = False
 ) -> list[bytes]:
-    """The JSON body of each item, for /v1/completions. bounds: ask for an SLO in numbers instead of by its class, for
-    servers that do not know the class."""
+    """The JSON body of each item, for /v1/completions.
+
+    Args:
+        bounds: ask for an SLO in numbers instead of by its class, for servers that do not know the class.
+    """
     return [_body(i, item, prompts.token_ids(i, item), model, seed, bounds) for i, item in enumerate(items)]
 
 

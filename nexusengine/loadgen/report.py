@@ -19,9 +19,11 @@ _PERCENTILES = (50, 90, 99)
 
 
 def verdict(record: Record) -> Verdict:
-    """By the client's clock, from the instant at which the request was to be sent; without a promise it is kept when
-    the request completes. The strict contract is the server's word where it gives it: the client does not see how many
-    tokens an event has."""
+    """Judge a response by the client's clock, from when the request was to be sent.
+
+    Without an SLO it is met when the request completes. The strict contract is the server's word where it gives it: the
+    client does not see how many tokens an event has.
+    """
     if not record.completed:
         return Verdict(False, False, _missed(record))
     slo = record.item.slo

@@ -24,8 +24,12 @@ _USUAL_VOCABULARY = 10_000  # of servers that do not say
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """figures: see report.summary; took_s, client_cpu_share (of one core) and client_cpu_us_per_event beside them.
-    records: in the order of the items."""
+    """What a load test found.
+
+    Attributes:
+        figures: see report.summary; took_s, client_cpu_share (of one core) and client_cpu_us_per_event beside them.
+        records: in the order of the items.
+    """
 
     figures: dict[str, Any]
     records: list[Record]

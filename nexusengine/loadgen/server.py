@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import signal
@@ -15,11 +14,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nexusengine.errors import ConfigError, Unavailable
+from nexusengine.process.parent_death import set_parent_death_signal
 
-_PR_SET_PDEATHSIG = 1
 _URL = re.compile(rb" at (http://\S+) \(ready after")
 _END_S = 45.0
 
@@ -35,10 +35,18 @@ class ServerInfo:
 
 @contextmanager
 def own_server(options: Sequence[str], *, ready_s: float = 900.0) -> Iterator[str]:
-    """Start `nexusengine serve OPTIONS` on a free port; its URL. Its log goes to our stderr. Raises Unavailable if it
-    ends, or is not ready in time."""
+    """Start `nexusengine serve OPTIONS` on a free port, its log on our stderr.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        Unavailable: it ends, or is not ready in time.
+    """
     command = [sys.executable, "-m", "nexusengine.cli.main", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=_end_with_parent)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, preexec_fn=partial(set_parent_death_signal, signal.SIGTERM)
+    )
     found: list[str] = []
     ready = threading.Event()
 
@@ -61,10 +69,6 @@ def own_server(options: Sequence[str], *, ready_s: float = 900.0) -> Iterator[st
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ask(url: str, api_key: str | None = None, *, wait_s: float = 60.0) -> ServerInfo:

@@ -11,7 +11,8 @@ from nexusengine.errors import ConfigError
 def cache_dir() -> Path:
     """$NEXUSENGINE_CACHE, else nexusengine in $XDG_CACHE_HOME or ~/.cache.
 
-    Raises ConfigError where the user has no home folder and neither variable is set.
+    Raises:
+        ConfigError: the user has no home folder and neither variable is set.
     """
     try:
         if chosen := os.environ.get("NEXUSENGINE_CACHE"):

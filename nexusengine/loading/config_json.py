@@ -37,7 +37,8 @@ def read_config(folder: Path) -> ModelConfig:
 def parse_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The geometry a config.json describes.
 
-    Raises ModelLoadError naming the key that is missing, wrong or not supported; of several, the architecture first.
+    Raises:
+        ModelLoadError: naming the key that is missing, wrong or not supported; of several, the architecture first.
     """
     r = Reader(values, where)
     architectures = r.get("architectures", list)

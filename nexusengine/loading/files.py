@@ -20,7 +20,8 @@ _KINDS = (
 def refuse_pointer(path: Path) -> None:
     """Refuse a file that is empty, a git-lfs pointer, or a web page that was saved in its place.
 
-    Raises ModelLoadError.
+    Raises:
+        ModelLoadError: it is one of these.
     """
     head = read_head(path)
     if not head:
@@ -31,7 +32,11 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_head(path: Path, size: int = 64) -> bytes:
-    """The first `size` bytes of a file. Raises ModelLoadError."""
+    """The first `size` bytes of a file.
+
+    Raises:
+        ModelLoadError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(size)
@@ -45,7 +50,11 @@ def unreadable(path: Path, error: OSError) -> ModelLoadError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file in UTF-8. Raises ModelLoadError."""
+    """A JSON object from a file in UTF-8.
+
+    Raises:
+        ModelLoadError: it is no such file.
+    """
     refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -21,8 +21,13 @@ _UNUSED = (".input_scale", ".activation_scale", ".weight_scale", ".weight_scale_
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """data float8_e4m3fn `[n, k]`; scale float32 `[n, 1]`, or `[ceil(n / rows), ceil(k / columns)]` where block is
-    (rows, columns)."""
+    """A matrix `[n, k]` of 8-bit floats with scales.
+
+    Attributes:
+        data: float8_e4m3fn `[n, k]`.
+        scale: float32 `[n, 1]`, or `[ceil(n / rows), ceil(k / columns)]`.
+        block: (rows, columns) that share a scale; None: one scale a row.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -75,7 +80,11 @@ class Fp8Source:
         return self._files.get(name, dtype) if stored is None else stored.numbers(dtype)
 
     def stored(self, name: str) -> Fp8Weight | None:
-        """Raises ModelLoadError for a weight without a scale, or with one of a shape that says nothing."""
+        """The weight as it is stored, with its scale.
+
+        Raises:
+            ModelLoadError: it has no scale, or one of a shape that says nothing.
+        """
         if self._files.kind(name) != "F8_E4M3":
             return None
         scale_name = next((name + end for end in _SCALES if name + end in self._files.names()), None)

@@ -1,5 +1,7 @@
-"""GGUF metadata -> ModelConfig, by llama.cpp's rules for the architectures llama and qwen2. What we cannot compute is
-refused by name."""
+"""GGUF metadata -> ModelConfig, by llama.cpp's rules for the architectures llama and qwen2.
+
+What we cannot compute is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -70,38 +72,19 @@ def parse_metadata(
 ) -> ModelConfig:
     """The geometry that GGUF metadata describes.
 
-    tensors: by Hugging Face name. array: reads one of them.
-    Raises ModelLoadError naming the key that is missing, wrong or not supported; of several, the architecture first.
+    Args:
+        values: the metadata.
+        tensors: by Hugging Face name.
+        array: reads one of them.
+        path: of the file, for errors.
+
+    Raises:
+        ModelLoadError: naming the key that is missing, wrong or not supported; of several, the architecture first.
     """
     m = _Metadata(values, path)
-    kind = values.get("general.type", "model")
-    if kind != "model":
-        raise m.fail(f"it holds no model: its general.type is {short(kind)}")
-    if not isinstance(m.prefix, str) or m.prefix not in ARCHITECTURES:
-        raise m.fail(f"architecture {short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
-    for key, harmless in _NOT_COMPUTED.items():
-        value = values.get(f"{m.prefix}.{key}")
-        if value is not None and value not in harmless:
-            what = (
-                "; mixture-of-experts models are not supported" if key == "expert_count" else ", which is not supported"
-            )
-            raise m.fail(f"{m.prefix}.{key} is {short(value)}{what}")
-    hidden, heads = m.size("embedding_length"), m.size("attention.head_count")
-    kv_heads = m.size("attention.head_count_kv", heads)
-    if min(hidden, heads, kv_heads) < 1 or heads % kv_heads:
-        raise m.fail(f"an embedding of {hidden}, {heads} heads and {kv_heads} key-value heads do not fit together")
-    head_dim = m.size("attention.key_length", hidden // heads)
-    if m.size("attention.value_length", head_dim) != head_dim:
-        raise m.fail("keys and values of different lengths are not supported")
-    if m.size("rope.dimension_count", head_dim) != head_dim or head_dim % 2 or not head_dim:
-        raise m.fail("rotary embeddings over a part of the head are not supported")
-    tokens = values.get("tokenizer.ggml.tokens", [])
-    embedding = tensors.get("model.embed_tokens.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise m.fail("tensor token_embd.weight is missing or not a matrix")
-    if not isinstance(tokens, list) or len(tokens) > embedding.shape[0]:
-        many = len(tokens) if isinstance(tokens, list) else "no list of"
-        raise m.fail(f"it has {many} tokens, but {embedding.shape[0]} embeddings")
+    architecture = _architecture(m)
+    hidden, heads, kv_heads, head_dim = _head_sizes(m)
+    vocab_size = _vocab_size(m, tensors)
     eos = [values.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot")]
     bos = values.get("tokenizer.ggml.bos_token_id")
     theta, scaling = m.number("rope.freq_base", 10_000.0), _rope_scaling(m)
@@ -115,8 +98,8 @@ def parse_metadata(
         if size < 1:
             raise m.fail(f"{key} is {size}, which is not a size")
     return ModelConfig(
-        architecture=ARCHITECTURES[m.prefix],
-        vocab_size=embedding.shape[0],
+        architecture=architecture,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=sizes["feed_forward_length"],
         num_layers=sizes["block_count"],
@@ -139,9 +122,58 @@ def parse_metadata(
     )
 
 
+def _architecture(m: _Metadata) -> str:
+    """The model's architecture, by its name in config.json.
+
+    Raises:
+        ModelLoadError: the file holds no model, or one that is not supported.
+    """
+    kind = m.values.get("general.type", "model")
+    if kind != "model":
+        raise m.fail(f"it holds no model: its general.type is {short(kind)}")
+    if not isinstance(m.prefix, str) or m.prefix not in ARCHITECTURES:
+        raise m.fail(f"architecture {short(m.prefix)} is not supported; known: {', '.join(ARCHITECTURES)}")
+    for key, harmless in _NOT_COMPUTED.items():
+        value = m.values.get(f"{m.prefix}.{key}")
+        if value is not None and value not in harmless:
+            what = (
+                "; mixture-of-experts models are not supported" if key == "expert_count" else ", which is not supported"
+            )
+            raise m.fail(f"{m.prefix}.{key} is {short(value)}{what}")
+    return ARCHITECTURES[m.prefix]
+
+
+def _head_sizes(m: _Metadata) -> tuple[int, int, int, int]:
+    """Hidden size, heads, KV heads, head dimension."""
+    hidden, heads = m.size("embedding_length"), m.size("attention.head_count")
+    kv_heads = m.size("attention.head_count_kv", heads)
+    if min(hidden, heads, kv_heads) < 1 or heads % kv_heads:
+        raise m.fail(f"an embedding of {hidden}, {heads} heads and {kv_heads} key-value heads do not fit together")
+    head_dim = m.size("attention.key_length", hidden // heads)
+    if m.size("attention.value_length", head_dim) != head_dim:
+        raise m.fail("keys and values of different lengths are not supported")
+    if m.size("rope.dimension_count", head_dim) != head_dim or head_dim % 2 or not head_dim:
+        raise m.fail("rotary embeddings over a part of the head are not supported")
+    return hidden, heads, kv_heads, head_dim
+
+
+def _vocab_size(m: _Metadata, tensors: Mapping[str, GGUFTensor]) -> int:
+    tokens = m.values.get("tokenizer.ggml.tokens", [])
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise m.fail("tensor token_embd.weight is missing or not a matrix")
+    if not isinstance(tokens, list) or len(tokens) > embedding.shape[0]:
+        many = len(tokens) if isinstance(tokens, list) else "no list of"
+        raise m.fail(f"it has {many} tokens, but {embedding.shape[0]} embeddings")
+    return embedding.shape[0]
+
+
 def _rope_scaling(m: _Metadata) -> RopeScaling | None:
-    """llama.cpp's rules: a factor without a type is linear; the factor may be under its old name; attn_factor
-    multiplies whatever else there is, for yarn 1 + 0.1 ln(factor)."""
+    """The scaling of rotary embeddings, by llama.cpp's rules.
+
+    A factor without a type is linear; the factor may be under its old name; attn_factor multiplies whatever else there
+    is, for yarn 1 + 0.1 ln(factor).
+    """
     kind = m.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise m.fail(f"rope.scaling.type {short(kind)} is not supported; known: none, linear, yarn")

@@ -47,7 +47,10 @@ _BLOCK_NAMES = {
 class Q4Blocks:
     """A matrix `[n, k]` in blocks of 32 numbers of 4 bits along k: number = scale * q + minimum.
 
-    q u1 `[n, k]`, 0 .. 15; scale, minimum f2 `[n, k / 32]`.
+    Attributes:
+        q: u1 `[n, k]`, 0 .. 15.
+        scale: f2 `[n, k / 32]`.
+        minimum: f2 `[n, k / 32]`.
     """
 
     q: npt.NDArray[np.uint8]
@@ -84,11 +87,21 @@ def supported_types() -> tuple[str, ...]:
 class GGUFFile:
     """An open GGUF file, or all files of a split one.
 
-    paths: the files. metadata: the key-value pairs of the first. tensors: by Hugging Face name.
+    Attributes:
+        paths: the files.
+        metadata: the key-value pairs of the first.
+        tensors: by Hugging Face name.
     """
 
     def __init__(self, path: Path) -> None:
-        """path: the file, or any part of a split one. Raises ModelLoadError naming file and reason."""
+        """Open and check the file.
+
+        Args:
+            path: the file, or any part of a split one.
+
+        Raises:
+            ModelLoadError: naming file and reason.
+        """
         data = _mapped(path)
         self.metadata, tensors = read_header(data, path)
         self.paths = _all_parts(path, self.metadata.get("split.count", 0))
@@ -124,7 +137,11 @@ class GGUFFile:
         return np.frombuffer(self._data[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor as float32, dequantised, q and k rows in Hugging Face's order. Raises ModelLoadError."""
+        """A tensor as float32, dequantised, q and k rows in Hugging Face's order.
+
+        Raises:
+            ModelLoadError: it cannot be read.
+        """
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
@@ -166,14 +183,22 @@ class GGUFFile:
         return rows
 
     def config(self) -> ModelConfig:
-        """Raises ModelLoadError naming the key that is missing, wrong or not supported."""
+        """The model's geometry.
+
+        Raises:
+            ModelLoadError: naming the key that is missing, wrong or not supported.
+        """
         if self._config is None:
             self._config = parse_metadata(self.metadata, self.tensors, self.array, self.path)
         return self._config
 
 
 def _all_parts(path: Path, count: Any) -> tuple[Path, ...]:
-    """The files of a model of which one is `path`. Raises ModelLoadError naming a part that is missing."""
+    """The files of a model of which one is `path`.
+
+    Raises:
+        ModelLoadError: naming a part that is missing.
+    """
     if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
         raise ModelLoadError(f"{path}: split.count is {short(count)}, which is not a number of files")
     if count < 2:

@@ -1,5 +1,7 @@
-"""GGUF files by their names: parts of one model, and which of several quantisations is meant. As llama.cpp names them:
-`NAME-Q4_K_M.gguf`, or `NAME-Q4_K_M-00001-of-00003.gguf` and so on."""
+"""GGUF files by their names: parts of one model, and which of several quantisations is meant.
+
+As llama.cpp names them: `NAME-Q4_K_M.gguf`, or `NAME-Q4_K_M-00001-of-00003.gguf` and so on.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ _DEFAULTS = ("Q4_K_M", "Q8_0")
 class Quantised:
     """A model as one or more GGUF files.
 
-    quantisation: as the name ends, in capitals (`Q4_K_M`); "" if it says none. parts: file names, first to last.
-    missing: those that the others' names count and that are not there.
+    Attributes:
+        quantisation: as the name ends, in capitals (`Q4_K_M`); "" if it says none.
+        parts: file names, first to last.
+        missing: those that the others' names count and that are not there.
     """
 
     quantisation: str
@@ -30,8 +34,11 @@ class Quantised:
 
 
 def part_names(name: str, count: int) -> tuple[str, ...]:
-    """The names of all parts of a split model, of which one is `name`. Raises ModelLoadError if that is not the name of
-    one of `count` parts."""
+    """The names of all parts of a split model, of which one is `name`.
+
+    Raises:
+        ModelLoadError: that is not the name of one of `count` parts.
+    """
     found = _PART.fullmatch(name)
     if not found or int(found[3]) != count:
         raise ModelLoadError(
@@ -60,10 +67,12 @@ def models(names: Iterable[str]) -> list[Quantised]:
 
 
 def choose(names: Iterable[str], quantisation: str, where: str) -> Quantised:
-    """The model of a quantisation, or of a file's name; with none named, Q4_K_M, else Q8_0, as llama-server takes it,
-    else the only one there is.
+    """The model of a quantisation, or of a file's name.
 
-    Raises ModelLoadError listing the choices where that is none, or several.
+    With none named, Q4_K_M, else Q8_0, as llama-server takes it, else the only one there is.
+
+    Raises:
+        ModelLoadError: that is none, or several; lists the choices.
     """
     known = models(names)
     if not known:

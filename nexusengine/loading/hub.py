@@ -29,10 +29,18 @@ Report = Callable[[str, float], None]
 def download(repository: str, revision: str | None, weights: bool, report: Report, quantisation: str = "") -> Path:
     """Download what a repository's model is made of; what is there already is not fetched again.
 
-    quantisation: of a repository of GGUF files, the one to take (`Q4_K_M`). weights=False: without the weights, where
-    there is a config.json.
-    Returns the local directory of the snapshot, or the GGUF file (the first, if it is split).
-    Raises ModelLoadError with one sentence that says what to do.
+    Args:
+        repository: OWNER/NAME.
+        revision: a branch, tag or commit.
+        weights: False: without the weights, where there is a config.json.
+        quantisation: of a repository of GGUF files, the one to take (`Q4_K_M`).
+        report: called with a phase and the fraction done.
+
+    Returns:
+        The local directory of the snapshot, or the GGUF file (the first, if it is split).
+
+    Raises:
+        ModelLoadError: with one sentence that says what to do.
     """
     report(f"downloading {repository}", 0.0)
     with explained(repository, revision):
@@ -101,8 +109,10 @@ def _here(repository: str, revision: str | None, patterns: list[str]) -> Path | 
 
 
 def _fetch_safetensors(repository: str, folder: Path, names: list[str], report: Report) -> None:
-    """model.safetensors where there is one, else what the index names: as transformers chooses. Of the commit of
-    `folder`, which the hub need not be asked for once more. Weights of a model that cannot be served are not fetched.
+    """Fetch model.safetensors where there is one, else what the index names: as transformers chooses.
+
+    Of the commit of `folder`, which the hub need not be asked for once more. Weights of a model that cannot be served
+    are not fetched.
     """
     if SINGLE in names:
         wanted = [SINGLE]

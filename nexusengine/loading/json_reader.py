@@ -13,7 +13,10 @@ _MISSING = object()
 
 
 class Reader:
-    """Reads keys of `values`; a key that is null is taken as missing. Raises ModelLoadError."""
+    """Reads keys of `values`; a key that is null is taken as missing.
+
+    Its methods raise ModelLoadError for a value that is not what they read.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where

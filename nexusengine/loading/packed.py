@@ -1,7 +1,7 @@
-"""Weights of few bits packed into 32-bit integers, as AWQ and GPTQ checkpoints have them. They are not unpacked here:
-what computes with them (layers.packed) takes them as they are.
+"""Weights of few bits packed into 32-bit integers, as AWQ and GPTQ checkpoints have them.
 
-A map `X` has `X.qweight`, `X.qzeros`, `X.scales` and, of GPTQ, `X.g_idx`; here it is `X.weight`, as everywhere.
+They are not unpacked here: what computes with them (layers.packed) takes them as they are. A map `X` has `X.qweight`,
+`X.qzeros`, `X.scales` and, of GPTQ, `X.g_idx`; here it is `X.weight`, as everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """One map of the checkpoint. tensors: by their names in it (`qweight`, ...)."""
+    """One map of the checkpoint.
+
+    Attributes:
+        inputs: columns of the weight.
+        outputs: rows of the weight.
+        tensors: by their names in it (`qweight`, ...).
+    """
 
     inputs: int
     outputs: int
@@ -67,7 +73,7 @@ class PackedSource:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a packed map: what its packed tensor comes to. GPTQ packs inputs, AWQ outputs."""
+        """The shape of a tensor; of a packed map, what its packed tensor comes to: GPTQ packs inputs, AWQ outputs."""
         if (stem := name.removesuffix(".weight")) not in self._maps:
             return self._files.shape(name)
         rows, columns = self._files.shape(f"{stem}.qweight")

@@ -18,7 +18,11 @@ _ONLINE = re.compile(r"transform|rotat|hadamard", re.IGNORECASE)
 
 
 def stored_weights(values: Mapping[str, Any] | None, where: str) -> StoredWeights | None:
-    """None where nothing is said: plain numbers. Raises ModelLoadError naming what cannot be read."""
+    """The form in which a checkpoint stores its weights; None where it says nothing: plain numbers.
+
+    Raises:
+        ModelLoadError: naming what cannot be read.
+    """
     if values is None:
         return None
     method = values.get("quant_method", "unknown")

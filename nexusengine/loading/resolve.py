@@ -26,7 +26,12 @@ _SMALL_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "g
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk. path: its directory, or its .gguf file. kind "none": configuration and tokenizer only."""
+    """A model on disk.
+
+    Attributes:
+        path: its directory, or its .gguf file.
+        kind: "none": configuration and tokenizer only.
+    """
 
     name: str
     path: Path
@@ -46,9 +51,15 @@ def resolve_model(
 
     A repository may be followed by a colon and the quantisation of one of its GGUF files (`OWNER/NAME:Q4_K_M`).
 
-    weights=False: what emulated devices need, without the weights.
-    progress(phase, fraction) is called while something takes long. Raises ModelLoadError, or ConfigError if there is a
-    revision and no repository for it.
+    Args:
+        ref: the model.
+        revision: of a repository.
+        weights: False: what emulated devices need, without the weights.
+        progress: called with (phase, fraction) while something takes long.
+
+    Raises:
+        ModelLoadError: it cannot be found.
+        ConfigError: there is a revision and no repository for it.
     """
     report = progress or (lambda phase, fraction: None)
     target = ALIASES.get(ref.lower(), ref)
@@ -115,7 +126,7 @@ def _local(name: str, path: Path, weights: bool) -> ModelFiles:
 
 
 def _instead(path: Path) -> str:
-    """What a folder holds that looks like weights and is not read."""
+    """A hint at what a folder holds that looks like weights and is not read."""
     other = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".onnx"))
     return f"; {', '.join(other[:5])} there is not read" if other else ""
 

@@ -1,5 +1,7 @@
-"""Base and scaling of rotary embeddings from a config.json, by transformers' rules, in the old spelling (rope_theta,
-rope_scaling.type) and the new one (rope_parameters)."""
+"""Base and scaling of rotary embeddings from a config.json, by transformers' rules.
+
+In the old spelling (rope_theta, rope_scaling.type) and the new one (rope_parameters).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ _NOT_COMPUTED = ("mrope_section", "long_factor", "short_factor", "alpha")
 
 
 def read_rope(r: Reader, max_position: int) -> tuple[float, RopeScaling | None]:
-    """(base, scaling). Raises ModelLoadError for an unknown kind, and for factors that are no numbers above 0."""
+    """(base, scaling).
+
+    Raises:
+        ModelLoadError: the kind is unknown, or factors are no numbers above 0.
+    """
     key = "rope_scaling" if r.get("rope_scaling", dict, None) else "rope_parameters"
     parameters = r.get(key, dict, {})
     rope = Reader(parameters, f"{r.where}: {key}")

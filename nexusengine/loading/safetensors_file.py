@@ -1,5 +1,7 @@
-"""safetensors checkpoints: one file, or shards named by an index. Headers are checked before a tensor is touched;
-torch is imported only when one is."""
+"""safetensors checkpoints: one file, or shards named by an index.
+
+Headers are checked before a tensor is touched; torch is imported only when one is.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,13 @@ _MOST_OPEN = 2
 
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a checkpoint directory: model.safetensors, else what the index names, as transformers
-    chooses; without either, all there are. Empty if there are none. Raises ModelLoadError."""
+    """The weight files of a checkpoint directory, as transformers chooses; empty if there are none.
+
+    model.safetensors, else what the index names; without either, all there are.
+
+    Raises:
+        ModelLoadError: the index cannot be read, or a file that it names is missing.
+    """
     if (folder / SINGLE).is_file():
         return (folder / SINGLE,)
     if not (folder / INDEX).is_file():
@@ -45,7 +52,11 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The names of the files that an index names. Raises ModelLoadError."""
+    """The names of the files that an index names.
+
+    Raises:
+        ModelLoadError: it is no index.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelLoadError(f"{index}: weight_map must map tensor names to file names")
@@ -57,7 +68,11 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def check_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header's tensors, after checking it against the file's size. Raises ModelLoadError naming file and tensor."""
+    """The header's tensors, after checking it against the file's size.
+
+    Raises:
+        ModelLoadError: naming file and tensor.
+    """
 
     def fail(what: str) -> ModelLoadError:
         return ModelLoadError(f"{path} is not a usable safetensors file: {one_line(what)}")
@@ -109,7 +124,12 @@ class SafetensorsSource:
     """Tensors of one or more checked files. At most two files are mapped at a time, the ones used last."""
 
     def __init__(self, paths: tuple[Path, ...], also: tuple[str, ...] = ()) -> None:
-        """also: types of tensors that are read beside plain floats."""
+        """Open checked files.
+
+        Args:
+            paths: the files.
+            also: types of tensors that are read beside plain floats.
+        """
         self._file_of: dict[str, Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._files = len(paths)

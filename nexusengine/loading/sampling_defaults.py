@@ -62,7 +62,11 @@ its answer to "What is the capital of France?" with "The" (15 % at temperature 1
 
 
 def of_folder(folder: Path) -> SamplingDefaults:
-    """What `folder`/generation_config.json says. Raises ModelLoadError if it is not JSON."""
+    """The defaults of `folder`/generation_config.json.
+
+    Raises:
+        ModelLoadError: it is not JSON.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return SamplingDefaults()
@@ -74,7 +78,7 @@ def of_folder(folder: Path) -> SamplingDefaults:
 
 
 def of_gguf(metadata: Mapping[str, Any], path: Path | str) -> SamplingDefaults:
-    """What the file's metadata say, or the table."""
+    """The defaults of the file's metadata, or of the table."""
     _warn_of_unsupported(metadata, path)
     found = _checked({name: metadata[key] for key, name in _OF_GGUF.items() if key in metadata}, path)
     return _OF_FILE.get(Path(path).name, found) if found == SamplingDefaults() else found

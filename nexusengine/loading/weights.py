@@ -35,8 +35,10 @@ class Stored(Protocol):
 
 
 class WeightSource(Protocol):
-    """Tensors by name. `get` returns a contiguous CPU tensor, to be copied if it is to outlive the source; KeyError for
-    an unknown name."""
+    """Tensors by name.
+
+    `get` returns a contiguous CPU tensor, to be copied if it is to outlive the source; KeyError for an unknown name.
+    """
 
     def names(self) -> frozenset[str]: ...
 
@@ -49,7 +51,7 @@ class WeightSource(Protocol):
         ...
 
     def phase(self) -> str:
-        """What is being done, for whoever watches: with several files, which one."""
+        """A phrase for what is being done; with several files, which one."""
         ...
 
 
@@ -77,7 +79,11 @@ class GGUFSource:
 
 @contextmanager
 def open_weights(files: ModelFiles) -> Iterator[WeightSource]:
-    """Raises ModelLoadError naming file and tensor when something is damaged."""
+    """Open a model's weights for the length of the block.
+
+    Raises:
+        ModelLoadError: something is damaged; names file and tensor.
+    """
     if files.kind == "gguf":
         yield GGUFSource(GGUFFile(files.path))
     elif files.kind == "safetensors":

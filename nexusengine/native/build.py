@@ -80,7 +80,11 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """$CXX, else g++ or c++. It must be GCC, whose vector extensions the kernels use. Raises NativeError."""
+    """$CXX, else g++ or c++. It must be GCC, whose vector extensions the kernels use.
+
+    Raises:
+        NativeError: there is none.
+    """
     wanted = os.environ.get("CXX")
     found = [path for name in ([wanted] if wanted else ["g++", "c++"]) if (path := shutil.which(name))]
     if not found:
@@ -108,10 +112,14 @@ def packaged_name(machine: str) -> str:
 
 
 def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str]:
-    """The instruction sets that this processor can run, the best first; all there are where /proc/cpuinfo does not say
-    what it has.
+    """The instruction sets that this processor can run, the best first.
 
-    cpuinfo: the text of that file. Raises NativeError where there are none for this processor.
+    Args:
+        machine: the architecture, this one's by default.
+        cpuinfo: the text of /proc/cpuinfo; where it does not say what the processor has, all sets are given.
+
+    Raises:
+        NativeError: there are none for this processor.
     """
     machine = machine or platform.machine()
     if machine not in SETS:
@@ -135,8 +143,12 @@ def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str
 def build(isas: Sequence[str] = (), progress: Progress = lambda phase, fraction: None) -> Path:
     """The library for this machine, compiled if it is not in the cache.
 
-    isas: the instruction sets in it, by default the one that this processor runs best. progress: called with a phase
-    and the fraction done while it compiles. Raises NativeError.
+    Args:
+        isas: the instruction sets in it, by default the one that this processor runs best.
+        progress: called with a phase and the fraction done while it compiles.
+
+    Raises:
+        NativeError: it cannot be compiled.
     """
     known = SETS.get(platform.machine(), {})
     wanted = tuple(isas) or tuple(runnable()[:1])
@@ -168,8 +180,13 @@ def build(isas: Sequence[str] = (), progress: Progress = lambda phase, fraction:
 
 
 def build_packaged(machine: str, folder: Path) -> Path:
-    """The library with every instruction set of a kind of machine, for a wheel, made in `folder` by $CXX, which may be
-    a cross compiler. Raises NativeError."""
+    """Compile the library with every instruction set of a kind of machine, for a wheel.
+
+    It is made in `folder` by $CXX, which may be a cross compiler.
+
+    Raises:
+        NativeError: it cannot be compiled.
+    """
     if machine not in SETS:
         raise NativeError(f"there are no kernels for {machine}; known: {', '.join(SETS)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +196,7 @@ def build_packaged(machine: str, folder: Path) -> Path:
 
 
 def _digest(*more: object) -> str:
-    """Of the sources and whatever else the library depends on."""
+    """A hash of the sources and whatever else the library depends on."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -224,7 +241,10 @@ def _run(commands: Mapping[str, list[str]]) -> Iterator[str]:
     """Run compilers, one for each processor at a time, and yield the name of each command that has ended.
 
     Without a pool of threads, which the interpreter would wait for at its end. Neither a compiler nor what it starts
-    outlives this process. Raises NativeError.
+    outlives this process.
+
+    Raises:
+        NativeError: a command failed.
     """
     waiting, running = dict(commands), dict[str, _Compiling]()
     until_s = time.monotonic() + _COMPILE_LIMIT_S
@@ -273,7 +293,11 @@ class _Compiling:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that ends with the process. Raises NativeError after the time a build may take."""
+    """Hold a lock that ends with the process.
+
+    Raises:
+        NativeError: it was not free within the time a build may take.
+    """
     deadline_s = time.monotonic() + _COMPILE_LIMIT_S
     with path.open("w") as file:
         while True:

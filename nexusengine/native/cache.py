@@ -10,8 +10,13 @@ _KINDS = {torch.float32: structs.F32, torch.bfloat16: structs.BF16, torch.int8: 
 
 
 def cache_of(k_cache: torch.Tensor, v_cache: torch.Tensor, dim: int) -> structs.Cache:
-    """k_cache, v_cache `[num_blocks, block_size, H_kv, D]` of one layer, with equal strides; int8: `[..., D + 4]`, each
-    row D numbers and their float32 scale."""
+    """The cache of one layer.
+
+    Args:
+        k_cache: `[num_blocks, block_size, H_kv, D]`; int8: `[..., D + 4]`, each row D numbers and their float32 scale.
+        v_cache: as k_cache, with equal strides.
+        dim: D.
+    """
     size = k_cache.element_size()
     block, token, head, _ = k_cache.stride()
     return structs.Cache(

@@ -23,14 +23,21 @@ _loading = threading.Lock()
 
 
 class Library:
-    """The kernels as functions; see src/kernels.h and src/api.cpp. Pointers are those of contiguous CPU tensors that
-    the caller keeps alive.
+    """The kernels as functions; see src/kernels.h and src/api.cpp.
 
-    isa: the instruction set in use. isas: all that run here, best first.
+    Pointers are those of contiguous CPU tensors that the caller keeps alive.
+
+    Attributes:
+        isa: the instruction set in use.
+        isas: all that run here, best first.
     """
 
     def __init__(self, path: str, isa: str | None = None) -> None:
-        """Raises NativeError if it cannot be loaded, or `isa` cannot run here."""
+        """Load it.
+
+        Raises:
+            NativeError: it cannot be loaded, or `isa` cannot run here.
+        """
         try:
             self._dll = dll = ctypes.CDLL(path)
         except OSError as error:
@@ -51,7 +58,11 @@ class Library:
         self.use(isa or self.isas[0])
 
     def use(self, isa: str) -> None:
-        """Take this instruction set from now on, in the whole process. Raises NativeError if it cannot run here."""
+        """Take this instruction set from now on, in the whole process.
+
+        Raises:
+            NativeError: it cannot run here.
+        """
         if not self._dll.nex_choose(isa.encode()):
             raise NativeError(f"instruction set {isa!r} cannot run here; those that can: {', '.join(self.isas)}")
         self.isa = isa
@@ -74,8 +85,7 @@ class Library:
 
     @contextmanager
     def recording(self) -> Iterator[list[ctypes.Structure]]:
-        """Within the block, the arguments of every call of this thread are collected, as they are at the call, and
-        nothing is computed."""
+        """Within the block, collect the arguments of every call of this thread as they are, and compute nothing."""
         recorded: list[ctypes.Structure] = []
         self._local.recorded = recorded
         try:
@@ -105,9 +115,13 @@ class Calls:
 
 
 def library(progress: Progress = lambda phase, fraction: None) -> Library:
-    """The library of this process, found or compiled, and loaded, at the first call. progress: see build().
+    """The library of this process, found or compiled, and loaded, at the first call.
 
-    Raises NativeError, the same one every time.
+    Args:
+        progress: see build().
+
+    Raises:
+        NativeError: it cannot be had; the same error every time.
     """
     global _loaded
     with _loading:
@@ -140,8 +154,10 @@ def _wanted_isa() -> str | None:
 
 
 def prepare(progress: Progress = lambda phase, fraction: None) -> None:
-    """Compile the library into the cache folder if it is neither there nor in the package, for a process that starts
-    later. Whatever fails is left for that one to say."""
+    """Compile the library into the cache folder, for a process that starts later.
+
+    Only if it is neither there nor in the package. Whatever fails is left for that process to say.
+    """
     if os.environ.get("NEXUSENGINE_NATIVE") == "0" or packaged() is not None:
         return
     with contextlib.suppress(NativeError):

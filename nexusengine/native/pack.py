@@ -17,7 +17,14 @@ PANEL = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """n outputs, k inputs; kind: of structs. scale, minimum, bias: by kind, else None."""
+    """A weight in the form that a kernel reads.
+
+    Attributes:
+        n: outputs.
+        k: inputs.
+        kind: of structs.
+        scale: by kind, else None; so are minimum and bias.
+    """
 
     n: int
     k: int

@@ -26,11 +26,11 @@ _NO_STEPS = (0.0,) * len(STEPS)
 
 
 def terms(f: StepFeatures) -> list[float]:
-    """What the weights are multiplied with, `[TERMS]`."""
+    """The terms of a step, `[TERMS]`, by which the weights are multiplied."""
     tokens, kv = f.tokens, f.decode_kv_tokens / KV_TOKENS
-    bends = [(tokens - h) / TOKENS if tokens > h else 0.0 for h in HINGES]
+    hinges = [(tokens - h) / TOKENS if tokens > h else 0.0 for h in HINGES]
     if not f.prefills:
-        return [1.0, 0.0, tokens / TOKENS, *bends, *_NO_STEPS, f.sequences, 0.0, 0.0, kv, 0.0]
-    jumps = [1.0 if tokens > s else 0.0 for s in STEPS]
+        return [1.0, 0.0, tokens / TOKENS, *hinges, *_NO_STEPS, f.sequences, 0.0, 0.0, kv, 0.0]
+    steps = [1.0 if tokens > s else 0.0 for s in STEPS]
     pairs = f.prefill_attention / PAIRS
-    return [1.0, 1.0, tokens / TOKENS, *bends, *jumps, f.sequences, f.prefills, pairs, kv, kv]
+    return [1.0, 1.0, tokens / TOKENS, *hinges, *steps, f.sequences, f.prefills, pairs, kv, kv]

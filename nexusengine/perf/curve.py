@@ -16,35 +16,36 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.basis import KV_TOKENS, PAIRS, TOKENS
 from nexusengine.perf.features import SHORTEST_S, StepFeatures
-from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import StepTime
-
-_FURTHEST = 1.5  # times the most tokens seen in a step: no chunk is offered beyond
 
 
 class _Tokens:
-    """A rising, piecewise-linear function of T, in seconds. Piece i holds for breaks[i-1] < T <= breaks[i].
+    """A rising, piecewise-linear function of T, in seconds; piece i holds for breaks[i-1] < T <= breaks[i].
 
-    seen: the most tokens seen in a step; beyond, it rises by `slope_beyond` a token and what bends and jumps add.
+    Args:
+        weights: in the order of `basis`.
+        steps: seconds by which it rises behind a number of tokens.
+        seen: the most tokens seen in a step.
+        slope_beyond: seconds a token beyond `seen`, besides what hinges and steps add; None: it is estimated.
     """
 
     def __init__(
-        self, weights: Sequence[float], jumps: dict[float, float], seen: float, slope_beyond: float | None = None
+        self, weights: Sequence[float], steps: dict[float, float], seen: float, slope_beyond: float | None = None
     ) -> None:
-        bends: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
+        hinges: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
         self.breaks: list[float] = []
         self.starts, self.slopes = [0.0], [weights[basis.SLOPE] / TOKENS]
-        self.values = [weights[basis.ONE] + jumps.get(0.0, 0.0)]
+        self.values = [weights[basis.ONE] + steps.get(0.0, 0.0)]
         slope = self.slopes[0]
-        for at in sorted({seen, *bends, *jumps} - {0.0}):
+        for at in sorted({seen, *hinges, *steps} - {0.0}):
             value = self(at)
             if at == seen:
                 slope = self._slope_beyond(seen) if slope_beyond is None else slope_beyond
                 self.slope_beyond = slope
-            slope += bends.get(at, 0.0)
+            slope += hinges.get(at, 0.0)
             self.breaks.append(at)
             self.starts.append(at)
-            self.values.append(value + jumps.get(at, 0.0))
+            self.values.append(value + steps.get(at, 0.0))
             self.slopes.append(slope)
         self._arrays: tuple[F8, ...] = ()
 
@@ -74,11 +75,16 @@ class _Tokens:
 
 
 class Curve:
-    """Predictor. weights `[TERMS]` in the order of `basis`, not negative. seen: the most tokens seen in a step, > 0.
+    """Predictor; a mixed step takes no less than the same step without prompts.
 
-    factor_decode, factor_mixed: from the mean to the upper bound of decode-only and of mixed steps, >= 1.
-    offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter ones
-    a like share of it. A mixed step takes no less than the same step without prompts.
+    Args:
+        weights: `[TERMS]` in the order of `basis`, not negative.
+        seen: the most tokens seen in a step, > 0.
+        factor_decode: from the mean to the upper bound of decode-only steps, >= 1.
+        factor_mixed: as that, of mixed steps.
+        offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter
+            ones a like share of it.
+        offset_at_s: see offset_s.
     """
 
     def __init__(
@@ -93,9 +99,9 @@ class Curve:
         self.weights, self.seen = tuple(weights), seen
         self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
         self.offset_s, self.offset_at_s = offset_s, offset_at_s
-        jumps = {0.0: weights[basis.MIXED]}
-        jumps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
-        self._mixed = _Tokens(weights, jumps, seen)
+        steps = {0.0: weights[basis.MIXED]}
+        steps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
+        self._mixed = _Tokens(weights, steps, seen)
         self._decode = _Tokens(weights, {}, seen, self._mixed.slope_beyond)
         self._mixed_s = weights[basis.MIXED]
         self._sequence_s, self._prefill_s = weights[basis.SEQUENCES], weights[basis.PREFILLS]
@@ -104,7 +110,7 @@ class Curve:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What it was made from, in that order."""
+        """The arguments it was made from, in that order."""
         factors = self.factor_decode, self.factor_mixed
         return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s)
 
@@ -124,7 +130,7 @@ class Curve:
         return mean_s if mean_s > SHORTEST_S else SHORTEST_S
 
     def plain_s(self, f: StepFeatures) -> float:
-        """What the weights alone say."""
+        """The mean by the weights alone, without the offset."""
         if f.prefills:
             return (
                 self._mixed(f.tokens)
@@ -147,14 +153,3 @@ class Curve:
         mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
         result: F8 = np.maximum(mean_s, SHORTEST_S)
         return result
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """Offers no chunk that makes the step larger than 1.5 times the largest seen: extrapolation is the model's weak
-        spot, and a few steps later it has seen more."""
-        limit = min(limit, math.floor(self.furthest) - base.tokens)
-        return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
-
-    @property
-    def furthest(self) -> float:
-        """The most tokens a step is planned with."""
-        return _FURTHEST * self.seen

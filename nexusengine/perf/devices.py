@@ -9,26 +9,30 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class Datasheet:
-    """memory_gb: 10^9 bytes; bandwidth_gb_s: of that memory; tflops: 10^12 multiply-adds counted as two."""
+    """Figures of a device.
 
-    memory_gb: float
+    Attributes:
+        bandwidth_gb_s: of its memory, in 10^9 bytes.
+        tflops: 10^12 multiply-adds counted as two.
+    """
+
     bandwidth_gb_s: float
     tflops: float
 
 
 DATASHEETS: dict[str, Datasheet] = {
-    "t4": Datasheet(16, 320, 65),
-    "a10": Datasheet(24, 600, 125),
-    "l4": Datasheet(24, 300, 121),
-    "a6000": Datasheet(48, 768, 155),
-    "l40s": Datasheet(48, 864, 362),
-    "rtx4090": Datasheet(24, 1008, 165),
-    "a100-40": Datasheet(40, 1555, 312),
-    "a100": Datasheet(80, 2039, 312),
-    "h100-pcie": Datasheet(80, 2000, 756),
-    "h100": Datasheet(80, 3350, 989),
-    "h200": Datasheet(141, 4800, 989),
-    "b200": Datasheet(180, 8000, 2250),
+    "t4": Datasheet(320, 65),
+    "a10": Datasheet(600, 125),
+    "l4": Datasheet(300, 121),
+    "a6000": Datasheet(768, 155),
+    "l40s": Datasheet(864, 362),
+    "rtx4090": Datasheet(1008, 165),
+    "a100-40": Datasheet(1555, 312),
+    "a100": Datasheet(2039, 312),
+    "h100-pcie": Datasheet(2000, 756),
+    "h100": Datasheet(3350, 989),
+    "h200": Datasheet(4800, 989),
+    "b200": Datasheet(8000, 2250),
 }
 
 
@@ -44,4 +48,4 @@ def datasheet_of(device_name: str) -> Datasheet | None:
 
 def cpu_datasheet(threads: int) -> Datasheet:
     """An order of magnitude: what a core of a server does in float32, and two channels of its memory."""
-    return Datasheet(memory_gb=16, bandwidth_gb_s=20, tflops=0.05 * threads)
+    return Datasheet(bandwidth_gb_s=20, tflops=0.05 * threads)

@@ -15,9 +15,12 @@ SHORTEST_S, LONGEST_S = 1e-6, 1e4
 class StepFeatures:
     """A step's composition.
 
-    tokens: T, tokens computed. sequences: n. prefills: sequences that compute more than one token.
-    prefill_attention: A, the sum over prefill chunks of q * (ctx + q / 2), in token pairs.
-    decode_kv_tokens: K, KV tokens read by the sequences that compute one token.
+    Attributes:
+        tokens: T, tokens computed.
+        sequences: n.
+        prefills: sequences that compute more than one token.
+        prefill_attention: A, the sum over prefill chunks of q * (ctx + q / 2), in token pairs.
+        decode_kv_tokens: K, KV tokens read by the sequences that compute one token.
     """
 
     tokens: int
@@ -40,9 +43,31 @@ class StepFeatures:
             decode_kv_tokens=int((ctx + 1.0)[~chunk].sum()),
         )
 
+    def with_prefill(self, tokens: int, context: int) -> StepFeatures:
+        """This step with one more sequence that prefills `tokens` tokens after `context` tokens in its KV cache."""
+        return StepFeatures(
+            self.tokens + tokens,
+            self.sequences + 1,
+            self.prefills + 1,
+            self.prefill_attention + tokens * (context + 0.5 * tokens),
+            self.decode_kv_tokens,
+        )
+
+    def with_chunk(self, tokens: int, context: int) -> StepFeatures:
+        """As `with_prefill`; one token alone counts as a decode, which it is to the device."""
+        if tokens != 1:
+            return self.with_prefill(tokens, context)
+        return StepFeatures(
+            self.tokens + 1,
+            self.sequences + 1,
+            self.prefills,
+            self.prefill_attention,
+            self.decode_kv_tokens + context + 1,
+        )
+
 
 def duration(seconds: float) -> float | None:
-    """What a model learns from: within 1 microsecond and 10,000 seconds; None where it is no duration at all."""
+    """The seconds a model learns from, within 1 microsecond and 10,000 seconds; None for what is no duration."""
     if not (math.isfinite(seconds) and seconds > 0.0):
         return None
     return min(max(seconds, SHORTEST_S), LONGEST_S)

@@ -15,7 +15,6 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -29,7 +28,13 @@ _EVERY_STEP_UNTIL, _EVERY = 64, 8
 
 
 class Line:
-    """Predictor. weights: w0, w1, w2 of the formula above. factor_decode, factor_mixed: from mean to bound."""
+    """Predictor.
+
+    Args:
+        weights: w0, w1, w2 of the formula above.
+        factor_decode: from the mean to the upper bound of decode-only steps.
+        factor_mixed: as that, of mixed steps.
+    """
 
     def __init__(self, weights: Sequence[float], factor_decode: float, factor_mixed: float) -> None:
         self.weights = tuple(weights)
@@ -46,12 +51,14 @@ class Line:
         mean_s = np.maximum(w[0] + w[1] * (tokens / _TOKENS) + w[2] * sequences, SHORTEST_S)
         return np.broadcast_to(mean_s, shape)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
-
 
 class LineModel:
-    """PerformanceModel. by_sequences: whether sequences count."""
+    """PerformanceModel.
+
+    Args:
+        prior: what to believe before anything was measured.
+        by_sequences: sequences count, beside tokens.
+    """
 
     def __init__(self, prior: Prior = GENERIC, *, by_sequences: bool = False) -> None:
         self._terms = 3 if by_sequences else 2
@@ -69,9 +76,6 @@ class LineModel:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._line.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._line.max_tokens(budget_s, base, context, limit)
-
     def observe(self, features: StepFeatures, seconds: float) -> None:
         took_s = duration(seconds)
         if took_s is None or features.tokens < 1:
@@ -86,13 +90,13 @@ class LineModel:
         self._line.factor_decode, self._line.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
-        """Teaches nothing."""
+        """Does nothing: cold steps are not learned from."""
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: the three of the formula, then the factors of decode-only and mixed steps."""
+        """Its weights are the three of the formula, then the factors of decode-only and mixed steps."""
         decode, mixed = self._line.factor_decode, self._line.factor_mixed
         return PerfSnapshot(KIND, (*self._line.weights, decode, mixed), max(decode, mixed), self.steps)
 
@@ -106,7 +110,11 @@ class LineModel:
 
 
 def rebuild_line(weights: Sequence[float]) -> Line:
-    """From `LineModel.snapshot().weights`. Raises ValueError."""
+    """The predictor of `LineModel.snapshot().weights`.
+
+    Raises:
+        ValueError: they are not such weights.
+    """
     if len(weights) != 5 or not all(map(math.isfinite, weights)) or min(weights) < 0.0:
         raise ValueError(f"the weights of a line are five finite numbers >= 0, not {weights}")
     return Line(weights[:3], weights[3], weights[4])

@@ -12,7 +12,12 @@ from nexusengine.wire import PerfSnapshot
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A predicted duration: the mean, and the bound that is held in 95 % of steps. Seconds."""
+    """A predicted duration in seconds.
+
+    Attributes:
+        mean_s: the mean.
+        upper_s: the bound that is held in 95 % of steps.
+    """
 
     mean_s: float
     upper_s: float
@@ -29,11 +34,6 @@ class Predictor(Protocol):
         """`predict(...).mean_s` of many steps at once. The arguments are the fields of StepFeatures; they broadcast."""
         ...
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """The inverse: the largest chunk q <= limit of a prompt with `context` tokens in its cache that can join the
-        step `base` with the upper bound still within `budget_s`; 0 if none."""
-        ...
-
 
 class PerformanceModel(Predictor, Protocol):
     """A predictor that learns from each step measured."""
@@ -47,8 +47,10 @@ class PerformanceModel(Predictor, Protocol):
         ...
 
     def expect_change(self) -> None:
-        """The device itself says that its speed may have changed, as by a lower clock: where its next steps show a
-        change, that is to be believed sooner. Says nothing of how large it is, or whether there is one."""
+        """Believe the next steps sooner if they show a change: the device itself says that its speed may have changed.
+
+        It says so by a lower clock, for example, but not how large the change is, or whether there is one.
+        """
         ...
 
     def snapshot(self) -> PerfSnapshot: ...

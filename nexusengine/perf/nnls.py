@@ -12,11 +12,16 @@ _SMALLEST_GAIN = 1e-9
 
 
 def solve(gram: F8, moment: F8, start: F8) -> F8:
-    """The w >= 0 that minimises w·gram·w / 2 - moment·w, by the active-set method of Lawson and Hanson (Solving Least
-    Squares Problems, 1974, chapter 23), begun with the positive weights of `start`.
+    """The w >= 0 that minimises w·gram·w / 2 - moment·w.
 
-    gram `[n, n]` with a positive diagonal, moment `[n]`, start `[n]` >= 0. Where rounding keeps it from an end it
-    returns the best it has after 64 rounds; it never returns a negative or non-finite weight.
+    By the active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23), begun with the
+    positive weights of `start`. Where rounding keeps it from an end it returns the best it has after 64 rounds; it
+    never returns a negative or non-finite weight.
+
+    Args:
+        gram: `[n, n]` with a positive diagonal.
+        moment: `[n]`.
+        start: `[n]`, >= 0.
     """
     g, scale = _scaled(gram)
     m = moment * scale

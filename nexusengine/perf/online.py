@@ -30,13 +30,13 @@ OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot'
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
 _PRIOR_WEIGHT, _PRIOR_FORGET = 0.05, 0.99
-_BEND, _JUMP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
+_HINGE, _STEP, _OTHER = 1e-2, 2e-2, 1e-5  # pulls on weights, in observations: see _pull
 _EVERY_STEP_UNTIL, _EVERY = 32, 8  # solved after each of the first steps of a kind, then after every eighth step
 _TRUSTED_AFTER = 32
 _KEEP_AT_DRIFT = 0.1
 _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
 _HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
-_COLD_UNTIL = 16  # steps of a kind after which cold ones teach nothing more
+_COLD_UNTIL = 16  # steps of a kind after which cold ones are not learned from
 
 _DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
 _STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
@@ -54,7 +54,7 @@ def stratum(f: StepFeatures) -> int:
 
 @dataclass(slots=True)
 class _Scale:
-    """How much slower a kind of steps is than the prior says: the geometric mean over the first steps measured."""
+    """Slowness of a kind of steps against the prior: the geometric mean over the first steps measured."""
 
     log_ratio: float = 0.0
     steps: int = 0
@@ -66,9 +66,15 @@ class _Scale:
 
 
 class OnlineModel:
-    """PerformanceModel. prior: what to believe before anything was measured.
+    """PerformanceModel.
 
-    epoch rises whenever the device was found to have changed; spikes counts steps that were too long to be believed.
+    Args:
+        prior: what to believe before anything was measured.
+
+    Attributes:
+        epoch: rises whenever the device was found to have changed.
+        spikes: steps that were too long to be believed.
+        steps: observed.
     """
 
     def __init__(self, prior: Prior = GENERIC) -> None:
@@ -96,11 +102,8 @@ class OnlineModel:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._curve.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._curve.max_tokens(budget_s, base, context, limit)
-
     def snapshot(self) -> PerfSnapshot:
-        """weights: `Curve.numbers`, which begin with the weights in the order of `basis`."""
+        """Its weights are `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
         return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
 
@@ -112,8 +115,7 @@ class OnlineModel:
             self._learn(features, took_s)
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
-        """A step that ran right after idle time, a graph capture or a start: it tells something only while its kind is
-        hardly known."""
+        """Observe a step that ran right after idle time, a graph capture or a start, while its kind is hardly known."""
         if self._seen[stratum(features)] < _COLD_UNTIL:
             self.observe(features, seconds)
 
@@ -157,7 +159,7 @@ class OnlineModel:
             self._renew()
 
     def _judge(self, curve: Curve, mixed: bool, seconds: float, predicted_s: float, plain_s: float) -> None:
-        """What this step says of the bound and, if decode-only, of the offset."""
+        """Learn the bound and, from decode-only steps, the offset."""
         self._bounds[mixed].learn(math.log(seconds / predicted_s))
         curve.factor_decode, curve.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
         if not mixed:
@@ -165,14 +167,16 @@ class OnlineModel:
             curve.offset_s, curve.offset_at_s = self._trend.offset_s, self._trend.at_s
 
     def _is_known(self, features: StepFeatures, predicted_s: float) -> bool:
-        """Whether what has been seen fixes this prediction: its leverage, the share that one more such observation
-        would have in it, is that of a kind of step seen 32 times. A step that is off is news elsewhere."""
+        """True if what has been seen fixes this prediction; a step that is off is news elsewhere.
+
+        It does if the leverage, the share that one more such observation would have in it, is that of a kind of step
+        seen 32 times.
+        """
         row = np.array(basis.terms(features)) / predicted_s
         return leverage(self._information, row) < 1.0 / _TRUSTED_AFTER
 
     def _accept(self, change: Change) -> None:
-        """Take what is known of the kinds of step that showed the change to have become longer by its factor, and
-        believe less of everything."""
+        """Scale what is known of the kinds of step that changed by the factor, and believe less of everything."""
         slower = np.ones(_STRATA)
         if change.kinds is None:
             slower[:] = change.ratio
@@ -210,22 +214,29 @@ class OnlineModel:
 
 
 def _pull(curve: Curve) -> tuple[F8, F8]:
-    """How strongly each weight is drawn to a place, and to which: as if so many observations had shown that a step with
-    enough of its term to count takes what that place says. Bends and jumps in the number of tokens are drawn to zero,
-    attention and KV to what the prior says: else the square of a prompt's length could pass for a bend."""
+    """Strengths with which weights are drawn to values, and those values.
+
+    As if so many observations had shown that a step with enough of its term to count takes what that value says. Hinges
+    and steps in the number of tokens are drawn to zero, attention and KV to what the prior says: else the square of a
+    prompt's length could pass for a hinge.
+    """
     pull, centre = np.full(basis.TERMS, _OTHER), np.zeros(basis.TERMS)
-    for first, places, strength in ((basis.FIRST_HINGE, basis.HINGES, _BEND), (basis.FIRST_STEP, basis.STEPS, _JUMP)):
+    for first, places, strength in ((basis.FIRST_HINGE, basis.HINGES, _HINGE), (basis.FIRST_STEP, basis.STEPS, _STEP)):
         for i, at in enumerate(places):
             step = StepFeatures(2 * at, 1, 1, 2.0 * at * at, 0)
             pull[first + i] = strength * (basis.terms(step)[first + i] / curve.predict(step).mean_s) ** 2
     for term, step in ((basis.ATTENTION, _LONG_CHUNK), (basis.KV, _LONG_DECODES)):
-        pull[term] = _BEND * (basis.terms(step)[term] / curve.predict(step).mean_s) ** 2
+        pull[term] = _HINGE * (basis.terms(step)[term] / curve.predict(step).mean_s) ** 2
         centre[term] = curve.weights[term]
     return pull, centre
 
 
 def rebuild_curve(weights: Sequence[float]) -> Curve:
-    """From `OnlineModel.snapshot().weights`. Raises ValueError."""
+    """The predictor of `OnlineModel.snapshot().weights`.
+
+    Raises:
+        ValueError: they are not such weights.
+    """
     n = basis.TERMS
     if len(weights) != n + 5:
         raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")

@@ -18,7 +18,13 @@ _DECODE_CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Steps and the seconds they are believed to take; tokens: up to how many in a step that is to be relied on."""
+    """Steps and the seconds they are believed to take.
+
+    Attributes:
+        steps: that tell the terms of the model apart.
+        seconds: of each.
+        tokens: up to how many in a step that is to be relied on.
+    """
 
     steps: tuple[StepFeatures, ...]
     seconds: tuple[float, ...]
@@ -35,8 +41,11 @@ def probes() -> tuple[StepFeatures, ...]:
 
 
 def roofline(sheet: Datasheet, model: ModelConfig, bytes_per_weight: float = 2.0, kv_bytes: int = 2) -> Prior:
-    """The larger of moving weights and KV and of computing, with the efficiencies that are usual for each, plus a fixed
-    overhead: 2 operations a weight and token, 4 a layer, head dimension and pair of tokens."""
+    """A prior from a datasheet: the larger of moving weights and computing, moving KV, and a fixed overhead.
+
+    With the efficiencies that are usual for each; 2 operations a weight and token, 4 a layer, head dimension and pair
+    of tokens.
+    """
     steps = probes()
     moved_per_s = sheet.bandwidth_gb_s * 1e9 * _BANDWIDTH_EFFICIENCY
     flops = sheet.tflops * 1e12 * _COMPUTE_EFFICIENCY

@@ -38,20 +38,32 @@ _PREDICTORS: dict[str, Callable[[Sequence[float]], Predictor]] = {
 
 
 def make_model(name: str = "online", prior: Prior = GENERIC) -> PerformanceModel:
-    """Raises ConfigError for a name that is not known."""
+    """A model by its name.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
     if name not in MODELS:
         raise ConfigError(f"unknown performance model {name!r}; known: {', '.join(MODELS)}", param="performance_model")
     return MODELS[name](prior)
 
 
 def rebuild(snapshot: PerfSnapshot) -> Predictor:
-    """The predictor that the model was when the snapshot was taken. Raises ValueError for one that cannot be read."""
+    """The predictor that the model was when the snapshot was taken.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     _check_kind(snapshot)
     return _PREDICTORS[snapshot.kind](snapshot.weights)
 
 
 def scaled(snapshot: PerfSnapshot, factor: float) -> PerfSnapshot:
-    """Of a device on which every step takes `factor` times as long. Raises ValueError as `rebuild`."""
+    """The snapshot of a device on which every step takes `factor` times as long.
+
+    Raises:
+        ValueError: as `rebuild`.
+    """
     _check_kind(snapshot)
     weights = list(snapshot.weights)
     for i in _TIMES[snapshot.kind]:

@@ -18,7 +18,13 @@ _FIRST, _SETTLED = 100, 500
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """A step of a log. warm_up: the first of a run; it teaches nothing."""
+    """A step of a log.
+
+    Attributes:
+        features: its composition.
+        seconds: how long it took.
+        warm_up: it is the first of a run, and not observed.
+    """
 
     features: StepFeatures
     seconds: float
@@ -27,14 +33,24 @@ class MeasuredStep:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What was predicted for each step, in seconds, `[N]`; cost_s: CPU time of all predictions and lessons."""
+    """Predictions for each step, `[N]`, beside the measured durations.
+
+    Attributes:
+        measured_s: what it took.
+        mean_s: predicted mean.
+        upper_s: predicted upper bound.
+        tokens: of the step.
+        mixed: whether it had a prefill.
+        observed: whether the model learned from it.
+        cost_s: CPU time of all predictions and observations.
+    """
 
     measured_s: F8
     mean_s: F8
     upper_s: F8
     tokens: F8
     mixed: npt.NDArray[np.bool_]
-    taught: npt.NDArray[np.bool_]
+    observed: npt.NDArray[np.bool_]
     cost_s: float
 
 
@@ -44,14 +60,21 @@ def replay(
     timer: Callable[[], float],
     train_max_tokens: int | None = None,
 ) -> Replay:
-    """train_max_tokens: steps with more tokens are predicted but teach nothing. timer: seconds, for `cost_s`."""
+    """Predict each step, then let the model observe it.
+
+    Args:
+        model: it learns from the steps.
+        steps: in order.
+        timer: seconds, for `cost_s`.
+        train_max_tokens: steps with more tokens are predicted but not observed.
+    """
     limit = math.inf if train_max_tokens is None else train_max_tokens
-    taught = [not s.warm_up and s.features.tokens <= limit for s in steps]
+    observed = [not s.warm_up and s.features.tokens <= limit for s in steps]
     predicted = []
     began_s = timer()
-    for step, teaches in zip(steps, taught, strict=True):
+    for step, observe in zip(steps, observed, strict=True):
         predicted.append(model.predict(step.features))
-        if teaches:
+        if observe:
             model.observe(step.features, step.seconds)
     cost_s = timer() - began_s
     return Replay(
@@ -60,7 +83,7 @@ def replay(
         upper_s=np.array([p.upper_s for p in predicted]),
         tokens=np.array([s.features.tokens for s in steps], np.float64),
         mixed=np.array([s.features.prefills > 0 for s in steps], np.bool_),
-        taught=np.array(taught, np.bool_),
+        observed=np.array(observed, np.bool_),
         cost_s=cost_s,
     )
 
@@ -68,15 +91,16 @@ def replay(
 def figures(r: Replay) -> dict[str, float | None]:
     """Errors and coverage in percent, None where there is no such step.
 
-    mape: mean of |predicted - measured| / measured; mape_after_500 leaves the first 500 steps out, mape_first_100 takes
-    only those; mape_mixed and mape_decode are of one kind of step. p99: of the same relative errors. coverage_95: share
-    of steps within their upper bound. bias: mean of (predicted - measured) / measured. *_unseen: of steps with more
-    tokens than were learned from. us_per_step: CPU time of predict and observe.
+    Returns:
+        mape: mean of |predicted - measured| / measured; mape_after_500 leaves the first 500 steps out, mape_first_100
+            takes only those; mape_mixed and mape_decode are of one kind of step. p99: of the same relative errors.
+            coverage_95: share of steps within their upper bound. bias: mean of (predicted - measured) / measured.
+            *_unseen: of steps with more tokens than were learned from. us_per_step: CPU time of predict and observe.
     """
     signed: F8 = 100.0 * (r.mean_s - r.measured_s) / r.measured_s
     error: F8 = np.abs(signed)
     half = len(error) // 2
-    unseen = r.tokens > r.tokens[r.taught].max(initial=0.0)
+    unseen = r.tokens > r.tokens[r.observed].max(initial=0.0)
     return {
         "steps": len(error),
         "mape": _mean(error),

@@ -1,5 +1,4 @@
-"""What the measured steps say of a model's errors: how far up they reach, how long they last,
-and when they mean that the device has changed."""
+"""A model's errors, from measured steps: how far up they reach, how long they last, and when the device has changed."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ class Bound:
         self._sorted: list[float] = []
 
     def learn(self, log_ratio: float) -> None:
-        """log_ratio: of measured to predicted."""
+        """Observe a step by the logarithm of measured over predicted."""
         ratios = self._sorted
         level = self._level + _LEVEL_STEP * (_QUANTILE if log_ratio > self._log_factor else _QUANTILE - 1.0)
         self._level = level = min(max(level, 0.5), 1.0)
@@ -65,11 +64,16 @@ class Trend:
 
     @property
     def offset_s(self) -> float:
-        """Of steps of about `at_s` seconds."""
+        """Seconds that steps of about `at_s` seconds take more than the model says."""
         return self._mean_s * min(max(self._product / self._square, 0.0), 1.0) if self._square > 0.0 else 0.0
 
     def learn(self, deviation_s: float, predicted_s: float) -> None:
-        """deviation_s: measured minus what the model says without this correction, predicted_s."""
+        """Observe a step.
+
+        Args:
+            deviation_s: measured minus predicted_s.
+            predicted_s: by the model without this correction.
+        """
         deviation_s = min(max(deviation_s, -_LARGEST * predicted_s), _LARGEST * predicted_s)
         self._product += _JUDGE * (deviation_s * self._mean_s - self._product)
         self._square += _JUDGE * (self._mean_s * self._mean_s - self._square)
@@ -92,8 +96,12 @@ def is_spike(log_ratio: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of a device. ratio: by which factor steps have become longer. kinds: of those that did; None for all of them:
-    no misjudged kind of step is off as far as that."""
+    """A change of a device's speed.
+
+    Attributes:
+        ratio: by which factor steps have become longer.
+        kinds: of the steps that did; None for all of them: no misjudged kind of step is off as far as that.
+    """
 
     ratio: float
     kinds: frozenset[int] | None
@@ -113,7 +121,15 @@ class Drift:
         self._kinds: set[int] = set()
 
     def learn(self, kind: int, log_ratio: float) -> Change | None:
-        """A step of a well-known kind `is_off`. log_ratio: of measured to predicted. None: no sign of a change yet."""
+        """Observe a step of a well-known kind that `is_off`.
+
+        Args:
+            kind: of the step.
+            log_ratio: of measured to predicted.
+
+        Returns:
+            None as long as there is no sign of a change.
+        """
         if log_ratio * self._log_ratio < 0.0:
             self.calm()
         else:

@@ -56,7 +56,8 @@ def encode(step: LoggedStep) -> bytes:
 def read_steps(path: str | Path) -> Iterator[LoggedStep]:
     """The steps of a log, gzip or plain; those that computed nothing are left out.
 
-    Raises ConfigError naming file and line for what cannot be read, is cut off or does not hold what it should.
+    Raises:
+        ConfigError: naming file and line of what cannot be read, is cut off or does not hold what it should.
     """
     number = 0
     try:

@@ -16,7 +16,6 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -31,7 +30,13 @@ _TERMS = 5
 
 
 class Surface:
-    """Predictor. weights: tau0, w0/P, w1/P, tauB, tauS in seconds, then kB and kS."""
+    """Predictor.
+
+    Args:
+        weights: tau0, w0/P, w1/P, tauB, tauS in seconds, then kB and kS.
+        factor_decode: from the mean to the upper bound of decode-only steps.
+        factor_mixed: as that, of mixed steps.
+    """
 
     def __init__(self, weights: Sequence[float], factor_decode: float, factor_mixed: float) -> None:
         self.weights = tuple(weights)
@@ -51,13 +56,6 @@ class Surface:
         result: F8 = np.maximum(_terms(b, s, *self.weights[_TERMS:]) @ np.array(self.weights[:_TERMS]), SHORTEST_S)
         return result
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        """Looks at every chunk: the surface need not rise with the tokens."""
-        for q in range(limit, 0, -1):
-            if self.predict(joined(base, q, context)).upper_s <= budget_s:
-                return q
-        return 0
-
 
 class SurfaceModel:
     """PerformanceModel: keeps the newest 1000 steps and fits them anew every 200."""
@@ -74,9 +72,6 @@ class SurfaceModel:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._surface.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._surface.max_tokens(budget_s, base, context, limit)
-
     def observe(self, features: StepFeatures, seconds: float) -> None:
         took_s = duration(seconds)
         if took_s is None or features.tokens < 1:
@@ -89,13 +84,13 @@ class SurfaceModel:
         self._surface.factor_decode, self._surface.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
-        """Teaches nothing."""
+        """Does nothing: cold steps are not learned from."""
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""
 
     def snapshot(self) -> PerfSnapshot:
-        """weights: those of Surface, then the factors of decode-only and mixed steps."""
+        """Its weights are those of Surface, then the factors of decode-only and mixed steps."""
         decode, mixed = self._surface.factor_decode, self._surface.factor_mixed
         return PerfSnapshot(KIND, (*self._surface.weights, decode, mixed), max(decode, mixed), self.steps)
 
@@ -123,7 +118,11 @@ def _terms(b: F8, s: F8, k_b: float, k_s: float) -> F8:
 
 
 def rebuild_surface(weights: Sequence[float]) -> Surface:
-    """From `SurfaceModel.snapshot().weights`. Raises ValueError."""
+    """The predictor of `SurfaceModel.snapshot().weights`.
+
+    Raises:
+        ValueError: they are not such weights.
+    """
     if len(weights) != _TERMS + 4 or not all(map(math.isfinite, weights)) or min(weights) < 0.0:
         raise ValueError(f"the weights of a surface are {_TERMS + 4} finite numbers >= 0, not {weights}")
     return Surface(weights[: _TERMS + 2], weights[-2], weights[-1])

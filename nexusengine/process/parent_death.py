@@ -10,13 +10,18 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def set_parent_death_signal(number: int) -> None:
+    """From now on the kernel sends this process signal `number` when the thread that spawned it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def end_with_parent(parent_pid: int) -> None:
     """From now on the kernel kills this process when the thread that spawned it ends.
 
     Args:
         parent_pid: process of that thread; 0 for whatever it is.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if parent_pid not in (0, os.getppid()):  # it died before the signal was armed
         os._exit(1)
 

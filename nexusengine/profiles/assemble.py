@@ -48,7 +48,11 @@ SAME = Scale()
 
 
 def scale_between(base: Geometry, target: Geometry) -> Scale:
-    """Raises ConfigError where the shapes are too unlike for measured times to say anything."""
+    """The ratios of the work of one model to that of another.
+
+    Raises:
+        ConfigError: the shapes are too unlike for measured times to say anything.
+    """
     scale = Scale(
         (target.attention_parameters + target.mlp_parameters) / (base.attention_parameters + base.mlp_parameters),
         target.vocab * target.hidden / (base.vocab * base.hidden),
@@ -78,7 +82,16 @@ def _scaled(seconds: F8, factor: float, floor_s: float) -> F8:
 def assemble(
     identity: ProfileIdentity, entry: Mapping[str, Any], tables: Tables, geometry: Geometry, scale: Scale, noise: Noise
 ) -> DeviceProfile:
-    """geometry: of the model asked for; tables: of the model measured."""
+    """Make a profile of measured parts.
+
+    Args:
+        identity: of the profile.
+        entry: of the registry.
+        tables: of the model measured.
+        geometry: of the model asked for.
+        scale: of the model asked for against the one measured.
+        noise: scatter of steps.
+    """
     if entry["kind"] == "fitted":
         return FittedProfile(
             identity, weights_s=_scaled_weights(entry["weights_s"], geometry, scale, entry), noise=noise
@@ -123,8 +136,10 @@ def _seconds(tables: Tables, name: str) -> F8:
 
 
 def _scaled_weights(weights_s: list[float], geometry: Geometry, scale: Scale, entry: Mapping[str, Any]) -> list[float]:
-    """Of the formula of profiles.fit: dense terms with the weights of all layers, pairs with the query width, KV terms
-    with the width of K and V."""
+    """Weights of the formula of profiles.fit for another shape.
+
+    Dense terms grow with the weights of all layers, pairs with the query width, KV terms with the width of K and V.
+    """
     layers = geometry.layers / entry["layers"]
     dense = layers * scale.layer
     factors = [dense] * (len(weights_s) - 3) + [layers * scale.queries] + [layers * scale.kv] * 2

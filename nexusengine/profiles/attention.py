@@ -39,8 +39,10 @@ class Attention(Protocol):
 
 
 def pieces(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks with those beyond the measured length cut, the longest first: a long chunk is a shorter one followed
-    by one that has more in its cache."""
+    """The chunks with those beyond the measured length cut, the longest first.
+
+    A long chunk is a shorter one followed by one that has more in its cache.
+    """
     out: list[Chunk] = []
     for q, ctx in chunks:
         while q > LONGEST_CHUNK:
@@ -52,7 +54,7 @@ def pieces(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 class Skew:
-    """What unequal contexts cost over their mean: t = t_mean + alpha * (t_max - t_mean).
+    """The cost of unequal contexts over their mean: t = t_mean + alpha * (t_max - t_mean).
 
     alpha `[n, chunk class, spread]`: medians of measured ones, by decodes, by tokens of the chunk beside them, and by
     the spread (t_max - t_mean) / t_mean; the nearest n on a log scale is taken.
@@ -67,7 +69,7 @@ class Skew:
         self._arrays = np.asarray(spreads, np.float64), np.asarray(alpha, np.float64)
 
     def __call__(self, n: int, chunk: int, at_mean: float, at_longest: float) -> float:
-        """What is added to `at_mean`."""
+        """Seconds to add to `at_mean`."""
         gap = at_longest - at_mean
         if n < 2 or gap <= 0.0 or at_mean <= 0.0:
             return 0.0
@@ -86,8 +88,15 @@ class Skew:
 
 
 class JointAttention:
-    """decodes: surface over (n, KV tokens); prefill: over (chunk, cached); beside: what n decodes of some context add
-    to a chunk, over (chunk, cached, n, KV tokens)."""
+    """Attention measured with decodes and prefills in one call.
+
+    Args:
+        decodes: surface over (n, KV tokens).
+        prefill: surface over (chunk, cached).
+        beside: what n decodes of some context add to a chunk, over (chunk, cached, n, KV tokens).
+        skew: the cost of unequal contexts.
+        shortest_chunk: in tokens; its time is taken for a launch.
+    """
 
     def __init__(self, decodes: Surface, prefill: Surface, beside: Quad, skew: Skew, shortest_chunk: int) -> None:
         self._decodes, self._prefill, self._beside, self._skew = decodes, prefill, beside, skew
@@ -105,9 +114,11 @@ class JointAttention:
         return at_mean + self._skew.along(n, at_mean, self._decodes.along(n, longest_kv))
 
     def mixed_s(self, chunks: Sequence[Chunk], n: int, mean_kv: float, longest_kv: float) -> float:
-        """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch. A call
-        takes no less than its chunk or its decodes alone: what decodes add falls as the chunk's own context grows, and
-        is not carried on below that behind the longest context measured."""
+        """The longest chunk as it was measured with the decodes; of the others what they take beyond a launch.
+
+        A call takes no less than its chunk or its decodes alone: what decodes add falls as the chunk's own context
+        grows, and is not carried on below that behind the longest context measured.
+        """
         cut = pieces(chunks) if len(chunks) > 1 or chunks[0][0] > LONGEST_CHUNK else chunks
         q, ctx = cut[0]
         total = self._prefill(q, ctx)
@@ -121,8 +132,14 @@ class JointAttention:
 
 
 class SplitAttention:
-    """decodes, prefill: as above, measured apart. beside: how many times as long decodes take in one kernel call with a
-    chunk. No cost of unequal contexts."""
+    """Attention of decodes and of prefills, measured apart; no cost of unequal contexts.
+
+    Args:
+        decodes: surface over (n, KV tokens).
+        prefill: surface over (chunk, cached).
+        shortest_chunk: in tokens; its time is taken for a launch.
+        beside: how many times as long decodes take in one kernel call with a chunk.
+    """
 
     def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int, beside: float) -> None:
         self._decodes, self._prefill, self._beside = decodes, prefill, beside

@@ -14,8 +14,12 @@ fitted to a log of real steps; roofline: from a datasheet, nothing measured."""
 class DeviceProfile(Protocol):
     """Step times of one model on one device.
 
-    name: "DEVICE/MODEL". source: where the measurements come from. kv_capacity_tokens: KV tokens that fit beside the
-    weights. weights_bytes: of the model as it was measured.
+    Attributes:
+        name: "DEVICE/MODEL".
+        source: where the measurements come from.
+        confidence: how they were made.
+        kv_capacity_tokens: KV tokens that fit beside the weights.
+        weights_bytes: of the model as it was measured.
     """
 
     name: str
@@ -27,13 +31,24 @@ class DeviceProfile(Protocol):
     weights_bytes: int
 
     def step_s(self, counts: I4, contexts: I4) -> float:
-        """Mean seconds of a step that computes `counts [R]` tokens of sequences with `contexts [R]` tokens in their KV
-        cache; no scatter. Rows in any order; a count of 1 is a decode."""
+        """Mean seconds of a step, without scatter.
+
+        Args:
+            counts: `[R]`, tokens computed; 1 is a decode. Rows in any order.
+            contexts: `[R]`, tokens in the KV cache.
+        """
         ...
 
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
-        """`step_s` of `steps` successive decode-only steps of the same sequences `[R]`, each context growing by one:
-        `[steps]`. As cheap as one call, or nearly."""
+        """`step_s` of successive decode-only steps of the same sequences; as cheap as one call, or nearly.
+
+        Args:
+            contexts: `[R]` at the first step, each growing by one.
+            steps: how many.
+
+        Returns:
+            Seconds `[steps]`.
+        """
         ...
 
     def noise(self, u: F8, mixed: bool) -> F8:

@@ -16,7 +16,7 @@ from nexusengine.profiles.noise import Noise
 
 @dataclass(frozen=True, slots=True)
 class ProfileIdentity:
-    """Who a profile is: the attributes of the contract."""
+    """The attributes of a profile's contract, see DeviceProfile."""
 
     device: str
     model: str
@@ -33,9 +33,16 @@ class ProfileIdentity:
 class ComposedProfile:
     """step = dense(tokens) + experts(tokens) + layers * attention(chunks, decodes) + head(sequences).
 
-    dense: everything that depends on the number of tokens alone, all layers together, experts left out. head: output
-    projection and sampling, for each sequence of the step, also those whose prompt is not finished: engines compute
-    them too. hidden: width of what devices that share the model exchange.
+    Args:
+        identity: of the profile.
+        layers: of the model.
+        hidden: width of what devices that share the model exchange.
+        dense: everything that depends on the number of tokens alone, all layers together, experts left out.
+        attention: of one layer.
+        head: output projection and sampling, for each sequence of the step, also those whose prompt is not finished:
+            engines compute them too.
+        experts: of all layers, None if the model is dense.
+        noise: scatter of steps.
     """
 
     def __init__(
@@ -63,7 +70,13 @@ class ComposedProfile:
         return self._by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
 
     def attention_s(self, counts: I4, contexts: I4, tokens: int) -> float:
-        """Of all layers. tokens: the sum of `counts`."""
+        """Seconds of attention in all layers.
+
+        Args:
+            counts: `[R]`, tokens computed.
+            contexts: `[R]`, tokens in the KV cache.
+            tokens: the sum of `counts`.
+        """
         rows = len(counts)
         if tokens == rows:
             return self.layers * self.attention.decodes_s(rows, int(_sum(contexts)) / rows + 1, int(_max(contexts)) + 1)

@@ -104,8 +104,13 @@ def locate(axis: list[float], x: float) -> tuple[int, float]:
 
 
 class Quad:
-    """A function of four numbers, linear in each, on a full grid; as Surface. last_b: end of the second axis. Asked
-    at two points of the last axis at once, because the other three look-ups are the larger part of the work."""
+    """A function of four numbers, linear in each, on a full grid; as Surface.
+
+    Asked at two points of the last axis at once, because the other three look-ups are the larger part of the work.
+
+    Attributes:
+        last_b: end of the second axis.
+    """
 
     def __init__(self, axes: Sequence[Sequence[float] | F8], grid: F8) -> None:
         a, b, c, d = (np.asarray(axis, np.float64).tolist() for axis in axes)

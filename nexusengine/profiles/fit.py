@@ -46,8 +46,15 @@ def row(f: StepFeatures) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """weights_s: in the order of the formula. decode_noise, mixed_noise: quantiles of observed over fitted time, at
-    evenly spaced probabilities. median_error: absolute, relative, of all steps. longest_step_tokens: the largest T."""
+    """A formula fitted to steps.
+
+    Attributes:
+        weights_s: in the order of the formula.
+        decode_noise: quantiles of observed over fitted time, at evenly spaced probabilities.
+        mixed_noise: as that, of mixed steps.
+        median_error: absolute, relative, of all steps.
+        longest_step_tokens: the largest T.
+    """
 
     weights_s: tuple[float, ...]
     decode_noise: tuple[float, ...]
@@ -58,7 +65,11 @@ class Fit:
 
 
 def fit_steps(features: Sequence[StepFeatures], seconds: Sequence[float] | F8) -> Fit:
-    """Raises ConfigError where there are too few steps to fit."""
+    """Fit the formula to measured steps.
+
+    Raises:
+        ConfigError: there are too few of them.
+    """
     if len(features) < FEWEST_STEPS:
         raise ConfigError(f"{len(features)} steps are too few to fit a profile to; record at least {FEWEST_STEPS}")
     weights, ratio, keep = _fit(features, seconds)
@@ -97,8 +108,10 @@ def _scatter_by_kind(features: Sequence[StepFeatures], ratio: F8, keep: npt.NDAr
 
 
 def scatter(ratio: F8) -> F8:
-    """Observed over fitted with what varies slowly taken out: each divided by the median of its neighbourhood in time.
-    Empty where there are fewer than a neighbourhood."""
+    """Observed over fitted with what varies slowly taken out; empty where there are fewer than a neighbourhood.
+
+    Each is divided by the median of its neighbourhood in time.
+    """
     if len(ratio) < _WINDOW:
         return ratio[:0]
     half = _WINDOW // 2

@@ -13,7 +13,13 @@ from nexusengine.profiles.noise import Noise
 
 
 class FittedProfile:
-    """weights_s: of profiles.fit's features, in seconds."""
+    """A profile that is the formula of profiles.fit.
+
+    Args:
+        identity: of the profile.
+        weights_s: of profiles.fit's features, in seconds.
+        noise: scatter of steps.
+    """
 
     def __init__(self, identity: ProfileIdentity, *, weights_s: Sequence[float], noise: Noise) -> None:
         if len(weights_s) != FEATURES:

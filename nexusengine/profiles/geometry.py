@@ -13,8 +13,14 @@ _RESERVE_BYTES = int(1.2 * _GIB)
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A decoder of the Llama family; sizes in elements. experts 0: dense. experts_per_token: of `experts`, each with
-    `intermediate`. bytes_per_weight, bytes_per_kv: as it is served."""
+    """A decoder of the Llama family; sizes in elements.
+
+    Attributes:
+        experts: 0: dense.
+        experts_per_token: of `experts`, each with `intermediate`.
+        bytes_per_weight: as it is served.
+        bytes_per_kv: as it is served.
+    """
 
     hidden: int
     intermediate: int
@@ -31,12 +37,12 @@ class Geometry:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of one layer's attention."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
     def mlp_parameters(self) -> int:
-        """Of one layer, all experts."""
+        """Parameters of one layer's MLP, all experts."""
         return 3 * self.hidden * self.intermediate * max(self.experts, 1) + self.hidden * self.experts
 
     @property
@@ -96,9 +102,11 @@ def shards_of(device: str) -> int:
 
 
 def kv_capacity_tokens(device: str, geometry: Geometry) -> int:
-    """KV tokens beside the weights: 0.9 of the device's memory less weights and 1.2 GiB for activations, CUDA context
-    and graphs; a multiple of 16, 0 if the weights alone do not fit. Devices that share a model by tensor parallelism
-    each hold a part of weights and KV."""
+    """KV tokens beside the weights, a multiple of 16; 0 if the weights alone do not fit.
+
+    0.9 of the device's memory less weights and 1.2 GiB for activations, CUDA context and graphs. Devices that share a
+    model by tensor parallelism each hold a part of weights and KV.
+    """
     shards = shards_of(device)
     memory = MEMORY_BYTES[device.partition("-tp")[0]]
     room = memory * _MEMORY_SHARE - geometry.weights_bytes / shards - _RESERVE_BYTES

@@ -14,8 +14,10 @@ from nexusengine.profiles.geometry import Geometry
 
 
 def expected_experts(tokens: F8, experts: int, per_token: int) -> F8:
-    """How many of `experts` get at least one of `tokens` that each choose `per_token` of them evenly. Trained gates
-    are less even: they reach up to a tenth fewer."""
+    """Number of `experts` that get at least one of `tokens` that each choose `per_token` of them evenly.
+
+    Trained gates are less even: they reach up to a tenth fewer.
+    """
     out: F8 = experts * (1.0 - (1.0 - per_token / experts) ** tokens)
     return out
 
@@ -31,8 +33,12 @@ class Experts:
         self._curves: dict[int, Curve] = {}
 
     def seconds(self, shards: int = 1) -> Curve:
-        """By tokens. shards: devices that each hold an equal part of the experts and do the work of all devices'
-        tokens for them: on one, the tokens' load is then tokens / shards, and it reads that part of the experts."""
+        """Seconds of all layers' experts, by tokens.
+
+        Args:
+            shards: devices that each hold an equal part of the experts and do the work of all devices' tokens for them:
+                on one, the tokens' load is then tokens / shards, and it reads that part of the experts.
+        """
         if shards not in self._curves:
             g, last = self._geometry, float(self._tokens[-1]) * shards
             tokens = np.unique(np.concatenate([np.arange(1.0, 257.0), np.linspace(256.0, last, 113)]))

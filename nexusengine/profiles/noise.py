@@ -10,8 +10,10 @@ from nexusengine.arrays import F8
 
 
 class Noise:
-    """decode, mixed: factors at evenly spaced quantiles from 0 to 1, increasing. Each is scaled to a mean of exactly 1
-    under linear interpolation."""
+    """Factors at evenly spaced quantiles from 0 to 1, increasing, for decode-only and for mixed steps.
+
+    Each is scaled to a mean of exactly 1 under linear interpolation.
+    """
 
     def __init__(self, decode: Sequence[float] | F8, mixed: Sequence[float] | F8) -> None:
         self._decode, self._mixed = _unit_mean(decode), _unit_mean(mixed)

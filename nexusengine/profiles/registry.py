@@ -33,9 +33,13 @@ _REFERENCE = {
 
 @dataclass(frozen=True, slots=True)
 class ProfileInfo:
-    """A profile in a list. step_ms: mean step times of reference batches: 1, 32 and 128 decodes of 1,024 tokens of
-    context, a prompt of 2,048 tokens, and a chunk of 1,024 tokens (1,024 cached) beside 128 decodes. noise: where the
-    scatter of steps was measured: on this device, or pooled over others."""
+    """A profile in a list.
+
+    Attributes:
+        step_ms: mean step times of reference batches: 1, 32 and 128 decodes of 1,024 tokens of context, a prompt of
+            2,048 tokens, and a chunk of 1,024 tokens (1,024 cached) beside 128 decodes.
+        noise: where the scatter of steps was measured: on this device, or pooled over others.
+    """
 
     device: str
     model: str
@@ -52,12 +56,17 @@ class ProfileInfo:
 
 
 def load_profile(spec: str, model: str = DEFAULT_MODEL) -> DeviceProfile:
-    """`spec` is a device ("h100"), "DEVICE/MODEL", or the path of a profile file (*.json).
+    """Load a profile.
 
     A model that was not measured on the device is scaled from one of similar shape that was. Profiles in the folder
     that NEXUSENGINE_PROFILES names come before those of the package.
 
-    Raises ConfigError naming what is known.
+    Args:
+        spec: a device ("h100"), "DEVICE/MODEL", or the path of a profile file (*.json).
+        model: where `spec` is a device alone.
+
+    Raises:
+        ConfigError: naming what is known.
     """
     if spec.endswith(".json"):
         return _of_user(read_profile(spec))
@@ -77,7 +86,11 @@ def list_profiles() -> list[ProfileInfo]:
 
 
 def file_info(path: str | Path) -> ProfileInfo:
-    """Of a profile file. Raises ConfigError for what is wrong with it."""
+    """The list entry of a profile file.
+
+    Raises:
+        ConfigError: naming what is wrong with it.
+    """
     user = read_profile(path)
     return _info(entry_of(user), _of_user(user))
 

@@ -31,7 +31,12 @@ class NoiseFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ProfileFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The file. nexusengine_profile: 1. weights_s: of profiles.fit's formula, in its order, seconds."""
+    """The content of a profile file.
+
+    Attributes:
+        nexusengine_profile: 1.
+        weights_s: of profiles.fit's formula, in its order, seconds.
+    """
 
     nexusengine_profile: int
     device: _Name
@@ -51,14 +56,18 @@ _DECODER = msgspec.json.Decoder(ProfileFile)
 
 @dataclass(frozen=True, slots=True)
 class UserProfile:
-    """path: where it was read."""
+    """A profile file, and the path it was read from."""
 
     path: Path
     file: ProfileFile
 
 
 def read_profile(path: str | Path) -> UserProfile:
-    """Raises ConfigError naming the file and the key that is wrong."""
+    """Read a profile file.
+
+    Raises:
+        ConfigError: naming the file and the key that is wrong.
+    """
     path = Path(path).expanduser()
     try:
         data = path.read_bytes()
@@ -82,8 +91,11 @@ def read_profile(path: str | Path) -> UserProfile:
 
 
 def folder_profiles(environ: Mapping[str, str] | None = None) -> list[UserProfile]:
-    """Those in the folder that NEXUSENGINE_PROFILES names; none where it names none. Raises ConfigError for a folder
-    that is not there and for a file in it that is no profile."""
+    """The profiles in the folder that NEXUSENGINE_PROFILES names; none where it names none.
+
+    Raises:
+        ConfigError: the folder is not there, or a file in it is no profile.
+    """
     folder = (os.environ if environ is None else environ).get(FOLDER_VARIABLE)
     if not folder:
         return []
@@ -120,7 +132,11 @@ def write_profile(
     weights_bytes: int,
     source: str,
 ) -> ProfileFile:
-    """Writes what `fit` found; the result is read back as a check. Raises ConfigError."""
+    """Write what `fit` found, and read it back as a check.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     content = {
         "nexusengine_profile": VERSION,
         "device": device,

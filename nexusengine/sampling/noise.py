@@ -10,21 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_GOLDEN = 0x9E3779B97F4A7C15
+from nexusengine.splitmix import GOLDEN, splitmix64_array
 
 
 def row_keys(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int32]) -> torch.Tensor:
-    """Two 32-bit keys for each row, i4 `[N, 2]`: splitmix64 (Steele et al., 2014) of seed and position."""
+    """Two 32-bit keys for each row, i4 `[N, 2]`: splitmix64 of seed and position."""
     with np.errstate(over="ignore"):
-        keys = _splitmix64(_splitmix64(seeds.astype(np.uint64)) + positions.astype(np.uint64) * np.uint64(_GOLDEN))
+        streams = splitmix64_array(seeds.astype(np.uint64))
+        keys = splitmix64_array(streams + positions.astype(np.uint64) * np.uint64(GOLDEN))
     return torch.from_numpy(keys.view(np.int32).reshape(-1, 2).copy())
-
-
-def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + np.uint64(_GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def exponential(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

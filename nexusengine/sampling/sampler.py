@@ -15,7 +15,7 @@ import torch
 from nexusengine import native
 from nexusengine.arrays import I4
 from nexusengine.sampling.noise import exponential, row_keys
-from nexusengine.sampling.table import SampledLogprobs
+from nexusengine.sampling.table import SampledLogprobs, SamplingRows
 from nexusengine.triton_kernels import launch
 
 _CANDIDATES = 1024
@@ -25,21 +25,8 @@ _COLDEST = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingRows:
-    """Parameters of the rows to sample, `[N]` each; see execute.batch.SamplingTable."""
-
-    temperature: npt.NDArray[np.float32]
-    top_k: I4
-    top_p: npt.NDArray[np.float32]
-    min_p: npt.NDArray[np.float32]
-    seed: npt.NDArray[np.int64]
-    logprobs: I4
-    position: I4
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceLogprobs:
-    """execute.batch.SampledLogprobs before it is fetched from the device."""
+    """SampledLogprobs before it is fetched from the device."""
 
     chosen: torch.Tensor
     top_ids: torch.Tensor
@@ -86,7 +73,7 @@ def _sample_by_torch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Te
         index = np.nonzero(chosen)[0]
         if len(index):
             part = torch.from_numpy(index).to(logits.device)
-            tokens[part] = draw(logits[part], _take(rows, index))
+            tokens[part] = draw(logits[part], rows.gather(index))
     return torch.where(finite, tokens, -1), _logprobs(logits, tokens, rows.logprobs)
 
 
@@ -99,10 +86,6 @@ def _most_likely(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     call = native.Prepared(native.structs.Largest(logits.data_ptr(), places.data_ptr(), *logits.shape))
     kernels.run(call)
     return places.clamp_min(0), places >= 0
-
-
-def _take(rows: SamplingRows, index: npt.NDArray[np.int64]) -> SamplingRows:
-    return SamplingRows(*(getattr(rows, name)[index] for name in SamplingRows.__slots__))
 
 
 def _column(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
@@ -135,7 +118,7 @@ def _draw_filtered(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     if not enough.all():
         index = np.nonzero(~enough.cpu().numpy())[0]
         part = torch.from_numpy(index).to(logits.device)
-        tokens[part], _ = _draw_candidates(logits[part], _take(rows, index), vocabulary)
+        tokens[part], _ = _draw_candidates(logits[part], rows.gather(index), vocabulary)
     return tokens
 
 

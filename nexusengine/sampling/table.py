@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,16 @@ from nexusengine.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingTable:
-    """Sampling parameters as columns by slot `[S]`; filled once when a request arrives.
+class SamplingColumns:
+    """Sampling parameters as columns of one length.
 
-    temperature f4 (0 is greedy), top_k i4 (0 keeps all), top_p f4, min_p f4, seed i8, logprobs i4 (-1 for none).
+    Attributes:
+        temperature: f4, 0 is greedy.
+        top_k: i4, 0 keeps all.
+        top_p: f4.
+        min_p: f4.
+        seed: i8.
+        logprobs: i4, how many alternatives; -1 for no log-probabilities.
     """
 
     temperature: npt.NDArray[np.float32]
@@ -24,6 +30,29 @@ class SamplingTable:
     min_p: npt.NDArray[np.float32]
     seed: npt.NDArray[np.int64]
     logprobs: I4
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows(SamplingColumns):
+    """The parameters of the rows to sample, `[N]`.
+
+    Attributes:
+        position: i4, the sampled token's place in its sequence.
+    """
+
+    position: I4
+
+    def gather(self, index: npt.NDArray[np.int64]) -> SamplingRows:
+        """Some of the rows, by number."""
+        return SamplingRows(*(getattr(self, name)[index] for name in _COLUMNS))
+
+
+_COLUMNS = tuple(field.name for field in fields(SamplingRows))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTable(SamplingColumns):
+    """Sampling parameters by slot, `[S]`; a slot's are filled in once, when its request arrives."""
 
     @classmethod
     def empty(cls, slots: int) -> SamplingTable:
@@ -37,7 +66,11 @@ class SamplingTable:
         )
 
     def set(self, slot: int, params: SamplingParams) -> None:
-        """Raises ValueError if the seed was not filled in (see SamplingParams.with_seed)."""
+        """Fill in a slot.
+
+        Raises:
+            ValueError: the seed was not filled in (see SamplingParams.with_seed).
+        """
         if params.seed is None:
             raise ValueError("a seed must be drawn before a request reaches the engine core")
         self.temperature[slot] = params.temperature
@@ -47,11 +80,33 @@ class SamplingTable:
         self.seed[slot] = params.seed
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
 
+    def rows(self, slots: I4, positions: I4) -> SamplingRows:
+        """The parameters of the rows to sample.
+
+        Args:
+            slots: `[N]`, of the rows.
+            positions: `[N]`, each sampled token's place in its sequence.
+        """
+        return SamplingRows(
+            self.temperature[slots],
+            self.top_k[slots],
+            self.top_p[slots],
+            self.min_p[slots],
+            self.seed[slots],
+            self.logprobs[slots],
+            positions,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SampledLogprobs:
-    """For the sampled rows N of a step: the chosen token's log-probability f4 `[N]` and, where any row asked for
-    alternatives, ids i4 `[N, k]` and log-probabilities f4 `[N, k]` of the k most likely (k = the most asked for)."""
+    """Log-probabilities of a step's sampled rows.
+
+    Attributes:
+        chosen: f4 `[N]`, of each row's token.
+        top_ids: i4 `[N, k]`, the k most likely tokens; k: the most alternatives that any row asked for.
+        top: f4 `[N, k]`, of those.
+    """
 
     chosen: npt.NDArray[np.float32]
     top_ids: I4

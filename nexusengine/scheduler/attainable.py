@@ -18,8 +18,13 @@ def prompts_s(
     decodes: int = 0,
     kv_tokens: float = 0.0,
 ) -> F8:
-    """Seconds `[N]` that `tokens [N]` of `prompts [N]` take in the largest steps there may be, each beside all decodes:
-    full steps and a last one, with the prompts and their attention (query-key pairs) spread evenly."""
+    """Predict how long prompts take in the largest steps there may be, each beside all decodes.
+
+    Full steps and a last one are reckoned with, the prompts and their attention spread evenly over them.
+
+    Returns:
+        Seconds, `[N]`.
+    """
     room = float(max(max_batch_tokens - decodes, 1))
     steps = np.ceil(tokens / room)
     last = tokens - (steps - 1.0) * room
@@ -38,11 +43,17 @@ def prompts_s(
 
 
 def attainable(model: Predictor, max_batch_tokens: int, prompt_tokens: F8, ttft_s: F8, tpot_s: F8) -> Bools:
-    """Whether the device, by its model, can meet SLOs `[N]` of requests that have it for themselves: the prompt, in the
-    largest steps there are, within ttft_s, and a decode behind it within tpot_s. NaN bounds are met.
+    """Whether the device, by its model, can meet SLOs of requests that have it for themselves.
 
-    prompt_tokens: those to compute, without a cached prefix; at least 1. ttft_s: or a bound of the whole answer, if
-    that is tighter.
+    The prompt must be computed, in the largest steps there are, within ttft_s, and a decode after it within tpot_s.
+
+    Args:
+        prompt_tokens: `[N]`, those to compute, without a cached prefix; at least 1.
+        ttft_s: `[N]`, or a bound of the whole response, if that is tighter. NaN bounds are met.
+        tpot_s: `[N]`.
+
+    Returns:
+        Bool `[N]`.
     """
     one = np.ones(len(prompt_tokens))
     zero = np.zeros(len(prompt_tokens))

@@ -18,10 +18,11 @@ def defer(
     needs_slot: Bools | None = None,
     slots: F8 | None = None,
 ) -> Bools:
-    """Whom to leave out, so that as many as possible of the others end in time (Moore and Hodgson, Management Science
-    15(1), 1968): take them in order; when one would be late, defer the largest taken so far, of the lowest rank. The
-    same where a waiting request would find no running slot in time, with the largest that needs one: with both at once
-    a rule of thumb.
+    """Whom to leave out, so that as many as possible of the others end in time.
+
+    Moore and Hodgson (Management Science 15(1), 1968): take jobs in order; when one would be late, defer the largest
+    taken so far, of the lowest rank. The same where a waiting request would find no running slot in time, with the
+    largest that needs one: with both at once a rule of thumb.
 
     Args:
         work_s: `[N]`, service time of each, in the order they are served.

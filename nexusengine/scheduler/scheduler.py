@@ -129,8 +129,12 @@ class Scheduler(Generic[R]):
         self.stats.prompt_tokens += request.prompt_tokens
 
     def finish(self, request: R, *, output_tokens: int, discard: bool = False) -> None:
-        """Let go of a request in whatever state it is, unless that was done before. discard: what it computed may be
-        wrong, and is not reused."""
+        """Let go of a request in whatever state it is, unless that was done before.
+
+        Args:
+            output_tokens: how many it delivered.
+            discard: what it computed may be wrong, and is not reused.
+        """
         slot = request.slot
         if self.requests.get(slot) is not request:
             return

@@ -1,7 +1,7 @@
-"""One step as a policy fills it: tokens, seats and KV blocks that are left, and what the rows so far will cost.
+"""One step as a policy fills it: tokens, running slots and KV blocks that are left, and what the rows will cost.
 
-Policies differ in what they take and in which order; that blocks are found, that prompts which have begun can be
-finished, and that the contract of StepPlan is kept, is seen to here.
+Policies differ in what they take and in which order; that blocks are found, that partially prefilled prompts
+can be finished, and that the contract of StepPlan is kept, is seen to here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ _NONE, _DECODE = Reason.NONE, int(Reason.DECODE)  # members of an enum are slow 
 
 
 class Step:
-    """max_tokens: budget of the step, within the view's own. headroom: blocks left free for each running sequence when
-    a newcomer is admitted, so that those who run can grow.
+    """Takes rows, and keeps account of what is left.
 
-    decodes `[D]`: running slots with one token to compute. prompts: running slots with more, in order of admission.
-    free_blocks, tokens, seats: what is left. preempted: slots whose KV is taken back.
+    Args:
+        view: the engine.
+        max_tokens: budget of the step, within the view's own.
+        headroom: blocks left free for each running sequence when a waiting request is admitted, so that those who run
+            can grow.
+
+    Attributes:
+        decodes: `[D]`, running slots with one token to compute.
+        prompts: partially prefilled slots, in order of admission.
+        tokens, free_blocks, free_running_slots: what is left.
+        preempted: slots whose KV is taken back.
+        reasons: `[S]`, Reason by slot.
     """
 
     def __init__(self, view: EngineView, max_tokens: int | None = None, headroom: int = 1) -> None:
@@ -124,8 +133,11 @@ class Step:
         self.reasons[slot] = Reason.PREEMPTED
 
     def pending(self) -> tuple[I4, I4, I4]:
-        """Slots with a prompt to compute, those that have begun first, tokens in their KV cache when they compute
-        next, and tokens left: `[N]` each."""
+        """Every prompt to compute, partially prefilled ones first.
+
+        Returns:
+            Slots, tokens in their KV cache when they compute next, and tokens left, `[N]` each.
+        """
         c, waiting = self.columns, self.view.waiting
         begun = np.array(self.prompts, np.int32)
         slots = np.concatenate([begun, waiting])
@@ -149,8 +161,11 @@ class Step:
         return count
 
     def admissible(self, slot: int) -> Reason:
-        """Why a waiting slot cannot start now; NONE if it can. Its whole prompt must fit beside what the prompts that
-        have begun still need and the headroom of each running sequence, so that none of them blocks another."""
+        """Why a waiting slot cannot start now; NONE if it can.
+
+        Its whole prompt must fit beside what partially prefilled prompts still need and the headroom of each running
+        sequence, so that none of them blocks another.
+        """
         if self.free_running_slots < 1:
             return Reason.WAIT_RUNNING_SLOT
         if self.tokens < 1:

@@ -89,8 +89,14 @@ class SimSpec:
 
 @dataclass(frozen=True, slots=True)
 class SimResult:
-    """metrics: see sim.report; outcomes: one a request, in order of arrival; workload: what was offered; builder: for
-    more simulations of the same trace."""
+    """A simulation that has ended.
+
+    Attributes:
+        metrics: see sim.report.
+        outcomes: one a request, in order of arrival.
+        workload: what was offered.
+        builder: for more simulations of the same trace.
+    """
 
     spec: SimSpec
     metrics: dict[str, Any]
@@ -120,10 +126,17 @@ def simulate(
     progress: Callable[[float, int, int], None] = lambda now_s, ended, offered: None,
     enough_of: Callable[[Workload], Callable[[Outcome], bool]] | None = None,
 ) -> SimResult:
-    """Run `spec` to its end. builder: one that has read the trace. enough_of: makes, for the workload, a function that
-    is asked after the end of each request; True ends the simulation there. progress is called now and then with
-    (virtual seconds, requests ended, requests offered). Raises ConfigError for what is wrong with
-    the specification."""
+    """Run `spec` to its end.
+
+    Args:
+        builder: one that has read the trace.
+        enough_of: makes, for the workload, a function that is asked after the end of each request; True ends the
+            simulation there.
+        progress: called now and then with (virtual seconds, requests ended, requests offered).
+
+    Raises:
+        ConfigError: something is wrong with the specification.
+    """
     _check(spec)
     load = load_profile or packaged_profile
     names = parse_devices(spec.devices)

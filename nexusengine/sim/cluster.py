@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from nexusengine.errors import InternalError, Overloaded
-from nexusengine.kv.digest import CacheJournal, DigestSender
 from nexusengine.router.core import RouterCore
 from nexusengine.router.placement.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
 from nexusengine.sim.faults import Fault
 from nexusengine.sim.job import Job
+from nexusengine.sim.worker import EPOCH, SimWorker
 from nexusengine.types import TokenDelta
 from nexusengine.wire import (
     Cancel,
@@ -30,19 +30,15 @@ from nexusengine.wire import (
     Dispatch,
     Hello,
     Message,
-    PrefixDigest,
     Ready,
     RepeatPrefixes,
     Report,
     Starting,
     Submit,
     WorkerDeltas,
-    WorkerInfo,
-    identity_of,
 )
 
 _CLIENT = b"client"
-_EPOCH = "sim"
 _PROGRESS_EVERY_EVENTS = 2000
 _HELLO_PERIOD_S = 1.0
 _IDLE_TICKED_S = 30.0
@@ -54,8 +50,13 @@ HOPS = 2
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """link_delay_s: of every message between router and engine, and between client and router. snapshot_period_s:
-    between reports of a worker's load; loss: share of reports that do not arrive."""
+    """What lies between the processes of the simulated server.
+
+    Attributes:
+        link_delay_s: of every message between router and engine, and between client and router.
+        snapshot_period_s: between reports of a worker's load.
+        loss: share of reports that do not arrive.
+    """
 
     link_delay_s: float = 0.0005
     snapshot_period_s: float = 0.1
@@ -76,62 +77,6 @@ class Outcome:
     ended: Ended | None = None
     error: str | None = "unfinished"
     worker: str | None = None
-
-
-class Worker:
-    """A worker's place in the event queue, and the engines it has had: a new one after each crash."""
-
-    def __init__(self, index: int, make_engine: Callable[[], SimEngine]) -> None:
-        self.index, self._make_engine = index, make_engine
-        self.engines = [make_engine()]
-        self.slowdown = 1.0
-        self.version = 0
-        self.report_seq = 0
-        self.up = True
-        self._describe()
-
-    @property
-    def engine(self) -> SimEngine:
-        return self.engines[-1]
-
-    @property
-    def restarts(self) -> int:
-        return len(self.engines) - 1
-
-    def restart(self) -> None:
-        self.engines.append(self._make_engine())
-        self.engine.slowdown = self.slowdown
-        self.report_seq = 0
-        self._describe()
-
-    def report(self, now: float) -> Report:
-        """Its load, and what has changed in its prefix cache."""
-        self.report_seq += 1
-        digest = None if self.prefixes is None else PrefixDigest(*self.prefixes.take())
-        return Report(self.report_seq, self.engine.load(now), digest)
-
-    def _describe(self) -> None:
-        e = self.engine
-        self.info = WorkerInfo(
-            worker_id=f"w{self.index}",
-            epoch=f"{_EPOCH}{self.restarts}",
-            pid=0,
-            device=e.profile.device,
-            model=e.profile.model,
-            max_model_len=e.max_model_len,
-            max_batch_tokens=e.settings.max_batch_tokens,
-            block_size=e.settings.block_size,
-            kv_total_blocks=e.kv.total_blocks,
-            weights_bytes=e.profile.weights_bytes,
-            scheduler=e.policy.name,
-            max_waiting=e.settings.max_waiting,
-            traits=e.policy.traits,
-        )
-        self.identity = identity_of(self.info.worker_id, self.info.epoch)
-        self.prefixes: DigestSender | None = None
-        if e.settings.prefix_caching:
-            e.kv.journal = CacheJournal(e.settings.block_size)
-            self.prefixes = DigestSender(e.kv.journal)
 
 
 class Cluster:
@@ -162,20 +107,20 @@ class Cluster:
         self.link, self.until_s, self._last_arrival_s, self._timeout_s = link, until_s, last_arrival_s, timeout_s
         self._rng, self._progress, self._enough = rng, progress, enough
         self._sample, self._sample_period_s = sample, sample_period_s
-        self.workers = [Worker(i, make_engine) for i, make_engine in enumerate(engines)]
+        self.workers = [SimWorker(i, make_engine) for i, make_engine in enumerate(engines)]
         self.core = RouterCore(
             policy,
             [w.info for w in self.workers],
-            epoch=_EPOCH,
+            epoch=EPOCH,
             max_held=max_held,
             report_period_s=link.snapshot_period_s,
-            block_names=lambda request, size: self._jobs[request.request_id].block_names(size),
+            block_hashes=lambda request, size: self._jobs[request.request_id].block_names(size),
         )
         self.outcomes: dict[str, Outcome] = {}
         self.placing_s: list[float] = []
         self.now = 0.0
         self.stopped_early = False
-        self._by_identity: dict[bytes, Worker] = {}  # those that are up
+        self._by_identity: dict[bytes, SimWorker] = {}  # those that are up
         self._jobs: dict[str, Job] = {}
         self._sent: dict[str, tuple[Ended, str]] = {}  # last deltas on their way
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -283,7 +228,7 @@ class Cluster:
                 engine.add(job, now)
         self._after_change(now, worker)
 
-    def _after_change(self, now: float, worker: Worker) -> None:
+    def _after_change(self, now: float, worker: SimWorker) -> None:
         """Something came to the worker: its run is cut short, or it wakes up."""
         worker.version += 1
         until_s = worker.engine.interrupt()
@@ -294,7 +239,7 @@ class Cluster:
         if until_s is not None:
             self._at(until_s, self._step_ended, worker, worker.version)
 
-    def _step_ended(self, now: float, worker: Worker, version: int) -> None:
+    def _step_ended(self, now: float, worker: SimWorker, version: int) -> None:
         if version != worker.version:
             return
         worker.engine.advance(now)
@@ -304,7 +249,7 @@ class Cluster:
         if until_s is not None:
             self._at(until_s, self._step_ended, worker, version)
 
-    def _report_tokens(self, now: float, worker: Worker) -> None:
+    def _report_tokens(self, now: float, worker: SimWorker) -> None:
         engine = worker.engine
         if not (engine.first_tokens or engine.ended):
             return
@@ -362,8 +307,10 @@ class Cluster:
             self._skip_idle(now)
 
     def _skip_idle(self, now: float) -> None:
-        """Move what recurs to the next event, where the router is told what it would have heard last. Reports on their
-        way are delivered at once."""
+        """Move what recurs to the next event, where the router is told what it would have heard last.
+
+        Reports on their way are delivered at once.
+        """
         periods_s = {
             self._timer: self.link.snapshot_period_s,
             self._report: self.link.snapshot_period_s,
@@ -402,7 +349,7 @@ class Cluster:
         self._sample(now, self)
         self._at(now + self._sample_period_s, self._take_sample)
 
-    def _report(self, now: float, worker: Worker, identity: bytes) -> None:
+    def _report(self, now: float, worker: SimWorker, identity: bytes) -> None:
         if identity not in self._by_identity:
             return
         worker.engine.advance(now)
@@ -414,7 +361,7 @@ class Cluster:
 
     # ---- life and death ------------------------------------------------------------------------------------------
 
-    def _connect(self, now: float, worker: Worker) -> None:
+    def _connect(self, now: float, worker: SimWorker) -> None:
         self._by_identity[worker.identity] = worker
         self.core.on_worker(worker.identity, Starting(worker.info, "starting", 0.0), now)
         self.core.on_worker(worker.identity, Ready(worker.info), now)
@@ -436,7 +383,7 @@ class Cluster:
         else:
             self._start(now, worker)
 
-    def _crash(self, now: float, worker: Worker) -> None:
+    def _crash(self, now: float, worker: SimWorker) -> None:
         worker.engine.advance(now)
         self._report_tokens(now, worker)
         worker.up, worker.version = False, worker.version + 1
@@ -446,7 +393,7 @@ class Cluster:
         self.core.on_worker_exited(info.worker_id, info.epoch, "crashed", worker.restarts, now)
         self._flush(now)
 
-    def _start(self, now: float, worker: Worker) -> None:
+    def _start(self, now: float, worker: SimWorker) -> None:
         if not worker.up:
             worker.up = True
             self._connect(now, worker)

@@ -33,9 +33,14 @@ _OBSERVED_OF_A_RUN = 8
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """As config.EngineConfig. kv_tokens: capacity; None: the profile's. scheduler_cost_s: added to every step; None: as
-    long as planning took on this machine. noise: whether steps scatter as they were measured to. runs: begin like
-    decode steps at once. answer_delay_s: how much later than the engine a client has a token, for the strict contract.
+    """Settings of a simulated engine, as in config.EngineConfig.
+
+    Attributes:
+        kv_tokens: capacity; None: the profile's.
+        scheduler_cost_s: added to every step; None: as long as planning took on this machine.
+        noise: whether steps scatter as they were measured to.
+        runs: begin like decode steps at once.
+        answer_delay_s: how much later than the engine a client has a token, for the strict contract.
     """
 
     max_running: int = 256
@@ -76,8 +81,13 @@ class _Observed:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A job that left the engine. scheduled_s, first_token_s: NaN if it did not get there. strict: every token came in
-    time (see slo). refused: by the policy, because the queue was full, or because it can never fit."""
+    """A job that left the engine.
+
+    Attributes:
+        first_token_s, scheduled_s: timestamps, NaN if it did not get there.
+        strict: every token came in time (see slo.due).
+        refused: by the policy, because the queue was full, or because it can never fit.
+    """
 
     job: Job
     ended_s: float

@@ -13,8 +13,11 @@ _RESTART_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At `at_s` a worker becomes `slowdown` times slower, crashes (and is ready again after `restart_s`), or joins late
-    (down from the beginning until `at_s`)."""
+    """Something that happens to a worker at `at_s`.
+
+    It becomes `slowdown` times slower, crashes (and is ready again after `restart_s`), or joins late (down from the
+    beginning until `at_s`).
+    """
 
     at_s: float
     worker: int
@@ -24,8 +27,10 @@ class Fault:
 
 
 def parse_fault(text: str, workers: int) -> Fault:
-    """`slow:WORKER:AT:FACTOR`, `crash:WORKER:AT[:RESTART_S]` or `join:WORKER:AT`, workers counted from 0, seconds.
-    Raises ConfigError."""
+    """Read `slow:WORKER:AT:FACTOR`, `crash:WORKER:AT[:RESTART_S]` or `join:WORKER:AT`.
+
+    Workers are counted from 0, times are seconds. Raises ConfigError.
+    """
     kind, *rest = text.split(":")
     usual = f"a fault is slow:WORKER:AT:FACTOR, crash:WORKER:AT[:RESTART_S] or join:WORKER:AT, got {text!r}"
     lengths = {"slow": (3,), "crash": (2, 3), "join": (2,)}

@@ -30,8 +30,11 @@ _MOST_DOUBLINGS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A rate and what came of it. cut_short: it was given up as soon as it could no longer hold, so that the two shares
-    are upper bounds."""
+    """A rate and what came of it.
+
+    Attributes:
+        cut_short: it was given up as soon as it could no longer hold, so that the two shares are upper bounds.
+    """
 
     rate_rps: float
     attainment: float
@@ -88,9 +91,16 @@ def goodput(
     load_profile: LoadProfile | None = None,
     progress: Callable[[Tried], None] = lambda tried: None,
 ) -> Goodput:
-    """Search from `first_rate_rps`, by default half a request a second and device. growth: the first
-    factor, 1.1 say where that rate is a good guess; each further one is the square of the one before, at most 2. Raises
-    ConfigError."""
+    """Search for the highest rate that holds.
+
+    Args:
+        first_rate_rps: where to begin; by default half a request a second and device.
+        growth: the first factor, 1.1 say where that rate is a good guess; each further one is the square of the one
+            before, at most 2.
+
+    Raises:
+        ConfigError: something is wrong with the specification.
+    """
     for name, share in (("target", target), ("longest_decile", longest_decile)):
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"{name} must be between 0 and 1, got {share}", param=name)

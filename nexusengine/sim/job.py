@@ -14,9 +14,14 @@ _NAME_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class TraceBlocks:
-    """What the prefix cache goes by: a trace's ids for the blocks of a sequence, `tokens` tokens each; they name its
-    first `named_tokens` tokens: the prompt, and the output where that is known. Ids of different `scope`s (sessions
-    whose ids are their own) never name the same content."""
+    """What the prefix cache goes by: a trace's ids for the blocks of a sequence.
+
+    Attributes:
+        ids: one for each block.
+        tokens: in a block.
+        named_tokens: how many of the sequence's first tokens they name: the prompt, and the output where that is known.
+        scope: ids of different scopes (sessions whose ids are their own) never name the same content.
+    """
 
     ids: Sequence[int]
     tokens: int
@@ -43,9 +48,14 @@ class Job:
         return len(self.request.prompt_token_ids)
 
     def block_names(self, block_size: int) -> list[bytes]:
-        """Names of its full KV blocks. A trace's blocks are larger: an id stands for everything up
-        to the end of its block, so the name of a KV block is that id and its place inside. Raises ValueError if KV
-        blocks do not fit into a trace's."""
+        """Names of its full KV blocks.
+
+        A trace's blocks are larger: an id stands for everything up to the end of its block, so the name of a KV block
+        is that id and its place inside.
+
+        Raises:
+            ValueError: KV blocks do not fit into a trace's.
+        """
         blocks = self.blocks
         if blocks is None:
             return []

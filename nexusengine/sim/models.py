@@ -20,8 +20,9 @@ _LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192
 
 
 def make_sim_model(spec: str, profile: DeviceProfile) -> PerformanceModel:
-    """A model by its name (see perf.registry); `oracle`: answers the profile's own mean; `scaled:F`: the online one,
-    wrong by the factor F. Raises ConfigError.
+    """A performance model by its name (see perf.registry).
+
+    `oracle` answers the profile's own mean; `scaled:F` is the online one, wrong by the factor F. Raises ConfigError.
     """
     if spec in MODELS:
         return make_ready(spec, profile)
@@ -75,20 +76,6 @@ class Oracle:
         rows = zip(*(np.asarray(c, np.float64).ravel().tolist() for c in columns), strict=True)
         return np.array([self._mean(*row) for row in rows]).reshape(columns[0].shape)
 
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        low, high = 0, limit
-        while low < high:
-            q = (low + high + 1) // 2
-            joined = StepFeatures(
-                base.tokens + q,
-                base.sequences + 1,
-                base.prefills + (q > 1),
-                base.prefill_attention + (q * (context + 0.5 * q) if q > 1 else 0.0),
-                base.decode_kv_tokens + (context + 1 if q == 1 else 0),
-            )
-            low, high = (q, high) if self.predict(joined).upper_s <= budget_s else (low, q - 1)
-        return low
-
     def observe(self, features: StepFeatures, seconds: float) -> None:
         del features, seconds
 
@@ -128,9 +115,6 @@ class Scaled:
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._factor * self._model.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return self._model.max_tokens(budget_s / self._factor, base, context, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         self._model.observe(features, seconds)

@@ -1,7 +1,7 @@
 """A simulated engine that plans one step ahead, as vLLM does with asynchronous scheduling.
 
 While step k runs, step k + 1 is planned already. So a request that arrives during step k is computed in step k + 2 at
-the earliest, and what a request that ended in step k held, its seat and its blocks, is free for step k + 2.
+the earliest, and what a request that ended in step k held, its running slot and its blocks, is free for step k + 2.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from nexusengine.sim.job import Job
 
 
 class PipelinedEngine(SimEngine):
-    """Steps are begun by `next_step`, which says what they compute; how long they take is told with `ends_at`, so that
-    engines can step together. ahead: plan one step ahead; otherwise each step is planned when it begins."""
+    """An engine whose steps are begun by `next_step` and ended by `ends_at`, so that engines can step together.
+
+    Args:
+        ahead: plan one step ahead; otherwise each step is planned when it begins.
+    """
 
     def __init__(
         self,
@@ -38,15 +41,18 @@ class PipelinedEngine(SimEngine):
         self._leaving: list[tuple[SimRequest, int]] = []  # with their output tokens
 
     def next_step(self, arrived: Sequence[Job], now: float) -> tuple[I4, I4] | None:
-        """Begin a step at the end of the one before, when `arrived` are taken in: its counts and contexts, row by row;
-        None if there is nothing to do."""
+        """Begin a step at the end of the one before, when `arrived` are taken in.
+
+        Returns:
+            Its counts and contexts, row by row; None if there is nothing to do.
+        """
         if not self._ahead:
             self._let_go()
             self._add_all(arrived, now)
             self.begin(now)
         else:
             if self.running > len(self._leaving):
-                self.begin(now)  # planned before they came, with the seats of those that have just ended taken
+                self.begin(now)  # planned before they came, with the slots of those that have just ended taken
             self._let_go()
             self._add_all(arrived, now)
             if self._run is None:  # nothing could be planned ahead, so the device is idle and this is planned now
@@ -69,7 +75,7 @@ class PipelinedEngine(SimEngine):
             super()._leave(request, output_tokens=output_tokens)
 
     def _leave(self, request: SimRequest, *, output_tokens: int) -> None:
-        """Rows that have ended keep seat and blocks, with nothing to compute, until the next step has been planned."""
+        """Rows that have ended keep slot and blocks, with nothing to compute, until the next step has been planned."""
         columns = self.scheduler.columns
         columns.known_tokens[request.slot] = columns.computed_tokens[request.slot]
         self._leaving.append((request, output_tokens))

@@ -23,9 +23,15 @@ _NEXT_SEARCH = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A candidate. price_per_hour: None if the price of one of its devices is not known. attainment, longest_decile: at
-    the offered rate, means over seeds. goodput_rps: for each target; None if it was not searched for. bottleneck: in
-    words. metrics: of the first seed at the offered rate."""
+    """A candidate mix of devices, simulated.
+
+    Attributes:
+        price_per_hour: None if the price of one of its devices is not known.
+        attainment, longest_decile: at the offered rate, means over seeds.
+        goodput_rps: for each target; None if it was not searched for.
+        bottleneck: in words.
+        metrics: of the first seed at the offered rate.
+    """
 
     devices: str
     price_per_hour: float | None
@@ -84,8 +90,15 @@ def plan(
     load_profile: LoadProfile | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """spec: the load and the policies; its devices are not looked at. head_room: whether to search for the rates that
-    the targets allow. Raises ConfigError."""
+    """Simulate each candidate mix of devices under a load.
+
+    Args:
+        spec: the load and the policies; its devices are not looked at.
+        head_room: whether to search for the rates that the targets allow.
+
+    Raises:
+        ConfigError: something is wrong with the specification.
+    """
     planned: list[Planned] = []
     builder: Builder | None = None
     rate_rps = spec.rate_rps or 0.0
@@ -130,8 +143,11 @@ def _search(
     load_profile: LoadProfile | None,
     progress: Callable[[str], None],
 ) -> tuple[list[float | None], float]:
-    """Goodput for each target, the search for a stricter one beginning a little below what the one before found; and
-    the lowest rate that was seen not to hold for the first, or the offered one if it is higher."""
+    """Goodput for each target, and the lowest rate that was seen not to hold for the first.
+
+    The search for a stricter target begins a little below what the one before found. The rate that does not hold is the
+    offered one if that is higher.
+    """
     found: list[float | None] = []
     first_rps, limit_rps = rate_rps, rate_rps
     for target in targets:

@@ -85,8 +85,11 @@ def plot_tried(found: Goodput, target: float, longest_decile: float, path: str) 
 
 
 def plot_plan(plan: Plan, path: str) -> None:
-    """Highest rate at each target against cost an hour, a bar from target to target for each candidate; those whose
-    price is not known at 0. Where no rates were searched for: attainment at the offered rate."""
+    """Plot the highest rate at each target against cost an hour.
+
+    A bar from target to target for each candidate; those whose price is not known stand at 0. Where no rates were
+    searched for: attainment at the offered rate.
+    """
     figure, axes = _figure(1, 1, (7.5, 5.0))
     axis = axes[0][0]
     cost = [c.price_per_hour or 0.0 for c in plan.candidates]

@@ -117,8 +117,10 @@ class Lane:
 
 
 class Balancer:
-    """vLLM's choice between data-parallel engines: least 4 * waiting + running, by counts that are renewed every
-    100 ms and raised by what was sent since."""
+    """vLLM's choice between data-parallel engines.
+
+    Least 4 * waiting + running, by counts that are renewed every 100 ms and raised by what was sent since.
+    """
 
     def __init__(self, engines: Sequence[PipelinedEngine]) -> None:
         self._engines = engines
@@ -242,8 +244,10 @@ def profile_for(spec: str, settings: VllmSettings) -> DeviceProfile:
 
 
 def compare(simulated: Measured, measured: Measured) -> dict[str, float]:
-    """Signed errors in percent of mean, p50, p90 and p99: `ttft_mean_pct` and so on; with the values in milliseconds,
-    `ttft_mean_ms` simulated and `ttft_mean_measured_ms`."""
+    """Signed errors in percent of mean, p50, p90 and p99: `ttft_mean_pct` and so on.
+
+    Beside them the values in milliseconds, `ttft_mean_ms` simulated and `ttft_mean_measured_ms`.
+    """
     out: dict[str, float] = {}
     values: dict[str, float] = {}
     statistics: dict[str, Callable[[Any], Any]] = {

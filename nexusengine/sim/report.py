@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from nexusengine.arrays import F8
-from nexusengine.sim.cluster import Cluster, Outcome, Worker
+from nexusengine.sim.cluster import Cluster, Outcome
 from nexusengine.sim.verdicts import Table, longest_tenth, tabulate
+from nexusengine.sim.worker import SimWorker
 
 _DIGITS = 6
 
@@ -103,7 +104,7 @@ def _by_decile(table: Table) -> list[float]:
     return [float(part.mean()) if len(part) else math.nan for part in np.array_split(table.met[order], 10)]
 
 
-def _worker(worker: Worker, outcomes: Sequence[Outcome], end_s: float) -> dict[str, Any]:
+def _worker(worker: SimWorker, outcomes: Sequence[Outcome], end_s: float) -> dict[str, Any]:
     served = sum(o.worker == worker.info.worker_id and o.error is None for o in outcomes)
     stats = [e.stats for e in worker.engines]
     blocks = worker.engine.kv.total_blocks

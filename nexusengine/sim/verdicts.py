@@ -19,9 +19,14 @@ _UNFINISHED = {"unfinished", "deadline_exceeded"}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns `[N]`. first_s, last_s: instants of the client, NaN where there is none; last_s only of those completed.
-    output_tokens: that were wanted. missed: "" where the promise was kept. waited_s: for the first token, or for the
-    end if there was none."""
+    """Outcomes as columns `[N]`.
+
+    Attributes:
+        first_s, last_s: timestamps of the client, NaN where there is none; last_s only of those completed.
+        output_tokens: that were wanted.
+        missed: "" where the SLO was met.
+        waited_s: for the first token, or for the end if there was none.
+    """
 
     arrival_s: F8
     prompt_tokens: I8

@@ -30,8 +30,11 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """Of an engine, in vLLM's words; defaults are vLLM 0.19's. kv_tokens, max_model_len: None for what the profile and
-    the requests say."""
+    """Settings of an engine, in vLLM's words; defaults are vLLM 0.19's.
+
+    Attributes:
+        kv_tokens, max_model_len: None for what the profile and the requests say.
+    """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -48,8 +51,13 @@ class VllmSettings:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """By request, in the order they were sent; seconds. ttft: from when the engine's core took the request from its
-    queue to its first token; tpot: mean time of each token after that, NaN where there is none; e2e: to the last."""
+    """Measured latencies by request, in the order they were sent; seconds.
+
+    Attributes:
+        ttft: from when the engine's core took the request from its queue to its first token.
+        tpot: mean time of each token after that, NaN where there is none.
+        e2e: to the last token.
+    """
 
     ttft_s: F8
     tpot_s: F8
@@ -63,8 +71,11 @@ class Measured:
 
 
 def read_workload(path: str | Path) -> list[Sent]:
-    """JSON lines, gzip or not, in either form: `arrival_s, input_tokens, output_tokens, hash_ids`, or the generator's
-    own `arrival_time_ns, input_toks, output_toks, input_tok_ids`. Raises ConfigError naming file and line."""
+    """Read JSON lines, gzip or not, in either of two forms.
+
+    `arrival_s, input_tokens, output_tokens, hash_ids`, or the generator's own `arrival_time_ns, input_toks,
+    output_toks, input_tok_ids`. Raises ConfigError naming file and line.
+    """
     sent: list[Sent] = []
     names: dict[bytes, int] = {}
     for number, row in _lines(Path(path)):

@@ -26,8 +26,12 @@ def first_tokens_due_s(arrival_s: F8, ttft_s: F8) -> F8:
 
 
 def tokens_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
-    """Instants `[N]` by which output tokens `number [N]`, from 0, are due by the strict contract; infinite
-    without an SLO."""
+    """Timestamps `[N]` by which output tokens are due by the strict contract; infinite without an SLO.
+
+    Args:
+        arrival_s, ttft_s, tpot_s: `[N]`, NaN where there is no SLO.
+        number: `[N]`, of the output token, from 0.
+    """
     due_s: F8 = first_tokens_due_s(arrival_s, ttft_s) + number * np.where(np.isnan(tpot_s), 0.0, tpot_s)
     return due_s
 
@@ -35,8 +39,11 @@ def tokens_due_s(arrival_s: F8, ttft_s: F8, tpot_s: F8, number: I4 | I8) -> F8:
 def judge(
     slo: SLO, *, arrival_s: float, first_token_s: float, last_token_s: float, output_tokens: int, strict: bool = True
 ) -> Verdict:
-    """A request that finished. strict: whether each token was in time by the strict contract; what cannot be seen from
-    the first and the last token."""
+    """Whether a request that finished met its SLO.
+
+    Args:
+        strict: whether each token was in time by the strict contract; what cannot be seen from the first and the last.
+    """
     if first_token_s - arrival_s > slo.ttft_s:
         return Verdict(False, False, "ttft")
     if output_tokens > 1 and (last_token_s - first_token_s) / (output_tokens - 1) > slo.tpot_s:

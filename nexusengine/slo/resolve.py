@@ -36,8 +36,15 @@ class SLOClasses:
 
     @classmethod
     def configured(cls, file: str | Path | None = None, default: str | None = None) -> SLOClasses:
-        """From a TOML file (see slo.load_classes; None: the three built in) and the name of the default class; None:
-        `standard` if there is such a class, else no promise. Raises ConfigError."""
+        """Classes from a TOML file (see slo.classes.load_classes), or the three built in.
+
+        Args:
+            file: None: those built in.
+            default: name of the default class. None: `standard` if there is such a class, else no SLO.
+
+        Raises:
+            ConfigError: the file cannot be used, or the default class is not in it.
+        """
         by_name: Mapping[str, SLOClass] = CLASSES if file is None else load_classes(file)[0]
         for name in by_name:
             if name in (NONE, CUSTOM) or not 0 < len(name) <= 64 or not name.isprintable():

@@ -76,8 +76,10 @@ def _tojson(
 
 
 class _NothingComputed(CodeGenerator):
-    """Leaves constant expressions to the rendering: compiling `"x" * 10**10`, or a branch that is never taken with it,
-    costs nothing."""
+    """Leaves constant expressions to the rendering.
+
+    Compiling `"x" * 10**10`, or a branch that is never taken with it, costs nothing.
+    """
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
         if not isinstance(node, nodes.TemplateData | nodes.Const):

@@ -46,8 +46,13 @@ class RenderPool:
         self._end = weakref.finalize(self, _end_all, self._idle)
 
     def render(self, source: str, variables: Mapping[str, Any], messages: Sequence[Any]) -> str:
-        """The text that the template `source` makes of plain data. Raises InvalidRequest with what the template says is
-        wrong with it, LimitMet, or InternalError if there can be no process."""
+        """The text that the template `source` makes of plain data.
+
+        Raises:
+            InvalidRequest: with what the template says is wrong with it.
+            LimitMet: it took too much time or memory.
+            InternalError: there can be no process.
+        """
         try:
             payload = marshal.dumps((source, dict(variables), [marshal.dumps(m) for m in messages]))
         except ValueError:

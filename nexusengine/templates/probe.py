@@ -27,8 +27,15 @@ _TOOL = {
 
 
 def probe(render: Render, tree: nodes.Template, source: str) -> Forms:
-    """render(messages, tools): what the template makes of them; raises InvalidRequest where it refuses or fails.
-    Raises LimitMet."""
+    """Find out what forms of messages a template takes, by rendering some.
+
+    Args:
+        render: called with (messages, tools), returns what the template makes of them; raises InvalidRequest where it
+            refuses or fails.
+
+    Raises:
+        LimitMet: a rendering took too much time or memory.
+    """
     user = _form(render, _user_chats) or Form.TEXT
 
     def say(role: str, text: str, **more: Any) -> dict[str, Any]:

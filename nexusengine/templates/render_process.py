@@ -82,8 +82,12 @@ def _encoded(text: str) -> bytes:
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, cpu_limit_s: float) -> None:
-    """cpu_limit_s: processor time that a request may take; the kernel then ends this process with SIGPROF, whatever it
-    is doing and whether its parent still lives."""
+    """Render until stdin ends.
+
+    Args:
+        cpu_limit_s: processor time that a request may take; the kernel then ends this process with SIGPROF, whatever it
+            is doing and whether its parent still lives.
+    """
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
         payload = requests.read(*REQUEST.unpack(head))
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)

@@ -51,8 +51,10 @@ class ChatTemplate:
         self._probing = threading.Lock()
 
     def prepare(self) -> None:
-        """Do now what the first rendering would have to wait for (0.2 s): start a process, look what the template
-        takes."""
+        """Do now what the first rendering would have to wait for (0.2 s).
+
+        Start a process, and find out what the template takes.
+        """
         self._forms_of("default")
 
     def render(

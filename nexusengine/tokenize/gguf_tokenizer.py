@@ -69,8 +69,11 @@ def _bpe(vocabulary: Vocabulary, data: Metadata) -> Tokenizer:
 
 
 def _byte_decoder(vocabulary: Vocabulary) -> Any:
-    """Bytes from GPT-2's characters for bytes. Tokens that are plain text but look like such bytes are written as
-    bytes first, so that they come out as the text they are."""
+    """A decoder of bytes from GPT-2's characters for bytes.
+
+    Tokens that are plain text but look like such bytes are written as bytes first, so that they come out as the text
+    they are.
+    """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain = [

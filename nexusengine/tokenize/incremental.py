@@ -138,8 +138,10 @@ class IncrementalDetokenizer:
         return self._end_run()
 
     def take_starts(self) -> list[int]:
-        """Where tokens begin in the text, in characters, in their order: of those not asked for yet whose text is final
-        (tokens inside one character have its place)."""
+        """Where tokens begin in the text, in characters, in their order.
+
+        Of those not asked for yet whose text is final; tokens inside one character have its place.
+        """
         starts, self._starts = self._starts, []
         return starts
 
@@ -180,8 +182,10 @@ class IncrementalDetokenizer:
 
 
 def _character_indices(data: bytes) -> list[int]:
-    """[place] -> the character of the text that the byte there belongs to, for a byte-fallback decoder; one more for
-    the end."""
+    """For each byte, the index of the character of the text that it belongs to; one more for the end.
+
+    For a byte-fallback decoder.
+    """
     try:
         characters = len(data.decode())
     except UnicodeDecodeError:

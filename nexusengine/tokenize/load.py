@@ -99,8 +99,10 @@ def _text(token: Any, what: str, where: Path | str) -> str:
 
 
 def _named_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """The special tokens by name, and the others, from tokenizer_config.json and special_tokens_map.json; as in
-    transformers, the latter goes first only beside a tokenizer_config.json of the old form."""
+    """The special tokens by name, and the others, from tokenizer_config.json and special_tokens_map.json.
+
+    As in transformers, the latter goes first only beside a tokenizer_config.json of the old form.
+    """
     by_map = _read_if_there(folder / "special_tokens_map.json")
     known = settings.get("added_tokens_decoder")
     values = {**by_map, **settings} if known is not None else {**settings, **by_map}

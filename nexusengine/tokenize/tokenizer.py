@@ -75,8 +75,12 @@ class Tokenizer:
     def stream(
         self, skip_special_tokens: bool = True, context: Sequence[int] = ()
     ) -> ByteDetokenizer | IncrementalDetokenizer:
-        """Turns ids that come one by one into text. context: the ids before them, a prompt; its text does not come out,
-        but the first word after it keeps its leading space."""
+        """Turn ids that come one by one into text.
+
+        Args:
+            context: the ids before them, a prompt; its text does not come out, but the first word after it keeps its
+                leading space.
+        """
         token = self._vocabulary.token
 
         def skipped(token_id: int) -> bool:
@@ -90,8 +94,14 @@ class Tokenizer:
         )
 
     def render_chat(self, messages: Sequence[Message], /, **options: Any) -> str:
-        """options: see ChatTemplate.render. Raises InvalidRequest if the model has no chat template or the template
-        refuses the messages."""
+        """The text of a conversation, by the model's chat template.
+
+        Args:
+            options: see ChatTemplate.render.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or the template refuses the messages.
+        """
         if self.chat_template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         return self.chat_template.render(messages, **options)

@@ -14,8 +14,13 @@ _ANCHOR = "a"
 
 
 class Token(NamedTuple):
-    """text: with its leading space; bytes that are no UTF-8 as `\\xf0\\x9f`, as OpenAI writes them. data: its bytes.
-    byte: data if a byte-fallback decoder joins it with its neighbours, else None. exists: whether the id has a token.
+    """A token of the vocabulary.
+
+    Attributes:
+        text: with its leading space; bytes that are no UTF-8 as `\\xf0\\x9f`, as OpenAI writes them.
+        data: its bytes.
+        byte: data if a byte-fallback decoder joins it with its neighbours, else None.
+        exists: whether the id has a token.
     """
 
     text: str

@@ -1,7 +1,7 @@
-"""8-bit floats (float8_e4m3fn): rounding to them, activations quantised by token or by group, and the product with a
-weight that has a scale for each block of 128 x 128 (as DeepSeek-V3 has them, arXiv 2412.19437, section 3.3).
+"""8-bit floats (float8_e4m3fn): rounding, activations quantised by token or by group, and a product by blocks.
 
-Needs compute capability 8.9. A weight with a scale for each output goes through torch._scaled_mm instead.
+The product is with a weight that has a scale for each block of 128 x 128 (as DeepSeek-V3 has them, arXiv 2412.19437,
+section 3.3). Needs compute capability 8.9. A weight with a scale for each output goes through torch._scaled_mm instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ _INTERPRETED = tl.constexpr(launching.interpreted())
 
 @triton.jit
 def to_fp8(x):
-    """float32 x, rounded to the nearest, ties to even; what is too large becomes the largest. The interpreter cuts off
-    instead of rounding, so that it is given what needs no rounding."""
+    """float32 x, rounded to the nearest, ties to even; what is too large becomes the largest.
+
+    The interpreter cuts off instead of rounding, so that it is given what needs no rounding.
+    """
     x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     if _INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
@@ -81,8 +83,11 @@ def _block_linear_kernel(
 
 
 def quantize(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x `[T, C]` -> float8_e4m3fn `[T, C]` and float32 scales `[T, ceil(C / group)]`, so that the largest number of
-    each group of a row becomes 448; by default a row is one group."""
+    """Quantise x so that the largest number of each group of a row becomes 448; by default a row is one group.
+
+    Returns:
+        float8_e4m3fn `[T, C]` and float32 scales `[T, ceil(C / group)]`.
+    """
     tokens, width = x.shape
     group = group or width
     groups = -(-width // group)
@@ -101,8 +106,14 @@ def quantize(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, t
 def block_linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x `[T, C]` -> `[T, N]` in its type. weight float8_e4m3fn `[N, C]`, scales float32 `[ceil(N / 128), ceil(C /
-    128)]`, bias `[N]`; x is quantised by token and group of 128 columns."""
+    """x `[T, C]` -> `[T, N]` in its type; x is quantised by token and group of 128 columns.
+
+    Args:
+        x: `[T, C]`.
+        weight: float8_e4m3fn `[N, C]`.
+        scales: float32 `[ceil(N / 128), ceil(C / 128)]`.
+        bias: `[N]`.
+    """
     (tokens, inputs), outputs = x.shape, len(weight)
     small, x_scales = quantize(x, BLOCK)
     out = x.new_empty(tokens, outputs)

@@ -25,7 +25,7 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
+    """True if kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -60,5 +60,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over a grid. constants: its compile-time arguments, and num_warps and num_stages."""
+    """Run a kernel over a grid.
+
+    Args:
+        kernel: compiled by Triton.
+        grid: number of programs along each axis.
+        arguments: of the kernel.
+        constants: its compile-time arguments, and num_warps and num_stages.
+    """
     kernel[grid](*arguments, **constants)

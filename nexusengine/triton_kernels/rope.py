@@ -112,9 +112,18 @@ def rotate_and_store(
     v_cache: torch.Tensor,
     heads: tuple[int, int, int],
 ) -> None:
-    """qkv `[T, (H + 2 H_kv) * D]`: q is rotated in place; k rotated and v are written to the caches `[num_blocks,
-    block_size, H_kv, D]` at slots i8 `[T]`, those of -1 nowhere; the caches may be float8_e4m3fn. cos, sin
-    `[P, D / 2]`, positions i8 `[T]`."""
+    """Rotate q in place, and write rotated k and v to the caches.
+
+    Args:
+        qkv: `[T, (H + 2 H_kv) * D]`.
+        cos: `[P, D / 2]`.
+        sin: `[P, D / 2]`.
+        positions: i8 `[T]`.
+        slots: i8 `[T]`; those of -1 are not written.
+        k_cache: `[num_blocks, block_size, H_kv, D]`, which may be float8_e4m3fn.
+        v_cache: as k_cache.
+        heads: H, H_kv, D.
+    """
     count, kv_count, dim = heads
     half = triton.next_power_of_2(dim // 2)
     tile = max(1, min(_ELEMENTS // half, triton.next_power_of_2(count + 2 * kv_count)))
@@ -127,8 +136,15 @@ def rotate_and_store(
 
 
 def store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """k, v `[T, H_kv, D]`, heads side by side, into the caches `[num_blocks, block_size, H_kv, D]` at slots i8 `[T]`,
-    those of -1 nowhere."""
+    """Write k, v `[T, H_kv, D]`, heads side by side, into the caches `[num_blocks, block_size, H_kv, D]`.
+
+    Args:
+        k: `[T, H_kv, D]`.
+        v: `[T, H_kv, D]`.
+        k_cache: of the layer.
+        v_cache: of the layer.
+        slots: i8 `[T]`; those of -1 are not written.
+    """
     width = k.shape[1] * k.shape[2]
     launching.launch(
         _store_kernel,

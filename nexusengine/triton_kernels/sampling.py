@@ -40,8 +40,10 @@ def _kept(order, ids, floor, last):
 
 @triton.jit
 def _threshold(row, vocabulary, temperature, top, floor, last, target, MASS: tl.constexpr, WIDTH: tl.constexpr):
-    """The largest number t for which the tokens of order >= t reach the target, 0 if none does: in number, or with MASS
-    in their share of the probability of the tokens that `floor` and `last` keep."""
+    """The largest number t for which the tokens of order >= t reach the target, 0 if none does.
+
+    They reach it in number, or with MASS in their share of the probability of the tokens that `floor` and `last` keep.
+    """
     digits = tl.arange(0, 16)
     found = tl.full([1], 0, tl.uint32)
     shift = tl.full([1], 28, tl.uint32)
@@ -72,7 +74,7 @@ def _threshold(row, vocabulary, temperature, top, floor, last, target, MASS: tl.
 
 @triton.jit
 def _last_kept(row, vocabulary, temperature, top, floor, last, found, target, MASS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the tokens of order `found`, the id of the last one needed to reach the target of `_threshold`."""
+    """The id of the last token of order `found` that is needed to reach the target of `_threshold`."""
     above = tl.zeros([1], tl.float32)
     everything = tl.zeros([1], tl.float32)
     each = tl.zeros([1], tl.float32)
@@ -187,8 +189,16 @@ def _sample_kernel(logits, parameters, tokens, stride, vocabulary, COLDEST: tl.c
 
 
 def sample(logits: torch.Tensor, parameters: torch.Tensor, coldest: float = 1e-5) -> torch.Tensor:
-    """logits float32 `[N, V]`, parameters i4 `[N, PARAMETERS]` -> token ids i8 `[N]`; -1 where a row's logits are not
-    finite. coldest: temperatures below are greedy."""
+    """Sample one token a row.
+
+    Args:
+        logits: float32 `[N, V]`.
+        parameters: i4 `[N, PARAMETERS]`.
+        coldest: temperatures below are greedy.
+
+    Returns:
+        Token ids i8 `[N]`; -1 where a row's logits are not finite.
+    """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     launching.launch(
         _sample_kernel,

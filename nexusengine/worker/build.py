@@ -100,7 +100,7 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
         scheduler=core.policy.name,
-        max_waiting=core.max_waiting,
+        max_waiting=core.scheduler.max_waiting,
         traits=core.policy.traits,
     )
 

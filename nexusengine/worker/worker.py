@@ -14,9 +14,9 @@ from nexusengine.clock import MonotonicClock
 from nexusengine.config import DeviceSpec, parse_device
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import InternalError, NexusError
-from nexusengine.execute.base import make_executor
+from nexusengine.execute.factory import make_executor
 from nexusengine.execute.memory import resident_bytes
-from nexusengine.kv.digest import CacheJournal, DigestSender
+from nexusengine.kv.digest import CacheEvents, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.perf.model import PerformanceModel
@@ -152,8 +152,8 @@ def prefix_digest(core: EngineCore) -> DigestSender | None:
     """Reports the prefix cache to the router; None where there is no prefix cache."""
     if not core.kv.prefix_caching:
         return None
-    core.kv.journal = CacheJournal(core.kv.block_size)
-    return DigestSender(core.kv.journal)
+    core.kv.events = CacheEvents(core.kv.block_size)
+    return DigestSender(core.kv.events)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nexusengine.errors import ConfigError
-from nexusengine.router.placement.candidates import Rotation, Unprepared, candidates
-from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
+from nexusengine.router.placement.candidates import Stateless
+from nexusengine.router.placement.policy import Place, PlacementRequest, WorkerView
 
 
-class CacheAware(Unprepared):
+class CacheAware(Stateless):
     """The longest cached prefix unless load is uneven: the rule of SGLang's router, with its default thresholds.
 
     Load is uneven when the most requests in flight exceed the fewest by more than `abs` and by more than `rel` times;
@@ -20,30 +18,26 @@ class CacheAware(Unprepared):
     uses_prefixes = True
 
     def __init__(self, match: float = 0.5, abs: float = 32.0, rel: float = 1.0001) -> None:
+        super().__init__()
         if not 0.0 <= match <= 1.0 or abs < 0.0 or rel < 1.0:
             raise ConfigError(
                 f"{self.name}: match must be in 0..1, abs >= 0 and rel >= 1, got {match}, {abs} and {rel}",
                 param="router",
             )
         self._match, self._abs, self._rel = match, abs, rel
-        self._rotation = Rotation()
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         least, most = min(w.outstanding for w in able), max(w.outstanding for w in able)
         uneven = most - least > self._abs and most > self._rel * least
-        cached = max((request.cached_tokens.get(w.worker_id, 0) for w in able), default=0)
+        cached = max(request.cached_tokens.get(w.worker_id, 0) for w in able)
         if uneven or cached <= self._match * request.prompt_tokens:
-            best, second = self._rotation.least(able, lambda w: w.outstanding)
-            reason = f"{best.outstanding} outstanding, load is uneven" if uneven else f"{best.outstanding} outstanding"
-            return Place(best.worker_id, reason, second)
-        best, second = self._rotation.least(able, lambda w: -request.cached_tokens.get(w.worker_id, 0))
-        return Place(best.worker_id, f"{cached} tokens cached", second)
+            best = self._rotation.least(able, lambda w: w.outstanding)
+            return Place(best.worker_id, "fewest outstanding, load is uneven" if uneven else "fewest outstanding")
+        best = self._rotation.least(able, lambda w: -request.cached_tokens.get(w.worker_id, 0))
+        return Place(best.worker_id, "most tokens cached")
 
 
-class LMetric(Unprepared):
+class LMetric(Stateless):
     """Least product of new prefill tokens and batch size, both with the request (arXiv 2603.15202).
 
     New tokens: prompt tokens the worker has still to compute for all it has, and for this one.
@@ -52,20 +46,12 @@ class LMetric(Unprepared):
     name = "lmetric"
     uses_prefixes = True
 
-    def __init__(self) -> None:
-        self._rotation = Rotation()
-
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
-
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         def cost(w: WorkerView) -> float:
             tokens = request.prompt_tokens - request.cached_tokens.get(w.worker_id, 0)
             return (new_tokens(w) + tokens) * (w.outstanding + 1.0)
 
-        best, second = self._rotation.least(able, cost)
-        return Place(best.worker_id, f"{cost(best):.0f} new tokens x batch size", second)
+        return Place(self._rotation.least(able, cost).worker_id, "least new tokens x batch size")
 
 
 def new_tokens(worker: WorkerView) -> int:

@@ -2,73 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from nexusengine.errors import ConfigError
-from nexusengine.router.placement.candidates import Rotation, Unprepared, candidates
-from nexusengine.router.placement.forecast import REFERENCE_STEP, predictor_of
-from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
+from nexusengine.router.placement.candidates import Stateless
+from nexusengine.router.placement.policy import Place, PlacementRequest, WorkerView
+from nexusengine.router.placement.speed import REFERENCE_STEP, predictor_of
+from nexusengine.splitmix import splitmix64
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_64_BITS = 2**64 - 1
 SETTLED_STEPS = 500
 
 
-class _LeastCost(Unprepared):
-    """Base: least of some cost among those that may take it, ties in rotation."""
-
-    uses_prefixes = False
-
-    def __init__(self) -> None:
-        self._rotation = Rotation()
-
-    def _least(
-        self, able: Sequence[WorkerView], cost: Callable[[WorkerView], float], what: str, digits: int = 0
-    ) -> Place:
-        best, second = self._rotation.least(able, cost)
-        return Place(best.worker_id, f"{cost(best):.{digits}f} {what}", second)
-
-
-class LeastRequests(_LeastCost):
+class LeastRequests(Stateless):
     """Fewest requests in flight."""
 
     name = "least-requests"
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
-        return self._least(able, lambda w: w.outstanding, "outstanding")
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
+        return Place(self._rotation.least(able, lambda w: w.outstanding).worker_id, "fewest outstanding")
 
 
-class LeastTokens(_LeastCost):
+class LeastTokens(Stateless):
     """Fewest tokens in flight: prompts, and output as far as its limit was given."""
 
     name = "least-tokens"
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
-        return self._least(able, lambda w: w.outstanding_tokens, "tokens outstanding")
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
+        best = self._rotation.least(able, lambda w: w.outstanding_tokens)
+        return Place(best.worker_id, "fewest tokens outstanding")
 
 
-class RoundRobin(_LeastCost):
+class RoundRobin(Stateless):
     """Each worker in turn."""
 
     name = "round-robin"
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
-        best, second = self._rotation.least(able, lambda w: 0.0)
-        return Place(best.worker_id, "its turn", second)
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
+        return Place(self._rotation.least(able, lambda w: 0.0).worker_id, "its turn")
 
 
-class RoundRobinVeto(_LeastCost):
-    """Each worker in turn, but not one with clearly more in flight than the others: over `factor` times the mean and
-    `slack` requests more."""
+class RoundRobinVeto(Stateless):
+    """Each worker in turn, but not one with clearly more in flight than the others.
+
+    Args:
+        factor: how many times the mean is too much,
+        slack: and so many requests more.
+    """
 
     name = "rr-veto"
 
@@ -78,17 +55,13 @@ class RoundRobinVeto(_LeastCost):
             raise ConfigError(f"{self.name}: factor must be >= 1 and slack >= 0, got {factor} and {slack}")
         self._factor, self._slack = factor, slack
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         limit = self._factor * sum(w.outstanding for w in able) / len(able) + self._slack
-        best, second = self._rotation.least(able, lambda w: float(w.outstanding > limit))
-        reason = f"its turn, {best.outstanding} outstanding of at most {limit:.1f}"
-        return Place(best.worker_id, reason, second)
+        best = self._rotation.least(able, lambda w: float(w.outstanding > limit))
+        return Place(best.worker_id, "its turn, not too much outstanding")
 
 
-class PowerOfTwo(_LeastCost):
+class PowerOfTwo(Stateless):
     """The one with fewer requests in flight of two that are drawn by hashing (seed, number of the placement)."""
 
     name = "p2c"
@@ -97,22 +70,20 @@ class PowerOfTwo(_LeastCost):
         super().__init__()
         self._seed, self._drawn = int(seed), 0
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         if len(able) > 2:
             self._drawn += 1
             first = splitmix64(self._seed, 2 * self._drawn) % len(able)
             step = 1 + splitmix64(self._seed, 2 * self._drawn + 1) % (len(able) - 1)
             able = [able[first], able[(first + step) % len(able)]]
-        return self._least(able, lambda w: w.outstanding, "outstanding, of two drawn")
+        best = self._rotation.least(able, lambda w: w.outstanding)
+        return Place(best.worker_id, "fewest outstanding of two drawn")
 
 
-class CapacityWeighted(_LeastCost):
+class CapacityWeighted(Stateless):
     """Fewest requests in flight per unit of capacity, (outstanding + 1) / weight.
 
-    The weights are what an operator would measure once: how many reference steps a second (`forecast.REFERENCE_STEP`)
+    The weights are what an operator would measure once: how many reference steps a second (`speed.REFERENCE_STEP`)
     the worker does, by its own performance model once that has seen SETTLED_STEPS steps, by what it says so far before.
     Weights can also be given by worker id, `capacity-weighted:w0=3,w1=1`. A worker of which neither is known counts as
     the mean of the others.
@@ -128,14 +99,11 @@ class CapacityWeighted(_LeastCost):
         self._given = weights
         self._settled: dict[str, float] = {}
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        able = candidates(request, workers)
-        if not isinstance(able, list):
-            return able
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         known = {w.worker_id: weight for w in able if (weight := self._weight(w)) is not None}
         mean = sum(known.values()) / len(known) if known else 1.0
-        what = "outstanding per weight"
-        return self._least(able, lambda w: (w.outstanding + 1) / known.get(w.worker_id, mean), what, 3)
+        best = self._rotation.least(able, lambda w: (w.outstanding + 1) / known.get(w.worker_id, mean))
+        return Place(best.worker_id, "fewest outstanding per weight")
 
     def _weight(self, worker: WorkerView) -> float | None:
         given = self._given.get(worker.worker_id) or self._settled.get(worker.worker_id)
@@ -146,11 +114,3 @@ class CapacityWeighted(_LeastCost):
         if perf.steps >= SETTLED_STEPS:
             self._settled[worker.worker_id] = weight
         return weight
-
-
-def splitmix64(seed: int, counter: int) -> int:
-    """64 well-mixed bits of (seed, counter): Steele, Lea and Flood, OOPSLA 2014."""
-    z = (seed + (counter + 1) * _GOLDEN) & _64_BITS
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _64_BITS
-    return z ^ (z >> 31)

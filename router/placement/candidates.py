@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nexusengine.errors import ContextTooLong
-from nexusengine.router.placement.policy import Hold, PlacementRequest, Refuse, WorkerView
+from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementRequest, Refuse, WorkerView
 from nexusengine.wire import WorkerState
 
 
-def candidates(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView] | Hold | Refuse:
-    """The workers that may take it now: those that are ready, not barred, and not warming up unless all others are."""
-    able = [w for w in workers if w.takes and w.fits(request)]
-    if not able:
-        return why_none(request, workers)
-    return [w for w in able if not w.warming] or able
+def candidates(request: PlacementRequest, workers: Sequence[WorkerView]) -> list[WorkerView]:
+    """The workers that may take the request now.
+
+    Those that accept requests and can hold it, without those in slow start unless all are.
+    """
+    able = [w for w in workers if w.accepts and w.fits(request)]
+    return [w for w in able if not w.slow_start] or able
 
 
 def why_none(request: PlacementRequest, workers: Sequence[WorkerView]) -> Hold | Refuse:
@@ -28,16 +29,9 @@ def why_none(request: PlacementRequest, workers: Sequence[WorkerView]) -> Hold |
             f"the prompt has {request.prompt_tokens} tokens{asked}, but prompt and output together can have at "
             f"most {longest}",
         )
-    barred = sorted({w.barred for w in fitting if w.state is WorkerState.READY and w.barred})
-    why = "; ".join(barred) or "no worker is ready"
-    return Hold(request.deadline_s, why, everyone=len(fitting) == len(workers))
-
-
-class Unprepared:
-    """Base of policies that keep nothing of the views."""
-
-    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
-        """Nothing to do."""
+    ejected = sorted({w.ejected for w in fitting if w.state is WorkerState.READY and w.ejected})
+    why = "; ".join(ejected) or "no worker is ready"
+    return Hold(why, everyone=len(fitting) == len(workers))
 
 
 class Rotation:
@@ -52,14 +46,33 @@ class Rotation:
         return self._turn_of.get(worker_id, 0)
 
     def took(self, worker_id: str) -> None:
+        """The worker was taken."""
         self._turn += 1
         self._turn_of[worker_id] = self._turn
 
-    def least(
-        self, workers: Sequence[WorkerView], cost: Callable[[WorkerView], float]
-    ) -> tuple[WorkerView, str | None]:
-        """Take the worker of least cost; beside it the id of the runner-up. workers must not be empty."""
-        order = sorted((cost(w), self.last(w.worker_id), i) for i, w in enumerate(workers))
-        best = workers[order[0][2]]
+    def least(self, workers: Sequence[WorkerView], cost: Callable[[WorkerView], float]) -> WorkerView:
+        """Take the worker of least cost. workers must not be empty."""
+        best = min(workers, key=lambda w: (cost(w), self.last(w.worker_id)))
         self.took(best.worker_id)
-        return best, workers[order[1][2]].worker_id if len(order) > 1 else None
+        return best
+
+
+class Stateless:
+    """Base of policies that keep nothing of the views: they choose among the candidates of the moment."""
+
+    uses_prefixes = False
+
+    def __init__(self) -> None:
+        self._rotation = Rotation()
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        """Nothing to do."""
+
+    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
+        """Choose among those that may take it now."""
+        able = candidates(request, workers)
+        return self._choose(request, able) if able else why_none(request, workers)
+
+    def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
+        """One of `able`, which is not empty."""
+        raise NotImplementedError

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nexusengine.arrays import F8, Bools
-from nexusengine.router.placement.forecast import FIELDS, Forecast, Snapshot, forecast, snapshot
+from nexusengine.router.placement.forecast import Estimates, Forecast, Snapshot, forecast, snapshot
 from nexusengine.router.placement.policy import PlacementRequest, WorkerView
 
 _FIRST_WIDTH = 96
 
 
-class Board:
-    """due_s `[W, N]`, ahead_s and slack_s `[W, N + 1]`: as in Forecast; behind a row's end due_s and slack_s are
-    infinite and ahead_s stays at the sum. The numbers of a forecast are attributes of the same names, `[W]`.
+class ForecastMatrix:
+    """Forecasts of W workers, for queues of up to N prompts.
 
-    takes, warming `[W]`: as in WorkerView. shortest `[W]`: whether the engine serves the shortest prompt first.
-    longest `[W]`: prompt and output it can hold, infinite if not known.
+    Attributes:
+        views: the views that the rows were made of.
+        index: row by worker id.
+        rows: `[W]`, 0 to W - 1.
+        estimates: `[W]` each, as in Forecast.
+        keys: `[W, N]`, as in Forecast; infinite after a row's end.
+        ahead_s: `[W, N + 1]`, as in Forecast; after a row's end the sum.
+        slack_s: `[W, N + 1]`, as in Forecast; infinite after a row's end.
+        count: `[W]`, prompts in each queue.
+        accepts, slow_start: `[W]`, as in WorkerView.
+        shortest_first: `[W]`, whether the engine serves the shortest prompt first.
+        max_tokens: `[W]`, prompt and output that a sequence can have, infinite if not known.
     """
 
     def __init__(self) -> None:
-        self.views: list[WorkerView | None] = []
-        self._snapshots: list[tuple[Any, Any, Snapshot] | None] = []
         self._width = _FIRST_WIDTH
         self._resize(0)
 
@@ -38,28 +44,38 @@ class Board:
             if view is not views[i]:
                 self._renew(i, view, now)
 
-    def may(self, request: PlacementRequest) -> Bools | None:
-        """The workers that may take the request now `[W]`; None if there is none. One that warms up may if all do."""
-        may: Bools = self.takes & (self.longest >= request.prompt_tokens + max(request.max_tokens, 1))
-        cool = may & ~self.warming
-        if cool.any():
-            return cool
-        return may if may.any() else None
+    def eligible(self, request: PlacementRequest) -> Bools | None:
+        """The workers that may take the request now `[W]`; None if there is none. One in slow start may if all are."""
+        able: Bools = self.accepts & (self.max_tokens >= request.prompt_tokens + max(request.max_tokens, 1))
+        settled = able & ~self.slow_start
+        if np.count_nonzero(settled):
+            return settled
+        return able if np.count_nonzero(able) else None
 
     def position(self, due_s: float, left: F8 | float) -> npt.NDArray[np.intp]:
-        """How many prompts of each worker are served before one that is due at due_s, which may be infinite, and has
-        `left` tokens to compute `[W]`."""
-        if self.shortest.any():
-            keys = np.where(self.shortest, left, due_s)[:, None]
-            before: npt.NDArray[np.intp] = np.minimum((self.due_s <= keys).sum(axis=1), self.count)
+        """How many prompts of each worker are served before a request.
+
+        Args:
+            due_s: timestamp its first token is due, may be infinite.
+            left: `[W]`, tokens it has to compute.
+
+        Returns:
+            `[W]`.
+        """
+        if np.count_nonzero(self.shortest_first):
+            keys = np.where(self.shortest_first, left, due_s)[:, None]
+            before: npt.NDArray[np.intp] = np.minimum((self.keys <= keys).sum(axis=1), self.count)
             return before
         if due_s == np.inf:
             return self.count
-        position: npt.NDArray[np.intp] = (self.due_s <= due_s).sum(axis=1)
+        position: npt.NDArray[np.intp] = (self.keys <= due_s).sum(axis=1)
         return position
 
     def cached_tokens(self, request: PlacementRequest) -> F8 | float:
-        """Of the request's prompt, by worker `[W]`, or 0 of them all; one token is always left to compute."""
+        """Tokens of the request's prompt in each worker's prefix cache `[W]`, or 0 for all.
+
+        One token is always left to compute.
+        """
         if not request.cached_tokens:
             return 0.0
         cached = np.zeros(len(self.views))
@@ -70,65 +86,51 @@ class Board:
 
     def _renew(self, i: int, view: WorkerView, now: float) -> None:
         known, before = self._snapshots[i], self.views[i]
-        if known is None or known[0] is not view.load or known[1] is not view.info:
-            known = self._snapshots[i] = (view.load, view.info, snapshot(view, now))
-        one = forecast(known[2], view)
-        self._write(i, one)
-        self.takes[i], self.warming[i] = view.takes, view.warming
-        self.shortest[i] = view.info.traits.order == "shortest"
-        self.longest[i] = view.info.max_model_len or np.inf
+        if known is None or known.load is not view.load or known.info is not view.info:
+            known = self._snapshots[i] = snapshot(view, now)
+        self._write(i, forecast(known, view))
+        self.accepts[i], self.slow_start[i] = view.accepts, view.slow_start
+        self.shortest_first[i] = view.info.traits.order == "shortest"
+        self.max_tokens[i] = view.info.max_model_len or np.inf
         if before is None or before.worker_id != view.worker_id:
             if before is not None and self.index.get(before.worker_id) == i:
                 del self.index[before.worker_id]
             self.index[view.worker_id] = i
         self.views[i] = view
 
-    def _write(self, i: int, one: Forecast) -> None:
-        n = len(one.due_s)
+    def _write(self, i: int, row: Forecast) -> None:
+        n = len(row.keys)
         if n > self._width:
-            self._width = 2 * n
-            views, snapshots = self.views, self._snapshots
-            old = (self.due_s, self.ahead_s, self.slack_s)
-            self._make_queues(len(views))
-            for new, kept in zip((self.due_s, self.ahead_s, self.slack_s), old, strict=True):
-                new[:, : kept.shape[1]] = kept
-                new[:, kept.shape[1] :] = kept[:, -1:]
-            self.views, self._snapshots = views, snapshots
-        self.due_s[i, :n], self.due_s[i, n:] = one.due_s, np.inf
-        self.ahead_s[i, : n + 1], self.ahead_s[i, n + 1 :] = one.ahead_s, one.ahead_s[-1]
-        self.slack_s[i, : n + 1], self.slack_s[i, n + 1 :] = one.slack_s, np.inf
+            self._widen(2 * n)
+        self.keys[i, :n], self.keys[i, n:] = row.keys, np.inf
+        self.ahead_s[i, : n + 1], self.ahead_s[i, n + 1 :] = row.ahead_s, row.ahead_s[-1]
+        self.slack_s[i, : n + 1], self.slack_s[i, n + 1 :] = row.slack_s, np.inf
         self.count[i] = n
-        self.numbers[:, i] = one.numbers
+        self._numbers[:, i] = row.estimates
 
     def _resize(self, count: int) -> None:
-        self.views = [None] * count
-        self._snapshots = [None] * count
+        self.views: list[WorkerView | None] = [None] * count
+        self._snapshots: list[Snapshot | None] = [None] * count
         self.index: dict[str, int] = {}
         self.rows = np.arange(count)
         self.count = np.zeros(count, np.intp)
-        self.takes, self.warming = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
-        self.shortest = np.zeros(count, np.bool_)
-        self.longest = np.full(count, np.inf)
-        self.numbers = np.zeros((len(FIELDS), count))
-        (
-            self.at_s,
-            self.per_token_s,
-            self.per_pair_s,
-            self.first_step_s,
-            self.chunk_token_s,
-            self.chunk_tokens,
-            self.rest_s,
-            self.late_s,
-            self.decode_s,
-            self.per_kv_s,
-            self.tightest_tpot_s,
-            self.kv_tokens,
-            self.kv_capacity,
-            self.mean_output,
-        ) = self.numbers
+        self.accepts, self.slow_start = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+        self.shortest_first = np.zeros(count, np.bool_)
+        self.max_tokens = np.full(count, np.inf)
+        self._numbers = np.zeros((len(Estimates._fields), count))
+        self.estimates: Estimates[F8] = Estimates(*self._numbers)
         self._make_queues(count)
 
     def _make_queues(self, count: int) -> None:
-        self.due_s = np.full((count, self._width), np.inf)
+        self.keys = np.full((count, self._width), np.inf)
         self.ahead_s = np.zeros((count, self._width + 1))
         self.slack_s = np.full((count, self._width + 1), np.inf)
+
+    def _widen(self, width: int) -> None:
+        """Make room for queues of `width` prompts."""
+        before, keys, ahead_s, slack_s = self._width, self.keys, self.ahead_s, self.slack_s
+        self._width = width
+        self._make_queues(len(self.views))
+        self.keys[:, :before] = keys
+        self.ahead_s[:, : before + 1], self.ahead_s[:, before + 1 :] = ahead_s, ahead_s[:, -1:]
+        self.slack_s[:, : before + 1] = slack_s

@@ -8,7 +8,7 @@ import numpy as np
 
 from nexusengine.errors import ConfigError
 from nexusengine.router.placement.candidates import Rotation, why_none
-from nexusengine.router.placement.forecast_matrix import Board
+from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
 from nexusengine.router.placement.prism import assess
 
@@ -21,6 +21,10 @@ class PaperPrism:
     pending: prompt tokens yet to be computed; capacity: how many the worker computes within the request's TTFT.
     mode: 1 for a worker with next to nothing pending, 0 for one with more than its capacity, 0.5 between.
     affinity: weight times the cached share of the prompt.
+
+    Args:
+        affinity: that weight.
+        ttft: seconds, the bound of requests without an SLO.
     """
 
     name = "paper-prism"
@@ -30,31 +34,28 @@ class PaperPrism:
         if affinity < 0.0 or ttft <= 0.0:
             raise ConfigError(f"{self.name}: affinity must be >= 0 and ttft > 0, got {affinity} and {ttft}")
         self._affinity, self._ttft_s = affinity, ttft
-        self._board = Board()
+        self._matrix = ForecastMatrix()
         self._rotation = Rotation()
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
-        self._board.update(workers, now)
+        """See PlacementPolicy."""
+        self._matrix.update(workers, now)
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        board = self._board
-        board.update(workers, now)
-        may = board.may(request)
-        if may is None:
+        """See PlacementPolicy."""
+        matrix = self._matrix
+        matrix.update(workers, now)
+        eligible = matrix.eligible(request)
+        if eligible is None:
             return why_none(request, workers)
-        costs = assess(board, request, now)
+        costs = assess(matrix, request, now)
         ttft_s = request.slo.ttft_s if request.slo else self._ttft_s
-        share = (board.ahead_s[:, -1] + board.late_s) / ttft_s
+        share = (matrix.ahead_s[:, -1] + matrix.estimates.late_s) / ttft_s
         mode = np.where(share < _IDLE_BELOW, 1.0, np.where(share < _BUSY_FROM, 0.5, 0.0))
-        cached = board.cached_tokens(request) / max(request.prompt_tokens, 1)
+        cached = matrix.cached_tokens(request) / max(request.prompt_tokens, 1)
         score = (1.0 - costs.first_token_s / ttft_s) + (1.0 - np.tanh(share)) + mode + self._affinity * cached
-        score = np.where(may, score, -np.inf)
+        score = np.where(eligible, score, -np.inf)
         equal = np.flatnonzero(score >= score.max() - 1e-9).tolist()
         best = min(equal, key=lambda i: self._rotation.last(workers[i].worker_id))
         self._rotation.took(workers[best].worker_id)
-        return Place(
-            workers[best].worker_id,
-            "most score",
-            first_token_in_s=float(costs.first_token_s[best]),
-            numbers={"score": float(score[best])},
-        )
+        return Place(workers[best].worker_id, "most score", float(costs.first_token_s[best]))

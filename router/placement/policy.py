@@ -13,10 +13,13 @@ from nexusengine.wire import WorkerInfo, WorkerLoad, WorkerState
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What a placement needs to know of a request. deadline_s: when it is given up; not its SLO.
+    """What a placement needs to know of a request.
 
-    cached_tokens: by worker id, how many of its prompt tokens that worker's prefix cache is believed to hold; workers
-    with none are left out.
+    Attributes:
+        max_tokens: most output tokens, 0 if no limit was given.
+        deadline_s: timestamp at which it is timed out; not its SLO.
+        cached_tokens: by worker id, tokens of its prompt that the worker's prefix cache is believed to hold; workers
+            with none are left out.
     """
 
     request_id: str
@@ -25,7 +28,6 @@ class PlacementRequest:
     arrival_s: float
     deadline_s: float
     slo: SLO | None = None
-    priority: int = 0
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -38,15 +40,17 @@ class PlacementRequest:
 class WorkerView:
     """A worker as placement sees it: its last report, and the router's own dispatches the report does not include.
 
-    outstanding, outstanding_tokens: all requests dispatched and not finished, and their prompt + output tokens; from
-    the ledger, which is the truth.
-    unreported: dispatches that `load` does not include and whose client has seen no token, in order of dispatch;
-    started: those it does not include and that stream already.
-    reported_s: when `load` came. barred: why it takes no request although it is ready, None if it does.
-    warming: it has joined lately and has as much as a newcomer should; to be used if there is no other.
-
     A view is replaced when anything in it changes and is the same object while nothing does, so that a policy may keep
     what it derived from one.
+
+    Attributes:
+        outstanding: requests dispatched and not finished, from the router's ledger.
+        outstanding_tokens: prompt and output tokens of these.
+        unreported: dispatches that `load` does not include and whose client has seen no token, in order of dispatch.
+        started: those it does not include and that stream already.
+        reported_s: timestamp at which `load` came.
+        ejected: why it gets no request although it is ready; None if it does.
+        slow_start: it joined lately and has as many requests as it should; used only if there is no other.
     """
 
     info: WorkerInfo
@@ -57,17 +61,18 @@ class WorkerView:
     unreported: tuple[PlacementRequest, ...] = ()
     started: tuple[PlacementRequest, ...] = ()
     reported_s: float = float("-inf")
-    barred: str | None = None
-    warming: bool = False
+    ejected: str | None = None
+    slow_start: bool = False
 
     @property
     def worker_id(self) -> str:
+        """Stable over restarts of the worker."""
         return self.info.worker_id
 
     @property
-    def takes(self) -> bool:
+    def accepts(self) -> bool:
         """Whether requests may be placed on it now."""
-        return self.state is WorkerState.READY and self.barred is None
+        return self.state is WorkerState.READY and self.ejected is None
 
     def fits(self, request: PlacementRequest) -> bool:
         """Whether the worker can ever hold the request; one that has not said how much it holds may."""
@@ -77,33 +82,38 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Send it to this worker. runner_up: the next best; numbers: what the choice was made by, for the trace.
+    """Send it to this worker.
 
-    first_token_in_s: predicted time until its first token, None from a policy that predicts nothing.
+    Attributes:
+        first_token_in_s: predicted seconds until its first token; None from a policy that predicts nothing.
     """
 
     worker_id: str
     reason: str
-    runner_up: str | None = None
     first_token_in_s: float | None = None
-    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """No worker can take it now; ask again at any change, at the latest at `until_s`.
+    """No worker can take it now; ask again later.
 
-    everyone: any other request would be held for the same reason, so that there is no use in asking for them.
+    Attributes:
+        everyone: any other request would be held for the same reason, so that there is no use in asking for them.
     """
 
-    until_s: float
     reason: str
     everyone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """It is answered with the error of this code (see errors.ERROR_TABLE); retry_after_s if trying again can help."""
+    """It is answered with an error.
+
+    Attributes:
+        code: see errors.ERROR_TABLE.
+        reason: the error's message.
+        retry_after_s: if trying again can help.
+    """
 
     code: str
     reason: str
@@ -116,15 +126,20 @@ Decision = Place | Hold | Refuse
 class PlacementPolicy(Protocol):
     """A rule for where a request runs. May keep private state (rotation of ties, what it derived from views).
 
-    uses_prefixes: whether it reads `PlacementRequest.cached_tokens`; otherwise they are not looked up.
+    Attributes:
+        uses_prefixes: whether it reads `PlacementRequest.cached_tokens`; otherwise they are not looked up.
     """
 
     name: str
     uses_prefixes: bool
 
-    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision: ...
+    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
+        """Decide where the request goes, at the timestamp `now`."""
+        ...
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
-        """Digest what is new in the views, so that the next placement finds it done. Called between requests; never
-        needed for the result."""
+        """Digest what is new in the views, so that the next placement finds it done.
+
+        Called between requests; never needed for the result.
+        """
         ...

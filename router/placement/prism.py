@@ -1,6 +1,6 @@
 """PRISM: a request goes where it will meet its SLO at the least harm to others. PURE.
 
-Each worker's own performance model says what the request would cost there: when its first token would come behind the
+Each worker's own performance model says what the request would cost there: when its first token would come after the
 prompts that are due before it, how long the decode step would be with it, whether its KV fits, and whether it would
 make another late. See docs/prism.md.
 """
@@ -15,23 +15,27 @@ import numpy as np
 from nexusengine.arrays import F8, Bools
 from nexusengine.errors import ConfigError
 from nexusengine.router.placement.candidates import Rotation, why_none
-from nexusengine.router.placement.forecast_matrix import Board
-from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementRequest, WorkerView
+from nexusengine.router.placement.forecast_matrix import ForecastMatrix
+from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
 
 _SOFT_SHARE, _SOFT_S = 0.15, 0.02
 _TPOT_FROM, _KV_FROM = 0.9, 0.95
-_LEAST_S = 1e-3
+_MIN_S = 1e-3
 _INF = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """What a request costs on each worker `[W]`, in requests that miss their SLO.
+class PlacementCosts:
+    """What a request costs on each worker, `[W]` each; but for times, in requests that miss their SLO.
 
-    first_token_s: predicted time from now to its first token. late: whether that is too late for it, softly as it comes
-    near. decode: how far the decode step, decode_s, exceeds what its TPOT allows. kv: how far the KV cache overflows.
-    harm: to others, by making one of them late or their decode step too long. spent: the share of its TTFT that is
-    used up; of a request without one, how long it takes in all compared with the quickest.
+    Attributes:
+        first_token_s: predicted seconds from now to its first token.
+        decode_s: predicted seconds of a decode step with it.
+        late: 0 to 1 as the first token comes near the timestamp it is due, 1 beyond.
+        decode: 0 to 1 as decode_s comes near its TPOT, 1 beyond.
+        kv: 0 to 1 as the KV cache becomes full, 1 beyond.
+        harm: to others, by making one of them late or their decode step too long.
+        spent: share of its TTFT that is used up; without an SLO, how long it takes in all compared with the quickest.
     """
 
     first_token_s: F8
@@ -44,127 +48,110 @@ class Costs:
 
 
 class Prism:
-    """delay: weight of the used-up share of the TTFT. tie: costs this close count as equal. roll: how much of the time
-    since a report is taken as worked off. hold: how long in seconds a request that nobody can serve in time may stay in
-    the router while somebody yet might; 0 sends it on at once."""
+    """Least cost among the workers that serve the request in time.
+
+    Args:
+        delay: weight of the used-up share of the TTFT.
+        tie: costs this close count as equal.
+    """
 
     name = "prism"
     uses_prefixes = True
 
-    def __init__(self, delay: float = 0.2, tie: float = 0.002, roll: float = 0.0, hold: float = 0.0) -> None:
-        if delay <= 0.0 or tie < 0.0 or not 0.0 <= roll <= 1.0 or hold < 0.0:
+    def __init__(self, delay: float = 0.2, tie: float = 0.002) -> None:
+        if delay <= 0.0 or tie < 0.0:
             raise ConfigError(
-                f"prism: delay must be above 0, tie and hold at least 0, roll in 0..1, got delay={delay}, tie={tie}, "
-                f"roll={roll}, hold={hold}",
-                param="router",
+                f"prism: delay must be above 0 and tie at least 0, got delay={delay} and tie={tie}", param="router"
             )
-        self._delay, self._tie, self._roll, self._hold_s = delay, tie, roll, hold
-        self._board = Board()
+        self._delay, self._tie = delay, tie
+        self._matrix = ForecastMatrix()
         self._rotation = Rotation()
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
-        self._board.update(workers, now)
+        """See PlacementPolicy."""
+        self._matrix.update(workers, now)
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
-        board = self._board
-        board.update(workers, now)
-        may = board.may(request)
-        if may is None:
+        """See PlacementPolicy."""
+        self._matrix.update(workers, now)
+        eligible = self._matrix.eligible(request)
+        if eligible is None:
             return why_none(request, workers)
-        costs = assess(board, request, now, self._roll)
+        costs = assess(self._matrix, request, now)
         missed = np.minimum(costs.late + costs.decode, 1.0) + costs.kv + costs.harm
-        feasible = may & (missed < 1.0)
-        if not feasible.any():
-            return self._relegate(request, workers, costs, may, now)
+        feasible = eligible & (missed < 1.0)
+        if not np.count_nonzero(feasible):
+            return self._relegate(request, workers, costs, eligible)
         score = np.where(feasible, missed + self._delay * costs.spent, _INF)
         return self._choose(workers, costs, score, self._tie, "in time")
 
     def _relegate(
-        self, request: PlacementRequest, workers: Sequence[WorkerView], costs: Costs, may: Bools, now: float
-    ) -> Decision:
-        """Nobody can serve it in time without making another late. It goes where it waits least: engines serve what is
-        late behind all else."""
-        board = self._board
-        if self._hold_s and request.slo is not None:
-            lone_s = lone_service_s(board, request, board.cached_tokens(request))
-            latest_s = request.first_token_due_s - float(lone_s[may].min())
-            if now < min(latest_s, request.arrival_s + self._hold_s):
-                return Hold(latest_s, "nobody can serve it in time yet", everyone=False)
-        able = may & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
-        wait_s = board.rest_s + board.ahead_s[:, -1] + board.late_s
-        score = np.where(able if able.any() else may, wait_s, _INF)
+        self, request: PlacementRequest, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools
+    ) -> Place:
+        """Place a request that nobody can serve in time without making another late.
+
+        It goes where it waits least, as engines serve what is late after all else.
+        """
+        able = eligible & (costs.decode < 1.0)  # elsewhere its TPOT is out of reach, whatever comes
+        e = self._matrix.estimates
+        wait_s = e.rest_s + self._matrix.ahead_s[:, -1] + e.late_s
+        score = np.where(able if np.count_nonzero(able) else eligible, wait_s, _INF)
         reason = "relegated: nobody can serve it in time" if request.slo else "where it waits least"
         return self._choose(workers, costs, score, 0.0, reason)
 
-    def _choose(self, workers: Sequence[WorkerView], costs: Costs, score: F8, tie: float, reason: str) -> Place:
+    def _choose(
+        self, workers: Sequence[WorkerView], costs: PlacementCosts, score: F8, tie: float, reason: str
+    ) -> Place:
         """The least score, ties in rotation: the one that has waited longest for its turn."""
         scores = score.tolist()
         limit = min(scores) + tie
         equal = [i for i, s in enumerate(scores) if s <= limit]
         best = equal[0] if len(equal) == 1 else min(equal, key=lambda i: self._rotation.last(workers[i].worker_id))
         self._rotation.took(workers[best].worker_id)
-        chosen = scores[best]
-        scores[best] = _INF
-        second = min(scores)
-        return Place(
-            workers[best].worker_id,
-            reason,
-            workers[scores.index(second)].worker_id if second < _INF else None,
-            float(costs.first_token_s[best]),
-            {
-                "score": chosen,
-                "late": float(costs.late[best]),
-                "decode": float(costs.decode[best]),
-                "kv": float(costs.kv[best]),
-                "harm": float(costs.harm[best]),
-                "decode_s": float(costs.decode_s[best]),
-            },
-        )
+        return Place(workers[best].worker_id, reason, float(costs.first_token_s[best]))
 
 
-def lone_service_s(board: Board, request: PlacementRequest, cached: F8 | float) -> F8:
-    """How long the request's prompt takes on each worker with nothing ahead of it `[W]`."""
+def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> PlacementCosts:
+    """The costs of a request on every worker of the matrix."""
+    e = matrix.estimates
+    cached = matrix.cached_tokens(request)
     left = request.prompt_tokens - cached
-    first_s = board.first_step_s + np.minimum(left, board.chunk_tokens) * board.chunk_token_s
+    position = matrix.position(request.first_token_due_s, left)
+    wait_s = e.rest_s + matrix.ahead_s[matrix.rows, position]
+    first_token_s = wait_s + _lone_service_s(matrix, left, cached)
+    decode_s = e.decode_s + e.per_kv_s * request.prompt_tokens
+    late = decode = np.zeros(len(matrix.views))
+    if request.slo is not None:
+        slack_s = request.first_token_due_s - now - first_token_s
+        late = _clip01(1.0 - slack_s / (_SOFT_SHARE * first_token_s + _SOFT_S))
+        spent = first_token_s / request.slo.ttft_s
+        decode = _ramp(decode_s / request.slo.tpot_s, _TPOT_FROM)
+        tightest_s = np.minimum(e.tightest_tpot_s, request.slo.tpot_s)
+    else:
+        whole_s = first_token_s + e.mean_output * decode_s
+        spent = whole_s / max(float(whole_s.min()), _MIN_S)
+        tightest_s = e.tightest_tpot_s
+    service_s = left * (e.per_token_s + e.per_pair_s * (cached + 0.5 * left))
+    harm = _ramp(decode_s / tightest_s, _TPOT_FROM) - decode  # what it exceeds of the others' bound beyond its own
+    harm = np.where(matrix.slack_s[matrix.rows, position] < service_s, 1.0, harm)
+    kv = _ramp((e.kv_tokens + left + e.mean_output) / e.kv_capacity, _KV_FROM)
+    return PlacementCosts(first_token_s, decode_s, late, decode, kv, harm, spent)
+
+
+def _lone_service_s(matrix: ForecastMatrix, left: F8 | float, cached: F8 | float) -> F8:
+    """Seconds `[W]` that a prompt takes on each worker with nothing ahead of it."""
+    e = matrix.estimates
+    first_s = e.first_step_s + np.minimum(left, e.chunk_tokens) * e.chunk_token_s
     pairs = left * (cached + 0.5 * left)
-    service_s: F8 = np.maximum(left * board.per_token_s, first_s) + board.per_pair_s * pairs
+    service_s: F8 = np.maximum(left * e.per_token_s, first_s) + e.per_pair_s * pairs
     return service_s
 
 
-def assess(board: Board, request: PlacementRequest, now: float, roll: float = 0.0) -> Costs:
-    """The costs of a request on every worker of the board. roll: see Prism."""
-    cached = board.cached_tokens(request)
-    left = request.prompt_tokens - cached
-    position = board.position(request.first_token_due_s, left)
-    wait_s = board.rest_s + board.ahead_s[board.rows, position]
-    if roll:
-        wait_s = np.maximum(wait_s - roll * (now - board.at_s), board.rest_s)
-    first_token_s = wait_s + lone_service_s(board, request, cached)
-    decode_s = board.decode_s + board.per_kv_s * request.prompt_tokens
-    late = decode = np.zeros(len(board.views))
-    if request.slo is not None:
-        slack_s = request.first_token_due_s - now - first_token_s
-        late = within(1.0 - slack_s / (_SOFT_SHARE * first_token_s + _SOFT_S))
-        spent = first_token_s / request.slo.ttft_s
-        decode = over(decode_s / request.slo.tpot_s, _TPOT_FROM)
-        tightest_s = np.minimum(board.tightest_tpot_s, request.slo.tpot_s)
-    else:
-        whole_s = first_token_s + board.mean_output * decode_s
-        spent = whole_s / max(float(whole_s.min()), _LEAST_S)
-        tightest_s = board.tightest_tpot_s
-    service_s = left * (board.per_token_s + board.per_pair_s * (cached + 0.5 * left))
-    harm = over(decode_s / tightest_s, _TPOT_FROM) - decode  # what it exceeds of the others' bound beyond its own
-    harm = np.where(board.slack_s[board.rows, position] < service_s, 1.0, harm)
-    kv = over((board.kv_tokens + left + board.mean_output) / board.kv_capacity, _KV_FROM)
-    return Costs(first_token_s, decode_s, late, decode, kv, harm, spent)
-
-
-def within(share: F8) -> F8:
-    """Not below 0 and not above 1."""
+def _clip01(share: F8) -> F8:
     inside: F8 = np.minimum(np.maximum(share, 0.0), 1.0)
     return inside
 
 
-def over(share: F8, begin: float) -> F8:
-    """0 up to `begin`, rising to 1 at 1."""
-    return within((share - begin) / (1.0 - begin))
+def _ramp(share: F8, begin: float) -> F8:
+    """0 up to `begin`, rising to 1 at 1, and no further."""
+    return _clip01((share - begin) / (1.0 - begin))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from nexusengine.errors import ConfigError
+from nexusengine import policy_spec
 from nexusengine.router.placement.policy import PlacementPolicy
 
 _BASELINES = "nexusengine.router.placement.baselines"
@@ -25,24 +23,10 @@ POLICIES: dict[str, str] = {
 
 
 def make_policy(spec: str) -> PlacementPolicy:
-    """`name` or `name:key=value,key=value`; values are numbers. Raises ConfigError naming what is unknown."""
-    name, _, rest = spec.partition(":")
-    if name not in POLICIES:
-        raise ConfigError(f"unknown placement policy {name!r}; known: {', '.join(sorted(POLICIES))}", param="router")
-    options: dict[str, float] = {}
-    for item in filter(None, rest.split(",")):
-        key, sep, value = item.partition("=")
-        try:
-            if not sep:
-                raise ValueError
-            options[key.strip()] = float(value)
-        except ValueError:
-            raise ConfigError(
-                f"policy option {item!r} is not of the form key=number in {spec!r}", param="router"
-            ) from None
-    module, _, attribute = POLICIES[name].partition(":")
-    try:
-        policy: PlacementPolicy = getattr(importlib.import_module(module), attribute)(**options)
-    except TypeError as error:
-        raise ConfigError(f"policy {name!r} does not take these options: {error}", param="router") from None
+    """The policy of a spec, `name` or `name:key=value,key=value`; values are numbers.
+
+    Raises:
+        ConfigError: the name or an option is not known.
+    """
+    policy: PlacementPolicy = policy_spec.make_policy(spec, POLICIES, kind="placement policy", param="router")
     return policy

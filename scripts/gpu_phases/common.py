@@ -63,7 +63,7 @@ class Setting:
         return float(np.median(took))
 
     def copy_gb_s(self) -> float:
-        """What the device copies, read and written, measured now: what shares of bandwidth are shares of."""
+        """GB/s that the device copies, read and written, measured now: shares of bandwidth are shares of this."""
         n = 2**20 if self.tiny else 2**30
         a, b = (torch.zeros(n, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * n / self.seconds(lambda: b.copy_(a)) / 1e9

@@ -14,8 +14,10 @@ from nexusengine.triton_kernels import fp8, launch
 
 
 def eight_bits(at: Setting) -> Findings:
-    """Weights by channel and by block, against float32 on the same rounded numbers; error as a share of the largest
-    result, time as a multiple of the product in the usual type."""
+    """Weights by channel and by block, against float32 on the same rounded numbers.
+
+    Error as a share of the largest result, time as a multiple of the product in the usual type.
+    """
     available, reason = launch.probe(at.device)
     if not available:
         raise Skip(f"no Triton kernels: {reason}")

@@ -1,4 +1,4 @@
-"""The phase that teaches the performance model, scores it on steps it has not seen, and writes profiles."""
+"""The phase that trains the performance model, scores it on steps it has not seen, and writes profiles."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _ROWS = 64
 
 
 def performance_model(at: Setting) -> Findings:
-    """The model learns from one grid of steps and is scored on mixed steps it has not seen. The grid's steps, each run
-    by itself, also make a profile of this device for the simulator."""
+    """The model learns from one grid of steps and is scored on mixed steps it has not seen.
+
+    The grid's steps, each run by itself, also make a profile of this device for the simulator.
+    """
     found: Findings = {}
     # (name of the model in the profile, shape, contexts of the grid, contexts held out)
     shapes = [("tiny", TINY, (64, 256), 128)] if at.tiny else [("llama-3.1-8b", LARGE, (128, 2048), 1024)]
@@ -40,22 +42,22 @@ def performance_model(at: Setting) -> Findings:
             for d, c, p, pc in product((0, 1, 2, 4) if at.tiny else (0, 1, 8, 32, 64), (short, long), chunks, (0, long))
         }
         held_out = [ProbeShape(d, between, p, between) for d in ((3,) if at.tiny else (4, 16, 48)) for p in (48, 256)]
-        taught = _measure(executor, sorted(grid, key=repr), 16 if at.tiny else 6)
+        observed = _measure(executor, sorted(grid, key=repr), 16 if at.tiny else 6)
         scored = _measure(executor, held_out, 8)
         model = make_model()
-        for run in range(max(len(times) for _, times in taught)):
-            for features, times in taught:
+        for run in range(max(len(times) for _, times in observed)):
+            for features, times in observed:
                 if run < len(times):
                     model.observe(features, times[run])
         errors = [abs(model.predict(f).mean_s / float(np.median(times)) - 1) for f, times in scored]
         if not errors:
             raise AssertionError(f"{name}: no held-out step fits the executor")
         found[name] = {
-            "taught": len(taught),
+            "observed": len(observed),
             "held_out": len(scored),
             "mape": 100 * float(np.mean(errors)),
             "aim": 5.0,
-            "profile": _profile(at, name, executor, taught),
+            "profile": _profile(at, name, executor, observed),
         }
         executor.close()
     return found
@@ -75,14 +77,14 @@ def _measure(executor: TorchExecutor, shapes: list[ProbeShape], runs: int) -> li
     return found
 
 
-def _profile(at: Setting, model: str, executor: TorchExecutor, taught: list[tuple[StepFeatures, list[float]]]) -> str:
+def _profile(at: Setting, model: str, executor: TorchExecutor, observed: list[tuple[StepFeatures, list[float]]]) -> str:
     """Where the profile was written."""
     if at.beside is None:
         return "not written: no --json"
     spec = executor.spec
     device = re.sub(r"[^a-z0-9]+", "-", spec.device_name.lower()).strip("-") or at.device.type
     path = Path(f"{at.beside.with_suffix('')}.{device}.{model}.json")
-    fit = fit_steps([f for f, times in taught for _ in times], [t for _, times in taught for t in times])
+    fit = fit_steps([f for f, times in observed for _ in times], [t for _, times in observed for t in times])
     write_profile(
         path,
         device=device,

@@ -40,8 +40,10 @@ def reference(at: Setting) -> Findings:
 
 
 def logits(at: Setting) -> Findings:
-    """Logits of every token of some prompts, in the dtype that serves, beside transformers' in float32 with the same
-    weights: mean Kullback-Leibler divergence, and the largest difference over the spread of the logits."""
+    """Logits of every token of some prompts, in the dtype that serves, beside transformers' in float32.
+
+    With the same weights: mean Kullback-Leibler divergence, and the largest difference over the spread of the logits.
+    """
     found: Findings = {}
     for name, c in _shapes(at).items():
         theirs = _theirs(at, c, at.dtype)
@@ -86,8 +88,10 @@ def own_logits(executor: TorchExecutor, prompts: list[list[int]]) -> torch.Tenso
 
 
 def continuous_batching(at: Setting) -> Findings:
-    """Output tokens a second of the engine and of transformers' continuous batching: the same prompts, dtype and
-    shape, one after the other."""
+    """Output tokens a second of the engine and of transformers' continuous batching.
+
+    The same prompts, dtype and shape, one after the other.
+    """
     users, length, tokens = (4, 24, 8) if at.tiny else (256, 256, 256)
     c = TINY if at.tiny else SMALL
     theirs = _theirs(at, c, at.dtype).to(at.dtype)

@@ -70,7 +70,7 @@ class Fuzz:
     def __init__(self, seed: int, policy: str = "prism") -> None:
         self.rng = random.Random(seed)
         expected = [wire.WorkerInfo(w, e, 0, "cpu", "m") for w, e in (("w0", "e0"), ("w1", "e1"))]
-        self.core = RouterCore(make_policy(policy), expected, epoch="r", block_names=self._names)
+        self.core = RouterCore(make_policy(policy), expected, epoch="r", block_hashes=self._names)
         self.now, self.sent, self.seq = 100.0, 0, 0
         self.open: set[str] = set()
         self.ends: Counter[str] = Counter()
@@ -185,7 +185,7 @@ class Fuzz:
             wire.Report(self.frames + 1, load(self.frames, self.now, rng), digest),
             wire.Report(self.frames + 1, load(self.frames, self.now, rng)),
             wire.WorkerDeltas(((name, (3,)),), (delta,)),
-            rng.choice([wire.Leaving("tired"), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
+            rng.choice([wire.Leaving(), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
             wire.DebugReply(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
         ])  # fmt: skip
 

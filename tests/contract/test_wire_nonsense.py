@@ -105,7 +105,7 @@ def test_a_report_that_cannot_be_true_is_refused_and_the_one_before_counts(wrong
     hear(core, wire.Report(1, GOOD_LOAD))
     with pytest.raises(wire.ProtocolError):
         hear(core, wire.Report(2, msgspec.structs.replace(GOOD_LOAD, **wrong)))
-    assert repr(core.registry.workers["w0"].load) == repr(GOOD_LOAD)  # NaN is not equal to itself
+    assert repr(core.workers.by_id["w0"].load) == repr(GOOD_LOAD)  # NaN is not equal to itself
     core.prepare(0.0)
     core.on_client(CLIENT, wire.Submit(request()), 0.0)
     assert [o.message for o in core.take() if isinstance(o.message, wire.Dispatch)] == [wire.Dispatch(1, request())]
@@ -177,7 +177,7 @@ def test_a_worker_that_this_engine_did_not_start_is_refused() -> None:
         for message in (wire.Ready(info(worker, epoch)), wire.Starting(info(worker, epoch), "loading", 0.0)):
             with pytest.raises(wire.ProtocolError, match="not started by this engine"):
                 hear(core, message, identity=identity)
-    assert list(core.registry.workers) == ["w0"]
+    assert list(core.workers.by_id) == ["w0"]
     core.on_client(CLIENT, wire.Submit(request()), 0.0)
     assert [o.identity for o in core.take() if isinstance(o.message, wire.Dispatch)] == [identity_of("w0", "e1")]
 
@@ -188,7 +188,7 @@ def test_the_process_that_replaces_a_dead_one_is_taken_and_the_dead_one_is_not()
     with pytest.raises(wire.ProtocolError):
         hear(core, wire.Ready(info()))
     hear(core, wire.Ready(info(epoch="e2")), identity=identity_of("w0", "e2"))
-    assert core.registry.workers["w0"].state is wire.WorkerState.READY
+    assert core.workers.by_id["w0"].state is wire.WorkerState.READY
 
 
 def test_an_info_that_cannot_be_true_is_refused() -> None:

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from nexusengine import wire
-from nexusengine.kv.digest import BATCHES_REPEATED, MOST_NAMES_IN_BATCH, CacheJournal, DigestSender
+from nexusengine.kv.digest import BATCHES_REPEATED, MAX_HASHES_IN_BATCH, CacheEvents, DigestSender
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import MODELS, make_model
-from nexusengine.router.placement.forecast import predictor_of
+from nexusengine.router.placement.speed import predictor_of
 
 INFO = wire.WorkerInfo("w0", "e1", 7, "cpu", "m", scheduler="lens", max_waiting=9, block_size=16)
 
@@ -46,10 +46,10 @@ def test_reports_and_infos_without_the_newer_parts_are_still_of_this_protocol() 
 
 
 def test_the_largest_digest_is_within_its_bound() -> None:
-    journal = CacheJournal(64)
-    for i in range(5 * MOST_NAMES_IN_BATCH):
-        journal.added(i.to_bytes(16, "little"), 0)
-    sender = DigestSender(journal)
+    events = CacheEvents(64)
+    for i in range(5 * MAX_HASHES_IN_BATCH):
+        events.added(i.to_bytes(16, "little"), 0)
+    sender = DigestSender(events)
     for _ in range(1 + BATCHES_REPEATED):
         digest = wire.PrefixDigest(*sender.take())
     size = len(wire.encode(wire.Report(1, wire.WorkerLoad(0), digest)))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nexusengine.config import parse_device
-from nexusengine.execute.base import ExecutorOptions, make_executor
+from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.batch import StepBatch
+from nexusengine.execute.factory import make_executor
 from nexusengine.sampling.table import SamplingTable
 from nexusengine.types import SamplingParams
 

@@ -7,7 +7,8 @@ import pytest
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import parse_device
 from nexusengine.core.engine_core import EngineCore
-from nexusengine.execute.base import ExecutorOptions, make_executor
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.perf.registry import make_model
 from nexusengine.scheduler.baselines.fcfs import FCFS

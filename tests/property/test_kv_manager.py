@@ -81,10 +81,6 @@ class Pool(RuleBasedStateMachine):
         assert hit.free_blocks == len(set(hit.blocks) - held)
         assert self.kv.free_blocks == free
 
-    @rule()
-    def forget(self) -> None:
-        self.kv.clear_prefix_cache()
-
     @invariant()
     def consistent(self) -> None:
         self.kv.check()

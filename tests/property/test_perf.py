@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from nexusengine.perf import basis
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import PerformanceModel, Predictor
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.online import OnlineModel
@@ -81,28 +80,6 @@ def test_the_online_model_rises_in_every_argument(
 
 
 @FEW
-@given(st.sampled_from(sorted(MODELS)), lessons, steps(), st.integers(0, 5000), st.integers(0, 700), st.floats(0, 0.5))
-def test_the_inverse_is_the_largest_chunk_that_fits(
-    name: str,
-    observed: list[tuple[StepFeatures, float]],
-    base: StepFeatures,
-    context: int,
-    limit: int,
-    budget_s: float,
-) -> None:
-    model = learn(make_model(name), observed)
-    q = model.max_tokens(budget_s, base, context, limit)
-    assert 0 <= q <= limit
-
-    def fits(n: int) -> bool:
-        return model.predict(joined(base, n, context)).upper_s <= budget_s
-
-    assert q == 0 or fits(q)
-    furthest = int(1.5 * model.snapshot().weights[basis.TERMS]) - base.tokens if name == "online" else limit
-    assert not any(fits(n) for n in range(q + 1, min(limit, furthest) + 1))
-
-
-@FEW
 @given(st.sampled_from(sorted(MODELS)), lessons, st.lists(steps(), min_size=1, max_size=10))
 def test_a_rebuilt_predictor_predicts_exactly_the_same(
     name: str, observed: list[tuple[StepFeatures, float]], asked: list[StepFeatures]
@@ -114,7 +91,6 @@ def test_a_rebuilt_predictor_predicts_exactly_the_same(
     assert min(snapshot.weights[: basis.TERMS if name == "online" else 2]) >= 0.0
     for step in asked:
         assert again.predict(step) == model.predict(step)
-        assert again.max_tokens(0.1, step, 100, 300) == model.max_tokens(0.1, step, 100, 300)
         if model.predict(step).mean_s > 1e-5:
             assert twice.predict(step).mean_s == pytest.approx(2 * model.predict(step).mean_s, rel=1e-9)
     assert np.array_equal(mean_of_many(again, asked), mean_of_many(model, asked))

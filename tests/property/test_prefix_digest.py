@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from nexusengine.kv.digest import (
-    MOST_NAMES_IN_BATCH,
+    MAX_HASHES_IN_BATCH,
     Batch,
-    CacheJournal,
+    CacheEvents,
     DigestSender,
     digest_stride,
     pack,
-    short_name,
-    short_names,
+    short_hash,
+    short_hashes,
     unpack,
 )
 from nexusengine.kv.manager import KVManager
@@ -35,8 +35,8 @@ class Picture(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.kv = KVManager(40, BLOCK, 4, 30)
-        self.kv.journal = CacheJournal(BLOCK)
-        self.sender = DigestSender(self.kv.journal)
+        self.kv.events = CacheEvents(BLOCK)
+        self.sender = DigestSender(self.kv.events)
         self.index = PrefixIndex()
         self.now = 0.0
         self.sent: list[tuple[int, int, tuple[Batch, ...]]] = []
@@ -48,10 +48,6 @@ class Picture(RuleBasedStateMachine):
         if self.kv.grow(slot, blocks * BLOCK):
             self.kv.commit(slot, names, blocks * BLOCK)
         self.kv.release(slot, discard=discard and family == 0)
-
-    @rule()
-    def clear(self) -> None:
-        self.kv.clear_prefix_cache()
 
     @rule(lost=st.sampled_from([False, False, True]))
     def send(self, lost: bool) -> None:
@@ -82,14 +78,14 @@ class Picture(RuleBasedStateMachine):
             self.sent.append(self.sender.take())
             while self.sent:
                 self.follow(self.sent.pop(0))
-        assert self.kv.journal is not None
-        there = {short_name(n) for n in self.kv._block_of if int.from_bytes(n[8:], "little") % STRIDE == STRIDE - 1}
-        assert self.index.names_of("w") == there
+        assert self.kv.events is not None
+        there = {short_hash(n) for n in self.kv._block_of if int.from_bytes(n[8:], "little") % STRIDE == STRIDE - 1}
+        assert all(self.index.shared([name], BLOCK) == {"w": STRIDE * BLOCK} for name in there)
         assert len(self.index) == len(there)
         for family in range(4):
             names = names_of(family, 25)
             hit = self.kv.lookup(names, 25 * BLOCK).tokens // (STRIDE * BLOCK) * (STRIDE * BLOCK)
-            believed = self.index.shared(short_names(names, BLOCK), BLOCK).get("w", 0)
+            believed = self.index.shared(short_hashes(names, BLOCK), BLOCK).get("w", 0)
             assert believed >= hit, "what is cached from the beginning on is believed to be"
         self.index.forget("w")
         assert len(self.index) == 0
@@ -110,23 +106,23 @@ def test_every_workers_share_of_a_prompt_is_found(held: dict[str, int], length: 
 
 
 def test_a_cache_larger_than_a_batch_is_told_in_several() -> None:
-    journal = CacheJournal(64)
-    sender, index = DigestSender(journal), PrefixIndex()
-    names = [i.to_bytes(16, "little") for i in range(3 * MOST_NAMES_IN_BATCH)]
+    events = CacheEvents(64)
+    sender, index = DigestSender(events), PrefixIndex()
+    names = [i.to_bytes(16, "little") for i in range(3 * MAX_HASHES_IN_BATCH)]
     for i, name in enumerate(names):
-        journal.added(name, i)
+        events.added(name, i)
     for told in (1, 2, 3, 3):
         assert index.follow("w", *sender.take(), 0.0)
-        assert len(index) == told * MOST_NAMES_IN_BATCH
+        assert len(index) == told * MAX_HASHES_IN_BATCH
     assert sender.take()[2][-1] == (b"", b"")
 
 
 def test_two_lost_messages_are_made_up_for_by_the_third_and_three_by_a_new_round() -> None:
-    journal = CacheJournal(64)
-    sender, index = DigestSender(journal), PrefixIndex()
+    events = CacheEvents(64)
+    sender, index = DigestSender(events), PrefixIndex()
     index.follow("w", *sender.take(), 0.0)
     for i in range(9):
-        journal.added(i.to_bytes(8, "little"), 0)
+        events.added(i.to_bytes(8, "little"), 0)
         message = sender.take()
         if i in (2, 5):  # of two lost batches each
             assert index.follow("w", *message, 0.0)
@@ -146,5 +142,5 @@ def test_two_lost_messages_are_made_up_for_by_the_third_and_three_by_a_new_round
 
 def test_names_survive_packing() -> None:
     assert unpack(pack([0, 1, 2**64 - 1])) == [0, 1, 2**64 - 1]
-    assert len({short_name(i.to_bytes(12, "little")) for i in range(1 << 62, (1 << 62) + 1000)}) == 1000
-    assert len({short_name(((s << 64) + 5).to_bytes(12, "little")) for s in range(1000)}) == 1000
+    assert len({short_hash(i.to_bytes(12, "little")) for i in range(1 << 62, (1 << 62) + 1000)}) == 1000
+    assert len({short_hash(((s << 64) + 5).to_bytes(12, "little")) for s in range(1000)}) == 1000

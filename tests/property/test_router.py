@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nexusengine import wire
 from nexusengine.router.core import RouterCore
 from nexusengine.router.ledger import Entry, Stage
-from nexusengine.router.placement.forecast_matrix import Board
+from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 from nexusengine.wire import identity_of
@@ -35,7 +35,7 @@ class Cluster(RuleBasedStateMachine):
         self.covered: dict[bytes, int] = {}
         self.accepted: dict[bytes, wire.Report] = {}
         self.overtaken: dict[bytes, list[wire.Report]] = {}
-        self.board = Board()
+        self.matrix = ForecastMatrix()
         self.now, self.names = 0.0, 0
         self.epochs = dict.fromkeys(WORKERS, 0)
         self.alive: set[str] = set()
@@ -169,11 +169,11 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def views_are_what_one_would_make_anew(self) -> None:
-        ledger, registry = self.core.ledger, self.core.registry
-        views = registry.views(ledger)
-        assert [v.worker_id for v in views] == list(registry.workers)
+        ledger, table = self.core.ledger, self.core.workers
+        views = table.views(ledger)
+        assert [v.worker_id for v in views] == list(table.by_id)
         for view in views:
-            worker = registry.workers[view.worker_id]
+            worker = table.by_id[view.worker_id]
             assert (view.info, view.state) == (worker.info, worker.state)
             entries = [e for e in self.all_entries() if worker.identity is not None and e.identity == worker.identity]
             entries.sort(key=lambda e: e.seq)
@@ -185,18 +185,18 @@ class Cluster(RuleBasedStateMachine):
             new = [e for e in entries if e.seq > last_dispatch_seq]
             assert view.unreported == tuple(e.placement for e in new if e.stage is Stage.DISPATCHED)
             assert view.started == tuple(e.placement for e in new if e.stage is Stage.STREAMING)
-            assert view.warming == (len(entries) >= worker.may_have)
-            if worker.breaker.barred() is not None:
-                assert view.barred == worker.breaker.barred()
+            assert view.slow_start == (len(entries) >= worker.slow_start_limit)
+            if worker.breaker.ejected() is not None:
+                assert view.ejected == worker.breaker.ejected()
             waiting = (view.load.waiting if view.load else 0) + len(view.unreported)
-            assert (view.barred is None) <= (not worker.info.max_waiting or waiting < worker.info.max_waiting)
-        again = registry.views(ledger)
+            assert (view.ejected is None) <= (not worker.info.max_waiting or waiting < worker.info.max_waiting)
+        again = table.views(ledger)
         assert all(a is b for a, b in zip(views, again, strict=True)), "unchanged views are the same objects"
-        fresh = Board()
+        fresh = ForecastMatrix()
         fresh.update(views, self.now)
-        self.board.update(views, self.now)
-        for name in ("due_s", "ahead_s", "slack_s", "takes", "warming", "longest", "count"):
-            assert np.array_equal(getattr(fresh, name), getattr(self.board, name)), name
+        self.matrix.update(views, self.now)
+        for name in ("keys", "ahead_s", "slack_s", "accepts", "slow_start", "max_tokens", "count"):
+            assert np.array_equal(getattr(fresh, name), getattr(self.matrix, name)), name
 
     def all_entries(self) -> list[Entry]:
         return [e for name in self.open if (e := self.core.ledger.get(name)) is not None]
@@ -206,7 +206,7 @@ class Cluster(RuleBasedStateMachine):
         ledger = self.core.ledger
         assert len(ledger) == len(self.open)
         assert all(name in ledger for name in self.open)
-        at_workers = sum(w.outstanding for w in self.core.registry.views(ledger))
+        at_workers = sum(w.outstanding for w in self.core.workers.views(ledger))
         assert ledger.held + at_workers == len(ledger)
 
     def teardown(self) -> None:
@@ -215,12 +215,12 @@ class Cluster(RuleBasedStateMachine):
         self.settle()
         assert len(self.core.ledger) == 0
         assert self.open == {}
-        for view in self.core.registry.views(self.core.ledger):
+        for view in self.core.workers.views(self.core.ledger):
             assert (view.outstanding, view.outstanding_tokens, view.unreported, view.started) == (0, 0, (), ())
 
 
 class PrismCluster(Cluster):
-    policy = "prism:hold=5"
+    policy = "prism"
 
 
 TestCluster = Cluster.TestCase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nexusengine.router.placement.candidates import Unprepared
+from nexusengine.router.placement.candidates import Stateless
 from nexusengine.router.placement.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.router.placement.registry import make_policy as make_router
 from nexusengine.scheduler.plan import SchedulerPolicy
@@ -84,13 +84,14 @@ def assert_nothing_left(cluster: Cluster, jobs: Sequence[Job], outcomes: Sequenc
         assert worker.engine.kv.used_blocks == 0
 
 
-class Watching(Unprepared):
+class Watching(Stateless):
     """A placement policy that keeps what it was shown."""
 
     name = "watching"
     uses_prefixes = False
 
     def __init__(self, policy: PlacementPolicy | None = None) -> None:
+        super().__init__()
         self.policy = policy or make_router("least-outstanding")
         self.seen: list[tuple[float, list[WorkerView]]] = []
 

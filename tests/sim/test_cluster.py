@@ -26,7 +26,7 @@ def run(cluster: Cluster, jobs: list[Job]) -> dict[str, Outcome]:
     return {o.job.request.request_id: o for o in cluster.run(jobs)}
 
 
-@pytest.mark.parametrize("router", ["least-outstanding", "round-robin", "prism:hold=1"])
+@pytest.mark.parametrize("router", ["least-outstanding", "round-robin", "prism"])
 @pytest.mark.parametrize("faults", [(), ("crash:0:1:0.5", "slow:1:0.5:4", "join:2:1.5")])
 @pytest.mark.parametrize(("count", "gap_s", "kv_tokens"), [(150, 0.02, 20_000), (400, 0.003, 3_000)])
 @pytest.mark.parametrize("seed", [0, 1])

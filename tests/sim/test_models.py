@@ -9,7 +9,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import rebuild
 from nexusengine.profiles.registry import load_profile
-from nexusengine.sim.models import Oracle, make_sim_model
+from nexusengine.sim.models import make_sim_model
 from tests.sim.fakes import FormulaProfile
 
 DECODES = StepFeatures(12, 12, 0, 0.0, 12 * 701)
@@ -35,19 +35,6 @@ def test_the_oracle_answers_the_profiles_mean(device: str) -> None:
     assert oracle.mean_s(*columns.T).tolist() == [oracle.predict(DECODES).mean_s, oracle.predict(MIXED).mean_s]
 
 
-def test_the_oracles_inverse_is_the_largest_chunk_that_fits() -> None:
-    oracle = Oracle(FormulaProfile())
-    q = oracle.max_tokens(0.02, DECODES, 100, 8192)
-
-    def upper_s(q: int) -> float:
-        attention = q * (100 + 0.5 * q)
-        return oracle.predict(StepFeatures(12 + q, 13, 1, attention, DECODES.decode_kv_tokens)).upper_s
-
-    assert upper_s(q) <= 0.02 < upper_s(q + 1)
-    assert oracle.max_tokens(0.001, DECODES, 100, 8192) == 0
-    assert oracle.max_tokens(10.0, DECODES, 100, 64) == 64
-
-
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_a_scaled_model_errs_by_its_factor_here_and_in_the_router(factor: float) -> None:
     profile = load_profile("rtxpro6000")
@@ -62,7 +49,6 @@ def test_a_scaled_model_errs_by_its_factor_here_and_in_the_router(factor: float)
         assert wrong.predict(f).mean_s == pytest.approx(factor * right.predict(f).mean_s)
         assert wrong.predict(f).upper_s == pytest.approx(factor * right.predict(f).upper_s)
         assert rebuild(wrong.snapshot()).predict(f).mean_s == pytest.approx(wrong.predict(f).mean_s)
-    assert wrong.max_tokens(factor * 0.05, DECODES, 0, 8192) == right.max_tokens(0.05, DECODES, 0, 8192)
 
 
 def test_what_the_oracle_shows_to_the_router_is_close_to_it() -> None:

@@ -130,8 +130,7 @@ def test_a_slow_a_crashing_and_a_joining_worker_leave_nothing_behind() -> None:
     jobs = make_jobs(rate=50.0, count=250)
     faults = ("slow:0:1:1.4", "crash:1:2:1.5", "join:3:3")
     link = LinkSettings(0.002, 0.1, loss=0.1)
-    for router in ("prism", "prism:hold=2"):
-        assert simulated((1.0, 1.0, 0.5, 1.0), router, jobs, link=link, faults=faults) > 0.6
+    assert simulated((1.0, 1.0, 0.5, 1.0), "prism", jobs, link=link, faults=faults) > 0.6
 
 
 def conversations(count: int = 30, turns: int = 5) -> list[Job]:
@@ -163,7 +162,7 @@ def test_conversations_go_back_to_where_their_beginning_is_cached() -> None:
             assert counters["prefix_prompt_tokens"] == prompts
             assert counters["prefix_hit_tokens"] == cached
             assert counters["prefix_error_tokens"] < 0.1 * cached, "hits are predicted"
-            assert cluster.core.registry.block_sizes() == {16}
+            assert cluster.core.workers.block_sizes() == {16}
     assert results["prism"][1] >= 0.9 * results["cache-aware"][1]
     assert results["prism"][0] >= results["cache-aware"][0]
     assert results["prism"][1] > 1.3 * results["least-requests"][1]

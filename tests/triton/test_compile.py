@@ -14,7 +14,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import activation, attention, fp8, launch, norm, rope, sampling  # noqa: E402
+from nexusengine.triton_kernels import (  # noqa: E402
+    activation,
+    attention,
+    decode_attention,
+    fp8,
+    launch,
+    norm,
+    prefill_attention,
+    rope,
+    sampling,
+)
 
 from .offline import Recorder  # noqa: E402
 
@@ -64,10 +74,10 @@ def compile_attention(
     q, cache = torch.zeros(40, 32, dim, dtype=dtype), torch.zeros(4, 16, 8, dim, dtype=kept)
     table, lengths, starts = (torch.zeros(n, dtype=torch.int32) for n in (8 * 64, 8, 9))
     table = table.view(8, 64)
-    attention.decode(q[:4], cache, cache, table[:4], lengths[:4], q[:4], shape, 4, 256, capability)
+    decode_attention.decode(q[:4], cache, cache, table[:4], lengths[:4], q[:4], shape, 4, 256, capability)
     if FULL:
-        attention.decode(q[:4], cache, cache, table[:4], lengths[:4], q[:4], shape, 1, 256, capability)
-    attention.prefill(q, cache, cache, table, lengths, starts, q, shape, 4, capability)
+        decode_attention.decode(q[:4], cache, cache, table[:4], lengths[:4], q[:4], shape, 1, 256, capability)
+    prefill_attention.prefill(q, cache, cache, table, lengths, starts, q, shape, 4, capability)
     assert set(record.shared) == {"_decode_kernel", "_merge_kernel", "_prefill_kernel"}
     assert max(record.shared.values()) <= launch.shared_bytes(capability), record.shared
 

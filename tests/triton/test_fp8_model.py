@@ -20,6 +20,7 @@ from nexusengine.loading.fp8 import Fp8Weight  # noqa: E402
 from nexusengine.loading.resolve import resolve_model  # noqa: E402
 from nexusengine.loading.weights import open_weights  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
+from nexusengine.models.loader import WeightLoader  # noqa: E402
 from nexusengine.triton_kernels import fp8, launch  # noqa: E402
 from tests import checkpoints  # noqa: E402
 
@@ -32,9 +33,8 @@ pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_I
 def loaded(path: Path, ops: Ops[Any], dtype: torch.dtype) -> LlamaForCausalLM:
     files = resolve_model(str(path))
     with open_weights(files) as source:
-        return LlamaForCausalLM(
-            files.config, dtype=dtype, device=torch.device("cpu"), max_positions=64, source=source, ops=ops
-        )
+        loader = WeightLoader(files.config, source, dtype=dtype, device=torch.device("cpu"), ops=ops)
+        return LlamaForCausalLM(loader, max_positions=64)
 
 
 class RoundedOps(TorchOps):
@@ -59,7 +59,8 @@ class RoundedOps(TorchOps):
 
 
 def logits(model: LlamaForCausalLM, kept: torch.dtype, backend: str = "triton") -> torch.Tensor:
-    wanted = replace(spec((4, 2), 64, model.dtype), kv_dtype=None if kept == model.dtype else kept)
+    dtype = model.norm.dtype
+    wanted = replace(spec((4, 2), 64, dtype), kv_dtype=None if kept == dtype else kept)
     meta = make_case(spec((4, 2), 64), [(1, 1), (19, 19)]).meta
     attention = backend_class(backend)(wanted)
     kv = torch.zeros(2, 2, 8, 16, 2, 64, dtype=kept)
@@ -86,9 +87,9 @@ def test_weights_stay_as_they_are_stored_and_logits_are_those_of_rounded_activat
             assert isinstance(linear, Fp8Linear)
             assert linear.weight.dtype == torch.float8_e4m3fn
             assert linear.blocks == ("block" in layout)
-    assert kept.unkept == []
+    assert kept.weights.unkept == []
     assert type(kept.head) is not Fp8Linear
-    assert kept.weights_bytes < 0.6 * 2 * sum(t.numel() for t in numbers.values())
+    assert kept.weights.total_bytes < 0.6 * 2 * sum(t.numel() for t in numbers.values())
     path = checkpoints.write(tmp_path / "plain", numbers)
     rounded = logits(loaded(path, RoundedOps(128 if "block" in layout else 4096), torch.float32), torch.float32)
     plain = logits(loaded(path, TorchOps(1e-5), torch.float32), torch.float32)
@@ -142,6 +143,6 @@ def test_maps_whose_shapes_have_no_product_are_dequantised_and_named(tmp_path: P
         tensors[f"{name}.weight_scale_inv"] = scale.repeat_interleave(2, 0).repeat_interleave(2, 1)
     path = checkpoints.write(tmp_path, tensors, quantization | {"weight_block_size": [64, 64]})
     model = loaded(path, TritonOps(1e-5, fp8=True), torch.float32)
-    assert model.unkept == checkpoints.projections()
+    assert model.weights.unkept == checkpoints.projections()
     expected = numbers["model.layers.0.self_attn.o_proj.weight"]
     assert torch.equal(model.layers[0].output.weight, expected)

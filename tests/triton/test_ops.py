@@ -15,6 +15,7 @@ from nexusengine.layers.rotary import RotaryEmbedding  # noqa: E402
 from nexusengine.layers.triton_ops import TritonOps  # noqa: E402
 from nexusengine.model_config import ModelConfig  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
+from nexusengine.models.loader import WeightLoader  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
 
 from ..attention_cases import BATCHES, make_case  # noqa: E402
@@ -86,8 +87,8 @@ def test_rotation_and_store(heads: tuple[int, int, int], dtype: torch.dtype) -> 
     caches, rotated = {}, {}
     for table in (TritonOps(EPS), TorchOps(EPS)):
         cache = torch.full((2, 10, 4, kv_count, dim), torch.nan, dtype=dtype)
-        angles, attention = table.angles(rotary, positions), backend_class("sdpa")(spec)
-        q = table.rotate_and_store(qkv.clone(), angles, attention, cache[0], cache[1], meta, heads)
+        rope_table, attention = table.rope_table(rotary, positions), backend_class("sdpa")(spec)
+        q = table.rotate_and_store(qkv.clone(), rope_table, attention, cache[0], cache[1], meta, heads)
         rotated[table.name], caches[table.name] = q, cache
     assert close(rotated["triton"], rotated["torch"])
     caches["torch"][:, 0] = torch.nan  # torch's way with a token that is skipped: the null block takes it
@@ -106,7 +107,8 @@ def test_a_model_computes_the_same_with_either_table_and_backend(dtype: torch.dt
     )
     found = {}
     for ops, name in ((TorchOps(EPS), "sdpa"), (TritonOps(EPS), "triton")):
-        model = LlamaForCausalLM(config, dtype=dtype, device=CPU, max_positions=256, source=None, seed=3, ops=ops)
+        loader = WeightLoader(config, None, dtype=dtype, device=CPU, seed=3, ops=ops)
+        model = LlamaForCausalLM(loader, max_positions=256)
         kv = torch.stack([torch.stack([case.k_cache, case.v_cache])] * 2, dim=1).clone()
         attention = backend_class(name)(spec)
         attention.plan(case.meta)

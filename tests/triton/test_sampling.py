@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
-from nexusengine.sampling.sampler import SamplingRows, _sample_by_torch, sample  # noqa: E402
+from nexusengine.sampling.sampler import _sample_by_torch, sample  # noqa: E402
+from nexusengine.sampling.table import SamplingRows  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
 
 from ..unit.test_sampling import CASES, rows  # noqa: E402
@@ -51,7 +52,7 @@ def test_rows_of_all_kinds_go_together() -> None:
     found, _ = sample(logits, columns)
     assert [found[i].item() for i in (5, 7, 8)] == [-1, -1, -1]
     for i in range(0, n, 5):
-        alone = SamplingRows(*(getattr(columns, name)[i : i + 1] for name in SamplingRows.__slots__))
+        alone = columns.gather(np.array([i]))
         assert sample(logits[i : i + 1], alone)[0].item() == found[i].item()
 
 

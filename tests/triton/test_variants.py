@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import attention, launch, rope  # noqa: E402
+from nexusengine.triton_kernels import attention, decode_attention, launch, prefill_attention, rope  # noqa: E402
 
 from .offline import Recorder  # noqa: E402
 
@@ -33,7 +33,7 @@ def test_decodes_of_any_batch_are_one_program_and_one_that_merges(recorder: Reco
     for rows, columns, splits, at in [(1, 1, 2, 0), (2, 17, 16, 1), (16, 16, 3, 4), (7, 40, 32, 3), (33, 65, 5, 2)]:
         q = torch.zeros(rows, 48, 128, dtype=torch.bfloat16)[:, :32]
         table, lengths = integers(rows * columns, at).view(rows, columns), integers(rows, at)
-        attention.decode(q, CACHE, CACHE, table, lengths, q[:, :32].clone(), shape, splits, 256, CAPABILITY)
+        decode_attention.decode(q, CACHE, CACHE, table, lengths, q[:, :32].clone(), shape, splits, 256, CAPABILITY)
     assert {name: len(found) for name, found in recorder.variants.items()} == {"_decode_kernel": 1, "_merge_kernel": 1}
 
 
@@ -46,7 +46,7 @@ def test_prompts_of_any_batch_are_one_program(recorder: Recorder) -> None:
             integers(rows, at),
             integers(rows + 1, at),
         )
-        attention.prefill(q, CACHE, CACHE, table, lengths, starts, q.clone(), shape, first, CAPABILITY)
+        prefill_attention.prefill(q, CACHE, CACHE, table, lengths, starts, q.clone(), shape, first, CAPABILITY)
     assert {name: len(found) for name, found in recorder.variants.items()} == {"_prefill_kernel": 1}
 
 

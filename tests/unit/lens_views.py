@@ -6,7 +6,6 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.inverse import joined, largest
 from nexusengine.perf.model import StepTime
 from nexusengine.scheduler.view import EngineView, RequestColumns
 from nexusengine.wire import PerfSnapshot
@@ -36,9 +35,6 @@ class Straight:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         s: F8 = 0.005 + 20e-6 * tokens + 1e-9 * prefill_attention + 40e-9 * decode_kv_tokens
         return s + self.extra_s * (prefills > 0)
-
-    def max_tokens(self, budget_s: float, base: StepFeatures, context: int, limit: int) -> int:
-        return largest(lambda q: self.predict(joined(base, q, context)).upper_s <= budget_s, limit)
 
     def observe(self, features: StepFeatures, seconds: float) -> None: ...
 

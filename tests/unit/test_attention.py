@@ -15,8 +15,11 @@ from nexusengine.attention.registry import backend_class, choose  # noqa: E402
 from nexusengine.errors import ConfigError  # noqa: E402
 
 from ..attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case  # noqa: E402
+from ..support.pairwise import pairwise  # noqa: E402
 
 NAMES = ("sdpa", "cpu", "triton")
+DIMS = [64, 80, 128, 256]
+SPLIT_TOO = {**BATCHES, "split": [(1, 300), (1, 40), (30, 90)]}
 
 
 def usable(name: str, spec: AttentionSpec) -> None:
@@ -33,17 +36,12 @@ def usable(name: str, spec: AttentionSpec) -> None:
         pytest.skip(f"{name}: {reason}")
 
 
-@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize(("batch", "dim", "heads", "block_size"), pairwise([*BATCHES], DIMS, [*HEADS], [1, 16]))
 @pytest.mark.parametrize("name", NAMES)
-def test_a_backend_computes_attention(
-    name: str, block_size: int, heads: tuple[int, int], dim: int, rows: list[tuple[int, int]]
-) -> None:
-    spec = AttentionSpec(*heads, dim, torch.float32, torch.device("cpu"), block_size, dim**-0.5)
+def test_a_backend_computes_attention(name: str, block_size: int, heads: str, dim: int, batch: str) -> None:
+    spec = AttentionSpec(*HEADS[heads], dim, torch.float32, torch.device("cpu"), block_size, dim**-0.5)
     usable(name, spec)
-    assert difference(backend_class(name)(spec), make_case(spec, rows)) < TOLERANCE[spec.dtype]
+    assert difference(backend_class(name)(spec), make_case(spec, BATCHES[batch])) < TOLERANCE[spec.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -64,18 +62,18 @@ def test_windows_and_soft_caps(name: str, window: int | None, soft_cap: float | 
     assert difference(backend_class(name)(spec), make_case(spec, rows)) < TOLERANCE[spec.dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [*BATCHES.values(), [(1, 300), (1, 40), (30, 90)]], ids=[*BATCHES, "split"])
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("batch", "dim", "dtype"), pairwise([*SPLIT_TOO], [64, 80, 128], [torch.float32, torch.bfloat16])
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_over_k_and_v_of_8_bits(name: str, dim: int, rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
+def test_attention_over_k_and_v_of_8_bits(name: str, dim: int, batch: str, dtype: torch.dtype) -> None:
     spec = AttentionSpec(8, 2, dim, dtype, torch.device("cpu"), 16, dim**-0.5, kv_dtype=FP8)
     if not backend_class(name).caps().fp8_cache:
         with pytest.raises(ConfigError, match=r"keep K and V in 8 bits here \(cpu: .*kv_cache_dtype at auto"):
             choose(spec, name)
         return
     usable(name, spec)
-    assert difference(backend_class(name)(spec), make_case(spec, rows)) < TOLERANCE[dtype]
+    assert difference(backend_class(name)(spec), make_case(spec, SPLIT_TOO[batch])) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "triton"])

@@ -18,6 +18,7 @@ from nexusengine.errors import ConfigError  # noqa: E402
 
 from ..attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case  # noqa: E402
 from ..attention_standins import MODULES, install, torch_varlen_out  # noqa: E402
+from ..support.pairwise import pairwise  # noqa: E402
 
 ADAPTERS = tuple(MODULES)
 
@@ -40,16 +41,17 @@ def edges(size: int) -> list[tuple[int, int]]:
     return [(1, size - 1), (1, size), (1, size + 1), (3, 2 * size), (size + 1, size + 1), (2, size + 1)]
 
 
-@pytest.mark.parametrize("rows", [*BATCHES.values(), None], ids=[*BATCHES, "around the backend's own block edges"])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+OWN_EDGES = "around the backend's own block edges"
+
+
+@pytest.mark.parametrize(("batch", "dim", "heads"), pairwise([*BATCHES, OWN_EDGES], [64, 80, 128, 256], [*HEADS]))
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_computes_attention(
-    monkeypatch: pytest.MonkeyPatch, name: str, heads: tuple[int, int], dim: int, rows: list[tuple[int, int]] | None
+    monkeypatch: pytest.MonkeyPatch, name: str, heads: str, dim: int, batch: str
 ) -> None:
     install(name, monkeypatch)
-    spec = made(name, heads, dim)
-    case = make_case(spec, rows or edges(spec.block_size))
+    spec = made(name, HEADS[heads], dim)
+    case = make_case(spec, BATCHES.get(batch) or edges(spec.block_size))
     assert difference(backend_class(name)(spec), case) < TOLERANCE[spec.dtype]
 
 

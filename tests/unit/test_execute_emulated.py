@@ -10,9 +10,10 @@ import pytest
 from nexusengine.config import parse_device
 from nexusengine.errors import ConfigError
 from nexusengine.execute import emulated
-from nexusengine.execute.base import ExecutorOptions, make_executor
+from nexusengine.execute.base import ExecutorOptions
 from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.emulated import EmulatedExecutor
+from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.profiles.registry import load_profile
 from nexusengine.sampling.table import SamplingTable

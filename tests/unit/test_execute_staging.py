@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from nexusengine.clock import MonotonicClock  # noqa: E402
 from nexusengine.core.engine_core import EngineCore  # noqa: E402
-from nexusengine.execute.ledger import MemoryLedger, graph_budget_bytes  # noqa: E402
+from nexusengine.execute.memory import DeviceMemory, MemoryPlan, graph_budget_bytes  # noqa: E402
 from nexusengine.execute.staging import Staging  # noqa: E402
 from nexusengine.perf.registry import make_model  # noqa: E402
 from nexusengine.scheduler.baselines.fcfs import FCFS  # noqa: E402
@@ -102,9 +102,10 @@ def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
     assert answers[0] == answers[1]
 
 
-def test_a_ledger_accounts_for_every_byte() -> None:
-    ledger = MemoryLedger(total=1000, weights=300, activations=50, graphs=20, kv=500, reserve=100)
-    assert ledger.unused == 30
-    assert sum(ledger.as_dict().values()) - ledger.total == ledger.total
+def test_a_memory_plan_accounts_for_every_byte() -> None:
+    memory = DeviceMemory(total=1000, weights=300, free=530, default_kv=530, activations=50, graphs=20, reserve=100)
+    plan = MemoryPlan(memory, kv=500, num_blocks=5, max_model_len=64)
+    assert plan.parts()["unused"] == 30
+    assert sum(plan.parts().values()) == memory.total
     assert graph_budget_bytes(80 * 10**9) == 2 * 2**30
     assert graph_budget_bytes(2**30) == 2**25

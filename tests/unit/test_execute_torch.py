@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from nexusengine import native  # noqa: E402
 from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ConfigError, ModelLoadError  # noqa: E402
-from nexusengine.execute import torch_executor  # noqa: E402
+from nexusengine.execute import load, memory  # noqa: E402
 from nexusengine.execute.base import ExecutorOptions  # noqa: E402
 from nexusengine.execute.batch import StepBatch, StepResult  # noqa: E402
 from nexusengine.execute.memory import largest_step  # noqa: E402
@@ -192,7 +192,7 @@ def test_cpu_with_a_number_runs_on_so_many_threads() -> None:
 def test_cpu_without_a_number_takes_no_more_threads_than_its_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch_executor, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(load, "usable_cpus", lambda: 2)
     try:
         torch.set_num_threads(4)
         made(device="cpu")
@@ -223,7 +223,7 @@ def test_a_setting_that_cannot_be_met_is_named(changes: dict[str, object], words
 
 
 def test_a_kv_cache_larger_than_free_memory_is_refused_before_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_executor, "available_bytes", lambda: 5000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 5000)
     with pytest.raises(ConfigError, match=r"KV cache of \d+ bytes.*only 5000 bytes are free on cpu"):
         made()
 

@@ -13,7 +13,8 @@ from nexusengine.attention.base import AttentionSpec  # noqa: E402
 from nexusengine.attention.registry import backend_class  # noqa: E402
 from nexusengine.config import parse_device  # noqa: E402
 from nexusengine.errors import ModelLoadError  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions, make_executor  # noqa: E402
+from nexusengine.execute.base import ExecutorOptions  # noqa: E402
+from nexusengine.execute.factory import make_executor  # noqa: E402
 from nexusengine.layers.ops import TorchOps  # noqa: E402
 from nexusengine.layers.packed import PackedMaps, check  # noqa: E402
 from nexusengine.loading.packed import PackedWeight  # noqa: E402
@@ -21,6 +22,7 @@ from nexusengine.loading.resolve import resolve_model  # noqa: E402
 from nexusengine.loading.weights import open_weights  # noqa: E402
 from nexusengine.model_config import StoredWeights  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
+from nexusengine.models.loader import WeightLoader  # noqa: E402
 from tests import checkpoints, gptqmodel_standin  # noqa: E402
 from tests.attention_cases import make_case  # noqa: E402
 
@@ -36,15 +38,8 @@ def loaded(path: Path, packed: bool, scaled_kv: bool = False) -> LlamaForCausalL
     files = resolve_model(str(path))
     ops = TorchOps(1e-5, PackedMaps(torch.float32, CPU) if packed else None)
     with open_weights(files) as source:
-        return LlamaForCausalLM(
-            files.config,
-            dtype=torch.float32,
-            device=CPU,
-            max_positions=64,
-            source=source,
-            ops=ops,
-            scaled_kv=scaled_kv,
-        )
+        loader = WeightLoader(files.config, source, dtype=torch.float32, device=CPU, ops=ops, scaled_kv=scaled_kv)
+        return LlamaForCausalLM(loader, max_positions=64)
 
 
 def logits(model: LlamaForCausalLM) -> torch.Tensor:
@@ -87,10 +82,10 @@ def test_a_packed_model_computes_what_its_numbers_do(
         gptqmodel_standin.GptqLinear if layout == "gptq" else gptqmodel_standin.AwqLinear
     ] * 3
     assert model.layers[0].qkv.modules[0].made_of == (layout == "gptq", False)
-    assert model.unkept == []
+    assert model.weights.unkept == []
     linear = sum(numbers[f"{name}.weight"].numel() for name in checkpoints.projections())
-    rest = plain.weights_bytes - 4 * linear
-    assert linear / 2 < model.weights_bytes - rest < linear
+    rest = plain.weights.total_bytes - 4 * linear
+    assert linear / 2 < model.weights.total_bytes - rest < linear
 
 
 @pytest.mark.parametrize("layout", checkpoints.PACKED_LAYOUTS)

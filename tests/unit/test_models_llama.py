@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from nexusengine.errors import ModelLoadError  # noqa: E402
 from nexusengine.model_config import ModelConfig  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
+from nexusengine.models.loader import WeightLoader  # noqa: E402
 
 CONFIG = ModelConfig("LlamaForCausalLM", 23, 16, 24, 2, 4, 2, 4, 32, 1e-6, 10_000.0, tie_embeddings=True)
 
@@ -55,14 +56,9 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 
 def load(tensors: dict[str, torch.Tensor] | None, config: ModelConfig = CONFIG, seed: int = 0) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        config,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        max_positions=32,
-        source=None if tensors is None else Tensors(tensors),
-        seed=seed,
-    )
+    source = None if tensors is None else Tensors(tensors)
+    loader = WeightLoader(config, source, dtype=torch.float32, device=torch.device("cpu"), seed=seed)
+    return LlamaForCausalLM(loader, max_positions=32)
 
 
 def test_every_tensor_ends_up_where_it_belongs() -> None:
@@ -71,7 +67,7 @@ def test_every_tensor_ends_up_where_it_belongs() -> None:
     layer, name = model.layers[1], "model.layers.1.self_attn"
     assert torch.equal(layer.qkv.weight, torch.cat([tensors[f"{name}.{p}_proj.weight"] for p in "qkv"]))
     assert torch.equal(layer.gate_up.weight[24:], tensors["model.layers.1.mlp.up_proj.weight"])
-    assert model.weights_bytes == 4 * sum(t.numel() for t in tensors.values())
+    assert model.weights.total_bytes == 4 * sum(t.numel() for t in tensors.values())
 
 
 def test_tied_embeddings_are_one_where_the_file_repeats_them() -> None:

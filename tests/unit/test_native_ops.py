@@ -104,8 +104,8 @@ def test_rotation_and_store(ops: NativeOps, heads: tuple[int, int, int]) -> None
     rotated = {}
     for name, (table, cache) in names.items():
         spec = AttentionSpec(count, kv_count, dim, torch.float32, torch.device("cpu"), 4, 1.0)
-        attention, angles = backend_class(name)(spec), table.angles(rotary, positions)
-        rotated[name] = table.rotate_and_store(qkv.clone(), angles, attention, cache[0], cache[1], meta, heads)
+        attention, rope_table = backend_class(name)(spec), table.rope_table(rotary, positions)
+        rotated[name] = table.rotate_and_store(qkv.clone(), rope_table, attention, cache[0], cache[1], meta, heads)
     assert close(rotated["cpu"], rotated["sdpa"])
     expected[:, 0, 0] = torch.nan  # torch's way with a token that is skipped: the null block takes it
     assert torch.equal(found.isnan(), expected.isnan())

@@ -247,16 +247,6 @@ def test_the_length_of_whole_prompts_does_not_pass_for_a_bend_in_their_tokens() 
     assert abs(error(model, long, device)) < 0.15
 
 
-def test_no_chunk_is_offered_that_makes_a_step_half_as_large_again_as_the_largest_seen() -> None:
-    model = taught(300)
-    empty = StepFeatures(0, 0)
-    assert model.max_tokens(1e6, empty, 0, 100_000) == 768
-    assert model.max_tokens(1e6, DECODES, 0, 100_000) == 752
-    model.observe(StepFeatures(768, 1, 1, 768 * 384.0, 0), 0.1)
-    assert model.max_tokens(1e6, empty, 0, 100_000) == 1152
-    assert model.max_tokens(1e6, StepFeatures(2000, 2000), 0, 10) == 0
-
-
 # ---- priors ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,16 +20,16 @@ def opened(now: float = 0.0) -> Breaker:
 def probe(breaker: Breaker, now: float, answer: Answer) -> None:
     breaker.refresh(now)
     assert breaker.half_open
-    assert breaker.barred() is None
+    assert breaker.ejected() is None
     breaker.probing = True
-    assert breaker.barred() == "its probe is under way"
+    assert breaker.ejected() == "its probe is under way"
     breaker.answered(answer, now, probe=True)
 
 
 @pytest.mark.parametrize("code", sorted(ERROR_TABLE))
 def test_only_5xx_answers_other_than_backpressure_are_faults(code: str) -> None:
     status = ERROR_TABLE[code].http_status
-    expected = {429: BACKPRESSURE, 503: BACKPRESSURE, 504: Answer.NOTHING}.get(status)
+    expected = {429: BACKPRESSURE, 503: BACKPRESSURE, 504: Answer.IGNORED}.get(status)
     assert classify(code) is (expected or (SUCCESS if status < 500 else FAULT))
 
 
@@ -44,17 +44,17 @@ def test_it_opens_after_faults_in_a_row_and_not_before() -> None:
         for _ in range(FAULTS_TO_OPEN - 1):
             breaker.answered(FAULT, 0.0)
         breaker.answered(SUCCESS, 0.0)
-    assert breaker.barred() is None
-    assert opened().barred() == f"it failed {FAULTS_TO_OPEN} requests in a row"
+    assert breaker.ejected() is None
+    assert opened().ejected() == f"it failed {FAULTS_TO_OPEN} requests in a row"
 
 
-@pytest.mark.parametrize("answer", [BACKPRESSURE, SUCCESS, Answer.NOTHING])
+@pytest.mark.parametrize("answer", [BACKPRESSURE, SUCCESS, Answer.IGNORED])
 def test_nothing_but_faults_opens_it(answer: Answer) -> None:
     breaker = Breaker()
     for n in range(1000):
         breaker.answered(answer, float(n))
         breaker.refresh(float(n))
-    assert breaker.barred() is None
+    assert breaker.ejected() is None
     assert not breaker.half_open
 
 
@@ -62,9 +62,9 @@ def test_while_open_it_lets_nothing_through_until_its_time_is_over() -> None:
     breaker = opened()
     breaker.refresh(FIRST_OPEN_S - 0.01)
     breaker.answered(SUCCESS, 0.5)  # of a request from before
-    assert breaker.barred() is not None
+    assert breaker.ejected() is not None
     probe(breaker, FIRST_OPEN_S, SUCCESS)
-    assert breaker.barred() is None
+    assert breaker.ejected() is None
     assert not breaker.half_open
 
 
@@ -79,12 +79,12 @@ def test_a_probe_that_fails_opens_it_for_twice_as_long_up_to_a_limit() -> None:
     probe(breaker, now, SUCCESS)
     for _ in range(FAULTS_TO_OPEN - 1):
         breaker.answered(FAULT, now)
-    assert breaker.barred() is None, "a success forgets what was before"
+    assert breaker.ejected() is None, "a success forgets what was before"
 
 
-@pytest.mark.parametrize("answer", [BACKPRESSURE, Answer.NOTHING])
+@pytest.mark.parametrize("answer", [BACKPRESSURE, Answer.IGNORED])
 def test_a_probe_that_tells_nothing_is_followed_by_another(answer: Answer) -> None:
     breaker = opened()
     probe(breaker, FIRST_OPEN_S, answer)
     assert breaker.half_open
-    assert breaker.barred() is None
+    assert breaker.ejected() is None

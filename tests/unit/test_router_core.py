@@ -7,12 +7,11 @@ import pytest
 
 from nexusengine import wire
 from nexusengine.errors import ConfigError
-from nexusengine.kv.digest import pack, short_names
+from nexusengine.kv.digest import pack, short_hashes
 from nexusengine.router.breaker import FAULTS_TO_OPEN
 from nexusengine.router.core import RouterCore
-from nexusengine.router.placement.baselines import LeastRequests
 from nexusengine.router.placement.registry import make_policy
-from nexusengine.router.workers import WARMING_REQUESTS
+from nexusengine.router.workers import SLOW_START_REQUESTS
 from nexusengine.types import SLO, EngineRequest, SamplingParams, Timings, TokenDelta
 from nexusengine.wire import identity_of
 
@@ -26,8 +25,8 @@ def info(worker: str, epoch: str = "e1", longest: int = 1000) -> wire.WorkerInfo
 class Router:
     """A core with its outgoing messages sorted by receiver."""
 
-    def __init__(self, *workers: str, **options: int) -> None:
-        self.core = RouterCore(LeastRequests(), [info(w, "") for w in workers], epoch="r", **options)
+    def __init__(self, *workers: str, policy: str = "least-requests", **options: int) -> None:
+        self.core = RouterCore(make_policy(policy), [info(w, "") for w in workers], epoch="r", **options)
         self.now = 0.0
 
     def ready(self, worker: str, epoch: str = "e1") -> None:
@@ -220,7 +219,7 @@ def test_silence_while_the_router_itself_did_not_run_is_nobodys_fault() -> None:
     router.core.paused(40.0)
     router.core.on_timer(41.0)
     assert router.sent() == {}
-    assert router.core.registry.workers["w0"].state is wire.WorkerState.READY
+    assert router.core.workers.by_id["w0"].state is wire.WorkerState.READY
     assert len(router.core.ledger) == 1
 
 
@@ -318,7 +317,7 @@ def test_a_worker_without_progress_gets_no_new_requests_until_it_moves_again(sil
     if not silent:
         router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, stuck), 6.0)
     router.core.on_timer(6.0)
-    assert router.core.registry.workers["w0"].state is wire.WorkerState.STALLED
+    assert router.core.workers.by_id["w0"].state is wire.WorkerState.STALLED
     router.submit("a")
     assert router.dispatched() == {}
     router.core.on_worker(identity_of("w0", "e1"), wire.Report(2, wire.WorkerLoad(0)), 6.5)
@@ -332,7 +331,7 @@ def test_a_worker_that_is_silent_for_very_long_counts_as_gone() -> None:
     router.submit("a")
     router.core.on_client(CLIENT, wire.Hello(), 31.0)
     router.core.on_timer(31.0)
-    assert router.core.registry.workers["w0"].state is wire.WorkerState.GONE
+    assert router.core.workers.by_id["w0"].state is wire.WorkerState.GONE
     assert router.core.ledger.held == 1
 
 
@@ -342,7 +341,7 @@ def test_reports_that_are_overtaken_are_dropped() -> None:
     identity = identity_of("w0", "e1")
     for seq, last_dispatch_seq in ((2, 9), (1, 5)):
         router.core.on_worker(identity, wire.Report(seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
-    load = router.core.registry.workers["w0"].load
+    load = router.core.workers.by_id["w0"].load
     assert load is not None
     assert load.last_dispatch_seq == 9
 
@@ -353,7 +352,7 @@ def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
     for name in "abc":
         router.submit(name)
     router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
-    (view,) = router.core.registry.views(router.core.ledger)
+    (view,) = router.core.workers.views(router.core.ledger)
     assert (view.outstanding, [p.request_id for p in view.unreported]) == (3, ["c"])
 
 
@@ -477,7 +476,7 @@ def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
     for name in "bc":
         router.submit(name)
     assert router.dispatched() == {"b": "w1", "c": "w1"}
-    assert router.core.registry.workers["w0"].state is wire.WorkerState.DRAINING
+    assert router.core.workers.by_id["w0"].state is wire.WorkerState.DRAINING
     router.deltas("w0", TokenDelta("a", (1,), finish_reason="stop"))
     assert router.finals() == {"a": "stop"}
     assert not router.core.drain_worker("w9")
@@ -500,7 +499,7 @@ def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None
     router.ready("w1")
     for n in range(20):
         router.submit(f"b{n}")
-    assert list(router.dispatched().values()).count("w1") == WARMING_REQUESTS
+    assert list(router.dispatched().values()).count("w1") == SLOW_START_REQUESTS
     router.now = 31.0
     for worker in ("w0", "w1"):
         router.core.on_worker(identity_of(worker, "e1"), wire.Report(2, wire.WorkerLoad(60)), 31.0)
@@ -536,23 +535,8 @@ def test_held_requests_are_placed_by_when_they_are_due() -> None:
     assert list(router.dispatched()) == ["soon", "late", "none"]
 
 
-def test_every_decision_is_in_the_trace_newest_first() -> None:
-    router = Router("w0")
-    router.submit("a")
-    for _ in range(5):
-        router.core.on_timer(0.5)
-    router.ready("w0")
-    router.submit("b")
-    told = [p.as_dict() for p in router.core.trace.newest()]
-    assert [(t["request_id"], t["decision"]) for t in told] == [("b", "place"), ("a", "place"), ("a", "hold")]
-    assert told[0]["worker"] == "w0"
-    assert told[2]["reason"] == "no worker is ready"
-    assert [t.request.request_id for t in router.core.trace.newest(request_id="a")] == ["a", "a"]
-
-
 def test_predicted_and_actual_first_tokens_are_counted() -> None:
-    router = Router("w0")
-    router.core.policy = make_policy("prism")
+    router = Router("w0", policy="prism")
     router.ready("w0")
     router.submit("a")
     router.now = 0.75
@@ -584,7 +568,7 @@ def names(request: EngineRequest, block_size: int) -> list[bytes]:
 
 def with_prefixes(policy: str, *workers: str) -> Router:
     router = Router()
-    router.core = RouterCore(make_policy(policy), [], epoch="r", block_names=names)
+    router.core = RouterCore(make_policy(policy), [], epoch="r", block_hashes=names)
     for w in workers:
         who = msgspec.structs.replace(info(w, longest=100_000), block_size=16)
         router.core.on_worker(identity_of(w, "e1"), wire.Ready(who), 0.0)
@@ -593,7 +577,7 @@ def with_prefixes(policy: str, *workers: str) -> Router:
 
 def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: int = 1, digest_seq: int = 0) -> None:
     request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
-    packed = pack(short_names(names(request, 16), 16))
+    packed = pack(short_hashes(names(request, 16), 16))
     digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
     report = wire.Report(seq, wire.WorkerLoad(0), digest)
     router.core.on_worker(identity_of(worker, "e1"), report, router.now)

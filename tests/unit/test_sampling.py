@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
-from nexusengine.sampling.sampler import SamplingRows, sample  # noqa: E402
+from nexusengine.sampling.sampler import sample  # noqa: E402
+from nexusengine.sampling.table import SamplingRows  # noqa: E402
 
 
 def rows(n: int, **columns: float | list[float] | np.ndarray) -> SamplingRows:
@@ -84,9 +85,7 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     )
     together, _ = sample(logits, columns)
     for i in range(6):
-        alone, _ = sample(
-            logits[i : i + 1], SamplingRows(*(getattr(columns, f)[i : i + 1] for f in SamplingRows.__slots__))
-        )
+        alone, _ = sample(logits[i : i + 1], columns.gather(np.array([i])))
         assert alone.item() == together[i].item()
     same = logits[:1].expand(300, -1).contiguous()
     assert len(set(sample(same, rows(300, seed=np.arange(300)))[0].tolist())) > 50

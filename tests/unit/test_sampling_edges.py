@@ -9,7 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from nexusengine.sampling import sampler  # noqa: E402
 from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
 from nexusengine.sampling.sampler import sample  # noqa: E402
 
@@ -84,7 +83,7 @@ def test_whether_a_neighbour_needs_the_whole_vocabulary_changes_nothing() -> Non
     logits = torch.randn(2, 3000)
     logits[1] *= 0.01
     pair = rows(2, top_p=[0.5, 0.99], seed=[7, 8])
-    alone = [sample(logits[i : i + 1], sampler._take(pair, np.array([i])))[0].item() for i in range(2)]
+    alone = [sample(logits[i : i + 1], pair.gather(np.array([i])))[0].item() for i in range(2)]
     assert sample(logits, pair)[0].tolist() == alone
 
 

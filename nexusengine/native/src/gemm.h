@@ -22,18 +22,18 @@ template <int ROWS, int PANELS>
 static void multiply(const float* tile, int64_t k, const float* first, const float* second, float* sums, bool add) {
     constexpr int N = PANELS * PANEL_VECTORS;
     vf acc[ROWS][N];
-    each<ROWS>(EACH(r) { each<N>(EACH(v) { acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{}; }); });
+    unroll<ROWS>(EACH(r) { unroll<N>(EACH(v) { acc[r][v] = add ? load(sums + r * 2 * PANEL + v * W) : vf{}; }); });
     for (int64_t i = 0; i < k; ++i) {
         vf b[N];
-        each<N>(EACH(v) {
+        unroll<N>(EACH(v) {
             b[v] = v < PANEL_VECTORS ? load(first + i * PANEL + v * W) : load(second + i * PANEL + (v - PANEL_VECTORS) * W);
         });
-        each<ROWS>(EACH(r) {
+        unroll<ROWS>(EACH(r) {
             const vf x = splat(tile[i * ROWS + r]);
-            each<N>(EACH(v) { acc[r][v] += x * b[v]; });
+            unroll<N>(EACH(v) { acc[r][v] += x * b[v]; });
         });
     }
-    each<ROWS>(EACH(r) { each<N>(EACH(v) { store(sums + r * 2 * PANEL + v * W, acc[r][v]); }); });
+    unroll<ROWS>(EACH(r) { unroll<N>(EACH(v) { store(sums + r * 2 * PANEL + v * W, acc[r][v]); }); });
 }
 
 typedef void (*Multiply)(const float*, int64_t, const float*, const float*, float*, bool);
@@ -157,7 +157,7 @@ static void linear_task(const NexLinear& op, const Tiles& tiles, const float* co
 }
 
 // How many tasks of `bytes` of weights are claimed at a time: with few rows the weights' bytes are the work.
-static int64_t together_of(int64_t tasks, int64_t bytes, int64_t rows, int threads) {
+static int64_t claim_batch(int64_t tasks, int64_t bytes, int64_t rows, int threads) {
     const int64_t most = tasks / (4 * threads), enough = CLAIM_BYTES / (bytes * rows);
     const int64_t fewer = most < enough ? most : enough;
     return fewer > 1 ? fewer : 1;
@@ -175,7 +175,7 @@ static void linear_float(const NexLinear& op, const NexTeam& team) {
         parallel_for(team, tiles.count, 1, [&](int64_t t) {
             copy_tile(op, tiles.begin(t), tiles.height(t), common + tiles.begin(t) * w.k);
         });
-    const int64_t together = together_of(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
+    const int64_t together = claim_batch(pairs * shares, 2 * panel_bytes(w), op.rows, team.threads);
     parallel(team, pairs * shares, together, [&](NexClaims& claims) {
         constexpr size_t sums_size = size_t(TASK_TILES) * TILE_ROWS * 2 * PANEL;
         const size_t own = shared ? 0 : size_t(op.rows * w.k + 15) / 16 * 16;

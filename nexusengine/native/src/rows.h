@@ -36,7 +36,7 @@ static void take_rows(const NexTake& op, const NexTeam& team) {
 }
 
 // In one pass: a number that is not finite times 0 is a NaN, and shows in the sum. Of equal ones the first counts.
-static int64_t largest_place(const float* x, int64_t n) {
+static int64_t argmax(const float* x, int64_t n) {
     constexpr int64_t STEP = 64;
     float highest = -__builtin_inff();
     int64_t block = 0;
@@ -64,7 +64,7 @@ static int64_t largest_place(const float* x, int64_t n) {
 }
 
 static void largest_of(const NexLargest& op, const NexTeam& team) {
-    parallel_for(team, op.rows, 1, [&](int64_t r) { op.out[r] = largest_place(op.x + r * op.columns, op.columns); });
+    parallel_for(team, op.rows, 1, [&](int64_t r) { op.out[r] = argmax(op.x + r * op.columns, op.columns); });
 }
 
 // Pairs are (i, i + dim / 2): x may be out.
@@ -85,7 +85,7 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t d
 
 // Write one cache row. int8: round(x / scale), scale = largest / 127, behind the numbers; a row with a NaN or an infinity
 // gets a NaN for a scale, so that it is not lost.
-INLINE void put_row(const float* x, int64_t dim, int32_t kind, char* to) {
+INLINE void store_row(const float* x, int64_t dim, int32_t kind, char* to) {
     if (kind == NEX_F32) {
         std::memcpy(to, x, size_t(dim) * 4);
     } else if (kind == NEX_BF16) {
@@ -117,8 +117,8 @@ static void rotate_store(const NexRotateStore& op, const NexTeam& team) {
         for (int64_t h = 0; h < op.kv_heads; ++h) {
             const int64_t at = offset + h * op.cache.head_bytes;
             const float* k = row + (op.heads + h) * op.dim;
-            put_row(k, op.dim, op.cache.kind, static_cast<char*>(op.cache.k) + at);
-            put_row(k + op.kv_heads * op.dim, op.dim, op.cache.kind, static_cast<char*>(op.cache.v) + at);
+            store_row(k, op.dim, op.cache.kind, static_cast<char*>(op.cache.k) + at);
+            store_row(k + op.kv_heads * op.dim, op.dim, op.cache.kind, static_cast<char*>(op.cache.v) + at);
         }
     });
 }

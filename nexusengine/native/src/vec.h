@@ -34,9 +34,9 @@ typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 // f(0), f(1), ... f(N - 1) with constants for arguments. An array indexed so is a set of registers from the start; in a
 // loop with a pragma it becomes one late, and sometimes not at all.
 template <class F, int... I>
-INLINE void each_of(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+INLINE void unroll_of(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
 template <int N, class F>
-INLINE void each(F f) { each_of(f, std::make_integer_sequence<int, N>{}); }
+INLINE void unroll(F f) { unroll_of(f, std::make_integer_sequence<int, N>{}); }
 #define EACH(i) [&](auto i) __attribute__((always_inline))
 
 // Rows of a tile; a build with sanitizers, where every variant takes long to compile, has tiles of fewer.

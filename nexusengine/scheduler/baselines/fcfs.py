@@ -21,7 +21,6 @@ class FCFS:
     """budget: most tokens a step, prompts and decodes together; default: the engine's max_batch_tokens."""
 
     name = "fcfs"
-    uses_model = False
 
     def __init__(self, budget: float | None = None) -> None:
         if budget is not None and (budget < 1 or budget != int(budget)):

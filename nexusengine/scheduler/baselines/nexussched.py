@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.perf.features import StepFeatures
 from nexusengine.scheduler.baselines.fcfs import make_room_for_the_oldest
 from nexusengine.scheduler.lens.deadlines import FALLBACK
 from nexusengine.scheduler.plan import Reason, StepPlan
@@ -49,7 +48,7 @@ class PaperLens:
         order = np.argsort(left, kind="stable")
         for slot, tokens, done in zip(*(a[order].tolist() for a in (pending, left, context)), strict=True):
             count = min(tokens, self.chunk)
-            if not step.empty and view.model.predict(_joined(step.features, count, done)).mean_s > target_s:
+            if not step.empty and view.model.predict(step.features.with_prefill(count, done)).mean_s > target_s:
                 step.reasons[pending[order]] = np.where(
                     step.reasons[pending[order]] == Reason.NONE, Reason.WAIT_TIME, step.reasons[pending[order]]
                 )
@@ -62,13 +61,3 @@ class PaperLens:
                 step.admit(slot, count)
             else:
                 step.reasons[slot] = reason
-
-
-def _joined(f: StepFeatures, count: int, context: int) -> StepFeatures:
-    return StepFeatures(
-        f.tokens + count,
-        f.sequences + 1,
-        f.prefills + 1,
-        f.prefill_attention + count * (context + 0.5 * count),
-        f.decode_kv_tokens,
-    )

@@ -28,8 +28,13 @@ class Sarathi(FCFS):
 
 
 class Ordered(FCFS):
-    """Prompts that have begun and newcomers in one order: smallest key first. relegate: those whose first token cannot
-    come in time any more, by the performance model, go behind all others, oldest first."""
+    """Partially prefilled and waiting prompts in one order: smallest key first.
+
+    Args:
+        budget: tokens a step.
+        relegate: whether those whose first token cannot come in time any more, by the performance model, go after all
+            others, oldest first.
+    """
 
     by: Literal["deadline", "shortest"]
 
@@ -63,7 +68,7 @@ class Ordered(FCFS):
         return step.plan(relegate=tuple(lost.tolist()))
 
     def _fill(self, step: Step, order: list[int]) -> None:
-        """The first newcomer that cannot start holds back the newcomers behind it."""
+        """The first waiting request that cannot start holds back those after it."""
         begun = set(step.prompts)
         held = Reason.WAIT_BLOCKS if step.preempted else Reason.NONE
         for slot in order:

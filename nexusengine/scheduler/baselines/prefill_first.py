@@ -9,8 +9,11 @@ from nexusengine.scheduler.view import EngineView
 
 
 class PrefillFirst(FCFS):
-    """While a prompt can start, a step computes whole prompts in order of arrival, up to the budget; a prompt longer
-    than the budget is cut and goes on in the next step. Otherwise a step computes all decodes."""
+    """Prompts before decodes.
+
+    While a prompt can start, a step computes whole prompts in order of arrival, up to the budget; a prompt longer than
+    the budget is cut and goes on in the next step. Otherwise a step computes all decodes.
+    """
 
     name = "prefill-first"
 

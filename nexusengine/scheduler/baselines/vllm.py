@@ -16,12 +16,16 @@ from nexusengine.scheduler.view import EngineView
 
 
 class Vllm:
-    """budget: max_num_batched_tokens; default: the engine's max_batch_tokens. reserve_full: whether a request is
-    admitted only if blocks for its whole prompt are free (scheduler_reserve_full_isl), 1 or 0. longest_chunk:
-    long_prefill_token_threshold, 0 for none."""
+    """The schedule of vLLM's V1 engine.
+
+    Args:
+        budget: max_num_batched_tokens; default: the engine's max_batch_tokens.
+        reserve_full: whether a request is admitted only if blocks for its whole prompt are free
+            (scheduler_reserve_full_isl), 1 or 0.
+        longest_chunk: long_prefill_token_threshold, 0 for none.
+    """
 
     name = "vllm"
-    uses_model = False
 
     def __init__(self, budget: float | None = None, reserve_full: float = 1, longest_chunk: float = 0) -> None:
         for key, value, least in (("budget", budget, 1), ("longest_chunk", longest_chunk, 0)):

@@ -28,8 +28,14 @@ _RESUME_SHARE = 0.25
 
 
 def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
-    """Instants `[N]` from which waiting counts as too long: when the first token is due, or NO_SLO_TURN_S after its
-    arrival where it is due at no time. Nobody is late by it; it keeps those who have no deadline from starving."""
+    """Timestamps from which waiting counts as too long.
+
+    When the first token is due, or NO_SLO_TURN_S after its arrival where it is due at no time. Nobody is late by it; it
+    keeps those who have no deadline from starving.
+
+    Returns:
+        Timestamps, `[N]`.
+    """
     turn: F8 = np.where(np.isinf(first_due_s), arrival_s + NO_SLO_TURN_S, first_due_s)
     return turn
 

@@ -16,8 +16,11 @@ _LEAST_ENDED = 8.0  # below so many remembered ends the rate is anyone's guess
 
 
 class OutputLengthFloor:
-    """What almost every answer reaches: an early decode may spend what it is yet to gain until then. Learns from plan
-    to plan what share of the answers that begin reach `tokens` tokens."""
+    """The length that almost every answer reaches.
+
+    An early decode may spend what it is yet to gain until then. Learns from plan to plan what share of the answers that
+    begin reach `tokens` tokens.
+    """
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -46,8 +49,11 @@ class OutputLengthFloor:
 
 
 class SlotReleaseRate:
-    """How fast running slots come free. Once all are taken, this, and not the time for prompts, is what waiting
-    requests wait for. Learns from plan to plan how often one of the running sequences ends."""
+    """How fast running slots come free.
+
+    Once all are taken, this, and not the time for prompts, is what waiting requests wait for. Learns from plan to plan
+    how often one of the running sequences ends.
+    """
 
     def __init__(self) -> None:
         self._ended = self._slot_s = 0.0  # remembered with an exponential memory

@@ -1,10 +1,11 @@
-"""Prompt chunks into a step, each as large as the step's time limit allows; waiting requests start only where those who
-run can bear one more."""
+"""Puts prompt chunks into a step, each as large as the step's time limit allows.
+
+Waiting requests start only where those who run can bear one more.
+"""
 
 from __future__ import annotations
 
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.inverse import joined
 from nexusengine.perf.model import Predictor
 from nexusengine.scheduler.lens.prefill_rate import MarginalCosts
 from nexusengine.scheduler.plan import Reason
@@ -90,13 +91,21 @@ class Fill:
 
 
 def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context: int, most: int) -> int:
-    """The largest chunk, up to `most` tokens, of a prompt with `context` tokens in its KV cache that keeps the mean
-    duration of the step `base` within limit_s, or a little less than that; 0 if none.
+    """The largest chunk of a prompt that keeps the mean duration of a step within a limit, or a little less than that.
 
     The duration rises with the chunk, and nearly in a straight line: a few secants find it, else halving does.
+
+    Args:
+        limit_s: of the step.
+        base: the step without the chunk.
+        context: tokens of the prompt in its KV cache.
+        most: tokens of the chunk at most.
+
+    Returns:
+        Tokens; 0 if none fits.
     """
     high = most
-    high_s = model.predict(joined(base, high, context)).mean_s
+    high_s = model.predict(base.with_chunk(high, context)).mean_s
     if high_s <= limit_s:
         return most
     low, low_s = 0, model.predict(base).mean_s
@@ -109,7 +118,7 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
             middle = min(max(middle, low + 1), high - 1)
         else:
             middle = (low + high) // 2
-        middle_s = model.predict(joined(base, middle, context)).mean_s
+        middle_s = model.predict(base.with_chunk(middle, context)).mean_s
         if middle_s <= limit_s:
             low, low_s = middle, middle_s
             if middle_s >= _CLOSE * limit_s:

@@ -18,10 +18,13 @@ _QUANTILE_STEP = 0.05
 
 
 class LengthGuard:
-    """Learns where the longest tenth begins, and within it the part beyond goal_long; and which shares of it
-    and of all were lost, over about 200 requests.
+    """Learns where the longest tenth of prompts begins, and how many of it are served in time.
 
-    goal_long: share to serve in time of the longest tenth.
+    Over about 200 requests it follows that length, the length within the tenth beyond which a prompt is not protected,
+    and which shares of the tenth and of all missed their SLO.
+
+    Args:
+        goal_long: share of the longest tenth to serve in time.
     """
 
     def __init__(self, goal_long: float) -> None:

@@ -290,8 +290,10 @@ class Lens:
                     may_start = False
 
     def _preempt_relegated(self, fill: Fill, context: PlanContext, on_time: Prompts) -> None:
-        """If the first of those who are to be on time cannot start for lack of KV or a running slot, a relegated,
-        partially prefilled prompt gives way."""
+        """Make room for the first of those on time that cannot start for lack of KV or a running slot.
+
+        A relegated, partially prefilled prompt gives way.
+        """
         step = fill.step
         if len(step.prompts) == 0:
             return
@@ -363,8 +365,10 @@ def _waits_for_decodes(step: Step, on_time: Prompts) -> bool:
 
 
 def _force(step: Step, order: list[int]) -> None:
-    """Nothing fits the limit, or KV is full of partially prefilled prompts: the first that can run gets a small chunk,
-    and the last give way until one can."""
+    """Compute something where nothing fits the limit, or KV is full of partially prefilled prompts.
+
+    The first that can run gets a small chunk, and the last give way until one can.
+    """
     begun = set(step.prompts)
     for slot in order:
         if slot in begun:

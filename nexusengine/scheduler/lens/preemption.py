@@ -16,8 +16,11 @@ _PAUSE_S = 10.0
 
 
 def victims(view: EngineView, deadlines: Deadlines, now: float) -> Iterator[int]:
-    """Running slots in the order in which they give way to decodes that lack a block: those whose promise is lost
-    first, then the loosest tpot, prompts before those that generate, the newest. Lazy: sorts only if it is asked."""
+    """Running slots in the order in which they give way to decodes that lack a block.
+
+    Those whose SLO is missed first, then the loosest tpot, prompts before those that generate, the newest. Lazy: sorts
+    only if it is asked.
+    """
     c, running = view.columns, view.running
     first_s = np.fmin(c.first_token_s[running], now)  # now, before there is a first token
     lost = c.relegated[running] | (first_s > deadlines.first_due_s[running])
@@ -26,8 +29,10 @@ def victims(view: EngineView, deadlines: Deadlines, now: float) -> Iterator[int]
 
 
 def to_preempt_for(step: Step, view: EngineView, preempted_s: F8, now: float) -> int | None:
-    """The relegated prompt that gives its KV back to one whose promise can be kept: the newest that has begun, computes
-    nothing in this step, and was not taken back within 10 s."""
+    """The relegated prompt that gives its KV back to one whose SLO can be met.
+
+    The newest partially prefilled one that computes nothing in this step, and was not preempted within 10 s.
+    """
     c = view.columns
     begun = np.array(step.prompts, np.int32)
     free = (step.reasons[begun] == Reason.RELEGATED) & (c.generated_tokens[begun] == 0)

@@ -27,9 +27,13 @@ _SLACK = 0.02  # share of every limit that is kept
 
 @dataclass(frozen=True, slots=True)
 class MarginalCosts:
-    """What things cost at the margin of steps like the present ones, in seconds. single_s: a step with one decode.
-    token_s, pair_s, prompt_s: one more prompt token, token pair, and prompt in a mixed step. sequence_s, kv_token_s:
-    one more sequence, and one more KV token read, in a decode step."""
+    """What more of something costs in steps like the present ones. Seconds.
+
+    Attributes:
+        single_s: a step with one decode.
+        token_s, pair_s, prompt_s: one more prompt token, query-key pair, and prompt in a mixed step.
+        sequence_s, kv_token_s: one more sequence, and one more KV token read, in a decode step.
+    """
 
     single_s: float
     token_s: float
@@ -97,8 +101,10 @@ class PrefillRate:
         return self.gain_s > _LEAST_GAIN_S and self.step_s + 0.5 * self.gain_s < self.target_s
 
     def work_until(self, slack_s: F8) -> F8:
-        """How much of prompts' work can be done within `slack_s [N]` from now: in steps from right now on, or in the
-        coalesced one and those that follow."""
+        """How much of prompts' work can be done within `slack_s [N]` from now.
+
+        In steps from right now on, or in the coalesced one and those that follow.
+        """
         eager_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
         eager_s += np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
         rest_s = slack_s - self.first_s
@@ -122,7 +128,9 @@ def mixing_cost_s(model: Predictor, base: StepFeatures, decode_s: float) -> floa
 def prefill_rate(
     limit: StepLimit, decode_s: float, extra_s: float, *, factor: float, coalescing: float, cap_s: float
 ) -> PrefillRate:
-    """In the long run, decode-only steps and steps of target_s alternate so that a token takes tightest_tpot_s in the
+    """The rate at which prompts can be served under a step limit.
+
+    In the long run, decode-only steps and steps of target_s alternate so that a token takes tightest_tpot_s in the
     mean: each decode-only step leaves gain_s, and the step with prompts takes target_s - decode_s out of them. Without
     coalescing, every step takes tightest_tpot_s.
 

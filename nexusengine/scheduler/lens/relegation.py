@@ -95,8 +95,10 @@ class RelegationQueue:
         return may_start
 
     def backfill(self, fill: Fill, view: EngineView, relegated: I4, may_start: bool) -> None:
-        """What the others left of the step, the oldest first. They start only while running slots and KV stay free for
-        those who arrive next."""
+        """Give relegated requests what the others left of the step, the oldest first.
+
+        They start only while running slots and KV stay free for those who arrive next.
+        """
         c, step = view.columns, fill.step
         spare_slots, spare_blocks = int(_SPARE * view.max_running), int(_SPARE * view.total_blocks)
         begun = set(step.prompts)
@@ -137,8 +139,10 @@ class RelegationQueue:
         return restored
 
     def _shed(self, step: Step, context: PlanContext, relegated: I4) -> list[int]:
-        """Those who waited too long, or have waited least where the queue is nearly full, unless they compute in this
-        step or stream already."""
+        """Whom to refuse: those who waited too long, or have waited least where the queue is nearly full.
+
+        Not those who compute in this step or stream already.
+        """
         view = context.view
         c = view.columns
         if not self._shed_s:

@@ -81,8 +81,10 @@ def _deferred(
 
 
 def can_wait(context: PlanContext, selection: Selection) -> bool:
-    """Whether prompts can wait for a decode-only step: there is more to do than fits now, and none of those that would
-    be done in this step would be late."""
+    """Whether prompts can wait for a decode-only step.
+
+    There is more to do than fits now, and none of those that would be done in this step would be late.
+    """
     done_s, rate = selection.done_s, context.rate
     if not len(done_s) or (done_s[-1] < rate.prompts_s and not selection.has_others):
         return selection.has_others
@@ -98,8 +100,15 @@ def in_order(due_s: F8, tpot_s: F8, priority: I4) -> I4:
 
 
 def by_priority(order: I4, tpot_s: F8, priority: I4) -> I4:
-    """`order`, with the places of each class (equal tpot_s) given out anew by priority, highest first. order `[N]`:
-    indices into the other two."""
+    """Give out the places of each class (equal tpot_s) anew by priority, highest first.
+
+    Args:
+        order: `[N]`, indices into the other two.
+        tpot_s, priority: `[N]`.
+
+    Returns:
+        The new order, `[N]`.
+    """
     result = order.copy()
     classes = tpot_s[order]
     for value in np.unique(classes):

@@ -48,11 +48,12 @@ def step_limit(
     cap_s: float,
     floor_tokens: int = 0,
 ) -> StepLimit:
-    """With the first token at f and g tokens there, the token of this step is due at f + g * tpot, which leaves s
-    seconds: s < tpot is late, s > tpot early. A request has missed its SLO if its first token came late, or if it is so
-    late that it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full
-    speed. What it will gain is the lead of decoding alone until it has floor_tokens. Those without an SLO bear any
-    step.
+    """How long a step may take for the sake of the decodes in it.
+
+    With the first token at f and g tokens there, the token of this step is due at f + g * tpot, which leaves s seconds:
+    s < tpot is late, s > tpot early. A request has missed its SLO if its first token came late, or if it is so late
+    that it could not make it good within as many tokens again as it has, plus 100, were they all decoded at full speed.
+    What it will gain is the lead of decoding alone until it has floor_tokens. Those without an SLO bear any step.
 
     Args:
         decodes: `[D]`, slots that compute one token in this step.

@@ -26,11 +26,18 @@ _DEFAULT_DURATION_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """trace: a file, or `lengths:...`. arrivals: trace, poisson or gamma:CV. rate_rps: requests (sessions for closed
-    loops) a second; None: the trace's own. duration_s: None: the whole trace, or 600 s. classes: a class, `mixed`, or a
-    TOML file. max_tokens: longest prompt + output; longer ones are clipped. scale: lengths are divided by it; None: 1,
-    or for closed loops what makes 99 % fit. stated_limit: max_tokens of the requests: "none", "exact" (what comes) or a
-    number of tokens."""
+    """What is offered to a simulated server.
+
+    Attributes:
+        trace: a file, or `lengths:...`.
+        arrivals: trace, poisson or gamma:CV.
+        rate_rps: requests (sessions for closed loops) a second; None: the trace's own.
+        duration_s: None: the whole trace, or 600 s.
+        classes: a class, `mixed`, or a TOML file.
+        max_tokens: longest prompt + output; longer ones are clipped.
+        scale: lengths are divided by it; None: 1, or for closed loops what makes 99 % fit.
+        stated_limit: max_tokens of the requests: "none", "exact" (what comes) or a number of tokens.
+    """
 
     trace: str
     arrivals: str = "trace"

@@ -29,8 +29,11 @@ def rng_for(seed: int, stream: Stream, *keys: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Requests in order of arrival: instants from 0, lengths in tokens, all `[N]`. blocks: ids of the prompts' blocks
-    of `block_tokens` tokens, or None."""
+    """Requests in order of arrival: timestamps from 0, lengths in tokens, all `[N]`.
+
+    Attributes:
+        blocks: ids of the prompts' blocks of `block_tokens` tokens, or None.
+    """
 
     arrival_s: F8
     input_tokens: I8

@@ -43,11 +43,11 @@ def is_servegen(row: dict[str, Any]) -> bool:
 
 
 class ServeGen:
-    """Source of requests of all clients of a file, over a stretch of the wanted length that is drawn by seed from the
-    busier half.
+    """Source of requests of all clients of a file, over a stretch of the wanted length.
 
-    A wanted rate multiplies every client's rate by the same factor, so that the mixture and its burstiness in requests
-    stay. Gaps and lengths of a client are drawn from its own streams: the same for every rate.
+    The stretch is drawn by seed from the busier half. A wanted rate multiplies every client's rate by the same factor,
+    so that the mixture and its burstiness in requests stay. Gaps and lengths of a client are drawn from its own
+    streams: the same for every rate.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -33,8 +33,10 @@ def draw_sessions(
 
 
 def named_blocks(session: Session, i: int) -> tuple[Sequence[int], bool]:
-    """The block ids of request i, and whether they go on into its answer: they do where the next request's prompt
-    begins with this one's."""
+    """The block ids of request i, and whether they go on into its answer.
+
+    They do where the next request's prompt begins with this one's.
+    """
     own = session[i].block_ids
     if i + 1 < len(session):
         following = session[i + 1].block_ids
