@@ -46,7 +46,7 @@ class Abort(Message, frozen=True):
 
 
 class Deltas(Message, frozen=True):
-    """As WorkerDeltas. A request's last delta has a finish_reason."""
+    """New tokens, as in WorkerDeltas. A request's last delta has a finish_reason."""
 
     plain: tuple[tuple[str, tuple[int, ...]], ...]
     full: tuple[TokenDelta, ...] = ()

@@ -31,6 +31,7 @@ _decoders = {
 
 
 def encode(message: Message) -> bytes:
+    """A message as one frame."""
     return _encoder.encode(message)
 
 
@@ -44,17 +45,20 @@ def _decode(frame: bytes | memoryview, union: object) -> object:
 
 
 def decode_from_worker(frame: bytes | memoryview) -> ToRouterFromWorker:
-    """Raises ProtocolError; so do the three below."""
+    """A worker's message to the router. Raises ProtocolError."""
     return _decode(frame, ToRouterFromWorker)  # type: ignore[return-value]
 
 
 def decode_for_worker(frame: bytes | memoryview) -> ToWorker:
+    """The router's message to a worker. Raises ProtocolError."""
     return _decode(frame, ToWorker)  # type: ignore[return-value]
 
 
 def decode_from_client(frame: bytes | memoryview) -> ToRouterFromClient:
+    """A client's message to the router. Raises ProtocolError."""
     return _decode(frame, ToRouterFromClient)  # type: ignore[return-value]
 
 
 def decode_for_client(frame: bytes | memoryview) -> ToClient:
+    """The router's message to a client. Raises ProtocolError."""
     return _decode(frame, ToClient)  # type: ignore[return-value]

@@ -10,7 +10,7 @@ Split = tuple[tuple[tuple[str, tuple[int, ...]], ...], tuple[TokenDelta, ...]]
 
 
 def split_deltas(deltas: Iterable[TokenDelta]) -> Split:
-    """Into the (plain, full) of WorkerDeltas and Deltas: most tokens travel as an id and a few integers."""
+    """Deltas as the (plain, full) of WorkerDeltas and Deltas: most tokens travel as an id and a few integers."""
     plain: list[tuple[str, tuple[int, ...]]] = []
     full: list[TokenDelta] = []
     for delta in deltas:

@@ -71,13 +71,13 @@ class Report(Message, frozen=True):
 
 
 class WorkerDeltas(Message, frozen=True):
-    """New tokens.
+    """New tokens of a worker's requests.
 
     Attributes:
         plain: (request id, token ids) of requests that go on.
         full: all others, applied after.
         last_dispatch_seq: the last dispatch that the worker had seen by then; tokens of a request that was dispatched
-            to it once more after that are of the attempt before, and not wanted.
+            to it again after that are of the attempt before, and not wanted.
     """
 
     plain: tuple[tuple[str, tuple[int, ...]], ...]
