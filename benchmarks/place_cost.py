@@ -37,13 +37,13 @@ _EPOCH = "e"
 _STEP_S, _CHUNK_S = 0.006, (0.003, 0.02)  # of a step, and of 100 tokens in it, in the slowest and quickest worker
 
 
-def perf(rng: np.random.Generator) -> wire.PerfWeights:
+def perf(rng: np.random.Generator) -> wire.PerfSnapshot:
     """Of a device somewhere between the quickest and the slowest."""
     weights = [0.0] * basis.TERMS
     terms = (basis.ONE, basis.SLOPE, basis.ATTENTION, basis.KV)
     for term, seconds in zip(terms, (_STEP_S, float(rng.uniform(*_CHUNK_S)), 0.002, 0.001), strict=True):
         weights[term] = seconds
-    return wire.PerfWeights(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
+    return wire.PerfSnapshot(online.KIND, Curve(weights, 8192.0, 1.1, 1.1).numbers, 1.1, 1000, 0)
 
 
 def load(rng: np.random.Generator, pending: int, last_dispatch_seq: int, now: float) -> wire.WorkerLoad:
@@ -96,7 +96,7 @@ def place_all(name: str, workers: int, pending: int, requests: int, reports: flo
     now, seq, owed = 0.0, 0, 0.0
     for info in infos:
         core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Ready(info), now)
-        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(_EPOCH, 0, load(rng, pending, 0, now)), now)
+        core.on_worker(identity_of(info.worker_id, _EPOCH), wire.Report(0, load(rng, pending, 0, now)), now)
     sampling = SamplingParams(seed=1, max_tokens=200)
     router_s, digest_s = np.zeros(requests), np.zeros(requests)
     for n in range(requests):
@@ -107,7 +107,7 @@ def place_all(name: str, workers: int, pending: int, requests: int, reports: flo
             owed, seq = owed - 1.0, seq + 1
             info = infos[seq % workers]
             worker = core.workers.by_id[info.worker_id]
-            report = wire.Report(_EPOCH, seq, load(rng, pending, worker.dispatch_seq, now))
+            report = wire.Report(seq, load(rng, pending, worker.dispatch_seq, now))
             began_s = time.perf_counter()
             core.on_worker(identity_of(info.worker_id, _EPOCH), report, now)
             digest_s[n] += time.perf_counter() - began_s

@@ -39,7 +39,7 @@ class GpuState:
     used_bytes: float | None
     throttled: tuple[str, ...]
 
-    def totals(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """By the names under which a worker reports them; without what is not known."""
         found = {
             "gpu_clock_mhz": self.clock_mhz,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from nexusengine.errors import InvalidRequest, NexusError
+from nexusengine.errors import InvalidRequest, NexusError, error_from_code
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Missed = Literal["refused", "failed", "unfinished", "ttft", "tpot", "e2e"]
@@ -233,6 +233,24 @@ class TokenDelta:
     error_message: str | None = None
     retry_after_s: float | None = None
     service: Service | None = None
+
+    @classmethod
+    def failed(cls, request_id: str, error: NexusError) -> TokenDelta:
+        """The last delta of a request that failed, without the timings that only its worker knows."""
+        return cls(
+            request_id,
+            finish_reason="error",
+            error_code=error.code,
+            error_message=error.message,
+            retry_after_s=error.retry_after_s,
+        )
+
+    @property
+    def error(self) -> NexusError:
+        """The error that a delta with finish_reason "error" carries."""
+        return error_from_code(
+            self.error_code or "", self.error_message or "no reason was given", retry_after_s=self.retry_after_s
+        )
 
 
 @dataclass(frozen=True, slots=True)

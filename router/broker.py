@@ -7,15 +7,14 @@ import queue
 import secrets
 import time
 from logging import DEBUG, WARNING
-from typing import Any
 
 import zmq
 
 from nexusengine import wire
-from nexusengine.config import ServeConfig
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.process import child
+from nexusengine.process.control import Drain, DrainWorker, Listening, RouterBoot, ToChild, WorkerExited
 from nexusengine.router.core import RouterCore
 from nexusengine.router.outbox import Outgoing
 from nexusengine.router.placement.registry import make_policy
@@ -41,7 +40,7 @@ class Broker:
         self._period_s = snapshot_period_s
         self._context = zmq.Context()
         self._front, self._back = self._bind(front), self._bind(back)
-        self._control: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._control: queue.SimpleQueue[ToChild] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._complaints = Sparse(log)
 
@@ -59,7 +58,7 @@ class Broker:
             os.umask(before)
         return socket
 
-    def control(self, message: dict[str, Any]) -> None:
+    def control(self, message: ToChild) -> None:
         """Queue a message of the supervisor; from any thread."""
         self._control.put(message)
         os.eventfd_write(self._wake, 1)
@@ -108,20 +107,22 @@ class Broker:
             except wire.ProtocolError as error:
                 self._complaints.warning("ignored a message from %r: %s", identity[:64], str(error)[:500])
 
-    def _on_control(self, message: dict[str, Any]) -> None:
-        if message["type"] == "worker_exited":
-            self.core.on_worker_exited(
-                message["worker_id"],
-                message["epoch"],
-                message["cause"],
-                message["restarts"],
-                time.monotonic(),
-                next_epoch=message["next_epoch"],
-            )
-        elif message["type"] == "drain":
-            self.core.draining = True
-        elif message["type"] == "drain_worker" and not self.core.drain_worker(message["worker_id"]):
-            log.warning("told to drain %r, which is no worker", message["worker_id"])
+    def _on_control(self, message: ToChild) -> None:
+        match message:
+            case WorkerExited():
+                self.core.on_worker_exited(
+                    message.worker_id,
+                    message.epoch,
+                    message.cause,
+                    message.restarts,
+                    time.monotonic(),
+                    next_epoch=message.next_epoch,
+                )
+            case Drain():
+                self.core.draining = True
+            case DrainWorker():
+                if not self.core.drain_worker(message.worker_id):
+                    log.warning("asked to drain %r, which is no worker", message.worker_id)
 
     def _flush(self) -> None:
         """Send what is to be sent.
@@ -149,26 +150,25 @@ class Broker:
 
 
 def main() -> None:
-    """The process: reads its configuration from its parent, then serves."""
-    given = child.read_config()
-    config = ServeConfig(**given["config"])
+    boot = child.read_boot(RouterBoot)
+    config = boot.config
     setup(config.log_level)
-    hash_key = bytes.fromhex(given["hash_key"])
+    hash_key = bytes.fromhex(boot.hash_key)
 
     def hashes(request: EngineRequest, block_size: int) -> list[bytes]:
         return block_hashes(request.prompt_token_ids, block_size, hash_key)
 
     core = RouterCore(
         make_policy(config.router),
-        [wire.WorkerInfo(w["worker_id"], w["epoch"], 0, w["device"], config.model) for w in given["workers"]],
+        [wire.WorkerInfo(w.worker_id, w.epoch, 0, w.device, config.model) for w in boot.workers],
         epoch=secrets.token_hex(4),
         max_held=config.max_held,
         report_period_s=config.snapshot_period,
         block_hashes=hashes,
     )
-    broker = Broker(core, given["front"], given["back"], config.snapshot_period)
+    broker = Broker(core, boot.front, boot.back, config.snapshot_period)
     child.listen(broker.control)
-    child.emit({"type": "listening"})
+    child.send(Listening())
     broker.run()
 
 

@@ -17,7 +17,7 @@ from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,
     PROTOCOL_VERSION,
-    PerfWeights,
+    PerfSnapshot,
     ProtocolError,
     WorkerInfo,
     WorkerLoad,
@@ -64,7 +64,7 @@ def check_load(load: WorkerLoad) -> None:
 
 
 @lru_cache(maxsize=256)
-def _problem_of(perf: PerfWeights) -> str | None:
+def _problem_of(perf: PerfSnapshot) -> str | None:
     """Why a performance model cannot be used; None if it can. Cached, as a worker reports the same one for a while."""
     try:
         model = predictor_of(perf)

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable, WorkerLost
+from nexusengine.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NexusError,
+    Overloaded,
+    Unavailable,
+    WorkerLost,
+    error_from_code,
+)
 from nexusengine.router import checks
 from nexusengine.router.breaker import Answer, classify
 from nexusengine.router.clients import Clients
@@ -22,11 +31,11 @@ from nexusengine.router.workers import Worker, WorkerTable
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     Abort,
-    Ask,
     Cancel,
     Cluster,
+    DebugQuery,
+    DebugReply,
     Dispatch,
-    Findings,
     Hello,
     Leaving,
     PrefixDigest,
@@ -117,9 +126,10 @@ class RouterCore:
             self._outbox.to_client(identity, session.of(self.cluster()))
         if isinstance(message, Submit):
             self._submit(identity, message.request, now)
-        elif isinstance(message, Ask):
+        elif isinstance(message, DebugQuery):
             for worker in self.workers.identities():
-                self._outbox.to_worker(worker, Ask(message.query, message.last_steps, message.request_id, identity))
+                query = DebugQuery(message.query, message.last_steps, message.request_id, identity)
+                self._outbox.to_worker(worker, query)
         elif isinstance(message, Abort):
             entry = self.ledger.get(message.request_id)
             if entry is not None and entry.client == identity:
@@ -138,22 +148,21 @@ class RouterCore:
         self.stats.requests += 1
         refusal = self._refusal(request)
         if refusal is not None:
-            self._outbox.deltas({client: [refusal]})
+            self._outbox.deltas({client: [TokenDelta.failed(request.request_id, refusal)]})
         else:
             self._place(self.ledger.add(request, client), now)
 
-    def _refusal(self, request: EngineRequest) -> TokenDelta | None:
-        """The answer to a request that is not taken; None if it is."""
-        request_id, held = request.request_id, self.ledger.held
+    def _refusal(self, request: EngineRequest) -> NexusError | None:
+        """Why a request is not taken; None if it is."""
+        held = self.ledger.held
         if (problem := checks.problem_of_request(request)) is not None:
-            return _error(request_id, InvalidRequest.code, f"the request cannot be served: {problem}")
-        if request_id in self.ledger:
-            return _error(request_id, InvalidRequest.code, f"a request with id {request_id!r} is being served")
+            return InvalidRequest(f"the request cannot be served: {problem}")
+        if request.request_id in self.ledger:
+            return InvalidRequest(f"a request with id {request.request_id!r} is being served")
         if self.draining:
-            return _error(request_id, Unavailable.code, "the server is shutting down", 5.0)
+            return Unavailable("the server is shutting down", retry_after_s=5.0)
         if held >= self.max_held:
-            drain_s = self._finish_rate.drain_s(held)
-            return _error(request_id, Overloaded.code, f"{held} requests are held already", drain_s)
+            return Overloaded(f"{held} requests are held already", retry_after_s=self._finish_rate.drain_s(held))
         return None
 
     # ---- workers -------------------------------------------------------------------------------------------------
@@ -172,7 +181,7 @@ class RouterCore:
                 checks.check_digest(message.prefixes.batches)
             worker = self.workers.report(identity, message.seq, message.load, self.ledger, now)
             if worker is None:
-                self._outbox.to_worker(identity, Reregister(self.epoch))
+                self._outbox.to_worker(identity, Reregister())
             elif message.prefixes is not None:
                 self._follow_prefixes(worker.info, identity, message.prefixes, now)
         elif isinstance(message, WorkerDeltas):
@@ -180,7 +189,7 @@ class RouterCore:
             if worker is not None:  # else: a process thought dead; its requests have been dealt with
                 worker.last_seen_s = now
                 self._forward(worker, identity, message, now)
-        elif isinstance(message, Findings):
+        elif isinstance(message, DebugReply):
             if message.client in self._clients:
                 self._outbox.to_client(message.client, message)
         elif isinstance(message, Leaving):
@@ -256,7 +265,7 @@ class RouterCore:
                 self._redispatch(entry, now)
             else:
                 when = "while its answer was streamed" if entry.stage is Stage.STREAMING else "twice"
-                self._fail(entry, WorkerLost.code, f"the worker was lost {when}" + (f": {cause}" if cause else ""))
+                self._fail(entry, WorkerLost(f"the worker was lost {when}" + (f": {cause}" if cause else "")))
 
     def _move_from_stalled(self, identity: bytes, now: float) -> None:
         """Move what nobody has seen a token of from a worker that makes no progress, if another accepts requests."""
@@ -284,7 +293,8 @@ class RouterCore:
                 continue
             if (nonsense := checks.problem_of_delta(delta)) is not None:
                 self._outbox.to_worker(identity, Cancel(delta.request_id))
-                delta = _error(delta.request_id, InternalError.code, f"the worker's answer makes no sense: {nonsense}")
+                error = InternalError(f"the worker's reply makes no sense: {nonsense}")
+                delta = TokenDelta.failed(delta.request_id, error)
             if delta.finish_reason is not None and self._answered(entry, delta, now):
                 continue
             if entry.stage is not Stage.STREAMING:
@@ -338,7 +348,7 @@ class RouterCore:
         for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
             self._cancel(entry, now)
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
-            self._fail(entry, DeadlineExceeded.code, f"not finished within {limit_s:.1f} s of its arrival")
+            self._fail(entry, DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival"))
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
         if self.ledger.held:
@@ -357,7 +367,7 @@ class RouterCore:
 
     def _carry_out(self, entry: Entry, decision: Decision) -> None:
         if isinstance(decision, Refuse):
-            self._fail(entry, decision.code, decision.reason, decision.retry_after_s)
+            self._fail(entry, error_from_code(decision.code, decision.reason, retry_after_s=decision.retry_after_s))
         elif isinstance(decision, Place) and entry.identity is not None:
             self.stats.dispatches += 1
             self._outbox.to_worker(entry.identity, Dispatch(entry.seq, entry.request))
@@ -376,8 +386,8 @@ class RouterCore:
             self.workers.answered(entry.identity, Answer.IGNORED, None, now, probe=entry.probe)
             entry.probe = False
 
-    def _fail(self, entry: Entry, code: str, message: str, retry_after_s: float | None = None) -> None:
-        self._finish(entry, _error(entry.request.request_id, code, message, retry_after_s))
+    def _fail(self, entry: Entry, error: NexusError) -> None:
+        self._finish(entry, TokenDelta.failed(entry.request.request_id, error))
 
     def _finish(self, entry: Entry, delta: TokenDelta) -> None:
         self._count_end(delta)
@@ -388,9 +398,3 @@ class RouterCore:
         if delta.finish_reason is not None:
             self.stats.count_end(delta.finish_reason)
             self._finish_rate.add()
-
-
-def _error(request_id: str, code: str, message: str, retry_after_s: float | None = None) -> TokenDelta:
-    return TokenDelta(
-        request_id, finish_reason="error", error_code=code, error_message=message, retry_after_s=retry_after_s
-    )

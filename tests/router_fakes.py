@@ -8,18 +8,18 @@ from nexusengine.perf import basis, online
 from nexusengine.perf.curve import Curve
 from nexusengine.router.placement.policy import PlacementRequest, WorkerView
 from nexusengine.types import SLO
-from nexusengine.wire import PendingPrefill, PerfWeights, WorkerInfo, WorkerLoad, WorkerState
+from nexusengine.wire import PendingPrefill, PerfSnapshot, WorkerInfo, WorkerLoad, WorkerState
 
 INTERACTIVE = SLO(0.5, 0.05)
 BATCH = SLO(30.0, 0.5)
 
 
-def perf(speed: float = 1.0, quantile: float = 1.0) -> PerfWeights:
+def perf(speed: float = 1.0, quantile: float = 1.0) -> PerfSnapshot:
     """5 ms + 20 us a token + 1 ns a pair + 40 ns a KV token read, all divided by speed."""
     weights = [0.0] * basis.TERMS
     for term, seconds in ((basis.ONE, 0.005), (basis.SLOPE, 0.002), (basis.ATTENTION, 0.001), (basis.KV, 0.0004)):
         weights[term] = seconds / speed
-    return PerfWeights(online.KIND, Curve(weights, 8192.0, quantile, quantile).numbers, quantile, 1000, 0)
+    return PerfSnapshot(online.KIND, Curve(weights, 8192.0, quantile, quantile).numbers, quantile, 1000, 0)
 
 
 def load(

@@ -1,4 +1,4 @@
-"""A child of the supervisor that says what the variable STUB_EVENTS holds, and then waits until it is told to end.
+"""A child of the supervisor that prints the lines in the variable STUB_EVENTS, and then waits until it is told to end.
 
 With STUB_HANGS it waits for ever.
 """
@@ -10,12 +10,13 @@ import os
 import threading
 
 from nexusengine.process import child
+from nexusengine.process.control import decode_boot
 
 
 def main() -> None:
-    child.read_config()
-    for event in json.loads(os.environ["STUB_EVENTS"]):
-        child.emit(event)
+    decode_boot(next(child._stdin))
+    for line in json.loads(os.environ["STUB_EVENTS"]):
+        print(line, flush=True)
     if "STUB_HANGS" not in os.environ:
         child.listen(lambda message: None)
     threading.Event().wait()

@@ -110,5 +110,5 @@ def _measure(engine: Any, prompts: list[list[int]], sampling: SamplingParams) ->
 
 
 def _peak_rss_mb() -> float:
-    """Of this process and its children, whichever was larger; Linux counts in KiB."""
+    """The larger peak of this process and its children; Linux counts in KiB."""
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024

@@ -49,7 +49,7 @@ def findings() -> dict[str, Any]:
 
 
 def advice(count: int, no_driver: str, torch: dict[str, Any], backends: list[dict[str, Any]]) -> list[str]:
-    """What to install or mend for more speed."""
+    """Things to install or repair for more speed."""
     found: list[str] = []
     if not count:
         why = f"the NVIDIA driver does not answer ({no_driver})" if no_driver else "CUDA_VISIBLE_DEVICES hides them all"

@@ -44,14 +44,14 @@ def _ask(url: str, request_id: str, api_key: str | None) -> Any:
         with urllib.request.urlopen(urllib.request.Request(path, headers=headers), timeout=10) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        raise _told(error.read(), error.code, url) from None
+        raise _error_of(error.read(), error.code, url) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)  # of a URLError: what went wrong below it
         reason = getattr(reason, "strerror", None) or reason
         raise Unavailable(f"no server answers at {url}: {reason}; name it with --url") from None
 
 
-def _told(body: bytes, status: int, url: str) -> NexusError:
+def _error_of(body: bytes, status: int, url: str) -> NexusError:
     try:
         error = json.loads(body)["error"]
         return error_from_code(error["code"], error["message"])

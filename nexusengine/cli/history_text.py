@@ -8,21 +8,21 @@ from typing import Any
 REASONS = {
     "none": "nothing is known of what it does",
     "decode": "generates a token in each step",
-    "prefill": "goes on with its prompt",
+    "prefill": "computes the next chunk of its prompt",
     "admitted": "gets KV blocks and begins its prompt",
-    "wait_tokens": "waits: the step has as many tokens as it may",
+    "wait_tokens": "waits: the step has its most tokens",
     "wait_blocks": "waits: too few KV blocks are free",
-    "wait_running_slot": "waits: as many sequences run as may",
+    "wait_running_slot": "waits: the most sequences run already",
     "wait_order": "waits: others go first",
-    "preempted": "gives its KV blocks back; it is computed anew later",
-    "relegated": "stands behind all others: its promise cannot be kept any more",
+    "preempted": "is preempted: its KV blocks are given to others; it is computed anew later",
+    "relegated": "is relegated behind all others: its promise cannot be kept any more",
     "refused": "is refused",
     "wait_time": "waits: more work would make the step longer than the promise of a running request allows",
-    "wait_tpot": "waits: with it every step would come too near to the tightest time promised for a token",
+    "wait_tpot": "waits: with it every step would come too near to the tightest TPOT promised",
     "deferred": "is deferred: serving it in its turn would make more requests late",
-    "aged": "computes in the share kept for those that wait far beyond their turn",
+    "aged": "computes in the share kept for requests that wait far beyond their turn",
     "backfill": "computes in what the others left of the step",
-    "wait_coalesce": "waits: decodes run alone, to save up time for a larger piece of prompts in a later step",
+    "wait_coalesce": "waits: decodes run alone, so that a later step has time for a larger prefill chunk",
 }
 """By the name of its scheduler.plan.Reason, in lower case."""
 _MISSED = {
@@ -56,13 +56,13 @@ def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
     if h["changes_left_off"]:
         yield f"{'':>12}  ({h['changes_left_off']} earlier changes are left off)"
     first_ms = h["first_token_at_ms"]
-    told = first_ms is None
+    shown = first_ms is None
     for change in h["changes"]:
-        if not told and change["at_ms"] >= first_ms:
-            told = True
+        if not shown and change["at_ms"] >= first_ms:
+            shown = True
             yield _at(first_ms, "its first token is there")
         yield _at(change["at_ms"], f"step {change['step']}: {_words(change['reason'])}{_of_step(change)}")
-    if not told:
+    if not shown:
         yield _at(first_ms, "its first token is there")
 
 

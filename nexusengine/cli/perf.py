@@ -70,7 +70,7 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def load_steps(path: str) -> list[MeasuredStep]:
-    """Of a log; its first step includes the warm-up of a run. Raises ConfigError."""
+    """The steps of a log; its first step includes the warm-up of a run. Raises ConfigError."""
     steps = [MeasuredStep(s.features, s.ms / 1e3, warm_up=i == 0) for i, s in enumerate(read_steps(path))]
     if not steps:
         raise ConfigError(f"{path} holds no step")

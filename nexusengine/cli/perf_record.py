@@ -19,7 +19,7 @@ from nexusengine.types import EngineRequest, SamplingParams
 if TYPE_CHECKING:
     from nexusengine.core.engine_core import EngineCore
     from nexusengine.execute.batch import StepBatch
-    from nexusengine.scheduler.stats import StepRecord
+    from nexusengine.wire import StepRecord
 
 _SECONDS = 60.0
 _LONGEST_OUTPUT = 256

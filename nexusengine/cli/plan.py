@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_dict(made: Plan) -> dict[str, Any]:
-    told = asdict(made)
+    found = asdict(made)
     for target in made.targets:
         best = made.cheapest(target)
-        told.setdefault("cheapest", {})[f"{target:g}"] = best.devices if best is not None else None
-    return told
+        found.setdefault("cheapest", {})[f"{target:g}"] = best.devices if best is not None else None
+    return found
 
 
 def _targets(text: str) -> list[float]:

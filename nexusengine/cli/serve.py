@@ -7,11 +7,11 @@ import json
 import shlex
 import signal
 import time
-from typing import Any
 
 from nexusengine.config import ServeConfig, load
 from nexusengine.config import add_arguments as add_settings
 from nexusengine.obs.console import end_progress, on_terminal, write_line, write_progress
+from nexusengine.supervisor.events import Draining, Event, Listening, Phase, Ready
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,20 +46,20 @@ class Announcer:
         self._url = ""
         self._phase = ""
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["type"]
-        if kind == "phase":
-            self._show(event["phase"], event["fraction"])
-        elif kind == "listening":
-            host = "127.0.0.1" if event["host"] in ("0.0.0.0", "::") else event["host"]
-            self._url = f"http://[{host}]:{event['port']}" if ":" in host else f"http://{host}:{event['port']}"
-            self._show(f"listening at {self._url}, not ready yet", 0.0)
-        elif kind == "ready":
-            end_progress()
-            print(self._greeting(), flush=True)
-        elif kind == "draining":
-            limit = f"for {event['limit_s']:g} s at most"
-            self._show(f"finishing the requests in progress, {limit}; a second Ctrl-C or SIGTERM ends at once", 0.0)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Phase():
+                self._show(event.phase, event.fraction)
+            case Listening():
+                host = "127.0.0.1" if event.host in ("0.0.0.0", "::") else event.host
+                self._url = f"http://[{host}]:{event.port}" if ":" in host else f"http://{host}:{event.port}"
+                self._show(f"listening at {self._url}, not ready yet", 0.0)
+            case Ready():
+                end_progress()
+                print(self._greeting(), flush=True)
+            case Draining():
+                limit = f"for {event.limit_s:g} s at most"
+                self._show(f"finishing the requests in progress, {limit}; a second Ctrl-C or SIGTERM ends at once", 0.0)
 
     def _show(self, phase: str, fraction: float) -> None:
         """A line for each phase; on a terminal its percentage is written over."""

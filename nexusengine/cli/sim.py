@@ -205,7 +205,7 @@ def _goodput(args: argparse.Namespace) -> int:
     spec = _spec(args)
     with _Progress("searching") as bar:
 
-        def tell(tried: Tried) -> None:
+        def show(tried: Tried) -> None:
             holds = "holds" if tried.holds else "does not hold"
             bar.say(f"{tried.rate_rps:.3g} requests/s {holds}")
 
@@ -216,7 +216,7 @@ def _goodput(args: argparse.Namespace) -> int:
             seeds=seeds_of(args),
             precision=args.precision,
             first_rate_rps=args.first_rate,
-            progress=tell,
+            progress=show,
         )
     if args.plot:
         plot_tried(found, args.target, args.longest_decile, args.plot)

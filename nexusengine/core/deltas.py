@@ -1,4 +1,4 @@
-"""What a request's caller is told, token by token."""
+"""The deltas of a request, token by token."""
 
 from __future__ import annotations
 

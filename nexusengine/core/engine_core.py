@@ -20,11 +20,11 @@ import numpy as np
 from nexusengine.clock import Clock
 from nexusengine.core.admission import NewArrivals, longest_output
 from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
-from nexusengine.core.history import History, life_of
+from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.invariants import check_requests
 from nexusengine.core.published_load import PublishedLoad
-from nexusengine.core.records import request_history, step_histories
+from nexusengine.core.records import newest_steps, request_history
 from nexusengine.core.request import RequestState
 from nexusengine.core.step_batch import step_batch
 from nexusengine.core.timeouts import Timeouts
@@ -38,9 +38,9 @@ from nexusengine.perf.model import PerformanceModel
 from nexusengine.sampling.table import SampledLogprobs, SamplingTable
 from nexusengine.scheduler.plan import SchedulerPolicy
 from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduler
-from nexusengine.scheduler.stats import CoreStats, StepRecord
+from nexusengine.scheduler.stats import CoreStats
 from nexusengine.types import EngineRequest, Service, TokenDelta
-from nexusengine.wire import Ask, Findings, WorkerLoad
+from nexusengine.wire import DebugQuery, DebugReply, RequestRecord, StepRecord, WorkerLoad
 
 _RECORDS = 4096
 
@@ -55,7 +55,7 @@ class EngineCore:
         max_running, max_waiting: requests that hold KV, and that wait for it.
         prefix_caching: reuse the KV of equal beginnings.
         hash_key: secret of the prefix cache's hashes.
-        name: of this worker, for those who are told how they were served.
+        name: of this worker, in records and deltas.
         check_every_step: verify every invariant after each step (tests).
 
     Attributes:
@@ -346,7 +346,8 @@ class EngineCore:
         self.scheduler.stats.finished(end.reason)
         now, service = self.clock.now(), self._service(state)
         message = end.error.message if end.error else None
-        self._history.ended(state.slot, life_of(state, service, now, end.reason, message))
+        record = record_of(state, service, now, end.reason, message)
+        self._history.ended(state.slot, state.serial, record)
         self._outbox.append(last_delta(state, service, now, end))
 
     def _service(self, state: RequestState) -> Service:
@@ -370,16 +371,20 @@ class EngineCore:
         """A picture of the counters and the present numbers."""
         return self.scheduler.counters()
 
-    def findings(self, ask: Ask) -> Findings:
+    def debug_reply(self, query: DebugQuery) -> DebugReply:
         """The newest steps, and what is remembered of a request that is here or was not long ago."""
-        life = None
-        if ask.request_id is not None:
-            state = self._by_id.get(ask.request_id)
-            life = self._history.life(ask.request_id) if state is None else life_of(state, self._service(state))
         found = None
-        if life is not None:
-            found = request_history(life, self._history.changes(life.serial), self.records, self.clock.now())
-        return Findings(ask.client, ask.query, self.name, step_histories(self.records, ask.last_steps), found)
+        if query.request_id is not None and (known := self._known(query.request_id)) is not None:
+            serial, record = known
+            found = request_history(record, self._history.changes(serial), self.records, self.clock.now())
+        return DebugReply(query.client, query.query, self.name, newest_steps(self.records, query.last_steps), found)
+
+    def _known(self, request_id: str) -> tuple[int, RequestRecord] | None:
+        """The number in the history and the record of a request."""
+        state = self._by_id.get(request_id)
+        if state is None:
+            return self._history.ended_record(request_id)
+        return state.serial, record_of(state, self._service(state))
 
     def load(self) -> WorkerLoad:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""

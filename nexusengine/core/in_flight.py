@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nexusengine.core.history import REASON_NAMES
 from nexusengine.core.request import RequestState
 from nexusengine.execute.batch import StepBatch
 from nexusengine.perf.features import StepFeatures
 from nexusengine.scheduler.plan import Reason, StepPlan
 from nexusengine.scheduler.scheduler import Scheduler
-from nexusengine.scheduler.stats import StepRecord
+from nexusengine.wire import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,16 @@ class InFlightStep:
 
     def record(self, scheduler: Scheduler[RequestState], device_s: float, scheduler_s: float) -> StepRecord:
         """The step as it went, its result applied."""
+        f = self.features
+        reasons = zip(REASON_NAMES[1:], np.bincount(self.plan.reasons, minlength=len(Reason))[1:].tolist(), strict=True)
         return StepRecord(
             step=self.number,
             started_s=self.started_s,
-            features=self.features,
+            tokens=f.tokens,
+            sequences=f.sequences,
+            prefills=f.prefills,
+            prefill_attention=f.prefill_attention,
+            decode_kv_tokens=f.decode_kv_tokens,
             predicted_s=self.plan.predicted_s,
             upper_s=self.plan.upper_s,
             device_s=device_s,
@@ -57,6 +64,6 @@ class InFlightStep:
             running=len(scheduler.running) + len(scheduler.ending),
             waiting=len(scheduler.waiting),
             preempted=self.preempted,
-            reasons=tuple(np.bincount(self.plan.reasons, minlength=len(Reason)).tolist()),
+            reasons={name: count for name, count in reasons if count},
             notes=self.plan.notes,
         )

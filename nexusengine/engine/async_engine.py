@@ -1,4 +1,4 @@
-"""AsyncEngine: requests as async iterators over any backend."""
+"""AsyncEngine: requests as async iterators."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing import Any, NoReturn
 from nexusengine.config import EngineConfig, parse_devices
 from nexusengine.engine.client import AsyncBackend, UnboundedBackend
 from nexusengine.engine.inproc_client import LocalBackend
-from nexusengine.engine.launch import SupervisorThread, engine_config, start_backend
+from nexusengine.engine.launch import Started, SupervisorThread, engine_config, start_backend
 from nexusengine.engine.lifetime import Home, not_pickled
 from nexusengine.engine.request import (
     DEFAULT_SAMPLING,
     Prompt,
     check_length,
-    error_delta,
     make_processor,
     make_request,
     merge,
@@ -28,7 +27,7 @@ from nexusengine.engine.request import (
 )
 from nexusengine.errors import ConfigError, DeadlineExceeded, InvalidRequest, Unavailable, WorkerLost
 from nexusengine.slo.classes import CLASSES
-from nexusengine.slo.resolve import Promise, SLOClasses
+from nexusengine.slo.resolve import SLOClasses, SLOLike
 from nexusengine.templates.pool import PROCESSES
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message, check_template_variables
@@ -39,8 +38,8 @@ _LONG_TEXT = 16_384
 _DEADLINE_GRACE_S = 5.0
 
 
-class _Parts:
-    """What an AsyncEngine has started; outlives it only as long as it takes to end it."""
+class _Resources:
+    """The client, threads and processes of an AsyncEngine; outlive it only as long as it takes to end them."""
 
     def __init__(self) -> None:
         self.home = Home()
@@ -73,64 +72,76 @@ class _Parts:
 
 
 class AsyncEngine:
-    """`AsyncEngine(model, devices=..., **settings)` loads a model when it is started (`async with`, or `start`).
+    """A model whose requests are async iterators.
 
-    Closing an iterator of `generate`, or cancelling the task that consumes it, aborts its request. It belongs to the
+    `AsyncEngine(model, devices=..., **settings)` loads it when it is started (`async with`, or `start`). Closing an
+    iterator of `generate`, or cancelling the task that consumes it, aborts its request. An engine belongs to the
     process and the event loop that started it; elsewhere its methods raise Unavailable. When it is garbage, or at the
     end of the process, what it started ends by itself.
+
+    Args:
+        settings: the fields of `nexusengine.config.EngineConfig`.
+        started: what to serve with instead; see `from_client`.
     """
 
     def __init__(
-        self, model: str = "smollm2-135m", devices: str | Sequence[str] | None = None, **settings: Any
+        self,
+        model: str = "smollm2-135m",
+        devices: str | Sequence[str] | None = None,
+        *,
+        started: Started | None = None,
+        **settings: Any,
     ) -> None:
-        config = engine_config(model, devices, settings)
-        self._config: EngineConfig | None = config
-        self._classes = SLOClasses.configured(config.slo_classes)
-        self._parts = _Parts()
-        weakref.finalize(self, self._parts.abandon).atexit = False  # see lifetime.py
+        self._config: EngineConfig | None = None
+        self._resources = _Resources()
+        self._classes = SLOClasses(CLASSES)
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._longest: int | None = None
         self._active: set[str] = set()
         self._render_threads = _render_threads()
+        if started is not None:
+            self._resources.backend = started.backend
+            self._tokenizer, self._vocab_size = started.tokenizer, started.vocab_size
+            return
+        self._config = engine_config(model, devices, settings)
+        self._classes = SLOClasses.configured(self._config.slo_classes)
+        weakref.finalize(self, self._resources.abandon).atexit = False  # see lifetime.py
 
     @classmethod
-    def over(cls, backend: AsyncBackend, tokenizer: Tokenizer, vocab_size: int) -> AsyncEngine:
-        """An engine over a backend that is started already, with the limits of its queue."""
-        engine = cls.__new__(cls)
-        engine._config, engine._parts = None, _Parts()
-        engine._parts.backend, engine._tokenizer, engine._vocab_size = backend, tokenizer, vocab_size
-        engine._longest, engine._active, engine._classes = None, set(), SLOClasses(CLASSES)
-        engine._render_threads = _render_threads()
-        return engine
+    def from_client(cls, client: AsyncBackend, tokenizer: Tokenizer, vocab_size: int) -> AsyncEngine:
+        """An engine over a client that is started already, with the limits of its queue."""
+        return cls(started=Started(client, tokenizer, vocab_size))
 
     async def start(self) -> AsyncEngine:
         """Load the model: in this process for one device, in workers of their own for several."""
         self._check_home()
-        if self._parts.backend is None:
-            config, parts = self._config, self._parts
+        if self._resources.backend is None:
+            config, resources = self._config, self._resources
             if config is None:
                 raise ConfigError("this engine was closed")
             try:
-                backend, self._tokenizer, self._vocab_size, parts.supervisor = await start_backend(config)
+                started = await start_backend(config)
             except BaseException:
-                parts.loop = None
+                resources.loop = None
                 raise
-            parts.core = backend if isinstance(backend, LocalBackend) else None
-            parts.backend = UnboundedBackend(backend, _places(config))
+            self._tokenizer, self._vocab_size = started.tokenizer, started.vocab_size
+            resources.supervisor = started.supervisor
+            resources.core = started.backend if isinstance(started.backend, LocalBackend) else None
+            resources.backend = UnboundedBackend(started.backend, _places(config))
         return self
 
     async def close(self) -> None:
-        if not self._parts.home.here:
+        if not self._resources.home.here:
             return
         if self._config is not None and self._tokenizer is not None:
             self._tokenizer.close()
-        loop = self._parts.loop
+        loop = self._resources.loop
         if loop is not None and loop.is_closed():
-            self._parts.abandon()
+            self._resources.abandon()
             return
         self._check_home()
-        await self._parts.close()
+        await self._resources.close()
 
     async def __aenter__(self) -> AsyncEngine:
         return await self.start()
@@ -143,11 +154,11 @@ class AsyncEngine:
 
     def _check_home(self) -> None:
         """Raises Unavailable in a fork of its process, and in another event loop than the one it was first used in."""
-        parts, loop = self._parts, asyncio.get_running_loop()
-        parts.home.check()
-        parts.loop = parts.loop or loop
-        if parts.loop is not loop:
-            ended = "has ended" if parts.loop.is_closed() else "is another"
+        resources, loop = self._resources, asyncio.get_running_loop()
+        resources.home.check()
+        resources.loop = resources.loop or loop
+        if resources.loop is not loop:
+            ended = "has ended" if resources.loop.is_closed() else "is another"
             raise Unavailable(
                 f"AsyncEngine was started in an event loop that {ended}; use it in the loop that started it (from "
                 "other threads with asyncio.run_coroutine_threadsafe), or make an AsyncEngine for each loop"
@@ -155,9 +166,9 @@ class AsyncEngine:
 
     @property
     def backend(self) -> AsyncBackend:
-        if self._parts.backend is None:
+        if self._resources.backend is None:
             raise Unavailable("the engine is not started, or closed")
-        return self._parts.backend
+        return self._resources.backend
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -171,8 +182,11 @@ class AsyncEngine:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt + output in tokens that some worker can hold; while all of them start again, what it was
-        before. Raises Unavailable before one was ready, and when the router is silent."""
+        """Longest prompt + output in tokens that some worker can hold; while all of them start again, as before.
+
+        Raises:
+            Unavailable: no worker was ready yet, or the router is silent.
+        """
         cluster = self.backend.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=1.0)
@@ -191,8 +205,15 @@ class AsyncEngine:
     async def render_chat(
         self, messages: Sequence[Message] | Callable[[], Sequence[Message]], /, **options: Any
     ) -> str:
-        """The prompt of a conversation, or of what a function returns; options: see ChatTemplate.render. In a thread,
-        because a template may take seconds. Raises InvalidRequest."""
+        """The prompt of a conversation, rendered in a thread, because a template may take seconds.
+
+        Args:
+            messages: the conversation, or a function that returns it.
+            options: see ChatTemplate.render.
+
+        Raises:
+            InvalidRequest: with what the template says is wrong with the messages.
+        """
 
         def render() -> str:
             return self.tokenizer.render_chat(messages() if callable(messages) else messages, **options)
@@ -210,14 +231,23 @@ class AsyncEngine:
         sampling: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        slo: Promise = None,
+        slo: SLOLike = None,
         priority: int = 0,
         timeout_s: float | None = None,
         arrival_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
-        """The news of one request, the last one with a finish_reason. What comes in while the consumer is busy is
-        handed over as one piece. timeout_s: after arrival; None waits without limit. slo, priority: as in
-        Engine.generate. Any number of requests may be open at a time. Raises NexusError."""
+        """Yield the outputs of one request, the last one with a finish_reason.
+
+        What comes while the consumer is busy is handed over as one output. Any number of requests may be open at once.
+
+        Args:
+            slo, priority: as in Engine.generate.
+            timeout_s: after arrival; None waits without limit.
+            arrival_s: monotonic timestamp; None for now.
+
+        Raises:
+            NexusError: the request is wrong, or failed.
+        """
         self._check_home()
         request = make_request(
             await self.encode(prompt) if isinstance(prompt, str) else prompt,
@@ -230,61 +260,69 @@ class AsyncEngine:
             priority=priority,
         )
         check_length(request, self.max_model_len, self._vocab_size)
-        async with aclosing(self.serve(request, prompt)) as outputs:
+        async with aclosing(self.stream(request, prompt)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise output.error
                 yield output
 
-    async def serve(self, request: EngineRequest, prompt: Prompt) -> AsyncGenerator[RequestOutput]:
-        """`generate` for a request that is made and checked already. One that fails ends with an output that has its
-        error; raises InvalidRequest only for an id that is in use, and Unavailable if nothing can be served at all."""
+    async def stream(self, request: EngineRequest, prompt: Prompt | None = None) -> AsyncGenerator[RequestOutput]:
+        """Yield the outputs of a request that is made and checked already; the lower half of `generate`.
+
+        A request that fails ends with an output that has its error.
+
+        Args:
+            prompt: as the caller gave it; a text is repeated in the outputs.
+
+        Raises:
+            InvalidRequest: its id is in use.
+            Unavailable: nothing can be served at all.
+        """
         self._check_home()
         if request.request_id in self._active:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         processor = make_processor(request, self.tokenizer, prompt)
         inbox: deque[TokenDelta] = deque()
-        arrived, late, gave_up = asyncio.Event(), False, False
+        arrived, expired = asyncio.Event(), False
 
         def sink(delta: TokenDelta) -> None:
             inbox.append(delta)
             arrived.set()
 
-        def give_up() -> None:
-            nonlocal late
-            late = True
+        def expire() -> None:
+            nonlocal expired
+            expired = True
             arrived.set()
 
-        backend, over, end = self.backend, False, None
+        backend, ended, timer = self.backend, False, None
         self._active.add(request.request_id)
         try:
             backend.submit(request, sink)
             if request.deadline_s is not None:
                 left_s = request.deadline_s + _DEADLINE_GRACE_S - time.monotonic()
-                end = asyncio.get_running_loop().call_later(left_s, give_up)
-            while not over:
-                if not late:
+                timer = asyncio.get_running_loop().call_later(left_s, expire)
+            while not ended:
+                if not expired:
                     await arrived.wait()
                     arrived.clear()
-                if inbox:
-                    delta = merge(inbox)
-                    inbox.clear()
-                    over = delta.finish_reason is not None
-                else:  # the backend should have ended the request at its deadline
-                    gave_up = True
-                    silent = DeadlineExceeded("the time limit of the request is over, and no answer came")
-                    delta = error_delta(request.request_id, silent)
+                silent = not inbox  # the backend should have ended the request at its deadline
+                if silent:
+                    error = DeadlineExceeded("the time limit of the request is over, and no answer came")
+                    inbox.append(TokenDelta.failed(request.request_id, error))
+                delta = merge(inbox)
+                inbox.clear()
+                ended = delta.finish_reason is not None and not silent
                 output = output_of(processor, delta, time.monotonic())
-                if (processor.stopped or gave_up) and not over:
+                if (processor.stopped or silent) and not ended:
                     backend.abort(request.request_id)
-                    over = True
+                    ended = True
                 if output is not None:
                     yield output
         finally:
-            if end is not None:
-                end.cancel()
+            if timer is not None:
+                timer.cancel()
             self._active.discard(request.request_id)
-            if not over:
+            if not ended:
                 backend.abort(request.request_id)
 
     async def chat(
@@ -320,18 +358,27 @@ def _render_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(PROCESSES, thread_name_prefix="chat template")
 
 
-async def once_more(start: Callable[[], AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
-    """The news of a generation whose caller looks at it only when it is complete: kept until then, and generated a
-    second time if the worker is lost in the middle. A worker lost before the first token is the router's concern."""
-    news: list[RequestOutput] = []
+async def retry_on_worker_loss(start: Callable[[], AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
+    """Yield the outputs of a generation whose caller looks at them only when they are complete.
+
+    They are kept until then, and generated a second time if the worker is lost in the middle. A worker lost before the
+    first token is the router's concern.
+
+    Args:
+        start: begins the generation, of `generate` or of `stream`.
+    """
+    outputs: list[RequestOutput] = []
     try:
-        async with aclosing(start()) as outputs:
-            async for output in outputs:
-                news.append(output)  # noqa: PERF401 (what came before an error counts)
+        async with aclosing(start()) as first:
+            async for output in first:
+                outputs.append(output)  # noqa: PERF401 (what came before an error counts)
+        lost = isinstance(outputs[-1].error, WorkerLost) and any(output.token_ids for output in outputs)
     except WorkerLost:
-        if not news:
+        if not outputs:
             raise
-        async with aclosing(start()) as outputs:
-            news = [output async for output in outputs]
-    for output in news:
+        lost = True
+    if lost:
+        async with aclosing(start()) as second:
+            outputs = [output async for output in second]
+    for output in outputs:
         yield output

@@ -1,5 +1,7 @@
-"""What stands between text and tokens: something that serves EngineRequests. Local (a core in this process) or remote
-(the router). The HTTP server, Engine and AsyncEngine see only this protocol."""
+"""The contract of what serves EngineRequests: a core in this process, or the router and its workers.
+
+The HTTP server, Engine and AsyncEngine see only this protocol.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nexusengine.engine.request import error_delta
 from nexusengine.errors import DeadlineExceeded, NexusError, Unavailable
 from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, TokenDelta
-from nexusengine.wire import Cluster, Findings
+from nexusengine.wire import Cluster, DebugReply
 
 Sink = Callable[[TokenDelta], None]
 """Called in the event loop's thread with each delta of a request; the last one has a finish_reason."""
 
 
 class AsyncBackend(Protocol):
-    """Serves requests from one event loop. Every request submitted gets exactly one delta with a finish_reason: also
-    when it is aborted, its worker dies, or the backend is closed."""
+    """Serves requests from one event loop.
+
+    Every request submitted gets exactly one delta with a finish_reason: also when it is aborted, its worker dies, or
+    the backend is closed.
+    """
 
     async def start(self) -> None: ...
 
@@ -39,9 +43,15 @@ class AsyncBackend(Protocol):
         """The newest picture of workers and queues; None before the first."""
         ...
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
-        """What every worker remembers of its newest steps, or of a request; without those that do not answer in time.
-        Raises Unavailable if nobody can be asked."""
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[DebugReply]:
+        """Ask every worker what it remembers of its newest steps, or of a request.
+
+        Returns:
+            The replies that come in time.
+
+        Raises:
+            Unavailable: no worker can be asked.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -63,9 +73,14 @@ class _Waiting:
 
 
 class UnboundedBackend:
-    """A backend that takes any number of requests: at most `places` of them are in `inner` at a time, whose queue is
-    bounded; the others wait before it, by the instant their first token is due, those without an SLO behind, as they
-    came. For callers in Python, who have all their prompts at hand anyway; a server refuses what its queue cannot hold.
+    """A backend that takes any number of requests, over one whose queue is bounded.
+
+    Those beyond `places` wait before it, ordered by the time their first token is due, those without an SLO last, as
+    they came. For callers in Python, who have all their prompts at hand anyway; a server refuses what its queue cannot
+    hold.
+
+    Args:
+        places: most requests in `inner` at a time.
     """
 
     def __init__(self, inner: AsyncBackend, places: int) -> None:
@@ -97,7 +112,7 @@ class UnboundedBackend:
     def status(self) -> Cluster | None:
         return self.inner.status()
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[DebugReply]:
         return await self.inner.ask(last_steps=last_steps, request_id=request_id)
 
     async def close(self) -> None:
@@ -110,11 +125,13 @@ class UnboundedBackend:
 
     def _end_waiting(self) -> None:
         for request_id in list(self._waiting):
-            self._end(request_id, error_delta(request_id, Unavailable("the engine was closed")))
+            self._end(request_id, TokenDelta.failed(request_id, Unavailable("the engine was closed")))
 
     def _let_in(self) -> None:
-        """Requests from the heap while there are places. A sink may be called before `submit` returns, and calls this
-        again: the outermost call does the work."""
+        """Submit requests from the heap while there are places.
+
+        A sink may be called before `submit` returns, and calls this again: the outermost call does the work.
+        """
         if self._letting_in:
             return
         self._letting_in = True
@@ -127,7 +144,7 @@ class UnboundedBackend:
             self._letting_in = False
 
     def _submit(self, request: EngineRequest, sink: Sink) -> None:
-        def heard(delta: TokenDelta) -> None:
+        def forward(delta: TokenDelta) -> None:
             if delta.finish_reason is not None:
                 self._inside -= 1
                 self._let_in()
@@ -135,14 +152,14 @@ class UnboundedBackend:
 
         self._inside += 1
         try:
-            self.inner.submit(request, heard)
+            self.inner.submit(request, forward)
         except NexusError as error:
-            heard(error_delta(request.request_id, error))
+            forward(TokenDelta.failed(request.request_id, error))
 
     def _expire(self, request: EngineRequest) -> None:
         limit_s = (request.deadline_s or math.inf) - request.arrival_s
         error = DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival")
-        self._end(request.request_id, error_delta(request.request_id, error))
+        self._end(request.request_id, TokenDelta.failed(request.request_id, error))
 
     def _end(self, request_id: str, delta: TokenDelta) -> None:
         if (waiting := self._forget(request_id)) is not None:

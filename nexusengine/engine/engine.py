@@ -16,7 +16,7 @@ from nexusengine.engine.offline import LocalRunner, RemoteRunner
 from nexusengine.engine.request import DEFAULT_SAMPLING, Prompt, check_length, make_request
 from nexusengine.errors import InvalidRequest
 from nexusengine.loading.sampling_defaults import SamplingDefaults
-from nexusengine.slo.resolve import Promise, SLOClasses
+from nexusengine.slo.resolve import SLOClasses, SLOLike
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import Message, check_template_variables
 from nexusengine.types import RequestOutput, SamplingParams, TokenLogprob
@@ -29,14 +29,15 @@ __all__ = ["AsyncEngine", "Engine"]
 class Engine:
     """A model on one device, in this process, or on several, behind a router.
 
-    settings: the fields of `nexusengine.config.EngineConfig`.
-
     Any number of threads may call it at once; their requests share the batch. It belongs to the process that made it:
     in a fork of that its methods raise Unavailable. Its processes, if it has any, end when it is closed or garbage, or
     with the process.
 
         with Engine("smollm2-135m") as engine:
             print(engine.generate("The capital of France is")[0].text)
+
+    Args:
+        settings: the fields of `nexusengine.config.EngineConfig`.
     """
 
     def __init__(
@@ -66,8 +67,11 @@ class Engine:
         return self._runner.max_model_len
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        """SamplingParams(**given) with the model's own defaults for temperature, top_p, top_k and min_p where they are
-        not given, which is what a request over HTTP gets; with generation_config="none" those of SamplingParams."""
+        """SamplingParams(**given), the model's own defaults in place of what is not given, as for requests over HTTP.
+
+        The model may have defaults of temperature, top_p, top_k and min_p; with generation_config="none" those of
+        SamplingParams are used.
+        """
         defaults = self.tokenizer.sampling_defaults if self._model_samples else SamplingDefaults()
         return defaults.fill(SamplingParams(**given), given)
 
@@ -84,7 +88,7 @@ class Engine:
         *,
         stream: Literal[False] = False,
         progress: bool | None = None,
-        slo: Promise = None,
+        slo: SLOLike = None,
         priority: int = 0,
     ) -> list[RequestOutput]: ...
 
@@ -96,7 +100,7 @@ class Engine:
         *,
         stream: Literal[True],
         progress: bool | None = None,
-        slo: Promise = None,
+        slo: SLOLike = None,
         priority: int = 0,
     ) -> Iterator[RequestOutput]: ...
 
@@ -107,39 +111,44 @@ class Engine:
         *,
         stream: bool = False,
         progress: bool | None = None,
-        slo: Promise = None,
+        slo: SLOLike = None,
         priority: int = 0,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt (text or token ids); a single prompt is a list of one.
 
-        sampling: for all prompts, or one for each; default: greedy, at most 256 tokens, whatever the model's own
-        defaults are (see sampling_params for those).
-        stream=False: the outputs, in the order of the prompts. stream=True: an iterator of news, each with its prompt's
-        place in metadata["index"]; closing it aborts what is left.
-        progress: show a bar; default: for more than 8 prompts on a terminal.
-        slo: what is promised to each of them: an SLO, the name of a class, or None for no promise; priority: see
-        EngineRequest. The last output of each prompt says in `verdict` whether the promise was kept.
-        There may be any number of prompts. Without an SLO none of them is refused, however long they wait.
+        Args:
+            sampling: for all prompts, or one for each; default: greedy, at most 256 tokens, whatever the model's own
+                defaults are (see sampling_params for those).
+            stream: whether outputs are returned as they come.
+            progress: show a bar; default: for more than 8 prompts on a terminal.
+            slo: of each prompt: an SLO, the name of a class, or None. The last output of each prompt says in `verdict`
+                whether it was met. Without one no prompt is refused, however long it waits.
+            priority: see EngineRequest.
 
-        Raises NexusError before anything is started if any prompt or parameter is wrong. Later, one that fails is an
-        output like the others, with finish_reason "error" and its `error`.
+        Returns:
+            The outputs, in the order of the prompts, of which there may be any number. With stream=True an iterator of
+            outputs, each with what is new and its prompt's place in metadata["index"]; closing it aborts what is left.
+
+        Raises:
+            NexusError: a prompt or parameter is wrong; before anything is started. Later, a request that fails is an
+                output like the others, with finish_reason "error" and its `error`.
         """
         longest = self.max_model_len
         many = _as_list(prompts)
         each = _sampling_list(sampling, len(many))
-        promise = self._classes.in_python(slo)
+        slo_class = self._classes.in_python(slo)
         arrival_s = time.monotonic()
         requests = [
-            make_request(p, s, self.tokenizer, arrival_s=arrival_s, slo=promise, priority=priority)
+            make_request(p, s, self.tokenizer, arrival_s=arrival_s, slo=slo_class, priority=priority)
             for p, s in zip(many, each, strict=True)
         ]
         for request in requests:
             check_length(request, longest, self.vocab_size)
-        news = self._runner.run(requests, many, stream=stream)
+        outputs = self._runner.run(requests, many, stream=stream)
         if stream:
-            return news
+            return outputs
         shown = len(many) >= _PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
-        return _collect(news, len(many), shown)
+        return _collect(outputs, len(many), shown)
 
     def chat(
         self,
@@ -154,10 +163,16 @@ class Engine:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """`generate` for one conversation or several, rendered with the model's chat template.
 
-        add_generation_prompt: whether an assistant's message is begun after the last one; default: yes, unless the
-        last one is continued. continue_final_message: whether the last message is continued. chat_template_kwargs:
-        what else the template reads, e.g. {"enable_thinking": False}, also tools and documents. Raises InvalidRequest
-        with what the template says is wrong with the messages.
+        Args:
+            add_generation_prompt: whether an assistant's message is begun after the last one; default: yes, unless the
+                last one is continued.
+            continue_final_message: whether the last message is continued.
+            chat_template_kwargs: what else the template reads, e.g. {"enable_thinking": False}, also tools and
+                documents.
+            options: as for `generate`.
+
+        Raises:
+            InvalidRequest: with what the template says is wrong with the messages.
         """
         several = bool(messages) and isinstance(messages[0], list | tuple)
         variables = check_template_variables(chat_template_kwargs or {})
@@ -207,11 +222,11 @@ def _sampling_list(sampling: SamplingParams | Sequence[SamplingParams] | None, c
     return list(sampling)
 
 
-def _collect(news: Iterator[RequestOutput], count: int, progress: bool) -> list[RequestOutput]:
-    """The news of each prompt put together, in order."""
+def _collect(outputs: Iterator[RequestOutput], count: int, progress: bool) -> list[RequestOutput]:
+    """The outputs of each prompt put together, in order."""
     pieces: list[list[RequestOutput]] = [[] for _ in range(count)]
     with _bar(count, progress) as advance:
-        for piece in news:
+        for piece in outputs:
             pieces[piece.metadata["index"]].append(piece)
             if piece.finished:
                 advance()

@@ -13,10 +13,10 @@ from nexusengine import wire
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.engine import lifetime
 from nexusengine.engine.client import Sink
-from nexusengine.engine.request import error_delta
 from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
 from nexusengine.types import EngineRequest, TokenDelta
+from nexusengine.worker.build import info_of
 
 _IDLE_WAIT_S = 0.5
 _ANSWER_S = 3.0
@@ -29,12 +29,12 @@ log = get_logger("engine")
 class _Query:
     """A question to the core from the event loop."""
 
-    ask: wire.Ask
-    answered: asyncio.Future[wire.Findings]
+    query: wire.DebugQuery
+    answered: asyncio.Future[wire.DebugReply]
 
-    def tell(self, answer: wire.Findings) -> None:
+    def reply(self, reply: wire.DebugReply) -> None:
         if not self.answered.done():
-            self.answered.set_result(answer)
+            self.answered.set_result(reply)
 
 
 class LocalBackend:
@@ -58,7 +58,7 @@ class LocalBackend:
     def submit(self, request: EngineRequest, sink: Sink) -> None:
         if self._failure is not None or self._closing:
             failure, closed = self._failure, Unavailable("the engine was closed")
-            sink(error_delta(request.request_id, InternalError(failure) if failure else closed))
+            sink(TokenDelta.failed(request.request_id, InternalError(failure) if failure else closed))
             return
         self._sinks[request.request_id] = sink
         self._commands.append(request)
@@ -70,30 +70,16 @@ class LocalBackend:
             self._arrived.set()
 
     def status(self) -> wire.Cluster:
-        spec = self.core.executor.spec
-        info = wire.WorkerInfo(
-            "w0",
-            "local",
-            0,
-            spec.device,
-            self._model,
-            spec.dtype,
-            spec.attention_backend,
-            self.core.max_model_len,
-            spec.max_batch_tokens,
-            spec.block_size,
-            self.core.kv.total_blocks,
-            spec.weights_bytes,
-            spec.kv_bytes,
-        )
+        device = self.core.executor.spec.device
+        info = info_of(self.core, wire.WorkerInfo("w0", "local", 0, device, self._model))
         state = wire.WorkerState.GONE if self._failure else wire.WorkerState.READY
         worker = wire.WorkerStatus(info, state, "ready", 1.0, len(self._sinks), self.core.load(), cause=self._failure)
         return wire.Cluster("local", (worker,), ledger=len(self._sinks))
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
         if self._failure is not None or self._closing:
             raise Unavailable(self._failure or "the engine was closed")
-        query = _Query(wire.Ask(0, last_steps, request_id), self._loop.create_future())
+        query = _Query(wire.DebugQuery(0, last_steps, request_id), self._loop.create_future())
         self._commands.append(query)
         self._arrived.set()
         try:
@@ -105,7 +91,7 @@ class LocalBackend:
         self.stop()
         while self._thread.is_alive():  # no thread to join it in: at the exit of an interpreter there is none
             await asyncio.sleep(_JOIN_EVERY_S)
-        self._fail_all(Unavailable.code, "the engine was closed")
+        self._fail_all(Unavailable("the engine was closed"))
         self.core.executor.close()
 
     def drop(self) -> None:
@@ -129,18 +115,18 @@ class LocalBackend:
                 deltas = self._take_commands()
                 deltas += self.core.step()
                 if deltas:
-                    self._tell(self._deliver, deltas)
+                    self._call(self._deliver, deltas)
                 if not self.core.has_work:
                     self._arrived.wait(_IDLE_WAIT_S)
                     self._arrived.clear()
-        except Exception as error:  # whatever it is, the requests in flight must be told
+        except Exception as error:  # whatever it is, the requests in flight must end
             log.exception("a step failed; the engine is of no more use")
             self._failure = f"a step failed: {error}"
-            self._tell(self._fail_all, InternalError.code, self._failure)
+            self._call(self._fail_all, InternalError(self._failure))
         finally:
             lifetime.ended(self)
 
-    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
+    def _call(self, callback: Callable[..., None], *args: Any) -> None:
         """Call it in the event loop. Where that has ended without closing the engine, nobody listens any more."""
         try:
             self._loop.call_soon_threadsafe(callback, *args)
@@ -158,12 +144,12 @@ class LocalBackend:
                     deltas.append(delta)
                 continue
             if isinstance(command, _Query):
-                self._tell(command.tell, self.core.findings(command.ask))
+                self._call(command.reply, self.core.debug_reply(command.query))
                 continue
             try:
                 self.core.add(command)
             except NexusError as error:
-                deltas.append(error_delta(command.request_id, error))
+                deltas.append(TokenDelta.failed(command.request_id, error))
         return deltas
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
@@ -175,8 +161,8 @@ class LocalBackend:
                 del self._sinks[delta.request_id]
             sink(delta)
 
-    def _fail_all(self, code: str, message: str) -> None:
+    def _fail_all(self, error: NexusError) -> None:
         """End every request, also those that the core has not seen yet."""
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
-            sink(TokenDelta(request_id, finish_reason="error", error_code=code, error_message=message))
+            sink(TokenDelta.failed(request_id, error))

@@ -1,4 +1,4 @@
-"""What Engine and AsyncEngine are started from: their settings, a core in this process, or processes of its own."""
+"""How Engine and AsyncEngine are started: settings, a core in this process, or processes of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nexusengine import native
@@ -19,6 +20,7 @@ from nexusengine.engine.router_client import RouterClient
 from nexusengine.errors import ConfigError, NexusError
 from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
+from nexusengine.supervisor.events import Event, Ready
 from nexusengine.supervisor.supervisor import Supervisor
 from nexusengine.tokenize import Tokenizer, load_tokenizer
 from nexusengine.worker.build import executor_options, make_core
@@ -47,13 +49,29 @@ def make_local(config: EngineConfig) -> tuple[EngineCore, Tokenizer, int]:
     return make_core(executor, config, MonotonicClock(), geometry=files.config), tokenizer, files.config.vocab_size
 
 
-async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, int, SupervisorThread | None]:
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A client that is started, and what belongs to it.
+
+    Attributes:
+        backend: started.
+        vocab_size: number of token ids.
+        supervisor: of the processes behind the backend, where they are this engine's own.
+    """
+
+    backend: AsyncBackend
+    tokenizer: Tokenizer
+    vocab_size: int
+    supervisor: SupervisorThread | None = None
+
+
+async def start_backend(config: EngineConfig) -> Started:
     """One device: a core in a thread of this process. Several: router and workers in processes of their own."""
     if len(parse_devices(config.devices)) == 1:
         core, tokenizer, vocab_size = await asyncio.to_thread(make_local, config)
         local = LocalBackend(core, config.model)
         await local.start()
-        return local, tokenizer, vocab_size, None
+        return Started(local, tokenizer, vocab_size)
     supervisor = SupervisorThread(config)
     client = RouterClient(supervisor.front)
     started = False
@@ -69,7 +87,7 @@ async def start_backend(config: EngineConfig) -> tuple[AsyncBackend, Tokenizer, 
             await client.close()
         await supervisor.closed()
         raise
-    return client, tokenizer, files.config.vocab_size, supervisor
+    return Started(client, tokenizer, files.config.vocab_size, supervisor)
 
 
 class SupervisorThread:
@@ -114,8 +132,8 @@ class SupervisorThread:
     def forget(self) -> None:
         self._supervisor.forget_children()
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if event["type"] == "ready":
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Ready):
             self._ready.set()
 
     def _run(self) -> None:

@@ -10,8 +10,11 @@ from nexusengine.errors import Unavailable
 
 
 class Home:
-    """The process that made an engine. Threads, locks, sockets and children of a process do not live on in a fork of
-    it, so that an engine that was copied there would wait for ever."""
+    """The process that made an engine.
+
+    Threads, locks, sockets and children of a process do not exist in a fork of it, so that an engine that was copied
+    there would wait for ever.
+    """
 
     def __init__(self) -> None:
         self._pid = os.getpid()

@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 from nexusengine.config import EngineConfig
-from nexusengine.engine.async_engine import AsyncEngine
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.launch import make_local
 from nexusengine.engine.lifetime import Home
-from nexusengine.engine.request import Prompt, error_delta, make_processor, output_of
-from nexusengine.errors import InternalError, NexusError, Unavailable, WorkerLost
+from nexusengine.engine.request import Prompt, make_processor, output_of
+from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
 from nexusengine.scheduler.registry import OFFLINE
 from nexusengine.slo.due import first_token_due_s
@@ -36,11 +36,11 @@ log = get_logger("engine")
 
 
 class LocalRunner:
-    """A core in this process, stepped by its callers: whoever has no news computes the next step, for all of them, with
-    the lock held.
+    """A core in this process, stepped by its callers.
 
-    Only the holder of the lock touches the core. A generator may be closed by the garbage collector, in any thread and
-    also within a step, so its end takes no lock: what it leaves is written down in `_left`, for the holder to see to.
+    Whoever has no output to yield computes the next step, for all of them, with the lock held. Only the holder of the
+    lock touches the core. A generator may be closed by the garbage collector, in any thread and also within a step, so
+    its end takes no lock: the requests that it leaves go into `_left`, and the holder aborts them.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -62,10 +62,10 @@ class LocalRunner:
         self._home.check()
 
     def stats(self) -> dict[str, float]:
-        return self.core.stats().totals()
+        return self.core.stats().counters()
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
-        """stream: whether the caller looks at the news before a request's end."""
+        """Yield the outputs of all requests. stream: whether the caller looks at them before a request's end."""
         processors = {
             r.request_id: (i, make_processor(r, self.tokenizer, p))
             for i, (r, p) in enumerate(zip(requests, prompts, strict=True))
@@ -94,7 +94,7 @@ class LocalRunner:
             self._leave(*processors)
 
     def close(self) -> None:
-        """What is in flight ends with an error."""
+        """End what is in flight with an error."""
         if not self._home.here:
             return
         self._closing = True
@@ -113,7 +113,7 @@ class LocalRunner:
         with self._lock:
             try:
                 self._holder = threading.get_ident()
-                self._see_to_those_left()
+                self._abort_left()
                 yield
             finally:
                 if self._closing and self._failure is None:
@@ -133,15 +133,14 @@ class LocalRunner:
                 heapq.heappush(self._queue, (due_s, self._submitted, request))
 
     def _step(self, inbox: deque[TokenDelta]) -> None:
-        """One step of the core, unless another thread's has brought something meanwhile. Its tokens go to whoever asked
-        for them."""
+        """Compute one step, unless another thread's has brought something meanwhile; its tokens go to all inboxes."""
         with self._turn(), _interrupts_deferred():
             if inbox or self._failure is not None:
                 return
             try:
                 self._feed()
                 self._deliver(self.core.step())
-            except Exception as error:  # whatever it is, all that are in flight must be told
+            except Exception as error:  # whatever it is, all that are in flight must end
                 log.exception("a step failed; the engine cannot be used any more")
                 self._fail(InternalError(f"a step failed: {error}"))
 
@@ -153,7 +152,7 @@ class LocalRunner:
                 try:
                     self.core.add(request)
                 except NexusError as error:
-                    self._deliver([error_delta(request.request_id, error)])
+                    self._deliver([TokenDelta.failed(request.request_id, error)])
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
@@ -164,9 +163,9 @@ class LocalRunner:
         """The end of the engine, and of all that is in flight."""
         self._failure = error
         self._queue.clear()
-        self._deliver([error_delta(request_id, error) for request_id in list(self._inboxes)])
+        self._deliver([TokenDelta.failed(request_id, error) for request_id in list(self._inboxes)])
 
-    def _see_to_those_left(self) -> None:
+    def _abort_left(self) -> None:
         while self._left:
             request_id = self._left.popleft()
             if self._failure is None:
@@ -190,7 +189,7 @@ class LocalRunner:
         with _interrupts_deferred():
             while self._left and self._lock.acquire(blocking=False):
                 try:
-                    self._see_to_those_left()
+                    self._abort_left()
                 finally:
                     self._lock.release()
 
@@ -219,8 +218,10 @@ def _interrupts_deferred() -> Iterator[None]:
 
 
 class _Session:
-    """An AsyncEngine in an event loop of its own, in a background thread. Knows nothing of the RemoteRunner it is for,
-    so that this can be garbage while the thread runs."""
+    """An AsyncEngine in an event loop of its own, in a background thread.
+
+    Knows nothing of the RemoteRunner it is for, so that this can be garbage while the thread runs.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.home = Home()
@@ -291,29 +292,33 @@ class RemoteRunner:
         cluster = self._session.engine.backend.status()
         if cluster is None:
             raise Unavailable("the router is silent")
-        totals: dict[str, float] = {}
+        counters: dict[str, float] = {}
         for worker in cluster.workers:
-            for name, value in (worker.load.totals if worker.load else {}).items():
-                totals[name] = totals.get(name, 0.0) + value
-        return totals
+            for name, value in (worker.load.counters if worker.load else {}).items():
+                counters[name] = counters.get(name, 0.0) + value
+        return counters
 
     def run(self, requests: list[EngineRequest], prompts: Sequence[Prompt], *, stream: bool) -> Iterator[RequestOutput]:
-        """stream: whether the caller looks at the news before a request's end; else it may be generated twice."""
+        """Yield the outputs of all requests.
+
+        Args:
+            stream: whether the caller looks at them before a request's end; else one may be generated twice.
+        """
         session = self._session
         if session.loop.is_closed():
             raise Unavailable("the engine was closed")
-        news: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
+        outputs: queue.SimpleQueue[RequestOutput | None] = queue.SimpleQueue()
         pairs = list(zip(requests, prompts, strict=True))
-        starts: list[Outputs] = [partial(session.engine.serve, request, prompt) for request, prompt in pairs]
+        starts: list[Outputs] = [partial(session.engine.stream, request, prompt) for request, prompt in pairs]
         if not stream:
-            starts = [partial(_whole, start) for start in starts]
-        running = asyncio.run_coroutine_threadsafe(_serve_all(starts, news), session.loop)
-        running.add_done_callback(lambda _: news.put(None))
+            starts = [partial(retry_on_worker_loss, start) for start in starts]
+        running = asyncio.run_coroutine_threadsafe(_serve_all(starts, outputs), session.loop)
+        running.add_done_callback(lambda _: outputs.put(None))
         left = len(requests)
         try:
             while left:
                 self.check()
-                output = news.get()
+                output = outputs.get()
                 if output is None:
                     raise _cause(running)
                 left -= output.finished
@@ -325,25 +330,15 @@ class RemoteRunner:
         self._session.close()
 
 
-async def _serve_all(starts: list[Outputs], news: queue.SimpleQueue[RequestOutput | None]) -> None:
+async def _serve_all(starts: list[Outputs], outputs: queue.SimpleQueue[RequestOutput | None]) -> None:
     async def one(index: int, start: Outputs) -> None:
         async for output in start():
             output.metadata["index"] = index
-            news.put(output)
+            outputs.put(output)
 
     async with asyncio.TaskGroup() as group:
         for index, start in enumerate(starts):
             group.create_task(one(index, start))
-
-
-async def _whole(start: Outputs) -> AsyncGenerator[RequestOutput]:
-    """The outputs of a generation whose caller looks at them only when they are complete: generated a second time if
-    the worker is lost in the middle. A worker lost before the first token is the router's concern."""
-    outputs = [output async for output in start()]
-    if isinstance(outputs[-1].error, WorkerLost) and any(output.token_ids for output in outputs):
-        outputs = [output async for output in start()]
-    for output in outputs:
-        yield output
 
 
 def _cause(running: Future[None]) -> BaseException:

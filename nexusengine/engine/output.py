@@ -31,10 +31,15 @@ class Detokenizer(Protocol):
 
 @dataclass(slots=True)
 class OutputProcessor:
-    """One request's output. When a stop string matches, `stopped` is True: the request is over for its caller, and
-    whoever feeds this must abort it in the engine; deltas that still come are ignored.
+    """Makes the outputs of one request from its deltas.
 
-    stop_names: the stop strings that are one token, by its id; the engine stops at it and knows the id alone."""
+    When a stop string matches, `stopped` is True: the request has ended for its caller, and the owner must abort it in
+    the engine; deltas that still come are ignored.
+
+    Attributes:
+        stop_names: the stop strings that are one token, by its id; the engine stops at it and knows the id alone.
+        seen_late: whether a token came here after it was due.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -58,7 +63,7 @@ class OutputProcessor:
     _tried: int = 0  # characters of that
 
     def push(self, delta: TokenDelta, now: float) -> RequestOutput | None:
-        """The news in `delta`; None if there are none. now: the instant at which a stop string would end it."""
+        """The output of a delta; None if there is nothing new. now: timestamp at which a stop string would end it."""
         if self.stopped:
             return None
         self.timings = delta.timings or self.timings
@@ -123,24 +128,29 @@ class OutputProcessor:
         )
 
     def _push_tokens(self, token_ids: tuple[int, ...]) -> tuple[str, tuple[int, ...], str | None]:
-        """Their text, those of them up to the one that completed a stop string, and that string. One at a time where
-        there is something to look for: several tokens come at once when their reader was slow."""
+        """Detokenise, one token at a time where there are stop strings: several come at once when a reader was slow.
+
+        Returns:
+            Their text, those of them up to the one that completed a stop string, and that string.
+        """
         if not self.stops:
             return self.detokenizer.push(token_ids), token_ids, None
         text = ""
         for n, token_id in enumerate(token_ids, start=1):
-            news, matched = self.stops.push(self.detokenizer.push((token_id,)))
-            text += news
+            new, matched = self.stops.push(self.detokenizer.push((token_id,)))
+            text += new
             if matched is None and self._complete_in_held():
-                news, matched = self.stops.push(self.detokenizer.finish())
-                text += news
+                new, matched = self.stops.push(self.detokenizer.finish())
+                text += new
             if matched is not None:
                 return text, token_ids[:n], matched
         return text, token_ids, None
 
     def _complete_in_held(self) -> bool:
-        """Whether a stop string is complete in what the detokenizer holds back: then the output ends here, which makes
-        it final. "\\n" is a byte token in many vocabularies, and waits for the token that follows it."""
+        """Whether a stop string is complete in what the detokenizer holds back; the output ends here if so.
+
+        "\\n" is a byte token in many vocabularies, and waits for the token that follows it.
+        """
         held = self.detokenizer.held
         if not held:
             self._trial = None

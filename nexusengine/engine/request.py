@@ -16,7 +16,6 @@ from nexusengine.errors import (
     InvalidRequest,
     NexusError,
     Overloaded,
-    error_from_code,
 )
 from nexusengine.slo.classes import SLOClass
 from nexusengine.tokenize import Tokenizer
@@ -48,7 +47,7 @@ def make_request(
     slo: SLOClass | None = None,
     priority: int = 0,
 ) -> EngineRequest:
-    """Tokenise, draw a seed if there is none, and fix the promise for this prompt's length. Raises InvalidRequest."""
+    """Tokenise, draw a seed if there is none, and set the SLO for this prompt's length. Raises InvalidRequest."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidRequest(f"a prompt is a string or a list of token ids, got {prompt!r}", param="prompt")
     if not isinstance(sampling, SamplingParams):
@@ -88,7 +87,7 @@ def _special_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> dict[int, 
 
 
 def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
-    """What every worker would refuse, refused before it is sent. Raises ContextTooLong or InvalidRequest."""
+    """Refuse what every worker would, before it is sent. Raises ContextTooLong or InvalidRequest."""
     check_fits(len(request.prompt_token_ids), request.sampling.max_tokens, max_model_len)
     check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
 
@@ -110,7 +109,8 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
         raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param=param)
 
 
-def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt) -> OutputProcessor:
+def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt | None = None) -> OutputProcessor:
+    """Makes the outputs of a request. prompt: as the caller gave it; a text is repeated in the outputs."""
     return OutputProcessor(
         request.request_id,
         tuple(request.prompt_token_ids),
@@ -146,30 +146,12 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
     )
 
 
-def delta_error(delta: TokenDelta) -> NexusError:
-    """The error that a delta with finish_reason "error" carries."""
-    return error_from_code(
-        delta.error_code or "", delta.error_message or "no reason was given", retry_after_s=delta.retry_after_s
-    )
-
-
-def error_delta(request_id: str, error: NexusError) -> TokenDelta:
-    """The last delta of a request that failed."""
-    return TokenDelta(
-        request_id,
-        finish_reason="error",
-        error_code=error.code,
-        error_message=error.message,
-        retry_after_s=error.retry_after_s,
-    )
-
-
 def output_of(processor: OutputProcessor, delta: TokenDelta, now: float) -> RequestOutput | None:
     """`processor.push`, with the error of a request that failed in its last output."""
     output = processor.push(delta, now)
     if output is None or output.finish_reason != "error":
         return output
-    error = delta_error(delta)
+    error = delta.error
     verdict = None if output.verdict is None else Verdict(False, False, _missed(error))
     return replace(output, error=error, verdict=verdict)
 

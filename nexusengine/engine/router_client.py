@@ -27,7 +27,7 @@ log = get_logger("client")
 
 
 class _Pending:
-    """A request that has no final delta yet. number: how many this client had submitted before."""
+    """A request that has no last delta yet. number: how many this client had submitted before."""
 
     __slots__ = ("number", "sink", "streamed")
 
@@ -44,19 +44,22 @@ def _beat(client_of: weakref.ref[RouterClient], closing: threading.Event) -> Non
 
 
 def _drop(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    """Of a client that nobody closed: a context that is garbage waits for its sockets, which is for ever."""
+    """Close what a client left that nobody closed: a garbage context would wait for its sockets for ever."""
     for each in (monitor, socket):
         each.close(linger=0)
     context.term()
 
 
 class RouterClient:
-    """AsyncBackend over a DEALER socket; lives in one event loop, which watches the socket's file descriptor: a future
-    for every message would cost a tenth of a millisecond each.
+    """AsyncBackend over a DEALER socket.
 
-    Heartbeats leave from a thread of their own, so that a loop that is held up does not look like a client that is
-    gone; the socket is used under a lock. Requests that the router lost, because it ended, was restarted, or forgot
-    this client, end at once with an error.
+    It belongs to one event loop, which watches the socket's file descriptor: a future for every message would cost a
+    tenth of a millisecond each. Heartbeats leave from a thread of their own, so that a loop that is held up does not
+    look like a client that is gone; the socket is used under a lock. Requests that the router lost, because it ended,
+    was restarted, or forgot this client, end at once with an error.
+
+    Args:
+        endpoint: of the router, for clients.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -69,7 +72,7 @@ class RouterClient:
         self._heard_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
-        self._queries: dict[int, asyncio.Queue[wire.Findings]] = {}
+        self._queries: dict[int, asyncio.Queue[wire.DebugReply]] = {}
         self._next_query = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -89,7 +92,7 @@ class RouterClient:
         weakref.finalize(self, _drop, self._socket, self._monitor, self._context).atexit = False
         self._loop.add_reader(self._socket.fileno(), self._receive)
         self._loop.add_reader(self._monitor.fileno(), self._on_disconnected)
-        self._on_disconnected()  # its descriptor tells of what comes after somebody has found nothing
+        self._on_disconnected()  # its descriptor shows only what comes after a read that found nothing
         beat = (weakref.ref(self), self._closing)
         self._heart = threading.Thread(target=_beat, args=beat, name="router heartbeat", daemon=True)
         self._heart.start()
@@ -112,34 +115,36 @@ class RouterClient:
         return None if self._refused or self._silent_s() > _SILENT_S else self._cluster
 
     def _silent_s(self) -> float:
-        """How long nothing has come from the router. Where that seems long, the socket is looked at first: perhaps it
-        was this event loop that was busy."""
+        """Seconds since the router was heard.
+
+        Where that seems long, the socket is read first: perhaps it was this event loop that was busy.
+        """
         silent_s = time.monotonic() - self._heard_s
         if silent_s > _SILENT_S and asyncio._get_running_loop() is self._loop:
             self._receive()
             silent_s = time.monotonic() - self._heard_s
         return silent_s
 
-    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.Findings]:
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
         cluster = self.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=_RETRY_AFTER_S)
         serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
         expected = sum(w.state in serving for w in cluster.workers)
-        answers: list[wire.Findings] = []
+        replies: list[wire.DebugReply] = []
         query = self._next_query
         self._next_query += 1
         arriving = self._queries[query] = asyncio.Queue()
         try:
-            self._send(wire.Ask(query, last_steps, request_id))
+            self._send(wire.DebugQuery(query, last_steps, request_id))
             async with asyncio.timeout(_ANSWER_S):
-                while len(answers) < expected:
-                    answers.append(await arriving.get())
+                while len(replies) < expected:
+                    replies.append(await arriving.get())
         except TimeoutError:
-            pass  # a worker in a long step answers after it
+            pass  # a worker in a long step replies after it
         finally:
             del self._queries[query]
-        return answers
+        return replies
 
     async def wait_for_ready(self, timeout_s: float) -> wire.Cluster:
         """Until every worker is ready. Raises TimeoutError, and ProtocolError if the router refuses this client."""
@@ -171,7 +176,7 @@ class RouterClient:
             task.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
-        self._fail(list(self._pending), Unavailable.code, "the engine was closed")
+        self._fail(list(self._pending), "the engine was closed")
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
@@ -196,8 +201,10 @@ class RouterClient:
         return True
 
     def _unread(self) -> bool:
-        """With the lock held. The descriptor tells of a change once, and sending or an unfinished turn may have used
-        that up."""
+        """With the lock held, whether there is something to receive.
+
+        The descriptor shows a change once, and sending or an unfinished turn may have used that up.
+        """
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def _say_hello(self) -> bool:
@@ -257,14 +264,14 @@ class RouterClient:
         self._heard_s = time.monotonic()
         if isinstance(message, wire.Cluster):
             self._on_cluster(message)
-        elif isinstance(message, wire.Findings):
+        elif isinstance(message, wire.DebugReply):
             if (arriving := self._queries.get(message.query)) is not None:
                 arriving.put_nowait(message)
         elif isinstance(message, wire.Refused):
             if self._refused is None:
                 self._refused = f"the router does not take this process: {message.reason}"
                 log.error(self._refused)
-            self._fail(list(self._pending), Unavailable.code, self._refused)
+            self._fail(list(self._pending), self._refused)
             self._changed.set()
         else:
             self._deliver(wire.join_deltas(message.plain, message.full))
@@ -278,7 +285,7 @@ class RouterClient:
                 "the router was restarted" if restarted else "the router gave the request up: this process was silent"
             )
             lost = [request_id for request_id, pending in self._pending.items() if pending.number < cluster.since]
-            self._fail(lost, Unavailable.code, message)
+            self._fail(lost, message)
         self._changed.set()
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
@@ -295,19 +302,11 @@ class RouterClient:
         """End every request, at the router too if it is there after all."""
         for request_id in self._pending:
             self.abort(request_id)
-        self._fail(list(self._pending), Unavailable.code, message)
+        self._fail(list(self._pending), message)
 
-    def _fail(self, request_ids: list[str], code: str, message: str) -> None:
+    def _fail(self, request_ids: list[str], reason: str) -> None:
         """End requests with an error after which they can be tried again."""
         for request_id in request_ids:
-            entry = self._pending.pop(request_id)
-            code_now = WorkerLost.code if entry.streamed else code
-            entry.sink(
-                TokenDelta(
-                    request_id,
-                    finish_reason="error",
-                    error_code=code_now,
-                    error_message=message,
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            )
+            pending = self._pending.pop(request_id)
+            error = (WorkerLost if pending.streamed else Unavailable)(reason, retry_after_s=_RETRY_AFTER_S)
+            pending.sink(TokenDelta.failed(request_id, error))

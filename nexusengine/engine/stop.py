@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 
 class _Matcher:
-    """How much of one string the text so far ends with (Knuth, Morris and Pratt 1977): linear in the text however the
-    string repeats itself. The table grows with the match, so that a long string costs nothing until it is met."""
+    """Counts how much of one string the text so far ends with (Knuth, Morris and Pratt 1977).
+
+    Linear in the text however the string repeats itself. The table grows with the match, so that a long string costs
+    nothing until it is met.
+    """
 
     def __init__(self, string: str) -> None:
         self.string = string
@@ -65,6 +68,6 @@ class StopStrings:
         return text[:keep], None
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text that was held back, once no more comes."""
         held, self._held = self._held, ""
         return held

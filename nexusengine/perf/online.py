@@ -18,10 +18,11 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
+from nexusengine.wire import PerfSnapshot
 
 KIND = "online-1"
 OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot's weights

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
+
+import msgspec
 
 from nexusengine.errors import ConfigError
 from nexusengine.perf.basis import TERMS
 from nexusengine.perf.line import KIND as LINE_KIND
 from nexusengine.perf.line import LineModel, rebuild_line
-from nexusengine.perf.model import PerformanceModel, PerfSnapshot, Predictor
+from nexusengine.perf.model import PerformanceModel, Predictor
 from nexusengine.perf.online import KIND as ONLINE_KIND
 from nexusengine.perf.online import OFFSETS, OnlineModel, rebuild_curve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.surface import KIND as SURFACE_KIND
 from nexusengine.perf.surface import SurfaceModel, rebuild_surface
+from nexusengine.wire import PerfSnapshot
 
 MODELS: dict[str, Callable[[Prior], PerformanceModel]] = {
     "online": OnlineModel,
@@ -66,7 +68,7 @@ def scaled(snapshot: PerfSnapshot, factor: float) -> PerfSnapshot:
     weights = list(snapshot.weights)
     for i in _TIMES[snapshot.kind]:
         weights[i] *= factor
-    return replace(snapshot, weights=tuple(weights))
+    return msgspec.structs.replace(snapshot, weights=tuple(weights))
 
 
 def _check_kind(snapshot: PerfSnapshot) -> None:

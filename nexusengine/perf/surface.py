@@ -16,10 +16,11 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound
+from nexusengine.wire import PerfSnapshot
 
 KIND = "paper-surface-1"
 _WINDOW, _EVERY, _FIRST = 1000, 200, 50

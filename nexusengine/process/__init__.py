@@ -1,1 +1,1 @@
-"""How the processes of one engine are tied together: configuration in, events out, and one life."""
+"""How the processes of one engine are started, exchange control messages, and end together."""

@@ -1,14 +1,12 @@
-"""How the processes of one engine are tied together.
+"""A process of an engine, seen from inside (`read_boot`, `listen`, `send`) and from its parent (`Child`).
 
-A child reads its configuration as one JSON line on stdin, then control messages, one a line. The end of stdin means
-that its parent is gone: it exits at once. Where the parent spawns from its main thread, the kernel also kills the child
-when the parent dies. A child says what happened to it as JSON lines on stdout; logs go to stderr.
+A child reads control messages (see `control`) on stdin, one a line, and sends its own on stdout; logs go to stderr. The
+end of stdin means that its parent is gone: it exits at once. Where the parent spawns from its main thread, the kernel
+also kills the child when the parent dies.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -16,13 +14,29 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 from nexusengine.obs.console import write_line
+from nexusengine.process.control import (
+    Boot,
+    BootLine,
+    ControlError,
+    Failed,
+    FromChild,
+    RouterBoot,
+    ServerBoot,
+    ToChild,
+    WorkerBoot,
+    decode_boot,
+    decode_from_child,
+    decode_to_child,
+    encode,
+)
+from nexusengine.process.parent_death import end_with_parent
 
-Message = dict[str, Any]
-_PR_SET_PDEATHSIG = 1
 _STDERR_LINES_KEPT = 20
+B = TypeVar("B", RouterBoot, ServerBoot, WorkerBoot)
 
 
 # ---- in the child ---------------------------------------------------------------------------------------------------
@@ -39,69 +53,76 @@ def _lines() -> Iterator[bytes]:
 _stdin = _lines()
 
 
-def set_parent_death_signal(number: int) -> None:
-    """From now on the kernel sends this process signal `number` when the thread that spawned it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+def read_boot(kind: type[B]) -> B:
+    """How this process is started; also makes it end with its parent. Call first, from the main thread.
 
-
-def die_with(parent_pid: int) -> None:
-    """From now on the kernel kills this process when the thread that spawned it ends, in the process `parent_pid`
-    (0: whatever it is)."""
-    set_parent_death_signal(signal.SIGKILL)
-    if parent_pid not in (0, os.getppid()):  # it died before the signal was armed
-        os._exit(1)
-
-
-def read_config() -> Message:
-    """The configuration line; ties this process to its parent's life. Call first, from the main thread."""
+    Raises:
+        ControlError: it is not of this kind.
+    """
     line = next(_stdin, None)
     if line is None:
         os._exit(1)
-    config: Message = json.loads(line)
+    first = decode_boot(line)
     for number in (signal.SIGINT, signal.SIGTERM):  # service managers reach every process; the supervisor handles it
         signal.signal(number, signal.SIG_IGN)
-    if config["parent_death_signal"]:
-        die_with(config["parent_pid"])
-    return config
+    if first.parent_death_signal:
+        end_with_parent(first.parent_pid)
+    if not isinstance(first.boot, kind):
+        raise ControlError(f"a {type(first.boot).__name__} was sent to a process that is started by a {kind.__name__}")
+    return first.boot
 
 
-def listen(handle: Callable[[Message], None], on_end: Callable[[], None] = lambda: os._exit(0)) -> None:
-    """Pass control messages to `handle`, from a thread of their own; at the end of stdin call `on_end`, which must see
-    to it that the process ends within a second."""
+def listen(handle: Callable[[ToChild], None], on_end: Callable[[], None] = lambda: os._exit(0)) -> None:
+    """Pass control messages to `handle`, from a thread of their own. A message that is unknown ends the process.
+
+    Args:
+        on_end: called at the end of stdin; must see to it that the process ends within a second.
+    """
 
     def loop() -> None:
         for line in _stdin:
-            handle(json.loads(line))
+            try:
+                message = decode_to_child(line)
+            except ControlError as error:
+                send(Failed(error.message))
+                os._exit(1)
+            handle(message)
         on_end()
 
     threading.Thread(target=loop, name="control", daemon=True).start()
 
 
-def emit(event: Message) -> None:
-    """Tell the parent."""
-    sys.stdout.write(json.dumps(event) + "\n")
+def send(message: FromChild) -> None:
+    """Send a message to the parent."""
+    sys.stdout.write(encode(message).decode())
     sys.stdout.flush()
 
 
 # ---- in the parent --------------------------------------------------------------------------------------------------
 
 
-def tied(*command: str, by_us: bool = True) -> list[str]:
-    """The command, for programs that are not ours: it ends with the thread that runs it. by_us: whether this process
-    will run it, or a program that it started."""
-    return [sys.executable, "-m", "nexusengine.process.child", str(os.getpid() if by_us else 0), *command]
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A child has ended. cause: what it said itself, or how it ended and the last line of its stderr."""
+
+    code: int
+    cause: str
 
 
 class Child:
-    """A spawned process. on_event(child, message) is called from threads: with what it emits, and once at its end with
-    {"type": "exit", "code", "cause"}, cause being its own word or the last lines of its stderr."""
+    """A spawned process.
+
+    Args:
+        on_event: called from threads with this child and each of its messages, and at its end with `Exited`.
+        environ: added to this process's environment.
+    """
 
     def __init__(
         self,
         name: str,
         module: str,
-        config: Message,
-        on_event: Callable[[Child, Message], None],
+        boot: Boot,
+        on_event: Callable[[Child, FromChild | Exited], None],
         *,
         environ: dict[str, str] | None = None,
     ) -> None:
@@ -119,7 +140,7 @@ class Child:
             process_group=0,  # Ctrl-C is for the supervisor alone, also while this one is still being imported
         )
         main_thread = threading.current_thread() is threading.main_thread()
-        self.send({**config, "parent_death_signal": main_thread, "parent_pid": os.getpid()})
+        self._write(encode(BootLine(boot, os.getpid(), main_thread)))
         self._readers = [
             threading.Thread(target=self._read_events, daemon=True, name=f"{name} stdout"),
             threading.Thread(target=self._read_stderr, daemon=True, name=f"{name} stderr"),
@@ -128,14 +149,17 @@ class Child:
             reader.start()
         threading.Thread(target=self._wait, daemon=True, name=f"{name} exit").start()
 
-    def send(self, message: Message) -> None:
-        """A control message; lost if the child has ended."""
+    def send(self, message: ToChild) -> None:
+        """Send a control message; lost if the child has ended."""
+        self._write(encode(message))
+
+    def _write(self, line: bytes) -> None:
         with self._write_lock:
             try:
-                self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+                self.process.stdin.write(line)  # type: ignore[union-attr]
                 self.process.stdin.flush()  # type: ignore[union-attr]
             except (BrokenPipeError, ValueError):
-                return  # its end is reported by `exit`
+                return  # its end is reported by `Exited`
 
     def close(self) -> None:
         """Ask it to end, by closing its stdin."""
@@ -150,13 +174,16 @@ class Child:
 
     def _read_events(self) -> None:
         for line in self.process.stdout:  # type: ignore[union-attr]
-            event = _event(line)
-            if event is None:
+            try:
+                message = decode_from_child(line)
+            except ControlError as error:
+                message = Failed(f"{self.name} sent an {error.message}")
+            if message is None:
                 write_line(f"[{self.name}] {line.decode(errors='replace').rstrip()}")
                 continue
-            if event.get("type") == "failed":
-                self._cause = event["message"]
-            self._on_event(self, event)
+            if isinstance(message, Failed):
+                self._cause = message.message
+            self._on_event(self, message)
 
     def _read_stderr(self) -> None:
         for raw in self.process.stderr:  # type: ignore[union-attr]
@@ -170,18 +197,4 @@ class Child:
             reader.join(2.0)
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last = f"; its last line: {self._stderr[-1]}" if self._stderr else ""
-        self._on_event(self, {"type": "exit", "code": code, "cause": self._cause or ended + last})
-
-
-def _event(line: bytes) -> Message | None:
-    """What a child said; None for a line that something else in it wrote to stdout."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
-
-
-if __name__ == "__main__":
-    die_with(int(sys.argv[1]))
-    os.execvp(sys.argv[2], sys.argv[2:])
+        self._on_event(self, Exited(code, self._cause or ended + last))

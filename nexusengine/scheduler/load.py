@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.arrays import I4
-from nexusengine.perf.model import PerfSnapshot
 from nexusengine.scheduler.stats import CoreStats
 from nexusengine.scheduler.view import RequestColumns
 from nexusengine.slo.due import first_tokens_due_s
-from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfWeights, WorkerLoad
+from nexusengine.wire import MAX_PENDING_IN_REPORT, PendingPrefill, PerfSnapshot, WorkerLoad
 
 
 def worker_load(
@@ -55,8 +54,8 @@ def worker_load(
         ),
         pending_tokens=int(pending_left.sum()),
         mean_output_tokens=mean_output_tokens,
-        perf=PerfWeights(perf.kind, perf.weights, perf.quantile, perf.steps, perf.epoch),
-        totals=stats.totals(),
+        perf=perf,
+        counters=stats.counters(),
         relegated=int(relegated.sum()),
         relegated_tokens=int(pending_left[relegated].sum()),
     )

@@ -1,10 +1,9 @@
-"""Counters of an engine core, and the record of its newest steps."""
+"""Counters of an engine core."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexusengine.perf.features import StepFeatures
 from nexusengine.types import FinishReason
 
 _SLOW = 1.6
@@ -44,7 +43,7 @@ class CoreStats:
     coverage: float = 0.0
     slow_steps: int = 0
 
-    def totals(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in self.__slots__}
 
     def stepped(self, tokens: int, predicted_s: float, upper_s: float, device_s: float) -> None:
@@ -67,25 +66,3 @@ class CoreStats:
         self.prediction_bias += weight * (error - self.prediction_bias)
         self.slow_steps += measured_s > _SLOW * predicted_s
         self.coverage += weight * (float(measured_s <= upper_s) - self.coverage)
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step as it was planned and as it went. Seconds; started_s on the core's clock.
-
-    reasons: how many slots had each scheduler.plan.Reason, by its number; those without a request count as NONE.
-    notes: the plan's own.
-    """
-
-    step: int
-    started_s: float
-    features: StepFeatures
-    predicted_s: float
-    upper_s: float
-    device_s: float
-    scheduler_s: float
-    running: int
-    waiting: int
-    preempted: int
-    reasons: tuple[int, ...]
-    notes: dict[str, float]

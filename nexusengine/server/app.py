@@ -52,7 +52,7 @@ def create_app(state: ServerState) -> ASGIApp:
 
 
 def refusal(error: Exception, scope: Scope, state: ServerState) -> NexusError:
-    """What a client is told of an error."""
+    """The reply to a request that failed."""
     path = scope["path"]
     if isinstance(error, NexusError):
         if error.param == "prompt" and path == completions.CHAT:  # what the engine calls a prompt

@@ -15,8 +15,11 @@ _List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class ChatMessage(BaseModel):
-    """Further keys (name, tool_calls, tool_call_id, ...) are handed to the model's chat template, which is also where
-    the parts of a content are checked."""
+    """A message of a conversation.
+
+    Further keys (name, tool_calls, tool_call_id, ...) are passed to the model's chat template, which is also where the
+    parts of a content are checked.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions: the same life, two shapes of reply."""
+"""/v1/chat/completions and /v1/completions: served alike, with two shapes of reply."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.request import check_fits, check_token_ids
 from nexusengine.errors import InvalidRequest
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
-from nexusengine.server.pieces import JSONPieces, Pace
+from nexusengine.server.pieces import JSONPieces, LoopYield
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -37,12 +37,13 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request wants beside its prompts.
+    """The options of a request, beside its prompts.
 
-    tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
-    n: choices a prompt.
-    verdict: whether it wants the `nexus` object.
-    stream: whether the client sees tokens as they come.
+    Attributes:
+        tokens: most to generate for each choice, 0 for none at all, None for as many as fit.
+        n: choices a prompt.
+        verdict: whether it wants the `nexus` object.
+        stream: whether the client sees tokens as they come.
     """
 
     sampling: SamplingParams
@@ -108,17 +109,17 @@ class Generation:
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
         counted = [partial(self._counted, i, start) for i, start in enumerate(starts)]
-        self._generations = [start() if asked.stream else once_more(start) for start in counted]
+        self._generations = [start() if asked.stream else retry_on_worker_loss(start) for start in counted]
         self._lengths = [0] * len(counted)
         self._begun: dict[int, RequestOutput] = {}
         self._usage = {"prompt": 0, "output": 0, "cached": 0}
         self._logprobs: list[deque[TokenLogprob]] = [deque() for _ in starts]  # of tokens whose text is held back
-        self._pace = Pace()
+        self._loop_yield = LoopYield()
 
     async def _counted(
         self, index: int, start: Callable[[], AsyncGenerator[RequestOutput]]
     ) -> AsyncGenerator[RequestOutput]:
-        """The news of one choice, its tokens counted as they come, also those that nobody will see."""
+        """The outputs of one choice, its tokens counted as they come, also those that nobody will see."""
         self._count_cut_off(index)  # what a worker that was lost had given
         async with aclosing(start()) as outputs:
             async for output in outputs:
@@ -133,12 +134,12 @@ class Generation:
         self._lengths[index] = 0
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """The news of every choice; counts usage and metrics as choices end."""
+        """The outputs of every choice; counts usage and metrics as choices end."""
         left = len(self._generations)
         missed: Missed | None = "unfinished"  # if the client leaves
         try:
-            async with fan_in(self._generations) as news:
-                async for index, output in news:
+            async with fan_in(self._generations) as outputs:
+                async for index, output in outputs:
                     if output.finished:
                         left -= 1
                         self._begun.pop(index, None)
@@ -196,7 +197,7 @@ class Generation:
                 entries[index] += await self._entries(index, output)
                 if output.finished:
                     verdicts[index] = nexus(output)
-                await self._pace.rest()
+                await self._loop_yield.yield_if_due()
         pieces: list[bytes] = []
         for i, text in enumerate(texts):
             choice = self.shape.choice(i, text, reasons[i], self._joined(entries[i]))
@@ -204,7 +205,7 @@ class Generation:
                 choice["nexus"] = verdicts[i]
             pieces += [b"," if i else b"", msgspec.json.encode(choice)]
             entries[i].clear()
-            await self._pace.rest()
+            await self._loop_yield.yield_if_due()
         reply = self.envelope(self.shape.object_name, []) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
@@ -243,7 +244,7 @@ class Generation:
         entries: list[Any] = []
         for offset in output.text_offsets if waiting else ():
             entries.append(self.shape.entry(self.engine.tokenizer, waiting.popleft(), before + offset))
-            await self._pace.rest()
+            await self._loop_yield.yield_if_due()
         return entries
 
     def _joined(self, entries: Sequence[Any]) -> dict[str, Any] | None:
@@ -256,7 +257,7 @@ def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
 
 
 async def _nothing(request_id: str, prompt: Sequence[int]) -> AsyncGenerator[RequestOutput]:
-    """What a generation of no tokens gives."""
+    """The output of a generation of no tokens."""
     yield RequestOutput(request_id, tuple(prompt), "", (), "length")
 
 
@@ -299,7 +300,7 @@ async def encode(state: ServerState, text: str, add_special_tokens: bool) -> lis
 def _tokenised(
     engine: AsyncEngine, prompts: Sequence[str | list[int] | None], echo: bool, tokens: int | None
 ) -> list[tuple[list[int], str]]:
-    """Of each prompt its token ids and what is echoed of it. tokens: asked for. Raises InvalidRequest."""
+    """The token ids and the echoed text of each prompt. tokens: to generate. Raises InvalidRequest."""
     tokenizer = engine.tokenizer
     ready = []
     for prompt in prompts:

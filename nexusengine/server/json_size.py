@@ -43,7 +43,7 @@ def _count(piece: bytes) -> int:
 
 
 def _between_strings(content: bytes) -> Iterator[bytes]:
-    """What stands outside of the strings, piece by piece: before the first, between each two, after the last."""
+    """The text outside of the strings, piece by piece: before the first, between each two, after the last."""
     begin = 0
     while (quote := content.find(b'"', begin)) >= 0:
         yield content[begin:quote]

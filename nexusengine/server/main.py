@@ -7,10 +7,10 @@ import errno
 import socket
 import sys
 
-from nexusengine.config import ServeConfig
 from nexusengine.errors import ConfigError
 from nexusengine.obs.logs import setup
 from nexusengine.process import child
+from nexusengine.process.control import Failed, Listening, ServerBoot
 
 _BACKLOG = 2048
 
@@ -34,19 +34,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    given = child.read_config()
-    config = ServeConfig(**given["config"])
+    boot = child.read_boot(ServerBoot)
+    config = boot.config
     setup(config.log_level)
     try:
         listening = bind(config.host, config.port)
     except ConfigError as error:
-        child.emit({"type": "failed", "message": error.message})
+        child.send(Failed(error.message))
         sys.exit(1)
-    child.emit({"type": "listening", "host": config.host, "port": listening.getsockname()[1]})
+    child.send(Listening(config.host, listening.getsockname()[1]))
 
     from nexusengine.server.process import run
 
-    run(config, given["front"], listening)
+    run(config, boot.front, listening)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a request's headers say of its body: JSON in UTF-8, not compressed."""
+"""The checks of what a request's headers say of its body: JSON in UTF-8, not compressed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ SERVER_METRICS = (
     ServerMetric(
         "slo_requests",
         "counter",
-        "Generations by SLO class and verdict: met, what was missed first, or finished where nothing was promised",
+        "Generations by SLO class and verdict: met, what was missed first, or finished for those without an SLO",
         ("class", "verdict"),
     ),
     ServerMetric("slo_strict_met_requests", "counter", "Of those met, how many by the strict contract", ("class",)),
@@ -95,13 +95,16 @@ _DRIFT = 0.1
 
 
 def _total(name: str) -> Callable[[WorkerStatus], float | None]:
-    return lambda w: None if w.load is None else w.load.totals.get(name)
+    return lambda w: None if w.load is None else w.load.counters.get(name)
 
 
 WORKER_METRICS = (
     WorkerMetric("worker_ready", "gauge", "1 if the worker takes requests", lambda w: w.state is WorkerState.READY),
     WorkerMetric(
-        "worker_barred", "gauge", "1 if it is ready and yet gets no requests", lambda w: w.ejected is not None
+        "worker_ejected",
+        "gauge",
+        "1 if it is ready but gets no requests: it failed too often, or has too much to do",
+        lambda w: w.ejected is not None,
     ),
     WorkerMetric("worker_restarts", "gauge", "Restarts in the last five minutes", lambda w: w.restarts),
     WorkerMetric("worker_outstanding", "gauge", "Requests dispatched and not finished", lambda w: w.outstanding),
@@ -113,7 +116,12 @@ WORKER_METRICS = (
     WorkerMetric("worker_computed_tokens", "counter", "Tokens computed, prompts and output", _total("computed_tokens")),
     WorkerMetric("worker_generated_tokens", "counter", "Tokens generated", _total("generated_tokens")),
     WorkerMetric("worker_cached_tokens", "counter", "Tokens found in the prefix cache", _total("cached_tokens")),
-    WorkerMetric("worker_preemptions", "counter", "Sequences whose KV was taken back", _total("preemptions")),
+    WorkerMetric(
+        "worker_preemptions",
+        "counter",
+        "Sequences that were preempted: their KV blocks were given to others",
+        _total("preemptions"),
+    ),
     WorkerMetric("worker_kv_evictions", "counter", "Cached KV blocks given to others", _total("kv_evictions")),
     WorkerMetric("worker_device_seconds", "counter", "Time the device worked", _total("device_s")),
     WorkerMetric("worker_scheduler_seconds", "counter", "Time planning and bookkeeping took", _total("scheduler_s")),
@@ -133,7 +141,7 @@ WORKER_METRICS = (
         "worker_step_prediction_drift",
         "gauge",
         "1 while that bias is above 10 percent to either side",
-        lambda w: None if w.load is None else float(abs(w.load.totals.get("prediction_bias", 0.0)) > _DRIFT),
+        lambda w: None if w.load is None else float(abs(w.load.counters.get("prediction_bias", 0.0)) > _DRIFT),
     ),
     WorkerMetric(
         "worker_slow_steps", "counter", "Steps that took more than 1.6 times what was predicted", _total("slow_steps")
@@ -154,7 +162,7 @@ WORKER_METRICS = (
     WorkerMetric("worker_gpu_most_clock_mhz", "gauge", "Highest clock it has", _total("gpu_most_clock_mhz")),
     WorkerMetric("worker_gpu_power_watts", "gauge", "Power it takes", _total("gpu_power_w")),
     WorkerMetric("worker_gpu_temperature_celsius", "gauge", "How hot it is", _total("gpu_temperature_c")),
-    WorkerMetric("worker_gpu_used_bytes", "gauge", "Memory in use on it, by whomever", _total("gpu_used_bytes")),
+    WorkerMetric("worker_gpu_used_bytes", "gauge", "Memory in use on it, by all processes", _total("gpu_used_bytes")),
     WorkerMetric("worker_gpu_throttled", "gauge", "1 while power or heat hold its clock down", _total("gpu_throttled")),
 )
 
@@ -164,14 +172,17 @@ ROUTER_METRICS = {
 }
 ROUTER_COUNTERS = {
     "router_requests": ("requests", "Requests that came to the router"),
-    "router_dispatches": ("dispatches", "Requests sent to a worker, again included"),
+    "router_dispatches": ("dispatches", "Requests sent to a worker, repetitions included"),
     "router_redispatches": ("redispatches", "Requests sent to a second worker, the first being lost, stalled or full"),
     "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
     "router_failed_requests": ("requests_error", "Requests that ended with an error"),
-    "router_backpressure": ("backpressure", "Answers of workers that had too much to do"),
-    "router_faults": ("faults", "Answers of workers that count against them: five in a row and they get a rest"),
+    "router_backpressure": ("backpressure", "Requests that workers turned away because they had too much to do"),
+    "router_faults": (
+        "faults",
+        "Errors of workers that count against them: five in a row and the worker is ejected for 1 to 30 s",
+    ),
     "router_workers_lost": ("workers_lost", "Worker processes that ended or fell silent"),
-    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens of which the policy said when they come"),
+    "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens whose time the policy predicted"),
     "router_first_token_seconds": ("first_token_s", "Of those, time from dispatch to the first token"),
     "router_first_token_error_seconds": ("first_token_error_s", "Of those, by how much the prediction was off"),
     "router_prefix_prompt_tokens": ("prefix_prompt_tokens", "Prompt tokens of requests whose prefix was looked up"),
@@ -184,8 +195,13 @@ ROUTER_COUNTERS = {
 
 
 class Metrics:
-    """cluster: called at each scrape for the newest picture, None if there is none. classes: names of the SLO classes
-    there are; no label has other values than these, "custom" and "none"."""
+    """The metrics of one server process.
+
+    Args:
+        cluster: called at each scrape for the newest state of the workers; None if there is none.
+        classes: names of the SLO classes there are; no label has other values than these, "custom" and "none".
+        now: monotonic clock.
+    """
 
     def __init__(
         self,
@@ -233,7 +249,7 @@ class Metrics:
         self._by_name["cached_prompt_tokens"].inc(cached_tokens)
 
     def judged(self, output: RequestOutput, output_tokens: int) -> None:
-        """The last output of a generation, with what was promised for it."""
+        """The last output of a generation, with its SLO."""
         name, verdict, timings = self._class_of(output.slo_class), output.verdict, output.timings
         if verdict is None:
             ended = "unfinished" if output.finish_reason == "abort" else "finished"

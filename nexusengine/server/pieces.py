@@ -13,14 +13,16 @@ _PIECE_S = 0.005
 _PIECE_BYTES = 2**18
 
 
-class Pace:
-    """Lets the event loop see to others every few milliseconds. To be asked between any two short steps of long work:
-    iterating over what is there already, an `async for` never gives the loop back by itself."""
+class LoopYield:
+    """Gives the event loop back every few milliseconds, between any two short steps of long work.
+
+    An `async for` over what is there already never does so by itself.
+    """
 
     def __init__(self) -> None:
         self._since_s = time.monotonic()
 
-    async def rest(self) -> None:
+    async def yield_if_due(self) -> None:
         if time.monotonic() - self._since_s > _PIECE_S:
             await asyncio.sleep(0)
             self._since_s = time.monotonic()
@@ -38,10 +40,10 @@ class JSONPieces(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pace = Pace()
+        loop_yield = LoopYield()
         for piece in _parts(self._pieces):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await pace.rest()
+            await loop_yield.yield_if_due()
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -1,4 +1,4 @@
-"""What the server process does once it is bound: HTTP at once, requests when tokenizer and a worker are there."""
+"""The server process once it is bound: HTTP at once, requests when tokenizer and a worker are there."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from nexusengine.errors import NexusError
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger
 from nexusengine.process import child
+from nexusengine.process.control import Drain, Drained, Failed, Model, Phase, Ready, ToChild
+from nexusengine.process.event_loop import loop_factory
 from nexusengine.server.app import create_app
 from nexusengine.server.protocol import http_protocol
 from nexusengine.server.state import ServerState
@@ -38,7 +40,7 @@ class Control:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: uvicorn.Server | None = None
         self._client: RouterClient | None = None
-        self._early: list[child.Message] = []
+        self._early: list[ToChild] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -48,7 +50,7 @@ class Control:
             for message in self._early:
                 loop.call_soon(self._handle, message)
 
-    def on_message(self, message: child.Message) -> None:
+    def on_message(self, message: ToChild) -> None:
         with self._lock:
             if self._loop is None:
                 self._early.append(message)
@@ -56,7 +58,7 @@ class Control:
                 self._loop.call_soon_threadsafe(self._handle, message)
 
     def on_end(self) -> None:
-        """The supervisor is gone or wants the end: what is still under way is told, and gets a moment to be written."""
+        """The supervisor is gone or wants the end: end what is under way, with a moment to write that."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end)
         threading.Timer(_LAST_WORDS_S, self.leave).start()
@@ -78,39 +80,40 @@ class Control:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _handle(self, message: child.Message) -> None:
-        if message["type"] == "phase":
-            self.state.phase, self.state.fraction = message["phase"], message["fraction"]
-        elif message["type"] == "drain":
-            self.state.draining = True
-            self._keep(self._drain())
-        elif message["type"] == "model_ready":
-            self._keep(self._load(message))
+    def _handle(self, message: ToChild) -> None:
+        match message:
+            case Phase():
+                self.state.phase, self.state.fraction = message.phase, message.fraction
+            case Drain():
+                self.state.draining = True
+                self._keep(self._drain())
+            case Model():
+                self._keep(self._load(message))
 
     async def _drain(self) -> None:
         while self.state.in_progress:
             await asyncio.sleep(_LOOKED_AT_EVERY_S)
-        child.emit({"type": "drained"})
+        child.send(Drained())
 
-    async def _load(self, message: child.Message) -> None:
+    async def _load(self, model: Model) -> None:
         try:
-            files = await asyncio.to_thread(resolve_model, message["path"], weights=False)
+            files = await asyncio.to_thread(resolve_model, model.path, weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, files)
             await asyncio.to_thread(tokenizer.prepare)
         except Exception as error:  # whatever the reason, it must not stay "starting" for ever
             log.debug("loading the tokenizer failed", exc_info=True)
-            reason = f"cannot load the tokenizer of {message['path']}: {error!r}"
+            reason = f"cannot load the tokenizer of {model.path}: {error!r}"
             if isinstance(error, NexusError):
                 reason = error.message
-            child.emit({"type": "failed", "message": reason})
+            child.send(Failed(reason))
             os._exit(1)
         client = self._client = RouterClient(self._front)
         await client.start()
-        self.state.engine = AsyncEngine.over(client, tokenizer, files.config.vocab_size)
-        self.state.model_name = message["name"]
+        self.state.engine = AsyncEngine.from_client(client, tokenizer, files.config.vocab_size)
+        self.state.model_name = model.name
         gc.collect()
         gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
-        child.emit({"type": "ready"})
+        child.send(Ready())
 
 
 class _Server(uvicorn.Server):
@@ -147,15 +150,6 @@ def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
     state = ServerState(config, config.served_model_name or config.model)
     control = Control(state, front)
     child.listen(control.on_message, control.on_end)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve(state, control, listening))
     control.leave()
-
-
-def _loop_factory() -> Any:
-    """uvloop, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

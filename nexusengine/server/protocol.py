@@ -148,8 +148,11 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def _look_for_client(self, connection: Any, looks: int) -> None:
-        """A client that closed both sides looks like one that closed one until it is sent something: its system then
-        resets the connection. An interim reply can be sent at any time before the answer begins."""
+        """Send an interim reply, which is allowed at any time before the reply begins, to learn of a closed connection.
+
+        A client that closed both sides looks like one that closed one until it is sent something: its system then
+        resets the connection.
+        """
         if self.transport.is_closing():
             return
         if _tcp_state(connection) in (None, _TCP_CLOSE):

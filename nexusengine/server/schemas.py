@@ -71,7 +71,7 @@ class StreamOptions(Object):
 
 
 class Sampling(Body):
-    """What chat and text completions have in common."""
+    """The fields that chat and text completions have in common."""
 
     model: str | None = None
     n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -164,8 +164,11 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int] | None]:
-        """One or several, each a text, token ids, or None for the beginning of a document. Raises InvalidRequest if
-        there are none or too many."""
+        """The prompts, each a text, token ids, or None for the beginning of a document.
+
+        Raises:
+            InvalidRequest: there are none or too many.
+        """
         if self.prompt is None or isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:

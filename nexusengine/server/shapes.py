@@ -15,8 +15,11 @@ _LOWEST = -9999.0
 
 
 class Shape(Protocol):
-    """How a reply looks. entry: the logprobs of one token, which begins at `offset` of the choice's text (characters),
-    its big part encoded already; logprobs: what a choice holds of several of them."""
+    """How a reply looks.
+
+    entry: the logprobs of one token, which begins at `offset` of the choice's text (characters), its big part encoded
+    already. logprobs: what a choice holds of several of them.
+    """
 
     prefix: str
     object_name: str
@@ -34,8 +37,11 @@ class Shape(Protocol):
 
 
 class ChatShape:
-    """top_logprobs has as many entries as were asked for, the output token always among them: if it is not one of the
-    most likely, it takes the last place."""
+    """Replies of chat completions.
+
+    top_logprobs has as many entries as were asked for, the output token always among them: if it is not one of the most
+    likely, it takes the last place.
+    """
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -1,4 +1,4 @@
-"""What the server knows: its configuration, how far start-up is, and the engine once there is one."""
+"""The state of the server: its configuration, how far start-up is, and the engine once there is one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _RETRY_WHILE_STARTING_S = 2.0
 
 @dataclass(slots=True)
 class ServerState:
-    """What requests share.
+    """The state that requests share.
 
-    engine: None until the tokenizer is loaded; requests are served once a worker is ready.
-    body_bytes: of bodies that are being received or parsed.
+    Attributes:
+        engine: None until the tokenizer is loaded; requests are served once a worker is ready.
+        body_bytes: of bodies that are being received or parsed.
     """
 
     config: ServeConfig
@@ -58,8 +59,13 @@ class ServerState:
         return ready and not self.draining
 
     def serving_engine(self) -> AsyncEngine:
-        """Raises Unavailable while starting and while draining. A moment without a ready worker is waited out by the
-        router, once there has been one."""
+        """The engine, if requests can be served now.
+
+        A moment without a ready worker is waited out by the router, once there has been one.
+
+        Raises:
+            Unavailable: while starting and while draining.
+        """
         if self.draining:
             raise Unavailable("the server is shutting down", retry_after_s=5.0)
         if self.engine is None or not (self.ready or self.was_ready):
@@ -67,7 +73,7 @@ class ServerState:
         return self.engine
 
     def with_model_defaults(self, body: ChatRequest | CompletionRequest) -> SamplingParams:
-        """What a request asks for, and the model's own defaults where it names nothing. Raises InvalidRequest."""
+        """The sampling of a request, with the model's own defaults where it names nothing. Raises InvalidRequest."""
         params = body.sampling()
         if self.engine is None or self.config.generation_config == "none":
             return params
@@ -80,7 +86,7 @@ class ServerState:
             raise ModelNotFound(f"the model {name!r} is not served here; this is {self.model_name!r}", param="model")
 
     def progress(self) -> dict[str, Any]:
-        """What /startupz says."""
+        """The reply of /startupz."""
         cluster = self.cluster()
         workers = [
             {

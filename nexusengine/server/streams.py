@@ -23,8 +23,10 @@ log = get_logger("server")
 
 @asynccontextmanager
 async def while_present(receive: Receive) -> AsyncIterator[None]:
-    """What is inside is cancelled when the client leaves, and Cancelled raised: as asyncio.timeout does at its instant,
-    so that nothing stands between the client and a task of its own that works for it."""
+    """Cancel the block when the client leaves, and raise Cancelled; as asyncio.timeout does at its time.
+
+    So no further task stands between a client and the one that works for it.
+    """
     task, left = asyncio.current_task(), False
     assert task is not None
     before = task.cancelling()
@@ -53,7 +55,7 @@ async def while_present(receive: Receive) -> AsyncIterator[None]:
 async def fan_in(
     generations: Sequence[AsyncGenerator[RequestOutput]],
 ) -> AsyncIterator[AsyncIterator[tuple[int, RequestOutput]]]:
-    """The news of several generations as one iterator of (which one, news); leaving the context ends them all.
+    """The outputs of several generations as one iterator of (which one, output); leaving the context ends them all.
 
     A consumer that is slow makes the generations wait; what they get meanwhile comes as one piece.
     """
@@ -61,20 +63,20 @@ async def fan_in(
         async with aclosing(generations[0]) as only:
             yield ((0, output) async for output in only)
         return
-    news: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(_QUEUED_PIECES)
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(_QUEUED_PIECES)
 
     async def pump(index: int, generation: AsyncGenerator[RequestOutput]) -> None:
         try:
             async with aclosing(generation) as outputs:
                 async for output in outputs:
-                    await news.put((index, output))
+                    await queue.put((index, output))
         except Exception as error:  # handed to the consumer, who raises it
-            await news.put(error)
+            await queue.put(error)
 
     async def consume() -> AsyncIterator[tuple[int, RequestOutput]]:
         left = len(generations)
         while left:
-            item = await news.get()
+            item = await queue.get()
             if isinstance(item, Exception):
                 raise item
             left -= item[1].finished
@@ -94,8 +96,10 @@ async def fan_in(
 
 
 class EventStream(Response):
-    """Server-sent events. The status is sent with the first event, so that an early error is raised and can become a
-    plain JSON reply; a later one is an event, and the stream ends without [DONE].
+    """Server-sent events.
+
+    The status is sent with the first event, so that an early error is raised and can become a plain JSON reply; a later
+    one is an event, and the stream ends without [DONE].
 
     keepalive_s: a stream that was silent for so long gets a comment, before the first event its status too; 0: never.
     stall_s: a client that takes nothing for so long has its connection closed.

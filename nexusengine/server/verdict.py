@@ -1,4 +1,4 @@
-"""The `nexus` object of a reply: what was promised, how fast it came, and whether the promise was kept."""
+"""The `nexus` object of a reply: its SLO, how fast it came, and whether the SLO was met."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from starlette.requests import Request
 from nexusengine.config import parse_bool
 from nexusengine.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from nexusengine.slo.resolve import NONE
-from nexusengine.types import Missed, RequestOutput
+from nexusengine.types import SLO, Missed, RequestOutput
 
 VERDICT_HEADER = "x-nexus-verdict"
 
 
 def wants_verdict(request: Request, default: bool) -> bool:
-    """What the header says, else `default`. Raises InvalidRequest naming the header."""
+    """Whether the header asks for a verdict, else `default`. Raises InvalidRequest naming the header."""
     text = request.headers.get(VERDICT_HEADER)
     if text is None:
         return default
@@ -36,13 +36,15 @@ def all_headers(request: Request) -> Mapping[str, Sequence[str]]:
 
 
 def nexus(output: RequestOutput) -> dict[str, Any]:
-    """Of the last output of one generation. Times in milliseconds, null where there is none; met, met_strict and missed
-    are null without an SLO."""
-    timings, service, verdict, slo = output.timings, output.service, output.verdict, output.slo
+    """The verdict on a generation, from its last output.
+
+    Times in milliseconds, null where there is none; met, met_strict and missed are null without an SLO.
+    """
+    timings, service, verdict = output.timings, output.service, output.verdict
     return {
         "request_id": output.request_id,
         "class": output.slo_class or NONE,
-        "slo": None if slo is None else {"ttft_ms": ms(slo.ttft_s), "tpot_ms": ms(slo.tpot_s), "e2e_ms": ms(slo.e2e_s)},
+        "slo": slo_in_ms(output.slo),
         "predicted_ttft_ms": ms(service.predicted_ttft_s if service else None),
         "ttft_ms": ms(timings.ttft_s if timings else None),
         "tpot_ms": ms(timings.tpot_s if timings else None),
@@ -59,7 +61,7 @@ def nexus(output: RequestOutput) -> dict[str, Any]:
 
 
 def missed_by(error: Exception) -> Missed | None:
-    """What a generation that ended with this error has missed; None if it should not have been asked for."""
+    """The verdict of a generation that ended with this error; None if the request itself was wrong."""
     if isinstance(error, InvalidRequest):
         return None
     if isinstance(error, Overloaded):
@@ -68,8 +70,14 @@ def missed_by(error: Exception) -> Missed | None:
 
 
 def of_all(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of a reply with several choices: the first that missed its promise, else the first."""
+    """The verdict shown for several choices: the first that missed its SLO, else the first."""
     return next((v for v in verdicts if v["met"] is False), verdicts[0])
+
+
+def slo_in_ms(slo: SLO | None) -> dict[str, float | None] | None:
+    if slo is None:
+        return None
+    return {"ttft_ms": ms(slo.ttft_s), "tpot_ms": ms(slo.tpot_s), "e2e_ms": ms(slo.e2e_s)}
 
 
 def ms(seconds: float | None) -> float | None:

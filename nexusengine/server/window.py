@@ -11,7 +11,7 @@ _ROW_S = 5.0
 
 @dataclass(slots=True)
 class Counts:
-    """Requests that ended with a promise, and how many kept it by each contract."""
+    """Requests with an SLO that ended, and how many met it by each contract."""
 
     ended: int = 0
     met: int = 0
@@ -47,7 +47,7 @@ class SlidingWindow:
         return found
 
     def length_s(self, now: float) -> float:
-        """Of the time that the totals are of: shorter while there is not enough of it yet."""
+        """Seconds that the totals cover: fewer while there are not enough yet."""
         return min(max(now - self.began_s, 1.0), WINDOW_S)
 
     def _forget(self, now: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nexusengine.errors import InternalError
+from nexusengine.errors import InternalError, Overloaded
 from nexusengine.router.core import RouterCore
 from nexusengine.router.placement.policy import PlacementPolicy
 from nexusengine.sim.engine import Ended, SimEngine
@@ -260,10 +260,10 @@ class Cluster:
             request_id = end.job.request.request_id
             self._sent[request_id] = end, worker.info.worker_id
             if end.refused:
-                full.append(TokenDelta(request_id, finish_reason="error", error_code="overloaded"))
+                full.append(TokenDelta.failed(request_id, Overloaded("refused")))
             else:
                 full.append(TokenDelta(request_id, finish_reason="length"))
-        message = WorkerDeltas(worker.info.epoch, (), tuple(full))
+        message = WorkerDeltas((), tuple(full))
         self._at(now + self.link.link_delay_s, self._to_router, worker.identity, message)
 
     def _streams(self, now: float, request_id: str) -> None:

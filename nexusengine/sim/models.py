@@ -9,10 +9,11 @@ import numpy as np
 from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import PerformanceModel, PerfSnapshot, StepTime
+from nexusengine.perf.model import PerformanceModel, StepTime
 from nexusengine.perf.prior import probes
 from nexusengine.perf.registry import MODELS, make_model, scaled
 from nexusengine.profiles.base import DeviceProfile
+from nexusengine.wire import PerfSnapshot
 
 _QUANTILE = 0.95
 _LESSONS, _MOST_DECODES, _CONTEXTS, _LONGEST_CHUNK = 2000, 256, (1, 4096), 8192

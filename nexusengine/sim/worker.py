@@ -41,7 +41,7 @@ class SimWorker:
         """Its load, and what has changed in its prefix cache."""
         self.report_seq += 1
         digest = None if self.prefixes is None else PrefixDigest(*self.prefixes.take())
-        return Report(self.info.epoch, self.report_seq, self.engine.load(now), digest)
+        return Report(self.report_seq, self.engine.load(now), digest)
 
     def _describe(self) -> None:
         e = self.engine

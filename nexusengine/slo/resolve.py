@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 from nexusengine.errors import ConfigError, InvalidRequest
 from nexusengine.slo.classes import CLASSES, SLOClass, load_classes
-from nexusengine.types import SLO, EngineRequest
+from nexusengine.types import SLO
 
 NONE, CUSTOM = "none", "custom"
 """No promise; a promise that is none of the configured classes. Neither can be the name of a class."""
 PREFERRED_DEFAULT = "standard"
 MAX_CLASSES = 32
-Promise = SLO | SLOClass | str | None
+SLOLike = SLO | SLOClass | str | None
 """What Python callers may pass as `slo`: a string is the name of a class, None no promise."""
 _BOUNDS_MS = {"ttft_ms": (1.0, 86_400_000.0), "tpot_ms": (0.1, 3_600_000.0), "e2e_ms": (1.0, 86_400_000.0)}
 _HEADERS = {"x-slo-class": "class", **{f"x-slo-{b.replace('_', '-')}": b for b in _BOUNDS_MS}}
@@ -80,7 +80,7 @@ class SLOClasses:
             raise InvalidRequest(f"{param}: unknown class {name[:64]!r}; known: {known}", param=param)
         return self.by_name[name]
 
-    def in_python(self, slo: Promise) -> SLOClass | None:
+    def in_python(self, slo: SLOLike) -> SLOClass | None:
         """Raises InvalidRequest."""
         if slo is None or isinstance(slo, SLOClass):
             return slo
@@ -145,13 +145,6 @@ class SLOClasses:
             return SLOClass(CUSTOM, **changed)
         per_token_s = 0.0 if "ttft_s" in changed else base.ttft_per_token_s
         return replace(base, name=CUSTOM, ttft_per_token_s=per_token_s, **changed)
-
-
-def promise_of(request: EngineRequest) -> SLOClass | None:
-    """The promise of a request that is made already; its bound does not depend on the prompt's length any more."""
-    if request.slo is None:
-        return None
-    return SLOClass(request.slo_class or CUSTOM, request.slo.ttft_s, request.slo.tpot_s, e2e_s=request.slo.e2e_s)
 
 
 def _spelling(given: Mapping[str, tuple[str, Any]]) -> dict[str, str]:

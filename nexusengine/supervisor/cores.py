@@ -1,7 +1,7 @@
 """Which cores the CPU workers of one machine compute on, so that no two of them share one.
 
-A worker is tied to a set of cores, as many as it has threads; the kernel moves its threads within the set. That is done
-only where it settles something: several CPU workers, or several NUMA nodes.
+A worker is bound to a set of cores, as many as it has threads; the kernel moves its threads within the set. That is
+done only where it settles something: several CPU workers, or several NUMA nodes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ _NODES = Path("/sys/devices/system/node")
 def place_workers(
     threads: Sequence[int | None], cores: Sequence[int], nodes: Sequence[frozenset[int]]
 ) -> list[tuple[int, ...]]:
-    """Cores of each worker, of which no two have one in common; empty: whatever the kernel takes.
+    """Choose the cores of each worker, so that no two have one in common; empty for whatever the kernel takes.
 
-    threads: of each CPU worker, None where it takes as many as it likes. cores: those that may be used. nodes: the
-    cores of each NUMA node; a worker stays within one where it fits, the largest first, in the fullest with room.
-    Nobody is tied if a number is not known, or if there are more threads than cores.
+    No worker is bound if a number of threads is not known, or if there are more threads than cores.
+
+    Args:
+        threads: of each CPU worker, None where it takes as many as it likes.
+        cores: those that may be used.
+        nodes: the cores of each NUMA node; a worker stays within one where it fits, the largest first, in the fullest
+            with room.
     """
     anywhere: list[tuple[int, ...]] = [() for _ in threads]
     known = [count for count in threads if count is not None]

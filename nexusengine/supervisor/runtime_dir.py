@@ -1,4 +1,4 @@
-"""The folder for the sockets between the processes of one engine, and the lock that says whether the engine lives.
+"""The folder for the sockets between the processes of one engine, and the lock that says whether the engine runs.
 
 A private folder is removed when its engine ends; one whose engine was killed is removed at the start of the next.
 """
@@ -68,7 +68,7 @@ def _private_folder() -> Path:
     """A new one. Raises ConfigError."""
     try:
         parent = Path(tempfile.gettempdir())
-        _remove_those_of_the_dead(parent)
+        _remove_abandoned(parent)
         return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     except OSError as error:
         raise _error(
@@ -77,9 +77,11 @@ def _private_folder() -> Path:
         ) from None
 
 
-def _remove_those_of_the_dead(parent: Path) -> None:
-    """Remove the private folders of engines of this user that were killed: whose lock is free although it was held. One
-    that is being made has an empty lock file, or none."""
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the private folders of engines of this user that were killed: the lock is free although it was held.
+
+    A folder that is being made has an empty lock file, or none.
+    """
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
@@ -116,7 +118,7 @@ def _locked(folder: Path) -> int:
 
 
 def _open_lock(folder: Path, flags: int) -> int:
-    """Of a file named "lock" in it; never of what a link of that name points to. Raises OSError."""
+    """Open the file named "lock" in a folder, never what a link of that name points to. Raises OSError."""
     lock = os.open(folder / "lock", flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         os.close(lock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
 from nexusengine.config import EngineConfig, parse_device, parse_devices
@@ -18,6 +20,7 @@ from nexusengine.perf.prior import GENERIC, Prior, roofline
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.scheduler.registry import make_policy
+from nexusengine.wire import WorkerInfo
 from nexusengine.worker.calibrate import calibrate
 from nexusengine.worker.step_recorder import StepRecorder
 
@@ -25,6 +28,7 @@ log = get_logger("worker")
 
 
 def executor_options(config: EngineConfig, worker: str = "") -> ExecutorOptions:
+    """The options of an executor. worker: id, for its log."""
     return ExecutorOptions(
         dtype=None if config.dtype == "auto" else config.dtype,
         quantization=config.quantization,  # type: ignore[arg-type]  # one of them, the settings' parser saw to it
@@ -50,10 +54,16 @@ def make_core(
     geometry: ModelConfig | None = None,
     hash_key: bytes = b"",
 ) -> EngineCore:
-    """name: the worker's. geometry: of the model, for what is believed of step times before any was measured. hash_key:
-    of the names of KV blocks, the same in a whole server so that its router can look prompts up; drawn here if empty.
+    """Make an engine core with its policy and performance model; takes up to two seconds for calibration.
 
-    Takes up to two seconds for calibration. Raises ConfigError for an unknown policy or a log that cannot be written.
+    Args:
+        name: the worker's.
+        geometry: of the model, for the step times that are predicted before any was measured.
+        hash_key: of block hashes, the same in a whole server so that its router can look prompts up; drawn here if
+            empty.
+
+    Raises:
+        ConfigError: for an unknown policy or a log that cannot be written.
     """
     model = make_model(config.performance_model, prior_of(executor.spec, geometry))
     core = EngineCore(
@@ -76,9 +86,30 @@ def make_core(
     return core
 
 
+def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
+    """The info of a worker once its core is made."""
+    spec = core.executor.spec
+    return msgspec.structs.replace(
+        info,
+        dtype=spec.dtype,
+        attention_backend=spec.attention_backend,
+        max_model_len=core.max_model_len,
+        max_batch_tokens=spec.max_batch_tokens,
+        block_size=spec.block_size,
+        kv_total_blocks=core.kv.total_blocks,
+        weights_bytes=spec.weights_bytes,
+        kv_bytes=spec.kv_bytes,
+        scheduler=core.policy.name,
+        max_waiting=core.scheduler.max_waiting,
+        traits=core.policy.traits,
+    )
+
+
 def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
-    """From the datasheet of the device, if it is known, and the geometry of the model: of the one whose step times an
-    emulated device has, not of the one whose tokenizer is served."""
+    """The prior of step times, from the datasheet of the device, if it is known, and the geometry of the model.
+
+    The model is the one whose step times an emulated device has, not the one whose tokenizer is served.
+    """
     if geometry is None:
         return GENERIC
     kind, _, rest = spec.device.partition(":")

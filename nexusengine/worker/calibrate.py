@@ -1,6 +1,6 @@
-"""A first lesson for the performance model: a few made-up steps of different sizes, measured before anybody waits.
+"""First samples for the performance model: a few made-up steps of different sizes, measured before any request waits.
 
-Runs on a KV cache that nobody uses yet. What it writes there is never read: no block has a name in the prefix cache,
+Runs on a KV cache that nobody uses yet. What it writes there is never read: no block has a hash in the prefix cache,
 and each is written by its next owner before that reads it.
 """
 
@@ -49,7 +49,7 @@ _SHAPES = (
     ProbeShape(0, chunk=1024, chunk_context=3072),
     ProbeShape(0, chunk=2048),
 )
-_RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and teaches nothing
+_RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and is not observed
 
 
 def calibrate(
@@ -60,9 +60,15 @@ def calibrate(
     seconds: float = 2.0,
     timer: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Run made-up steps, the cheap ones first, as long as the next is predicted to end within `seconds`; the model
-    observes each. Returns how many it has observed. What the executor raises passes through."""
-    ends_s, taught = timer() + seconds, 0
+    """Run made-up steps that the model observes, the cheap ones first; what the executor raises passes through.
+
+    Args:
+        seconds: goes on as long as the next step is predicted to end within them.
+
+    Returns:
+        How many steps the model has observed.
+    """
+    ends_s, observed = timer() + seconds, 0
     for shape in _SHAPES:
         batch = probe_batch(executor, shape, max_running)
         if batch is None:
@@ -70,18 +76,20 @@ def calibrate(
         features = StepFeatures.of(batch.counts, batch.starts)
         for run in range(_RUNS if features.tokens < _LARGE else _RUNS_OF_LARGE):
             if timer() + 1.5 * model.predict(features).upper_s > ends_s:
-                return taught
+                return observed
             executor.submit(batch)
             result = executor.collect()
             if run:
                 model.observe(features, result.device_s)
-                taught += 1
-    return taught
+                observed += 1
+    return observed
 
 
 def probe_batch(executor: Executor, shape: ProbeShape, max_running: int) -> StepBatch | None:
-    """None if the executor has no room for such a step, or no memory yet: pages that nobody has written are all the
-    same one, and reading it says nothing."""
+    """The batch of a made-up step; None if the executor has no room for it, or no memory yet.
+
+    Pages that nobody has written are all the same one, and reading it says nothing.
+    """
     spec, size = executor.spec, executor.spec.block_size
     counts = np.array([1] * shape.decodes + [shape.chunk] * (shape.chunk > 0), np.int32)
     starts = np.array([shape.context] * shape.decodes + [shape.chunk_context] * (shape.chunk > 0), np.int32)

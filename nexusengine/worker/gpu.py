@@ -1,4 +1,4 @@
-"""What a worker on a GPU does beside computing: it sees its GPU alone, and reports how that GPU is doing."""
+"""A worker's GPU: it sees that one alone, and reports its clock, power, heat and memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def seen_as(device: DeviceSpec, environ: Mapping[str, str]) -> DeviceSpec:
 
 
 def slowed_or_freed(before: GpuState, now: GpuState) -> str:
-    """Why steps may take another time than a moment ago; empty if nothing speaks for it. Clocks that move while nothing
-    holds them down go with the load."""
+    """Why steps may take another time than a moment ago; empty if nothing indicates it.
+
+    Clocks that move while the GPU is not throttled follow the load.
+    """
     if now.throttled != before.throttled:
         return f"the GPU is held down by {', '.join(now.throttled) or 'nothing any longer'}"
     if now.throttled and now.clock_mhz and before.clock_mhz:
@@ -39,9 +41,11 @@ def slowed_or_freed(before: GpuState, now: GpuState) -> str:
 
 
 class Telemetry:
-    """Clock, power, heat and memory of this worker's GPU among what it reports, once a second at most. Silent where the
-    worker has no GPU of its own or the driver tells nothing. Read in the thread that reports; `news` may be asked for
-    in another."""
+    """Reports clock, power, heat and memory of this worker's GPU, once a second at most.
+
+    Reports nothing where the worker has no GPU of its own or the driver says nothing. Read in the thread that reports;
+    `take_change` may be called in another.
+    """
 
     def __init__(
         self,
@@ -52,30 +56,30 @@ class Telemetry:
         self._uuid = environ.get("CUDA_VISIBLE_DEVICES", "") if environ.get(PINNED) else ""
         self._read, self._now = read, now
         self._read_s = float("-inf")
-        self._totals: dict[str, float] = {}
+        self._counters: dict[str, float] = {}
         self._state: GpuState | None = None
-        self._news: deque[str] = deque(maxlen=1)
+        self._changes: deque[str] = deque(maxlen=1)
 
-    def news(self) -> str:
+    def take_change(self) -> str:
         """Why steps may take another time than before, once for each time that this was seen; else empty."""
         try:
-            return self._news.popleft()
+            return self._changes.popleft()
         except IndexError:
             return ""
 
     def beside(self, load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
-        """`load` with the GPU's numbers among its totals."""
+        """`load` with the GPU's numbers among its counters."""
         if not self._uuid:
             return load
 
         def both() -> WorkerLoad:
             if self._now() - self._read_s >= _EVERY_S:
                 state, self._read_s = self._read(self._uuid), self._now()
-                self._totals = {} if state is None else state.totals()
+                self._counters = {} if state is None else state.counters()
                 if state is not None and self._state is not None:
-                    self._news.extend(filter(None, [slowed_or_freed(self._state, state)]))
+                    self._changes.extend(filter(None, [slowed_or_freed(self._state, state)]))
                 self._state = state
             found = load()
-            return msgspec.structs.replace(found, totals={**found.totals, **self._totals})
+            return msgspec.structs.replace(found, counters={**found.counters, **self._counters})
 
         return both

@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import zmq
 
 from nexusengine import wire
@@ -23,12 +22,15 @@ log = get_logger("worker")
 
 
 class RouterLink:
-    """Messages from the router wait in `inbox` until the engine's thread takes them; `receive` fetches them there, and
-    `wait` sleeps until one comes.
+    """The worker's socket to the router.
 
-    Before `ready` it reports phases, afterwards the worker's load: both every period, from the link's own thread, which
-    answers the router meanwhile if the engine's thread is in a long step. The socket is used under a lock.
-    on_refused is called, in either thread, if the router does not take this worker.
+    Messages from the router wait in `inbox` until the engine's thread takes them; `receive` fetches them there, and
+    `wait` sleeps until one comes. Before `ready` the link reports phases, afterwards the worker's load: both every
+    period, from a thread of its own, which replies to the router meanwhile if the engine's thread is in a long step.
+    The socket is used under a lock.
+
+    Args:
+        on_refused: called, in either thread, if the router does not take this worker.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class RouterLink:
         period_s: float,
         on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self.inbox: deque[wire.Dispatch | wire.Cancel | wire.Ask] = deque()
+        self.inbox: deque[wire.Dispatch | wire.Cancel | wire.DebugQuery] = deque()
         self._info, self._period_s, self._on_refused = info, period_s, on_refused
         self._complaints = Sparse(log)
         self._load: Callable[[], wire.WorkerLoad] | None = None
@@ -54,7 +56,7 @@ class RouterLink:
         self._socket.set(zmq.LINGER, 500)
         self._socket.connect(endpoint)
         self._lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # tells a waiting engine what the link's thread has received
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)  # wakes a waiting engine for what the link's thread has received
         self._poll = select.poll()
         self._poll.register(self._socket.fileno(), select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
@@ -63,7 +65,7 @@ class RouterLink:
         self._thread.start()
 
     def phase(self, phase: str, fraction: float) -> None:
-        """What the worker is doing before it is ready."""
+        """Set what start-up is doing, for the next report. fraction: of it done, 0..1."""
         self._phase, self._fraction = phase, min(max(fraction, 0.0), 1.0)
 
     def ready(
@@ -73,26 +75,34 @@ class RouterLink:
         in_flight: Callable[[], list[str]],
         prefixes: DigestSender | None = None,
     ) -> None:
-        """From now on requests may come. in_flight: ids of those it works on, for a router that was restarted.
-        prefixes: of the prefix cache; used by the link alone from now on."""
+        """Say that requests may come from now on.
+
+        Args:
+            in_flight: returns the ids of requests that it works on, for a router that was restarted.
+            prefixes: of the prefix cache; used by the link alone from now on.
+        """
         with self._lock:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
             self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta], last_dispatch_seq: int) -> None:
-        """New tokens; last_dispatch_seq: the last dispatch that was seen before they were computed.
+        """Send new tokens.
 
         ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
         planning and more, so that goes behind it.
+
+        Args:
+            last_dispatch_seq: the last dispatch that was seen before they were computed.
         """
         if deltas:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(self._info.epoch, *wire.split_deltas(deltas), last_dispatch_seq))
+                self._exchange(wire.WorkerDeltas(*wire.split_deltas(deltas), last_dispatch_seq))
             os.sched_yield()
 
-    def tell(self, findings: wire.Findings) -> None:
+    def send_reply(self, reply: wire.DebugReply) -> None:
+        """Answer a `DebugQuery`."""
         with self._lock:
-            self._exchange(findings)
+            self._exchange(reply)
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
@@ -112,7 +122,7 @@ class RouterLink:
         self._closing.set()
         self._thread.join(2.0)
         with self._lock:
-            self._exchange(wire.Leaving(self._info.epoch, cause))
+            self._exchange(wire.Leaving(cause))
             self._socket.close()
 
     def _report(self) -> None:
@@ -128,11 +138,14 @@ class RouterLink:
             return wire.Starting(self._info, self._phase, self._fraction)
         self._seq += 1
         digest = None if self._prefixes is None else wire.PrefixDigest(*self._prefixes.take())
-        return wire.Report(self._info.epoch, self._seq, self._load(), digest)
+        return wire.Report(self._seq, self._load(), digest)
 
     def _exchange(self, message: wire.Message | None = None) -> None:
-        """With the lock held: send, then take all that has come. The socket's descriptor tells of a change once, and
-        any use of the socket may be what it is told to; so none ends without looking."""
+        """With the lock held, send, then take all that has come.
+
+        The socket's descriptor shows a change once, and any use of the socket may use that up; so none ends without
+        looking.
+        """
         if message is not None:
             self._socket.send(wire.encode(message))
         while True:
@@ -163,8 +176,3 @@ class RouterLink:
             self._socket.send(wire.encode(again))
         elif not isinstance(message, wire.RepeatPrefixes):
             self.inbox.append(message)
-
-
-def with_spec(info: wire.WorkerInfo, **known: object) -> wire.WorkerInfo:
-    """The info of a worker once its executor is made."""
-    return msgspec.structs.replace(info, **known)

@@ -18,7 +18,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.execute.batch import StepBatch
 from nexusengine.obs.logs import get_logger
 from nexusengine.perf.step_log import LoggedStep, encode
-from nexusengine.scheduler.stats import StepRecord
+from nexusengine.wire import StepRecord
 
 _QUEUE_STEPS, _BATCH_STEPS, _FLUSH_S = 8192, 2000, 1.0
 _MOST_BYTES = 2**30

@@ -11,7 +11,7 @@ import msgspec
 
 from nexusengine import wire
 from nexusengine.clock import MonotonicClock
-from nexusengine.config import ServeConfig, parse_device
+from nexusengine.config import DeviceSpec, parse_device
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import InternalError, NexusError
 from nexusengine.execute.factory import make_executor
@@ -21,44 +21,37 @@ from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.process import child
+from nexusengine.process.control import Failed, Model, Phase, Ready, WorkerBoot
 from nexusengine.types import TokenDelta
 from nexusengine.wire import WorkerLoad
-from nexusengine.worker.build import executor_options, make_core
+from nexusengine.worker.build import executor_options, info_of, make_core
 from nexusengine.worker.gpu import Telemetry, seen_as
-from nexusengine.worker.link import RouterLink, with_spec
+from nexusengine.worker.link import RouterLink
 
 _IDLE_WAIT_S = 0.5
 log = get_logger("worker")
 
 
 def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> None:
-    """Until the process is ended: take what the router sent, compute a step, send the new tokens."""
+    """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
     while True:
-        heed(telemetry, core.model)
+        apply_telemetry(telemetry, core.model)
         deltas: list[TokenDelta] = []
         link.receive()
         while link.inbox:
             message = link.inbox.popleft()
             if isinstance(message, wire.Cancel):
-                core.abort(message.request_id)  # the router has told the client already
+                core.abort(message.request_id)  # the client knows it from the router already
                 continue
-            if isinstance(message, wire.Ask):
-                link.tell(core.findings(message))
+            if isinstance(message, wire.DebugQuery):
+                link.send_reply(core.debug_reply(message))
                 continue
             core.last_dispatch_seq = message.seq
             core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
             try:
                 core.add(message.request)
             except NexusError as error:
-                deltas.append(
-                    TokenDelta(
-                        message.request.request_id,
-                        finish_reason="error",
-                        error_code=error.code,
-                        error_message=error.message,
-                        retry_after_s=error.retry_after_s,
-                    )
-                )
+                deltas.append(TokenDelta.failed(message.request.request_id, error))
         link.send(deltas, core.last_dispatch_seq)
         link.send(core.step(), core.last_dispatch_seq)
         if not core.has_work:
@@ -66,94 +59,101 @@ def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> 
 
 
 def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
-    """`load` with the memory of this process among its totals."""
+    """`load` with the memory of this process among its counters."""
 
     def both() -> WorkerLoad:
         found = load()
-        return msgspec.structs.replace(found, totals={**found.totals, "resident_bytes": resident_bytes()})
+        return msgspec.structs.replace(found, counters={**found.counters, "resident_bytes": resident_bytes()})
 
     return both
 
 
-def heed(telemetry: Telemetry, model: PerformanceModel) -> None:
-    """What the driver says of the GPU's clock lets the model believe sooner that steps take another time."""
-    if why := telemetry.news():
+def apply_telemetry(telemetry: Telemetry, model: PerformanceModel) -> None:
+    """Let the model expect a change of step times where the driver says that the GPU's clock has changed."""
+    if why := telemetry.take_change():
         log.debug("%s: a change of step times is expected", why)
         model.expect_change()
 
 
 def main() -> None:
-    given = child.read_config()
-    config = ServeConfig(**given["config"])
+    boot = child.read_boot(WorkerBoot)
+    config, identity = boot.config, boot.identity
     setup(config.log_level)
-    if given["cores"]:
-        os.sched_setaffinity(0, given["cores"])  # before other threads begin: they inherit it
+    if boot.cores:
+        os.sched_setaffinity(0, boot.cores)  # before other threads begin: they inherit it
     model_paths: queue.SimpleQueue[str] = queue.SimpleQueue()
-    child.listen(lambda message: model_paths.put(message["path"]) if message["type"] == "model" else None)
-    device = parse_device(given["device"])
-    info = wire.WorkerInfo(given["worker_id"], given["epoch"], os.getpid(), str(device), config.model)
+    child.listen(lambda message: model_paths.put(message.path) if isinstance(message, Model) else None)
+    device = parse_device(identity.device)
+    info = wire.WorkerInfo(identity.worker_id, identity.epoch, os.getpid(), str(device), config.model)
+
+    def failed(cause: str) -> None:
+        child.send(Failed(f"worker on {device}: {cause}"))
 
     def refused(reason: str) -> None:
-        child.emit({"type": "failed", "message": f"worker on {device}: the router does not take it: {reason}"})
+        failed(f"the router does not take it: {reason}")
         os._exit(1)
 
-    link = RouterLink(given["back"], info, config.snapshot_period, refused)
-
-    def progress(phase: str, fraction: float) -> None:
-        link.phase(phase, fraction)
-        child.emit({"type": "phase", "phase": phase, "fraction": fraction})
-
+    link = RouterLink(boot.back, info, config.snapshot_period, refused)
     try:
-        if device.kind != "emulated":
-            progress("importing torch", 0.0)
-            from nexusengine.execute import torch_executor  # noqa: F401  # while the model is looked for
-
-        path = given["model_path"] or model_paths.get()
-        files = resolve_model(path, weights=device.kind != "emulated")
-        executor = make_executor(files, seen_as(device, os.environ), executor_options(config, info.worker_id), progress)
-        hash_key = bytes.fromhex(given["hash_key"])
-        core = make_core(executor, config, MonotonicClock(), info.worker_id, files.config, hash_key)
+        core = load_core(boot, device, link, lambda: boot.model_path or model_paths.get())
     except (NexusError, MemoryError, ImportError) as error:
-        if isinstance(error, NexusError):
-            message = error.message
-        elif isinstance(error, ImportError):
-            message = f"a package that is needed cannot be imported: {error}"
-        else:
-            message = "out of memory while loading the model"
-        child.emit({"type": "failed", "message": f"worker on {device}: {message}"})
-        link.leave(message)
+        cause = load_failure(error)
+        failed(cause)
+        link.leave(cause)
         sys.exit(1)
-    spec = executor.spec
-    info = with_spec(
-        info,
-        dtype=spec.dtype,
-        attention_backend=spec.attention_backend,
-        max_model_len=core.max_model_len,
-        max_batch_tokens=spec.max_batch_tokens,
-        block_size=spec.block_size,
-        kv_total_blocks=core.kv.total_blocks,
-        weights_bytes=spec.weights_bytes,
-        kv_bytes=spec.kv_bytes,
-        scheduler=core.policy.name,
-        max_waiting=core.scheduler.max_waiting,
-        traits=core.policy.traits,
-    )
-    prefixes = None
-    if core.kv.prefix_caching:
-        core.kv.events = CacheEvents(core.kv.block_size)
-        prefixes = DigestSender(core.kv.events)
     telemetry = Telemetry(os.environ)
-    link.ready(info, telemetry.beside(with_memory(core.load)), core.request_ids, prefixes)
-    child.emit({"type": "ready"})
+    link.ready(info_of(core, info), telemetry.beside(with_memory(core.load)), core.request_ids, prefix_digest(core))
+    child.send(Ready())
     try:
         serve_requests(core, link, telemetry)
-    except Exception as error:  # whatever it is, its requests are told before the process ends
+    except Exception as error:  # whatever it is, its requests are ended before the process is
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"
         link.send(core.fail_all(InternalError.code, cause), core.last_dispatch_seq)
-        child.emit({"type": "failed", "message": f"worker on {device}: {cause}"})
+        failed(cause)
         link.leave(cause)
         sys.exit(1)
+
+
+def load_core(boot: WorkerBoot, device: DeviceSpec, link: RouterLink, model_path: Callable[[], str]) -> EngineCore:
+    """Make the executor and the core, saying how far that is.
+
+    Args:
+        model_path: waits until the model was found.
+
+    Raises:
+        NexusError, MemoryError, ImportError: see `load_failure`.
+    """
+
+    def progress(phase: str, fraction: float) -> None:
+        link.phase(phase, fraction)
+        child.send(Phase(phase, fraction))
+
+    if device.kind != "emulated":
+        progress("importing torch", 0.0)
+        from nexusengine.execute import torch_executor  # noqa: F401  # while the model is looked for
+
+    config, worker_id = boot.config, boot.identity.worker_id
+    files = resolve_model(model_path(), weights=device.kind != "emulated")
+    executor = make_executor(files, seen_as(device, os.environ), executor_options(config, worker_id), progress)
+    return make_core(executor, config, MonotonicClock(), worker_id, files.config, bytes.fromhex(boot.hash_key))
+
+
+def load_failure(error: Exception) -> str:
+    """The cause, for the user, of what `load_core` raised."""
+    if isinstance(error, NexusError):
+        return error.message
+    if isinstance(error, ImportError):
+        return f"a package that is needed cannot be imported: {error}"
+    return "out of memory while loading the model"
+
+
+def prefix_digest(core: EngineCore) -> DigestSender | None:
+    """Reports the prefix cache to the router; None where there is no prefix cache."""
+    if not core.kv.prefix_caching:
+        return None
+    core.kv.events = CacheEvents(core.kv.block_size)
+    return DigestSender(core.kv.events)
 
 
 if __name__ == "__main__":

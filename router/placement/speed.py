@@ -13,9 +13,9 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import PerfSnapshot, Predictor
+from nexusengine.perf.model import Predictor
 from nexusengine.perf.registry import make_model, rebuild
-from nexusengine.wire import PerfWeights, PolicyTraits
+from nexusengine.wire import PerfSnapshot, PolicyTraits
 
 REFERENCE_STEP = StepFeatures(
     tokens=544, sequences=33, prefills=1, prefill_attention=512 * 256.0, decode_kv_tokens=32_768
@@ -131,7 +131,7 @@ def _interpolate(x: float, xs: list[float], ys: list[float]) -> float:
     return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
 
 
-def predictor_of(perf: PerfWeights | None) -> Predictor:
+def predictor_of(perf: PerfSnapshot | None) -> Predictor:
     """The model that a worker reported; the one that has seen no step where it reported none.
 
     Raises:
@@ -139,7 +139,7 @@ def predictor_of(perf: PerfWeights | None) -> Predictor:
     """
     if perf is None:
         return _unfitted()
-    return rebuild(PerfSnapshot(perf.kind, perf.weights, perf.quantile))
+    return rebuild(perf)
 
 
 @cache

@@ -125,7 +125,7 @@ def start_server() -> Iterator[Callable[..., Running]]:
         async def serve() -> None:
             await backend.start()
             if with_engine:
-                state.engine = AsyncEngine.over(backend, FakeTokenizer(), VOCABULARY)  # type: ignore[arg-type]
+                state.engine = AsyncEngine.from_client(backend, FakeTokenizer(), VOCABULARY)  # type: ignore[arg-type]
             started.set()
             await server.serve([listening])
             await backend.close()

@@ -59,7 +59,7 @@ def answering(server: Running) -> Any:
         answer = [backend.token_to_id(token) for token in tokens]
         real = server.state.serving_engine().backend
         vocab_size = tokenizer.vocab_size
-        server.state.engine = AsyncEngine.over(Script(real, answer, at_once), tokenizer, vocab_size)  # type: ignore[arg-type]
+        server.state.engine = AsyncEngine.from_client(Script(real, answer, at_once), tokenizer, vocab_size)  # type: ignore[arg-type]
         return server.url
 
     return start

@@ -59,7 +59,7 @@ def load(last_dispatch_seq: int, now: float, rng: random.Random) -> wire.WorkerL
     return wire.WorkerLoad(
         last_dispatch_seq, running=3, waiting=2, kv_used_blocks=10, kv_total_blocks=1000, decodes=2,
         decode_kv_tokens=200, tightest_tpot_s=0.05, pending=pending, pending_tokens=400, mean_output_tokens=20.0,
-        perf=wire.PerfWeights(s.kind, s.weights, s.quantile, s.steps, s.epoch), totals={"steps": 5.0},
+        perf=s, counters={"steps": 5.0},
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class Fuzz:
         self.core.on_client(GOOD_CLIENT, wire.Submit(request(name, self.now, self.rng), self.sent), self.now)
         self.settle()
         self.seq += 1
-        report = wire.Report("e0", self.seq, load(self.seen[GOOD], self.now, self.rng))
+        report = wire.Report(self.seq, load(self.seen[GOOD], self.now, self.rng))
         self.core.on_worker(GOOD, report, self.now)
         self.core.prepare(self.now)
         self.core.on_timer(self.now)
@@ -127,7 +127,7 @@ class Fuzz:
             self.seen[GOOD] = message.seq
             self.served += message.request.request_id in self.open
             end = TokenDelta(message.request.request_id, (1, 2), finish_reason="length")
-            self.core.on_worker(GOOD, wire.WorkerDeltas("e0", (), (end,)), self.now)
+            self.core.on_worker(GOOD, wire.WorkerDeltas((), (end,)), self.now)
 
     # ---- those that do not ---------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Fuzz:
         """The bad worker is in good order again, so that its next nonsense counts."""
         self.core.on_worker_exited("w1", "e1", "killed", 1, self.now, next_epoch="e1")
         self.core.on_worker(BAD, wire.Ready(info("w1", "e1")), self.now)
-        self.core.on_worker(BAD, wire.Report("e1", 0, load(0, self.now, self.rng)), self.now)
+        self.core.on_worker(BAD, wire.Report(0, load(0, self.now, self.rng)), self.now)
         self.settle()
 
     def throw(self) -> None:
@@ -172,7 +172,7 @@ class Fuzz:
             wire.Hello(submitted=3),
             wire.Submit(request(f"bad-{self.frames}", self.now, self.rng), 5),
             wire.Abort(self.some_name()),
-            wire.Ask(3, 4, "bad"),
+            wire.DebugQuery(3, 4, "bad"),
         ])  # fmt: skip
 
     def valid_of_worker(self) -> wire.Message:
@@ -182,11 +182,11 @@ class Fuzz:
         digest = wire.PrefixDigest(rng.randrange(3), self.frames, ((rng.randbytes(80), rng.randbytes(16)),))
         return rng.choice([
             wire.Ready(info("w1", "e1"), ("bad",)),
-            wire.Report("e1", self.frames + 1, load(self.frames, self.now, rng), digest),
-            wire.Report("e1", self.frames + 1, load(self.frames, self.now, rng)),
-            wire.WorkerDeltas("e1", ((name, (3,)),), (delta,)),
-            rng.choice([wire.Leaving("e1", "tired"), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
-            wire.Findings(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
+            wire.Report(self.frames + 1, load(self.frames, self.now, rng), digest),
+            wire.Report(self.frames + 1, load(self.frames, self.now, rng)),
+            wire.WorkerDeltas(((name, (3,)),), (delta,)),
+            rng.choice([wire.Leaving(), wire.Starting(info("w1", "e1"), "loading", 0.5)]),
+            wire.DebugReply(rng.choice([GOOD_CLIENT, BAD_CLIENT]), 1, "w1"),
         ])  # fmt: skip
 
     def changed(self, valid: wire.Message) -> bytes:
@@ -239,7 +239,7 @@ class Fuzz:
                 self.now += 0.05
                 self.seq += 1
                 self.core.on_worker(
-                    GOOD, wire.Report("e0", self.seq, load(self.seen[GOOD], self.now, self.rng)), self.now
+                    GOOD, wire.Report(self.seq, load(self.seen[GOOD], self.now, self.rng)), self.now
                 )
                 self.core.on_client(GOOD_CLIENT, wire.Hello(submitted=self.sent), self.now)
                 self.core.on_timer(self.now)

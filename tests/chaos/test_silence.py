@@ -133,12 +133,12 @@ def test_frames_of_strangers_on_its_sockets_do_not_disturb_a_server(serve: Serve
     stream = Stream(served.url, 300)
     stream.wait_for_tokens()
     stranger = wire.WorkerInfo("w7", "e", 1, "cpu", "m", max_model_len=10_000)
-    nonsense = wire.PerfWeights("nonsense", (), 1.0, 0, 0)
+    nonsense = wire.PerfSnapshot("nonsense", (), 1.0, 0, 0)
     frames = [
         b"\x91\xa1\x81",
         b"\x91" * 5000,
         wire.encode(wire.Ready(stranger)),
-        wire.encode(wire.Report("e", 1, wire.WorkerLoad(0, perf=nonsense))),
+        wire.encode(wire.Report(1, wire.WorkerLoad(0, perf=nonsense))),
         wire.encode(wire.Hello(protocol=99)),
     ]
     for name in ("front", "back"):

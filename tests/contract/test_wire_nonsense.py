@@ -67,9 +67,9 @@ def request(name: str = "a", **fields: Any) -> EngineRequest:
     })  # fmt: skip
 
 
-def perf(**fields: Any) -> wire.PerfWeights:
+def perf(**fields: Any) -> wire.PerfSnapshot:
     s = make_model().snapshot()
-    return msgspec.structs.replace(wire.PerfWeights(s.kind, s.weights, s.quantile, 0, 0), **fields)
+    return msgspec.structs.replace(wire.PerfSnapshot(s.kind, s.weights, s.quantile, 0, 0), **fields)
 
 
 def pending(**fields: Any) -> wire.PendingPrefill:
@@ -102,9 +102,9 @@ def hear(core: RouterCore, message: wire.Message, now: float = 0.0, identity: by
 @pytest.mark.parametrize("wrong", LOADS.values(), ids=LOADS.keys())
 def test_a_report_that_cannot_be_true_is_refused_and_the_one_before_counts(wrong: dict[str, Any]) -> None:
     core = router()
-    hear(core, wire.Report("e1", 1, GOOD_LOAD))
+    hear(core, wire.Report(1, GOOD_LOAD))
     with pytest.raises(wire.ProtocolError):
-        hear(core, wire.Report("e1", 2, msgspec.structs.replace(GOOD_LOAD, **wrong)))
+        hear(core, wire.Report(2, msgspec.structs.replace(GOOD_LOAD, **wrong)))
     assert repr(core.workers.by_id["w0"].load) == repr(GOOD_LOAD)  # NaN is not equal to itself
     core.prepare(0.0)
     core.on_client(CLIENT, wire.Submit(request()), 0.0)
@@ -143,7 +143,7 @@ def test_an_answer_that_makes_no_sense_ends_its_request_alone(wrong: dict[str, A
         core.on_client(CLIENT, wire.Submit(request(name)), 0.0)
     core.take()
     fields: dict[str, Any] = {"token_ids": (7,), "timings": Timings(0.0), **wrong}
-    hear(core, wire.WorkerDeltas("e1", *wire.split_deltas([TokenDelta("a", **fields), TokenDelta("b", (7,))])))
+    hear(core, wire.WorkerDeltas(*wire.split_deltas([TokenDelta("a", **fields), TokenDelta("b", (7,))])))
     out = core.take()
     deltas = {
         d.request_id: d
@@ -161,7 +161,7 @@ def test_a_worker_that_names_ever_more_blocks_does_not_fill_the_routers_memory()
     most = 0
     for seq in range(60):
         names = np.arange(2000 * seq, 2000 * (seq + 1), dtype="<u8").tobytes()
-        hear(core, wire.Report("e1", seq, GOOD_LOAD, wire.PrefixDigest(0, seq, ((names, b""),))))
+        hear(core, wire.Report(seq, GOOD_LOAD, wire.PrefixDigest(0, seq, ((names, b""),))))
         most = max(most, len(core.prefixes))
     assert most <= 42_000
     assert any(isinstance(o.message, wire.RepeatPrefixes) for o in core.take())
@@ -264,7 +264,7 @@ def test_frames_of_strangers_on_both_sockets_do_not_disturb_a_request(broker: tu
     while not isinstance(message := wire.decode_for_worker(worker.recv()), wire.Dispatch):
         pass
     end = TokenDelta(message.request.request_id, (5,), finish_reason="length")
-    worker.send(wire.encode(wire.WorkerDeltas("e1", (), (end,))))
+    worker.send(wire.encode(wire.WorkerDeltas((), (end,))))
     while not isinstance(answer := wire.decode_for_client(client.recv()), wire.Deltas):
         pass
     assert answer.full == (end,)

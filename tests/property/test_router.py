@@ -111,7 +111,7 @@ class Cluster(RuleBasedStateMachine):
         deltas = [TokenDelta(n, (1,), finish_reason="length" if ends else None) for n in names]
         if ends:
             self.at[identity] = {}
-        message = wire.WorkerDeltas(str(self.epochs[worker]), *wire.split_deltas(deltas))
+        message = wire.WorkerDeltas(*wire.split_deltas(deltas))
         self.core.on_worker(identity, message, self.now)
         self.settle()
 
@@ -123,7 +123,7 @@ class Cluster(RuleBasedStateMachine):
             name = next(iter(self.at[identity]))
             del self.at[identity][name]
             delta = TokenDelta(name, finish_reason="error", error_code=code)
-            self.core.on_worker(identity, wire.WorkerDeltas("", (), (delta,)), self.now)
+            self.core.on_worker(identity, wire.WorkerDeltas((), (delta,)), self.now)
             self.settle()
 
     @rule(worker=workers)
@@ -147,7 +147,7 @@ class Cluster(RuleBasedStateMachine):
         self.covered[identity] = last_dispatch_seq
         pending = (wire.PendingPrefill(self.now + 1.0, 100, 0, 0.05, False),) * waiting
         load = wire.WorkerLoad(last_dispatch_seq, waiting=waiting, pending=pending, step_running_s=running_s)
-        report = wire.Report(str(self.epochs[worker]), self.seq[identity], load)
+        report = wire.Report(self.seq[identity], load)
         if fate == "is overtaken":
             self.overtaken.setdefault(identity, []).append(report)
         if fate.startswith("comes"):
@@ -163,7 +163,7 @@ class Cluster(RuleBasedStateMachine):
         for client in CLIENTS:
             self.core.on_client(client, wire.Hello(), self.now)
         for worker in self.alive if heard else ():
-            self.core.on_worker(self.identity(worker), wire.WorkerDeltas("", ()), self.now)
+            self.core.on_worker(self.identity(worker), wire.WorkerDeltas(()), self.now)
         self.core.on_timer(self.now)
         self.settle()
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.model import PerfSnapshot, StepTime
+from nexusengine.perf.model import StepTime
 from nexusengine.scheduler.view import EngineView, RequestColumns
+from nexusengine.wire import PerfSnapshot
 
 SIZE = 16
 NAN = float("nan")

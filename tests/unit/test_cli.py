@@ -13,6 +13,7 @@ from nexusengine.cli.main import COMMANDS, main
 from nexusengine.cli.serve import Announcer
 from nexusengine.config import ServeConfig
 from nexusengine.obs.console import Handler, end_progress, write_line
+from nexusengine.supervisor.events import Draining, Listening, Phase, Ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,11 +49,11 @@ def test_start_up_is_told_line_by_line_and_a_terminal_sees_percentages_change(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
     announcer = Announcer(ServeConfig())
-    announcer({"type": "listening", "host": "0.0.0.0", "port": 77})
+    announcer(Listening("0.0.0.0", 77))
     for fraction in (0.1, 0.2, 0.3):
-        announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": fraction})
-    announcer({"type": "ready"})
-    announcer({"type": "draining", "limit_s": 30.0})
+        announcer(Phase("loading weights (w0)", fraction))
+    announcer(Ready())
+    announcer(Draining(30.0))
     end_progress()
     out, err = capsys.readouterr()
     assert "serves smollm2-135m at http://127.0.0.1:77 " in out
@@ -71,12 +72,12 @@ def test_a_line_from_another_process_does_not_land_on_the_progress_line(
     """As it did: `==> allocating the KV cache (w0)[w0] 16:26:18 INFO ...`."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     announcer = Announcer(ServeConfig())
-    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.5})
+    announcer(Phase("loading weights (w0)", 0.5))
     write_line("[w0] a log line")
-    announcer({"type": "phase", "phase": "loading weights (w0)", "fraction": 0.6})
+    announcer(Phase("loading weights (w0)", 0.6))
     record = logging.LogRecord("nexusengine.x", logging.WARNING, __file__, 1, "one of ours", None, None)
     Handler().emit(record)
-    announcer({"type": "ready"})
+    announcer(Ready())
     assert capsys.readouterr().err.split("\n") == [
         "==> loading weights (w0) 50 %",
         "[w0] a log line",
@@ -101,7 +102,7 @@ def test_the_settings_page_is_the_output_of_the_config_command(capsys: pytest.Ca
 
 def test_the_printed_curl_is_a_command_whatever_the_model_is_called(capsys: pytest.CaptureFixture[str]) -> None:
     announcer = Announcer(ServeConfig(model='./it\'s "mine".gguf'))
-    announcer({"type": "listening", "host": "127.0.0.1", "port": 77})
-    announcer({"type": "ready"})
+    announcer(Listening("127.0.0.1", 77))
+    announcer(Ready())
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("curl "))
     assert json.loads(shlex.split(line)[-1])["model"] == './it\'s "mine".gguf'

@@ -15,7 +15,7 @@ import nexusengine.engine.async_engine
 from nexusengine import wire
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.engine_core import EngineCore
-from nexusengine.engine.async_engine import AsyncEngine, once_more
+from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.engine.client import Sink
 from nexusengine.engine.inproc_client import LocalBackend
 from nexusengine.engine.request import merge
@@ -31,17 +31,19 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=5)
 
 
 class GatedDevice(FakeExecutor):
-    """Computes only while the gate is open; fails when `broken`."""
+    """Computes only while the gate is open; fails when `broken`. close_gate: after the next step."""
 
     def __init__(self) -> None:
         super().__init__(num_blocks=256)
-        self.gate, self.broken = threading.Event(), False
+        self.gate, self.broken, self.close_gate = threading.Event(), False, False
         self.gate.set()
 
     def collect(self) -> Any:
         assert self.gate.wait(10)
         if self.broken:
             raise RuntimeError("the device fell off the bus")
+        if self.close_gate:
+            self.gate.clear()
         return super().collect()
 
 
@@ -54,7 +56,7 @@ def core() -> EngineCore:
 async def engine(core: EngineCore) -> AsyncIterator[AsyncEngine]:
     backend = LocalBackend(core, "fake")
     await backend.start()
-    made = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    made = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     yield made
     core.executor.gate.set()  # type: ignore[attr-defined]
     await made.close()
@@ -79,11 +81,17 @@ async def test_requests_run_side_by_side(engine: AsyncEngine) -> None:
     assert texts == [answer(f"prompt {i}") for i in range(12)]
 
 
-async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(engine: AsyncEngine) -> None:
+async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(
+    engine: AsyncEngine, core: EngineCore
+) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     pieces: list[RequestOutput] = []
     async for output in engine.generate("ab", SamplingParams(temperature=0.0, max_tokens=60)):
         pieces.append(output)
         if len(pieces) == 1:
+            device.close_gate = False
+            device.gate.set()
             await until(lambda: engine.backend.status().ledger == 0)  # type: ignore[union-attr]
     assert len(pieces) == 2
     assert "".join(p.text for p in pieces) == answer("ab", 60)
@@ -91,11 +99,13 @@ async def test_a_consumer_that_is_slow_gets_what_came_meanwhile_in_one_piece(eng
 
 
 async def test_leaving_the_iterator_aborts_the_request(engine: AsyncEngine, core: EngineCore) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
     await outputs.aclose()
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device.close_gate = False
+    device.gate.set()
     await until(lambda: not core.has_work)
     assert core.stats().finished_abort == 1
 
@@ -103,23 +113,29 @@ async def test_leaving_the_iterator_aborts_the_request(engine: AsyncEngine, core
 @pytest.mark.parametrize("started", [True, False])
 async def test_cancelling_the_consumer_aborts_the_request(engine: AsyncEngine, core: EngineCore, started: bool) -> None:
     """Also before its first token."""
-    if not started:
-        core.executor.gate.clear()  # type: ignore[attr-defined]
+    device: Any = core.executor
+    if started:
+        device.close_gate = True
+    else:
+        device.gate.clear()
     task = asyncio.create_task(gather(engine, "ab", LONG))
-    await until(lambda: core.has_work)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
+    await until(lambda: core.stats().steps == started and core.has_work)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device.close_gate = False
+    device.gate.set()
     await until(lambda: not core.has_work)
     assert core.stats().finished_abort == 1
 
 
-async def test_abort_by_id_ends_the_iterator_with_that_reason(engine: AsyncEngine) -> None:
+async def test_abort_by_id_ends_the_iterator_with_that_reason(engine: AsyncEngine, core: EngineCore) -> None:
+    device: Any = core.executor
+    device.close_gate = True
     outputs = engine.generate("ab", LONG, request_id="mine")
     await anext(outputs)
     engine.abort("mine")
+    device.gate.set()
     assert [o.finish_reason async for o in outputs][-1] == "abort"
     engine.abort("mine")
     engine.abort("unknown")
@@ -156,9 +172,9 @@ async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
 
 
 async def test_closing_the_engine_ends_requests_in_flight_with_an_error(engine: AsyncEngine, core: EngineCore) -> None:
+    core.executor.close_gate = True  # type: ignore[attr-defined]
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
-    core.executor.gate.clear()  # type: ignore[attr-defined]
     late = asyncio.create_task(gather(engine, "cd", LONG))
     await asyncio.sleep(0)
     closing = asyncio.create_task(engine.close())
@@ -202,7 +218,7 @@ class SilentBackend:
 async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nexusengine.engine.async_engine, "_DEADLINE_GRACE_S", 0.05)
     backend = SilentBackend()
-    engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    engine = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     with pytest.raises(DeadlineExceeded):
         await asyncio.wait_for(gather(engine, "ab", timeout_s=0.05, request_id="mine"), 5)
     assert backend.aborted == ["mine"]
@@ -210,7 +226,7 @@ async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monk
 
 async def test_the_context_length_is_remembered_while_all_workers_start_again() -> None:
     backend = SilentBackend()
-    engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    engine = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     backend.workers = ()
     with pytest.raises(Unavailable, match="no worker"):
         _ = engine.max_model_len
@@ -231,7 +247,7 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop() -> None:
             threads.append(threading.current_thread())
             return super().encode(text)
 
-    engine = AsyncEngine.over(SilentBackend(), Tokenizer(), VOCABULARY)  # type: ignore[arg-type]
+    engine = AsyncEngine.from_client(SilentBackend(), Tokenizer(), VOCABULARY)  # type: ignore[arg-type]
     assert await engine.encode("ab") == TOKENIZER.encode("ab")
     assert len(await engine.encode("a" * 100_000)) == 100_000
     assert [t is threading.main_thread() for t in threads] == [True, False]
@@ -254,17 +270,17 @@ def generations(*lengths: int, last: int) -> tuple[list[int], Any]:
 
 async def test_what_is_looked_at_only_when_complete_is_generated_again_once_if_its_worker_is_lost() -> None:
     started, start = generations(3, last=4)
-    assert [(o.text, o.token_ids) async for o in once_more(start)] == [("1", (i,)) for i in range(4)]
+    assert [(o.text, o.token_ids) async for o in retry_on_worker_loss(start)] == [("1", (i,)) for i in range(4)]
     started, start = generations(3, 2, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start)]
+        _ = [o async for o in retry_on_worker_loss(start)]
     assert started == [0, 1]
 
 
 async def test_a_worker_lost_before_the_first_token_is_not_this_layers_concern() -> None:
     started, start = generations(0, last=4)
     with pytest.raises(WorkerLost):
-        _ = [o async for o in once_more(start)]
+        _ = [o async for o in retry_on_worker_loss(start)]
     assert started == [0]
 
 

@@ -109,7 +109,7 @@ async def test_ten_thousand_prompts_at_once_through_an_async_engine() -> None:
     core = slow_core(step_s=0.1, max_running=256, scheduler="fcfs")
     backend = UnboundedBackend(LocalBackend(core, "fake"), 1024)
     await backend.start()
-    engine = AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    engine = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     prompts = [[i % 90, i // 90 % 90, i // 8100] for i in range(10_000)]
     outputs = await asyncio.gather(*(collected(engine, p) for p in prompts))
     assert {o.finish_reason for o in outputs} == {"length"}

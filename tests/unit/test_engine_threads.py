@@ -246,7 +246,7 @@ async def started() -> AsyncEngine:
     core = make_core(Device(num_blocks=256), clock=MonotonicClock())  # type: ignore[arg-type]
     backend = LocalBackend(core, "fake")
     await backend.start()
-    return AsyncEngine.over(backend, TOKENIZER, VOCABULARY)
+    return AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
 
 
 async def tokens(engine: AsyncEngine) -> tuple[int, ...]:

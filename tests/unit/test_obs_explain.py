@@ -45,14 +45,14 @@ def test_a_request_is_told_from_its_arrival_to_its_verdict() -> None:
         "cmpl-1 on w2: 700 prompt tokens, 64 of them in the prefix cache; class gold: first token within 500 ms, "
         "50.0 ms a token, priority 3.",
         "      0.0 ms  arrives; its first token is expected after 120 ms",
-        "      1.0 ms  step 7: waits: as many sequences run as may",
+        "      1.0 ms  step 7: waits: the most sequences run already",
         "     20.0 ms  step 8: waits: more work would make the step longer than the promise of a running request allows"
         ": 530 tokens in 19 sequences (predicted 48.2 ms, took 51.0 ms)",
         "     40.0 ms  step 9: gets KV blocks and begins its prompt: 512 tokens of 530 in 19 sequences (predicted "
         "48.2 ms, took 51.0 ms, allowed 50.0 ms)",
         "     90.0 ms  its first token is there",
         "    100.0 ms  step 11: generates a token in each step",
-        "    150.0 ms  step 12: gives its KV blocks back; it is computed anew later",
+        "    150.0 ms  step 12: is preempted: its KV blocks are given to others; it is computed anew later",
         "    300.0 ms  ends (length) with 5 tokens, preempted once; its promise is kept, though not token by token",
     ]
 

@@ -22,7 +22,7 @@ from nexusengine.server.metrics import (
 )
 from nexusengine.server.window import WINDOW_S, SlidingWindow
 from nexusengine.types import SLO, RequestOutput, Service, Timings, Verdict
-from nexusengine.wire import Cluster, PerfWeights, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
+from nexusengine.wire import Cluster, PerfSnapshot, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from nexusengine.worker.worker import with_memory
 
 LOADED = WorkerStatus(
@@ -34,9 +34,9 @@ LOADED = WorkerStatus(
     load=with_memory(
         lambda: WorkerLoad(
             0,
-            perf=PerfWeights("online-1", (), 1.1, 7, epoch=1),
-            totals=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).totals()
-            | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).totals(),
+            perf=PerfSnapshot("online-1", (), 1.1, 7, epoch=1),
+            counters=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).counters()
+            | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).counters(),
         )
     )(),
     restarts=2,
@@ -98,7 +98,7 @@ def test_names_are_unique_and_on_the_page() -> None:
     names = [m.name for m in (*SERVER_METRICS, *WORKER_METRICS)] + [*ROUTER_METRICS, *ROUTER_COUNTERS, *WINDOW_METRICS]
     assert len(set(names)) == len(names)
     assert all(f"`{PREFIX}{name}`" in markdown() for name in names)
-    assert set(asdict(CoreStats())) == set(CoreStats().totals())
+    assert set(asdict(CoreStats())) == set(CoreStats().counters())
 
 
 def ended(slo_class: str | None, verdict: Verdict | None, **fields: object) -> RequestOutput:

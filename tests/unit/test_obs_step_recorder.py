@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from nexusengine.cli.main import main
 from nexusengine.clock import VirtualClock
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import ConfigError
+from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.step_log import read_steps
+from nexusengine.wire import StepRecord
 from nexusengine.worker.step_recorder import StepRecorder
 from tests.fakes import make_core, request, run
 
@@ -28,12 +31,16 @@ def recorded(path: Path, **options: int) -> tuple[EngineCore, StepRecorder]:
     return core, recorder
 
 
+def features(record: StepRecord) -> StepFeatures:
+    return StepFeatures(**{f.name: getattr(record, f.name) for f in fields(StepFeatures)})
+
+
 def test_every_step_is_logged_with_what_each_sequence_computed(tmp_path: Path) -> None:
     core, recorder = recorded(tmp_path / "s.jsonl.gz")
     steps = list(read_steps(tmp_path / "s.jsonl.gz"))
     assert len(steps) == recorder.written == core.stats().steps
     assert sum(sum(s.q) for s in steps) == core.stats().computed_tokens
-    assert [s.features for s in steps] == [r.features for r in core.records]
+    assert [s.features for s in steps] == [features(r) for r in core.records]
     assert [s.ms for s in steps] == [pytest.approx(1e3 * r.device_s) for r in core.records]
     assert [s.t for s in steps] == sorted(s.t for s in steps)
     assert recorder.dropped == 0

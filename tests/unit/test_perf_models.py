@@ -9,9 +9,9 @@ import pytest
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.line import LineModel
-from nexusengine.perf.model import PerfSnapshot
 from nexusengine.perf.registry import MODELS, make_model, rebuild, scaled
 from nexusengine.perf.surface import SurfaceModel
+from nexusengine.wire import PerfSnapshot
 from tests.devices import random_step
 
 

@@ -38,7 +38,7 @@ class Router:
         self.core.on_client(CLIENT, wire.Submit(request), self.now)
 
     def deltas(self, worker: str, *deltas: TokenDelta, epoch: str = "e1") -> None:
-        message = wire.WorkerDeltas(epoch, *wire.split_deltas(deltas))
+        message = wire.WorkerDeltas(*wire.split_deltas(deltas))
         self.core.on_worker(identity_of(worker, epoch), message, self.now)
 
     def sent(self) -> dict[bytes, list[wire.Message]]:
@@ -154,8 +154,8 @@ def test_a_new_process_of_a_worker_replaces_the_old_one() -> None:
 def test_an_unknown_worker_is_asked_to_say_hello_and_its_old_requests_are_cancelled() -> None:
     router = Router("w0")
     identity = identity_of("w0", "e1")
-    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(0)), 0.0)
-    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Report(1, wire.WorkerLoad(0)), 0.0)
+    assert router.sent() == {identity: [wire.Reregister()]}
     router.core.on_worker(identity, wire.Ready(info("w0"), ("old",)), 0.0)
     assert router.sent() == {identity: [wire.Cancel("old")]}
 
@@ -178,7 +178,7 @@ def test_a_client_that_falls_silent_takes_its_requests_with_it() -> None:
     router.ready("w0")
     router.submit("a")
     router.sent()
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 20.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(1)), 20.0)
     router.core.on_timer(20.0)
     assert router.sent() == {identity_of("w0", "e1"): [wire.Cancel("a")]}
     assert len(router.core.ledger) == 0
@@ -232,15 +232,15 @@ def test_tokens_of_an_attempt_before_the_worker_was_thought_gone_are_not_taken_f
     router.core.on_timer(40.0)
     router.sent()
     identity = identity_of("w0", "e1")
-    router.core.on_worker(identity, wire.Report("e1", 1, wire.WorkerLoad(1)), 40.0)
-    assert router.sent() == {identity: [wire.Reregister("r")]}
+    router.core.on_worker(identity, wire.Report(1, wire.WorkerLoad(1)), 40.0)
+    assert router.sent() == {identity: [wire.Reregister()]}
     router.core.on_worker(identity, wire.Ready(info("w0"), ("a",), last_dispatch_seq=1), 40.0)
     sent = router.sent()[identity]
     assert [type(m) for m in sent] == [wire.Cancel, wire.Dispatch]
     assert isinstance(sent[1], wire.Dispatch)
     assert sent[1].seq == 2
     for last_dispatch_seq, tokens in ((1, (5, 6)), (2, (7,))):
-        message = wire.WorkerDeltas("e1", (("a", tokens),), (), last_dispatch_seq)
+        message = wire.WorkerDeltas((("a", tokens),), (), last_dispatch_seq)
         router.core.on_worker(identity, message, 40.0)
     assert router.sent() == {CLIENT: [wire.Deltas((("a", (7,)),))]}
 
@@ -315,12 +315,12 @@ def test_a_worker_without_progress_gets_no_new_requests_until_it_moves_again(sil
     stuck = wire.WorkerLoad(0, step_running_s=6.0, step_upper_s=0.1)
     router.now = 6.0
     if not silent:
-        router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, stuck), 6.0)
+        router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, stuck), 6.0)
     router.core.on_timer(6.0)
     assert router.core.workers.by_id["w0"].state is wire.WorkerState.STALLED
     router.submit("a")
     assert router.dispatched() == {}
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 2, wire.WorkerLoad(0)), 6.5)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(2, wire.WorkerLoad(0)), 6.5)
     router.core.on_timer(6.6)
     assert router.dispatched() == {"a": "w0"}
 
@@ -340,7 +340,7 @@ def test_reports_that_are_overtaken_are_dropped() -> None:
     router.ready("w0")
     identity = identity_of("w0", "e1")
     for seq, last_dispatch_seq in ((2, 9), (1, 5)):
-        router.core.on_worker(identity, wire.Report("e1", seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
+        router.core.on_worker(identity, wire.Report(seq, wire.WorkerLoad(last_dispatch_seq)), 0.0)
     load = router.core.workers.by_id["w0"].load
     assert load is not None
     assert load.last_dispatch_seq == 9
@@ -351,7 +351,7 @@ def test_dispatches_the_worker_has_not_reported_yet_are_in_its_view() -> None:
     router.ready("w0")
     for name in "abc":
         router.submit(name)
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(last_dispatch_seq=2)), 0.0)
     (view,) = router.core.workers.views(router.core.ledger)
     assert (view.outstanding, [p.request_id for p in view.unreported]) == (3, ["c"])
 
@@ -382,7 +382,7 @@ def test_a_worker_that_turns_a_request_away_is_left_in_peace_and_another_gets_it
     router.submit("c")
     assert set(router.dispatched().values()) == {"w1"}
     router.now = 1.1
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(1)), 1.1)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(1)), 1.1)
     router.core.on_timer(1.1)
     router.submit("d")
     assert router.dispatched() == {"d": "w0"}
@@ -455,7 +455,7 @@ def test_requests_nobody_has_seen_a_token_of_leave_a_worker_that_stalls() -> Non
     router.deltas("w0", TokenDelta("b", (7,)))
     router.ready("w1")
     router.sent()
-    router.core.on_worker(identity_of("w1", "e1"), wire.Report("e1", 1, wire.WorkerLoad(0)), 2.0)
+    router.core.on_worker(identity_of("w1", "e1"), wire.Report(1, wire.WorkerLoad(0)), 2.0)
     router.core.on_timer(2.1)
     sent = router.sent()
     assert sent[identity_of("w0", "e1")] == [wire.Cancel("a")]
@@ -494,7 +494,7 @@ def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None
         router.submit(f"a{n}")
     router.now = 20.0
     router.core.on_client(CLIENT, wire.Hello(), 20.0)
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(40)), 20.0)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(40)), 20.0)
     router.sent()
     router.ready("w1")
     for n in range(20):
@@ -502,7 +502,7 @@ def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None
     assert list(router.dispatched().values()).count("w1") == SLOW_START_REQUESTS
     router.now = 31.0
     for worker in ("w0", "w1"):
-        router.core.on_worker(identity_of(worker, "e1"), wire.Report("e1", 2, wire.WorkerLoad(60)), 31.0)
+        router.core.on_worker(identity_of(worker, "e1"), wire.Report(2, wire.WorkerLoad(60)), 31.0)
     router.core.on_client(CLIENT, wire.Hello(), 31.0)
     router.core.on_timer(31.0)
     for n in range(20):
@@ -521,7 +521,7 @@ def test_a_worker_whose_queue_is_full_is_passed_over_and_its_bound_holds() -> No
     assert (placed.count("w0"), placed.count("w1")) == (3, 5)
     assert router.core.ledger.held == 2
     router.deltas("w0", TokenDelta("0", (1,)))
-    router.core.on_worker(identity_of("w0", "e1"), wire.Report("e1", 1, wire.WorkerLoad(3, waiting=2)), 0.1)
+    router.core.on_worker(identity_of("w0", "e1"), wire.Report(1, wire.WorkerLoad(3, waiting=2)), 0.1)
     router.core.on_timer(0.1)
     assert router.dispatched() == {"8": "w0"}
 
@@ -579,7 +579,7 @@ def tell_digest(router: Router, worker: str, seq: int, blocks: int, *, first: in
     request = EngineRequest("", [first] * 16 * blocks, SamplingParams(), 0.0)
     packed = pack(short_hashes(names(request, 16), 16))
     digest = wire.PrefixDigest(0, digest_seq, ((packed, b""),))
-    report = wire.Report("e1", seq, wire.WorkerLoad(0), digest)
+    report = wire.Report(seq, wire.WorkerLoad(0), digest)
     router.core.on_worker(identity_of(worker, "e1"), report, router.now)
 
 
@@ -607,7 +607,7 @@ def test_a_digest_with_a_gap_is_asked_for_anew_and_an_absurd_one_is_an_error() -
     tell_digest(router, "w0", 2, 10, digest_seq=5)
     assert router.sent() == {identity_of("w0", "e1"): [wire.RepeatPrefixes()]}
     for wrong in (b"123", b"x" * 8 * 5000):
-        report = wire.Report("e1", 3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
+        report = wire.Report(3, wire.WorkerLoad(0), wire.PrefixDigest(0, 1, ((wrong, b""),)))
         with pytest.raises(wire.ProtocolError, match="digest"):
             router.core.on_worker(identity_of("w0", "e1"), report, 0.0)
 
@@ -625,10 +625,10 @@ def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_wh
         router.ready(w)
     router.core.on_client(CLIENT, wire.Hello(), 0.0)
     router.sent()
-    router.core.on_client(CLIENT, wire.Ask(5, 9, "a", b"somebody else"), 0.0)
+    router.core.on_client(CLIENT, wire.DebugQuery(5, 9, "a", b"somebody else"), 0.0)
     asked = router.sent()
-    assert asked == {identity_of(w, "e1"): [wire.Ask(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
+    assert asked == {identity_of(w, "e1"): [wire.DebugQuery(5, 9, "a", CLIENT)] for w in ("w0", "w1")}
     for client, passed_on in ((CLIENT, 1), (b"gone", 0)):
-        findings = wire.Findings(client, 5, "w0")
+        findings = wire.DebugReply(client, 5, "w0")
         router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
         assert router.sent() == ({client: [findings]} if passed_on else {})

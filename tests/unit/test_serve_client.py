@@ -205,8 +205,8 @@ async def test_a_loop_that_was_busy_is_not_a_router_that_was_silent(
 class Router:
     """A router with one worker that serves and one that is starting; it answers questions with `findings`."""
 
-    def __init__(self, endpoint: str, findings: list[wire.Findings]) -> None:
-        self.asked: list[wire.Ask] = []
+    def __init__(self, endpoint: str, findings: list[wire.DebugReply]) -> None:
+        self.asked: list[wire.DebugQuery] = []
         self._findings = findings
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.bind(endpoint)
@@ -221,7 +221,7 @@ class Router:
                 infos = (wire.WorkerInfo(f"w{i}", "e", 1, "cpu", "m") for i in range(2))
                 workers = (wire.WorkerStatus(i, s, "", 1.0, 0, None) for i, s in zip(infos, states, strict=True))
                 replies = [wire.Cluster("r", tuple(workers))]
-            elif isinstance(message, wire.Ask):
+            elif isinstance(message, wire.DebugQuery):
                 self.asked.append(message)
                 replies = [structs.replace(f, query=message.query) for f in self._findings]
             for reply in replies:
@@ -236,7 +236,7 @@ async def test_a_question_waits_for_the_workers_that_serve_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
     monkeypatch.setattr(nexusengine.engine.router_client, "_ANSWER_S", 5.0 if answers else 0.2)
-    findings = wire.Findings(b"", 0, "w0")
+    findings = wire.DebugReply(b"", 0, "w0")
     router = Router(f"ipc://{tmp_path}/front", [findings] if answers else [])
     running = asyncio.create_task(router.run())
     client = RouterClient(f"ipc://{tmp_path}/front")

@@ -12,10 +12,10 @@ from nexusengine import nvml as gpus
 from nexusengine.config import DeviceSpec, count_cuda_devices, parse_device
 from nexusengine.nvml import Gpu, GpuState
 from nexusengine.perf.online import OnlineModel
-from nexusengine.supervisor.supervisor import worker_environ
+from nexusengine.supervisor.roles import worker_environ
 from nexusengine.wire import WorkerLoad
 from nexusengine.worker.gpu import PINNED, Telemetry, seen_as, slowed_or_freed
-from nexusengine.worker.worker import heed
+from nexusengine.worker.worker import apply_telemetry
 
 A = Gpu("GPU-aaaa-1", "H100", 80, 79, (9, 0), "00000000:01:00.0", 0)
 B = Gpu("GPU-bbbb-2", "L4", 24, 23, (8, 9), "00000000:02:00.0", 1)
@@ -144,7 +144,7 @@ def test_the_state_leaves_out_what_the_gpu_does_not_tell() -> None:
     state = gpus.state_of(A.uuid)
     assert state is not None
     assert state.throttled == ("power cap",)
-    assert state.totals() == {
+    assert state.counters() == {
         "gpu_clock_mhz": 1500.0, "gpu_most_clock_mhz": 1980.0, "gpu_temperature_c": 60.0, "gpu_used_bytes": 1.0,
         "gpu_throttled": 1.0,
     }  # fmt: skip
@@ -169,9 +169,9 @@ def test_a_gpu_is_asked_once_a_second_and_its_numbers_join_the_worker_s() -> Non
         return GpuState(1500.0, None, 300.0, None, None, ())
 
     environ = {"CUDA_VISIBLE_DEVICES": A.uuid, PINNED: "1"}
-    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1, totals={"steps": 7.0})
+    load = WorkerLoad(last_dispatch_seq=0, kv_total_blocks=1, counters={"steps": 7.0})
     beside = Telemetry(environ, read, lambda: at[0]).beside(lambda: load)
-    assert beside().totals == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
+    assert beside().counters == {"steps": 7.0, "gpu_clock_mhz": 1500.0, "gpu_power_w": 300.0, "gpu_throttled": 0.0}
     beside()
     at[0] = 1.5
     beside()
@@ -220,8 +220,8 @@ def test_throttling_that_the_driver_tells_lets_the_model_believe_in_slower_steps
     for second, reasons in enumerate([0, 1, 32, 32, 0, 0]):  # 1: the GPU has nothing to do
         at[0], bits[0] = float(second), reasons
         report()
-        heed(telemetry, model)
-        heed(telemetry, model)
+        apply_telemetry(telemetry, model)
+        apply_telemetry(telemetry, model)
     assert told == [2.0, 4.0]
 
 

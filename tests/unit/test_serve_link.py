@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from nexusengine import wire
-from nexusengine.process.child import _event
+from nexusengine.process.control import Ready, decode_from_child
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 from nexusengine.wire import identity_of
 from nexusengine.worker.link import RouterLink
@@ -66,10 +66,10 @@ def test_frames_that_are_no_messages_do_not_end_the_link(router: Router) -> None
 def test_a_worker_that_is_asked_to_register_again_says_what_it_has_and_has_seen(router: Router) -> None:
     router.link.ready(INFO, lambda: wire.WorkerLoad(last_dispatch_seq=7), lambda: ["a", "b"])
     assert router.hear(wire.Ready) == wire.Ready(INFO)
-    router.say(wire.encode(wire.Reregister("r2")))
+    router.say(wire.encode(wire.Reregister()))
     assert router.hear(wire.Ready) == wire.Ready(INFO, ("a", "b"), last_dispatch_seq=7)
     router.link.send([TokenDelta("a", (5,))], 7)
-    assert router.hear(wire.WorkerDeltas) == wire.WorkerDeltas("e1", (("a", (5,)),), (), 7)
+    assert router.hear(wire.WorkerDeltas) == wire.WorkerDeltas((("a", (5,)),), (), 7)
 
 
 def test_a_worker_of_another_version_is_told_why_it_is_not_taken(router: Router) -> None:
@@ -87,5 +87,5 @@ def test_progress_beyond_its_range_is_still_a_message(router: Router) -> None:
 
 @pytest.mark.parametrize("line", [b"null", b"5", b"[1]", b'"x"', b"{}", b'{"type": 5}', b"[" * 100_000, b"\xff", b""])
 def test_what_a_library_writes_to_a_childs_stdout_is_no_event(line: bytes) -> None:
-    assert _event(line) is None
-    assert _event(b'{"type": "ready"}') == {"type": "ready"}
+    assert decode_from_child(line) is None
+    assert decode_from_child(b'{"type": "ready"}') == Ready()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from nexusengine.server import pieces
-from nexusengine.server.pieces import JSONPieces, Pace
+from nexusengine.server.pieces import JSONPieces, LoopYield
 
 
 def sent(parts: list[bytes]) -> list[Message]:
@@ -60,16 +60,16 @@ def test_others_get_their_turn_after_every_few_milliseconds_of_work(
             seen.append(1)
             await asyncio.sleep(0)
 
-    async def work(pace: Callable[[], Pace]) -> None:
+    async def work(make: Callable[[], LoopYield]) -> None:
         task = asyncio.ensure_future(others())
         await asyncio.sleep(0)
         seen.clear()
         monkeypatch.setattr(pieces.time, "monotonic", clock)
-        rest = pace().rest
+        rest = make().yield_if_due
         for _ in range(20):
             await rest()
         monkeypatch.undo()
         task.cancel()
 
-    asyncio.run(work(Pace))
+    asyncio.run(work(LoopYield))
     assert turns <= len(seen) <= turns + 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import os
 import select
 import socket
@@ -20,14 +18,28 @@ import httpx
 import pytest
 
 from nexusengine.config import ServeConfig
+from nexusengine.process.control import (
+    BootLine,
+    Drain,
+    Drained,
+    Failed,
+    FromChild,
+    Listening,
+    Model,
+    Phase,
+    ServerBoot,
+    ToChild,
+    decode_from_child,
+    encode,
+)
 from nexusengine.server import process
 from nexusengine.server.state import ServerState
 from tests.unit.test_special_tokens import CONFIG, save
 
 
 @contextmanager
-def server_process(tmp_path: Path, **settings: Any) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
-    """The process, and its first event."""
+def server_process(tmp_path: Path, **settings: Any) -> Iterator[tuple[subprocess.Popen[bytes], FromChild | None]]:
+    """The process, and its first message."""
     process = subprocess.Popen(
         [sys.executable, "-m", "nexusengine.server.main"],
         stdin=subprocess.PIPE,
@@ -36,16 +48,10 @@ def server_process(tmp_path: Path, **settings: Any) -> Iterator[tuple[subprocess
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    given = {
-        "config": dataclasses.asdict(ServeConfig(**settings)),
-        "front": f"ipc://{tmp_path}/front",
-        "parent_death_signal": True,
-        "parent_pid": os.getpid(),
-    }
+    boot = ServerBoot(ServeConfig(**settings), f"ipc://{tmp_path}/front")
     try:
-        process.stdin.write(json.dumps(given).encode() + b"\n")
-        process.stdin.flush()
-        yield process, json.loads(process.stdout.readline())
+        send(process, BootLine(boot, os.getpid(), True))
+        yield process, decode_from_child(process.stdout.readline())
     finally:
         process.kill()
         process.wait()
@@ -53,22 +59,23 @@ def server_process(tmp_path: Path, **settings: Any) -> Iterator[tuple[subprocess
             pipe.close()  # type: ignore[union-attr]
 
 
-def tell(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+def send(process: subprocess.Popen[bytes], message: BootLine | ToChild) -> None:
     assert process.stdin is not None
-    process.stdin.write(json.dumps(message).encode() + b"\n")
+    process.stdin.write(encode(message))
     process.stdin.flush()
 
 
 def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: Path) -> None:
     with server_process(tmp_path, port=0, model="some/model") as (child, event):
-        assert (event["type"], event["host"]) == ("listening", "127.0.0.1")
-        url = f"http://127.0.0.1:{event['port']}"
+        assert isinstance(event, Listening)
+        assert event.host == "127.0.0.1"
+        url = f"http://127.0.0.1:{event.port}"
         assert httpx.get(f"{url}/livez", timeout=20).status_code == 200
         startup = httpx.get(f"{url}/startupz")
         assert startup.status_code == 503
         assert set(startup.json()) == {"phase", "fraction", "workers"}
-        tell(child, {"type": "phase", "phase": "downloading", "fraction": 0.25})
-        tell(child, {"type": "drain"})
+        send(child, Phase("downloading", 0.25))
+        send(child, Drain())
         while (progress := httpx.get(f"{url}/startupz").json())["phase"] != "draining":
             pass
         assert progress["fraction"] == 0.25
@@ -81,30 +88,29 @@ def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: P
 def test_it_is_drained_once_every_request_is_answered(tmp_path: Path) -> None:
     """The router is done earlier: what it sent last may still be on its way to the server."""
     with server_process(tmp_path, port=0) as (child, event), socket.socket() as client:
-        client.connect(("127.0.0.1", event["port"]))
+        client.connect(("127.0.0.1", event.port))
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
-        url = f"http://127.0.0.1:{event['port']}"
+        url = f"http://127.0.0.1:{event.port}"
         while "nexusengine_requests_in_progress 1.0" not in httpx.get(f"{url}/metrics", timeout=20).text:
             pass
-        tell(child, {"type": "drain"})
+        send(child, Drain())
         while httpx.get(f"{url}/startupz").json()["phase"] != "draining":
             pass
         assert child.stdout is not None
         assert select.select([child.stdout], [], [], 0.3)[0] == []
         client.sendall(b"}")
         assert client.recv(12) == b"HTTP/1.1 400"
-        assert json.loads(child.stdout.readline()) == {"type": "drained"}
+        assert decode_from_child(child.stdout.readline()) == Drained()
 
 
 def test_a_port_in_use_is_one_clear_cause(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with server_process(tmp_path, port=port) as (child, event):
-            assert event == {
-                "type": "failed",
-                "message": f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port, or "
-                "0 for a free one",
-            }
+            assert event == Failed(
+                f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port, or 0 for a "
+                "free one"
+            )
             assert child.wait(10) == 1
 
 
@@ -121,17 +127,17 @@ def test_a_tokenizer_that_cannot_be_loaded_ends_the_process_with_the_reason(
     save(tmp_path, config=CONFIG)
     (tmp_path / name).write_text(text)
     with server_process(tmp_path, port=0) as (child, event):
-        assert event["type"] == "listening"
-        tell(child, {"type": "model_ready", "path": str(tmp_path), "name": "m"})
+        assert isinstance(event, Listening)
+        send(child, Model(str(tmp_path), "m"))
         assert child.stdout is not None
-        failed = json.loads(child.stdout.readline())
-        assert failed["type"] == "failed"
-        assert words in failed["message"]
+        failed = decode_from_child(child.stdout.readline())
+        assert isinstance(failed, Failed)
+        assert words in failed.message
         assert child.wait(10) == 1
 
 
 def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[dict[str, Any]] = []
+    sent: list[FromChild] = []
 
     def load(files: Any) -> Any:
         raise OverflowError("too large")
@@ -141,13 +147,13 @@ def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.M
 
     monkeypatch.setattr(process, "resolve_model", lambda *args, **options: None)
     monkeypatch.setattr(process, "load_tokenizer", load)
-    monkeypatch.setattr(process.child, "emit", told.append)
+    monkeypatch.setattr(process.child, "send", sent.append)
     monkeypatch.setattr(process.os, "_exit", leave)
     control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
     with pytest.raises(SystemExit) as ended:
-        asyncio.run(control._load({"path": "m", "name": "m"}))
+        asyncio.run(control._load(Model("m", "m")))
     assert ended.value.code == 1
-    assert told == [{"type": "failed", "message": "cannot load the tokenizer of m: OverflowError('too large')"}]
+    assert sent == [Failed("cannot load the tokenizer of m: OverflowError('too large')")]
 
 
 async def test_at_the_end_what_streams_is_ended_before_the_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +179,16 @@ async def test_at_the_end_what_streams_is_ended_before_the_process_is(monkeypatc
     assert reasons == ["the server is shutting down"]
     assert control._server.should_exit
     assert len(timers) == 1
+
+
+def test_a_control_message_that_is_unknown_ends_the_process_and_is_named(tmp_path: Path) -> None:
+    with server_process(tmp_path, port=0) as (child, _):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b'{"type": "reload"}\n')
+        child.stdin.flush()
+        failed = decode_from_child(child.stdout.readline())
+        assert isinstance(failed, Failed)
+        assert "unknown control message" in failed.message
+        assert "reload" in failed.message
+        assert child.wait(10) == 1

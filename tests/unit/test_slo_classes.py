@@ -10,8 +10,7 @@ import pytest
 from nexusengine import SLO
 from nexusengine.errors import ConfigError, InvalidRequest
 from nexusengine.slo.classes import CLASSES, SLOClass
-from nexusengine.slo.resolve import SLOClasses, promise_of
-from tests.fakes import request
+from nexusengine.slo.resolve import SLOClasses
 
 CONFIGURED = SLOClasses.configured()
 INTERACTIVE, STANDARD = CLASSES["interactive"], CLASSES["standard"]
@@ -122,12 +121,3 @@ def test_python_takes_an_slo_a_class_by_name_or_nothing() -> None:
         with pytest.raises(InvalidRequest) as caught:
             CONFIGURED.in_python(wrong)  # type: ignore[arg-type]
         assert caught.value.param == "slo"
-
-
-def test_the_promise_of_a_request_can_be_asked_for_again() -> None:
-    slo = INTERACTIVE.slo(1000)
-    assert slo.ttft_s == 1.5
-    again = promise_of(request("a", [1], slo=slo, slo_class="interactive"))
-    assert again is not None
-    assert (again.name, again.slo(5)) == ("interactive", slo)
-    assert promise_of(request("a", [1])) is None
