@@ -80,13 +80,8 @@ class EngineCore:
     ) -> None:
         spec, slots = executor.spec, max_running + max_waiting
         self.executor, self.policy, self.model, self.clock, self.name = executor, policy, model, clock, name
-        self.kv = KVManager(
-            spec.num_blocks,
-            spec.block_size,
-            slots,
-            -(-spec.max_model_len // spec.block_size),
-            prefix_caching=prefix_caching,
-        )
+        blocks_each = -(-spec.max_model_len // spec.block_size)
+        self.kv = KVManager(spec.num_blocks, spec.block_size, slots, blocks_each, prefix_caching=prefix_caching)
         self.scheduler: Scheduler[RequestState] = Scheduler(
             policy,
             model,

@@ -238,9 +238,7 @@ class Fuzz:
             for _ in range(int((LIFETIME_S + 3.0) / 0.05)):  # what the bad worker took ends at its deadline
                 self.now += 0.05
                 self.seq += 1
-                self.core.on_worker(
-                    GOOD, wire.Report(self.seq, load(self.seen[GOOD], self.now, self.rng)), self.now
-                )
+                self.core.on_worker(GOOD, wire.Report(self.seq, load(self.seen[GOOD], self.now, self.rng)), self.now)
                 self.core.on_client(GOOD_CLIENT, wire.Hello(submitted=self.sent), self.now)
                 self.core.on_timer(self.now)
                 self.settle()
