@@ -5,7 +5,7 @@
 PYTHON is the interpreter of an environment that has llama-cpp-python. Compared are the ids of each text (special tokens
 in the text are parsed, BOS and EOS are not added), whether BOS and EOS go with a prompt, and the tokens that end
 generation. --pre takes the vocabulary of a file with another pre-tokenizer; `--pre all`: with each of them.
---store writes what llama.cpp says of a few texts to the file that tests/unit/test_tokenize_gguf.py reads.
+--store writes what llama.cpp says of a few texts to the file that tests/unit/tokenize/test_gguf.py reads.
 """
 
 from __future__ import annotations

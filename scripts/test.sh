@@ -18,6 +18,6 @@ run $bin/lint-imports
 OMP_NUM_THREADS=1 run $bin/python -m pytest -n 2 --dist loadfile "$@"
 if [ "$(uname -s)" = Linux ]; then
     status=0
-    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 run $bin/python -m pytest -n 2 tests/triton tests/unit/test_attention.py "$@" || status=$?
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 run $bin/python -m pytest -n 2 tests/triton tests/unit/attention/test_attention.py "$@" || status=$?
     [ "$status" = 5 ] || exit "$status" # 5: the arguments left no test
 fi

@@ -25,7 +25,7 @@ from nexusengine.server.process import http_config
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
-from tests.fakes import VOCABULARY, FakeExecutor
+from tests.support.fakes import VOCABULARY, FakeExecutor
 
 MODEL = "fake"
 

@@ -17,7 +17,7 @@ from nexusengine.server import fields
 from nexusengine.server.body import parse
 from nexusengine.server.schemas import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 from tests.api.conftest import MODEL, FakeTokenizer, Running
-from tests.fakes import continuation
+from tests.support.fakes import continuation
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -16,7 +16,7 @@ from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.types import EngineRequest, Timings, TokenDelta, TokenLogprob
 from tests.api.conftest import MODEL, Running
-from tests.vocabularies import byte_level, sentencepiece
+from tests.support.vocabularies import byte_level, sentencepiece
 
 EMOJI = ("<0xF0>", "<0x9F>", "<0x98>", "<0x80>")
 MESSAGES = [{"role": "user", "content": "a"}]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.conftest import MODEL, FakeTokenizer, Running
-from tests.fakes import continuation
+from tests.support.fakes import continuation
 
 PACKAGE = "openai@6"
 SCRIPT = """

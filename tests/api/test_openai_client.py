@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.api.conftest import MODEL, FakeTokenizer, Running
-from tests.fakes import continuation
+from tests.support.fakes import continuation
 
 TOKENIZER = FakeTokenizer()
 

@@ -6,7 +6,7 @@ import msgspec
 
 from nexusengine import wire
 from nexusengine.types import SLO, SamplingParams, Service, Timings, TokenDelta
-from tests.fakes import request
+from tests.support.fakes import request
 
 SAMPLING = SamplingParams(seed=1, max_tokens=3)
 

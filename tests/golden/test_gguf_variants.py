@@ -15,8 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from nexusengine.loading.gguf_file import GGUFFile  # noqa: E402
-from tests import gguf_models  # noqa: E402
 from tests.golden.test_logits import ours  # noqa: E402
+from tests.support import gguf_models  # noqa: E402
 
 EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "llama_cpp_logits.json").read_text())
 

@@ -12,7 +12,7 @@ from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.perf.registry import make_model
 from nexusengine.scheduler.baselines.fcfs import FCFS
-from tests.fakes import request, run
+from tests.support.fakes import request, run
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 

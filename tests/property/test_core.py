@@ -15,7 +15,7 @@ from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SamplingParams
-from tests.fakes import FakeExecutor, make_core, next_token, request
+from tests.support.fakes import FakeExecutor, make_core, next_token, request
 
 POISON = 96
 MAX_MODEL_LEN = 36

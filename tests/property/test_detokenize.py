@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nexusengine.tokenize import Tokenizer
-from tests import vocabularies
-from tests.vocabularies import KINDS, random_ids
+from tests.support import vocabularies
+from tests.support.vocabularies import KINDS, random_ids
 
 
 @cache

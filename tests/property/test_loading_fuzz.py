@@ -20,7 +20,7 @@ from nexusengine.loading.config_json import read_config
 from nexusengine.loading.gguf_file import GGUFFile
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.loading.safetensors_file import INDEX, check_header, find_shards
-from tests import gguf_models
+from tests.support import gguf_models
 
 MUTANTS = int(os.environ.get("NEXUSENGINE_FUZZ", "300"))
 CONFIG: dict[str, Any] = {

@@ -13,8 +13,7 @@ from nexusengine.attention import triton as backend_module  # noqa: E402
 from nexusengine.attention.base import AttentionSpec  # noqa: E402
 from nexusengine.attention.triton import TritonBackend  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
-
-from ..attention_cases import Case, difference, make_case, run_case  # noqa: E402
+from tests.support.attention_cases import Case, difference, make_case, run_case  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 ROWS = [(1, 90), (1, 16), (1, 17), (1, 64), (1, 300), (20, 20), (33, 64)]

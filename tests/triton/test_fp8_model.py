@@ -22,9 +22,9 @@ from nexusengine.loading.weights import open_weights  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
 from nexusengine.models.loader import WeightLoader  # noqa: E402
 from nexusengine.triton_kernels import fp8, launch  # noqa: E402
-from tests import checkpoints  # noqa: E402
+from tests.support import checkpoints  # noqa: E402
+from tests.support.attention_cases import make_case  # noqa: E402
 
-from ..attention_cases import make_case  # noqa: E402
 from .test_attention_kernels import spec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")

@@ -17,8 +17,7 @@ from nexusengine.model_config import ModelConfig  # noqa: E402
 from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
 from nexusengine.models.loader import WeightLoader  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
-
-from ..attention_cases import BATCHES, make_case  # noqa: E402
+from tests.support.attention_cases import BATCHES, make_case  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 EPS = 1e-5

@@ -12,8 +12,7 @@ from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
 from nexusengine.sampling.sampler import _sample_by_torch, sample  # noqa: E402
 from nexusengine.sampling.table import SamplingRows  # noqa: E402
 from nexusengine.triton_kernels import launch  # noqa: E402
-
-from ..unit.test_sampling import CASES, rows  # noqa: E402
+from tests.unit.sampling.test_sampler import CASES, rows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 

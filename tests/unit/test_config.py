@@ -20,7 +20,7 @@ from nexusengine.config import (
 from nexusengine.errors import ConfigError
 from nexusengine.router.placement import registry as router
 from nexusengine.scheduler import registry as scheduler
-from tests.unit.test_serve_gpu import A, FakeDriver
+from tests.unit.worker.test_gpu import A, FakeDriver
 
 
 def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
