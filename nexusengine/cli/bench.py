@@ -1,5 +1,7 @@
-"""`nexusengine bench throughput`: offline throughput and latency of one engine in this process. `bench serve` is in
-bench_serve."""
+"""`nexusengine bench throughput`: offline throughput and latency of one engine in this process.
+
+`bench serve` is in bench_serve.
+"""
 
 from __future__ import annotations
 

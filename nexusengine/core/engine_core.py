@@ -79,7 +79,7 @@ class EngineCore:
         check_every_step: bool = False,
     ) -> None:
         spec, slots = executor.spec, max_running + max_waiting
-        self.executor, self.policy, self.model, self.clock, self.name = executor, policy, model, clock, name
+        self.executor, self.clock, self.name = executor, clock, name
         blocks_each = -(-spec.max_model_len // spec.block_size)
         self.kv = KVManager(spec.num_blocks, spec.block_size, slots, blocks_each, prefix_caching=prefix_caching)
         self.scheduler: Scheduler[RequestState] = Scheduler(
@@ -258,7 +258,8 @@ class EngineCore:
         self._apply(step, result)
         stats = self.scheduler.stats
         stats.stepped(step.features.tokens, step.plan.predicted_s, step.plan.upper_s, result.device_s)
-        (self.model.observe_cold if step.cold else self.model.observe)(step.features, result.device_s)
+        model = self.scheduler.model
+        (model.observe_cold if step.cold else model.observe)(step.features, result.device_s)
         self._stepped_s = self.clock.now()
         self._publish(force=not self._by_id)
         if self._check_every_step:

@@ -1,5 +1,7 @@
-"""/debug: what the workers did in their newest steps, and what became of one request. Only with --debug-endpoints:
-it shows lengths and times of everybody's requests, never their text."""
+"""The routes of /debug: what the workers did in their newest steps, and what became of one request.
+
+Only with --debug-endpoints: it shows lengths and times of everybody's requests, never their text.
+"""
 
 from __future__ import annotations
 

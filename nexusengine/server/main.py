@@ -1,5 +1,8 @@
-"""The server process. It takes its port before it imports anything heavy, so that clients can connect from the start
-and are answered as soon as the application is there."""
+"""The server process.
+
+It takes its port before it imports anything heavy, so that clients can connect from the start and are answered as soon
+as the application is there.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def http_protocol(header_timeout_s: float) -> type[BoundedProtocol]:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Differs from uvicorn's in this:
+    """uvicorn's protocol, with bounds on what a connection may do.
 
     A request line with headers beyond MAX_HEADER_BYTES is refused (431), before an API key is looked at. Headers that
     do not arrive within header_timeout_s end the connection (408 if some did). So does a body that goes on for 5 s

@@ -85,9 +85,14 @@ class IncrementalDetokenizer:
         skipped: Callable[[int], bool] = lambda token_id: False,
         context: Sequence[int] = (),
     ) -> None:
-        """byte_of: the bytes of a token that may be a part of a character, None for a token that is text by itself;
-        default: tokens that decode to U+FFFD may be. skipped: whether `decode` leaves a token out. context: ids before
-        the first one."""
+        """A stream of text from ids.
+
+        Args:
+            byte_of: the bytes of a token that may be a part of a character, None for a token that is text by itself;
+                default: tokens that decode to U+FFFD may be.
+            skipped: whether `decode` leaves a token out.
+            context: ids before the first one.
+        """
         self._decode, self._skipped = decode, skipped
         self._byte_of = byte_of or (lambda i: b"" if _REPLACEMENT in decode([i]) else None)
         self._last: list[int] = []

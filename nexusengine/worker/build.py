@@ -99,9 +99,9 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         kv_total_blocks=core.kv.total_blocks,
         weights_bytes=spec.weights_bytes,
         kv_bytes=spec.kv_bytes,
-        scheduler=core.policy.name,
+        scheduler=core.scheduler.policy.name,
         max_waiting=core.scheduler.max_waiting,
-        traits=core.policy.traits,
+        traits=core.scheduler.policy.traits,
     )
 
 

@@ -1,5 +1,8 @@
-"""A worker's connection to the router. The engine's thread sends and receives by itself, so that no hand-over between
-threads stands between a token and its client; a thread of the link's own sends reports, during long steps too."""
+"""A worker's connection to the router.
+
+The engine's thread sends and receives by itself, so that no hand-over between threads stands between a token and its
+client; a thread of the link's own sends reports, during long steps too.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ log = get_logger("worker")
 def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> None:
     """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
     while True:
-        apply_telemetry(telemetry, core.model)
+        apply_telemetry(telemetry, core.scheduler.model)
         deltas: list[TokenDelta] = []
         link.receive()
         while link.inbox:

@@ -44,8 +44,13 @@ class Ordered(FCFS):
         self.traits = by_tokens(self.by, self.budget, relegates=self.relegate)
 
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
-        """What to sort `slots` by; left: prompt tokens to compute; due_s: instants their first tokens are due, infinite
-        without an SLO."""
+        """What to sort slots by.
+
+        Args:
+            slots: `[N]`.
+            left: `[N]`, prompt tokens to compute.
+            due_s: `[N]`, timestamps at which first tokens are due, infinite without an SLO.
+        """
         raise NotImplementedError
 
     def plan(self, view: EngineView, now: float) -> StepPlan:

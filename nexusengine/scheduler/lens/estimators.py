@@ -28,8 +28,14 @@ class OutputLengthFloor:
         self._generated: I4 = np.zeros(0, np.int32)  # `[slots]`, when each was seen last
 
     def observe(self, slots: I4, generated: I4, all_slots: int) -> None:
-        """slots, generated `[D]`: sequences that decode in this step, and the tokens that they have so far. Where they
-        are fewer than the slot had before, another sequence has it."""
+        """Take in how far the answers of this step have come.
+
+        Args:
+            slots: `[D]`, sequences that decode in this step.
+            generated: `[D]`, tokens that they have so far; where they are fewer than the slot had before, another
+                sequence has it.
+            all_slots: how many there are.
+        """
         if len(self._generated) != all_slots:
             self._generated = np.zeros(all_slots, np.int32)
         before = self._generated[slots]

@@ -106,7 +106,7 @@ def test_a_core_serves_the_same_answers_after_calibration() -> None:
     executor = FakeExecutor(num_blocks=200, max_model_len=256)
     executor.cache[:] = 5  # what calibration reads was written by nobody
     core = make_core(executor, EngineConfig(max_running=8, max_waiting=8), VirtualClock())
-    assert core.model.snapshot().steps > 0
+    assert core.scheduler.model.snapshot().steps > 0
     assert core.kv.free_blocks == core.kv.total_blocks
     core.kv.check()
     core.add(request("a", [1, 2, 3, 4, 5, 6], 5))
@@ -120,7 +120,7 @@ def test_calibration_can_be_switched_off_and_is_not_done_on_emulated_devices() -
     executor = FakeExecutor()
     core = make_core(executor, EngineConfig(max_running=8, max_waiting=8, calibrate=False), VirtualClock())
     assert executor.batches == []
-    assert core.model.snapshot().steps == 0
+    assert core.scheduler.model.snapshot().steps == 0
 
 
 def test_the_prior_comes_from_the_device_and_the_model() -> None:
