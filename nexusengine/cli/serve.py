@@ -73,7 +73,7 @@ class Announcer:
         self._phase = phase
 
     def _greeting(self) -> str:
-        name = self._config.served_model_name or self._config.model
+        name = self._config.public_name
         message = {"role": "user", "content": "What is the capital of France?"}
         body = shlex.quote(json.dumps({"model": name, "messages": [message]}))
         header = ' -H "Authorization: Bearer $API_KEY"' if self._config.api_key else ""

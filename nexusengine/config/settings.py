@@ -215,3 +215,9 @@ class ServeConfig(EngineConfig):
         parse=one_of("debug", "info", "warning", "error"),
         group="processes",
     )
+
+    @property
+    def public_name(self) -> str:
+        """The model's name in messages and replies, which are UTF-8; a file's name need not be."""
+        name = self.served_model_name or self.model
+        return name.encode(errors="backslashreplace").decode()

@@ -147,7 +147,7 @@ async def serve(state: ServerState, control: Control, listening: socket.socket) 
 
 def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
     """Until the supervisor closes this process's stdin. front: the router's endpoint for clients."""
-    state = ServerState(config, config.served_model_name or config.model)
+    state = ServerState(config, config.public_name)
     control = Control(state, front)
     child.listen(control.on_message, control.on_end)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

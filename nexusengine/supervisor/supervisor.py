@@ -352,7 +352,7 @@ class Supervisor:
     def _model(self) -> control.Model:
         if self._files is None:
             raise Unavailable("the model is not known yet")
-        return control.Model(str(self._files.path), self.config.served_model_name or self.config.model)
+        return control.Model(str(self._files.path), self.config.public_name)
 
     def _first_to_load(self) -> Role | None:
         """The worker whose progress is shown; the others load beside it."""

@@ -84,7 +84,7 @@ def main() -> None:
     model_paths: queue.SimpleQueue[str] = queue.SimpleQueue()
     child.listen(lambda message: model_paths.put(message.path) if isinstance(message, Model) else None)
     device = parse_device(identity.device)
-    info = wire.WorkerInfo(identity.worker_id, identity.epoch, os.getpid(), str(device), config.model)
+    info = wire.WorkerInfo(identity.worker_id, identity.epoch, os.getpid(), str(device), config.public_name)
 
     def failed(cause: str) -> None:
         child.send(Failed(f"worker on {device}: {cause}"))

@@ -135,3 +135,8 @@ def test_keys_and_origins_are_taken_as_they_are() -> None:
 def test_the_help_names_every_policy(name: str, policies: dict[str, str]) -> None:
     (setting,) = (f for f in dataclasses.fields(ServeConfig) if f.name == name)
     assert set(policies) <= set(re.findall(r"[\w-]+", setting.metadata["help"]))
+
+
+def test_the_name_of_a_model_can_be_sent_whatever_its_file_is_called() -> None:
+    assert ServeConfig(model="m\udcff.gguf").public_name == "m\\udcff.gguf"
+    assert ServeConfig(model="m\udcff.gguf", served_model_name="mine").public_name == "mine"
