@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from nexusengine.core.request import RequestState
-from nexusengine.errors import ContextTooLong, InvalidRequest
+from nexusengine.errors import InvalidRequest
+from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.scheduler.attainable import attainable, prompts_s
 from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
@@ -24,21 +25,13 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
     ids, wanted = request.prompt_token_ids, request.sampling.max_tokens
     if not ids:
         raise InvalidRequest("the prompt is empty", param="prompt")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param="prompt")
+    check_token_ids(ids, vocab_size, "prompt")
     if request.sampling.seed is None:
         raise InvalidRequest("a seed must be drawn before a request reaches the engine core", param="seed")
     if not -(2**31) <= request.priority < 2**31:
         raise InvalidRequest(f"priority {request.priority} is not a 32-bit number", param="priority")
-    room = max_model_len - len(ids)
-    if room < (wanted or 1):
-        asked = f" and {wanted} output tokens were asked for" if wanted else ""
-        raise ContextTooLong(
-            f"the prompt has {len(ids)} tokens{asked}, but prompt and output together can have at most {max_model_len}",
-            param="max_tokens" if room > 0 else "prompt",
-        )
-    return wanted or room
+    check_fits(len(ids), wanted, max_model_len)
+    return wanted or max_model_len - len(ids)
 
 
 def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
@@ -57,7 +50,7 @@ def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
     decodes = running[left == 1]
     ahead = np.concatenate([running[left > 1], view.waiting])
     ahead = ahead[~c.relegated[ahead]]
-    computed = np.where(c.computed_tokens[ahead] > 0, c.computed_tokens[ahead], c.cached_tokens[ahead])
+    computed = c.context_tokens(ahead)
     q = (c.known_tokens[ahead] - computed).astype(np.float64)
     took_s = prompts_s(
         view.model,

@@ -11,12 +11,12 @@ from dataclasses import replace
 from nexusengine.engine.output import OutputProcessor
 from nexusengine.engine.stop import StopStrings
 from nexusengine.errors import (
-    ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
     NexusError,
     Overloaded,
 )
+from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.slo.classes import SLOClass
 from nexusengine.tokenize import Tokenizer
 from nexusengine.types import (
@@ -90,23 +90,6 @@ def check_length(request: EngineRequest, max_model_len: int, vocab_size: int) ->
     """Refuse what every worker would, before it is sent. Raises ContextTooLong or InvalidRequest."""
     check_fits(len(request.prompt_token_ids), request.sampling.max_tokens, max_model_len)
     check_token_ids(request.prompt_token_ids, vocab_size, "prompt")
-
-
-def check_fits(length: int, wanted: int | None, max_model_len: int) -> None:
-    """Raises ContextTooLong if a prompt of `length` tokens and `wanted` further ones are too many together."""
-    if length + (wanted or 1) > max_model_len:
-        asked = f" and {wanted} output tokens were asked for" if wanted else ""
-        raise ContextTooLong(
-            f"the prompt has {length} tokens{asked}, but prompt and output together can have at most {max_model_len}",
-            param="prompt" if length >= max_model_len else "max_tokens",
-        )
-
-
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises InvalidRequest naming an id that is not in the vocabulary."""
-    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-        wrong = next(i for i in token_ids if not 0 <= i < vocab_size)
-        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param=param)
 
 
 def make_processor(request: EngineRequest, tokenizer: Tokenizer, prompt: Prompt | None = None) -> OutputProcessor:

@@ -48,6 +48,11 @@ class RequestColumns:
     priority: I4
     relegated: Bools
 
+    def context_tokens(self, slots: I4) -> I4:
+        """Tokens in the KV cache when each of `slots [N]` computes next: its own, or the cached ones."""
+        own = self.computed_tokens[slots]
+        return np.where(own > 0, own, self.cached_tokens[slots])
+
     @classmethod
     def empty(cls, slots: int) -> RequestColumns:
         """All-zero columns for `slots` rows."""

@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
-from nexusengine.engine.request import check_fits, check_token_ids
 from nexusengine.errors import InvalidRequest
+from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nexusengine import __version__
-from nexusengine.engine.request import check_token_ids
 from nexusengine.errors import InvalidRequest
+from nexusengine.request_limits import check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.completions import encode

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nexusengine.errors import ContextTooLong
+from nexusengine.request_limits import too_long
 from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementRequest, Refuse, WorkerView
 from nexusengine.wire import WorkerState
 
@@ -23,12 +24,7 @@ def why_none(request: PlacementRequest, workers: Sequence[WorkerView]) -> Hold |
     fitting = [w for w in workers if w.fits(request)]
     if workers and not fitting:
         longest = max(w.info.max_model_len for w in workers)
-        asked = f" and {request.max_tokens} output tokens were asked for" if request.max_tokens else ""
-        return Refuse(
-            ContextTooLong.code,
-            f"the prompt has {request.prompt_tokens} tokens{asked}, but prompt and output together can have at "
-            f"most {longest}",
-        )
+        return Refuse(ContextTooLong.code, too_long(request.prompt_tokens, request.max_tokens, longest))
     ejected = sorted({w.ejected for w in fitting if w.state is WorkerState.READY and w.ejected})
     why = "; ".join(ejected) or "no worker is ready"
     return Hold(why, everyone=len(fitting) == len(workers))

@@ -204,8 +204,7 @@ class Lens:
         if by_deadline:
             order = in_order(due_s, self._deadlines.tpot_s[slots], c.priority[slots])
             slots, due_s = slots[order], due_s[order]
-        computed = c.computed_tokens[slots]
-        cached = np.where(computed > 0, computed, c.cached_tokens[slots])
+        cached = c.context_tokens(slots)
         left = c.known_tokens[slots] - cached
         return Prompts(slots, cached, left, costs.work_s(cached, left), due_s), relegated
 

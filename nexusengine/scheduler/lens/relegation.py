@@ -133,7 +133,7 @@ class RelegationQueue:
         if not hopeful.any():
             return []
         slots = relegated[hopeful]
-        cached = np.where(c.blocks[slots] > 0, c.computed_tokens[slots], c.cached_tokens[slots])
+        cached = c.context_tokens(slots)
         work_s = context.costs.work_s(cached, c.known_tokens[slots] - cached)
         restored: list[int] = slots[_RESTORABLE * work_s < slack_s[hopeful]].tolist()
         return restored
@@ -166,5 +166,5 @@ class RelegationQueue:
 def _rest(view: EngineView, slot: int) -> tuple[int, int]:
     """Tokens in the KV cache when a slot computes next, and tokens left."""
     c = view.columns
-    cached = int(c.computed_tokens[slot] if c.blocks[slot] else c.cached_tokens[slot])
+    cached = int(c.computed_tokens[slot]) or int(c.cached_tokens[slot])
     return cached, int(c.known_tokens[slot]) - cached
