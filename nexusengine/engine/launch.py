@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from nexusengine import native
 from nexusengine.clock import MonotonicClock
@@ -26,6 +27,8 @@ from nexusengine.tokenize import Tokenizer, load_tokenizer
 from nexusengine.worker.build import executor_options, make_core
 
 _JOIN_EVERY_S = 0.01
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def engine_config(model: str, devices: str | Sequence[str] | None, settings: dict[str, Any]) -> EngineConfig:
@@ -68,7 +71,7 @@ class Started:
 async def start_backend(config: EngineConfig) -> Started:
     """One device: a core in a thread of this process. Several: router and workers in processes of their own."""
     if len(parse_devices(config.devices)) == 1:
-        core, tokenizer, vocab_size = await asyncio.to_thread(make_local, config)
+        core, tokenizer, vocab_size = await _in_thread(make_local, config)
         local = LocalBackend(core, config.model)
         await local.start()
         return Started(local, tokenizer, vocab_size)
@@ -76,9 +79,9 @@ async def start_backend(config: EngineConfig) -> Started:
     client = RouterClient(supervisor.front)
     started = False
     try:
-        files = await asyncio.to_thread(resolve_model, config.model, revision=config.revision, weights=False)
-        tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        await asyncio.to_thread(supervisor.wait_until_ready)
+        files = await _in_thread(resolve_model, config.model, revision=config.revision, weights=False)
+        tokenizer = await _in_thread(load_tokenizer, files)
+        await _in_thread(supervisor.wait_until_ready)
         await client.start()
         started = True
         await client.wait_for_ready(10.0)
@@ -88,6 +91,15 @@ async def start_backend(config: EngineConfig) -> Started:
         await supervisor.closed()
         raise
     return Started(client, tokenizer, files.config.vocab_size, supervisor)
+
+
+async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work in a thread that ends with it; asyncio's own would stay until the loop is closed."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="engine start")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, lambda: work(*args, **kwargs))
+    finally:
+        pool.shutdown(wait=False)
 
 
 class SupervisorThread:

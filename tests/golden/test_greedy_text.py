@@ -101,7 +101,7 @@ def test_greedy_text_is_the_same_over_http(reference: Reference, serve: Any) -> 
     assert [c["text"] for c in sorted(choices, key=lambda c: c["index"])] == reference.texts
     streamed = [""] * len(reference.texts)
     with post(stream=True) as reply:
-        events = [line.removeprefix(b"data: ") for line in reply if line.strip()]
+        events = [line.removeprefix(b"data: ") for line in reply if line.startswith(b"data: ")]
     assert events.pop().strip() == b"[DONE]"
     for choice in (json.loads(event)["choices"][0] for event in events):
         streamed[choice["index"]] += choice["text"]
