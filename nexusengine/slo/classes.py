@@ -48,7 +48,6 @@ _KEYS = {"ttft_s", "tpot_s", "ttft_per_token_s", "e2e_s", "share"}
 def load_classes(path: str | Path) -> tuple[dict[str, SLOClass], dict[str, float]]:
     """Read classes and their shares of a workload from a TOML file with one table a class.
 
-
         [interactive]
         ttft_s = 0.5
         ttft_per_token_s = 0.001

@@ -28,7 +28,9 @@ def ours(of: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def ids_of(kind: str, *tokens: str) -> list[int]:
-    return [backend(kind).token_to_id(token) for token in tokens]
+    ids = [backend(kind).token_to_id(token) for token in tokens]
+    assert None not in ids
+    return [i for i in ids if i is not None]
 
 
 def streamed(
@@ -167,10 +169,10 @@ def test_bytes_without_end_that_are_no_text_cost_what_other_tokens_do(kind: str)
     tokenizer, decoded = ours(of), 0
     decode = tokenizer.decode
 
-    def counted(ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def counted(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         nonlocal decoded
-        decoded += len(ids)
-        return decode(ids, skip_special_tokens)
+        decoded += len(token_ids)
+        return decode(token_ids, skip_special_tokens)
 
     tokenizer.decode = counted  # type: ignore[method-assign]
     assert streamed(tokenizer, [bad] * 8000)[0] == "\ufffd" * 8000

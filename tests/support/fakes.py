@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from typing import Any
 
 import numpy as np
 
-from nexusengine.clock import VirtualClock
+from nexusengine.clock import Clock, VirtualClock
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import PENDING, StepBatch, StepResult
@@ -116,28 +117,19 @@ class FakeExecutor:
         self.cache[:] = -1
 
 
-def make_core(
-    executor: FakeExecutor | None = None, *, clock: VirtualClock | None = None, **options: object
-) -> EngineCore:
+def make_core(executor: FakeExecutor | None = None, *, clock: Clock | None = None, **options: Any) -> EngineCore:
     """A core with every invariant checked after each step."""
     clock = clock or VirtualClock()
-    settings: dict[str, object] = {"policy": FCFS(), "max_running": 8, "max_waiting": 32, "hash_key": b"k", **options}
-    policy = settings.pop("policy")
-    return EngineCore(
-        executor or FakeExecutor(clock=clock),
-        policy,  # type: ignore[arg-type]
-        make_model(),
-        clock=clock,
-        check_every_step=True,
-        **settings,  # type: ignore[arg-type]
-    )
+    executor = executor or FakeExecutor(clock=clock if isinstance(clock, VirtualClock) else None)
+    settings = {"policy": FCFS(), "max_running": 8, "max_waiting": 32, "hash_key": b"k", **options}
+    return EngineCore(executor, settings.pop("policy"), make_model(), clock=clock, check_every_step=True, **settings)
 
 
 def request(
-    request_id: str, prompt: list[int], max_tokens: int | None = 4, *, arrival_s: float = 0.0, **fields: object
+    request_id: str, prompt: list[int], max_tokens: int | None = 4, *, arrival_s: float = 0.0, **fields: Any
 ) -> EngineRequest:
     sampling = fields.pop("sampling", None) or SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=0)
-    return EngineRequest(request_id, prompt, sampling, arrival_s, **fields)  # type: ignore[arg-type]
+    return EngineRequest(request_id, prompt, sampling, arrival_s, **fields)
 
 
 def run(core: EngineCore, *, steps: int = 10_000) -> dict[str, tuple[list[int], TokenDelta]]:

@@ -1,6 +1,7 @@
 """The engine core: what a request goes through, and how it ends."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,7 +185,8 @@ def test_logprobs_stay_with_their_tokens_when_rows_end_beside_them() -> None:
         for delta in core.step():
             assert (delta.logprobs is None) == (delta.request_id == "none")
             for token, item in zip(delta.token_ids, delta.logprobs or (), strict=delta.logprobs is not None):
-                assert (item.token_id, item.logprob) == (token, pytest.approx(token / -100))
+                assert item.token_id == token
+                assert item.logprob == pytest.approx(token / -100)
                 assert [i for i, _ in item.top] == [token + k for k in range(lengths[delta.request_id] or 0)]
                 seen[delta.request_id].append((token, item.logprob, len(item.top)))
     assert [len(items) for items in seen.values()] == [0, 2, 5]
@@ -198,7 +200,7 @@ def test_logprobs_stay_with_their_tokens_when_rows_end_beside_them() -> None:
     ],
 )
 def test_a_request_that_cannot_be_written_down_is_refused_and_takes_no_place(
-    fields: dict[str, object], words: str
+    fields: dict[str, Any], words: str
 ) -> None:
     core = make_core()
     with pytest.raises(InvalidRequest, match=words):

@@ -49,7 +49,7 @@ class GatedDevice(FakeExecutor):
 
 @pytest.fixture
 def core() -> EngineCore:
-    return make_core(GatedDevice(), clock=MonotonicClock())  # type: ignore[arg-type]
+    return make_core(GatedDevice(), clock=MonotonicClock())
 
 
 @pytest.fixture
@@ -212,7 +212,12 @@ class SilentBackend:
     def status(self) -> wire.Cluster | None:
         return None if self.workers is None else wire.Cluster("r", self.workers)
 
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
+        return []
+
     async def close(self) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

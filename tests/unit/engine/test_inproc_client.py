@@ -42,7 +42,7 @@ class Device(FakeExecutor):
 
 @pytest.fixture
 def core() -> EngineCore:
-    return make_core(Device(num_blocks=256), clock=MonotonicClock(), max_waiting=4)  # type: ignore[arg-type]
+    return make_core(Device(num_blocks=256), clock=MonotonicClock(), max_waiting=4)
 
 
 @pytest.fixture
@@ -101,12 +101,12 @@ def test_nothing_starts_if_one_of_the_prompts_is_wrong(engine: Engine, core: Eng
         (7, InvalidRequest),
     ):
         with pytest.raises(wrong):
-            engine.generate(prompts, GREEDY)  # type: ignore[call-overload]
+            engine.generate(prompts, GREEDY)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="1 sampling parameters for 2 prompts"):
         engine.generate(["a", "b"], [GREEDY])
     for sampling in ({"max_tokens": 3}, [{"max_tokens": 3}], 3):
         with pytest.raises(InvalidRequest, match="sampling must be SamplingParams"):
-            engine.generate("a", sampling)  # type: ignore[call-overload]
+            engine.generate("a", sampling)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="each of them an object with role and content, got 'hi'"):
         engine.chat("hi")  # type: ignore[arg-type]
     assert core.stats().requests == 0
@@ -260,7 +260,7 @@ def test_a_promise_by_class_or_in_numbers_is_judged_in_the_output(engine: Engine
 def test_an_unknown_class_or_an_absurd_priority_starts_nothing(engine: Engine, core: EngineCore) -> None:
     for wrong, param in (({"slo": "fast"}, "slo"), ({"priority": 101}, "priority"), ({"priority": True}, "priority")):
         with pytest.raises(InvalidRequest) as caught:
-            engine.generate("ab", GREEDY, **wrong)  # type: ignore[call-overload]
+            engine.generate("ab", GREEDY, **wrong)
         assert caught.value.param == param
     assert core.stats().requests == 0
 

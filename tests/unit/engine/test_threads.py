@@ -55,7 +55,7 @@ class Device(FakeExecutor):
 @pytest.fixture
 def core() -> EngineCore:
     device = Device(num_blocks=512, max_batch_tokens=256)
-    return make_core(device, clock=MonotonicClock(), policy=make_policy("lens"), max_waiting=4)  # type: ignore[arg-type]
+    return make_core(device, clock=MonotonicClock(), policy=make_policy("lens"), max_waiting=4)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_signal_handler_that_generates_within_a_step_is_told_so(engine: Engine
 
 
 def test_a_deleted_engine_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = make_core(Device(num_blocks=64), clock=MonotonicClock())  # type: ignore[arg-type]
+    core = make_core(Device(num_blocks=64), clock=MonotonicClock())
     monkeypatch.setattr(
         nexusengine.engine.offline, "make_local", lambda config, core=core: (core, TOKENIZER, VOCABULARY)
     )
@@ -243,7 +243,7 @@ def test_a_fork_is_told_that_the_engine_is_not_its_own(engine: Engine, core: Eng
 
 
 async def started() -> AsyncEngine:
-    core = make_core(Device(num_blocks=256), clock=MonotonicClock())  # type: ignore[arg-type]
+    core = make_core(Device(num_blocks=256), clock=MonotonicClock())
     backend = LocalBackend(core, "fake")
     await backend.start()
     return AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)

@@ -11,7 +11,7 @@ import pytest
 import nexusengine.supervisor.supervisor
 from nexusengine.config import ServeConfig
 from nexusengine.process.control import Failed as ControlFailed
-from nexusengine.process.control import FromChild, Listening, Ready, encode
+from nexusengine.process.control import FromChild, Listening, Ready, RouterBoot, WorkerBoot, encode
 from nexusengine.supervisor.events import Draining, Event
 from nexusengine.supervisor.supervisor import Failed, Supervisor
 
@@ -48,9 +48,10 @@ def test_a_server_that_never_gets_ready_ends_the_start(tmp_path: Path) -> None:
 def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
     made = supervisor(tmp_path, {}, devices="emulated:t4,emulated:t4")
     try:
-        known = [worker.epoch for worker in made._roles["router"].boot().workers]
-        own = [made._roles[w].boot().identity.epoch for w in ("w0", "w1")]
-        assert known == own
+        router, *workers = (made._roles[name].boot() for name in ("router", "w0", "w1"))
+        assert isinstance(router, RouterBoot)
+        own = [boot.identity.epoch for boot in workers if isinstance(boot, WorkerBoot)]
+        assert [worker.epoch for worker in router.workers] == own
         assert len({*own}) == 2
         assert all(own)
     finally:
