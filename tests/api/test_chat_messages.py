@@ -34,7 +34,7 @@ def use(server: Running, source: str) -> FakeTokenizer:
     assert server.state.engine is not None
     tokenizer = server.state.engine.tokenizer
     assert isinstance(tokenizer, FakeTokenizer)
-    tokenizer._template = ChatTemplate(source, {}, "m")
+    tokenizer.template = ChatTemplate(source, {}, "m")
     return tokenizer
 
 

@@ -128,7 +128,7 @@ def test_hypothesis_finds_no_ids_that_differ(kind: str, data: st.DataObject) -> 
 def test_a_text_in_two_halves_is_the_text(kind_prompt: str, rest: str) -> None:
     for kind in ("byte-level", "byte fallback without strip"):
         of = backend(kind)
-        prompt, ids = (vocabularies._in_bytes(of, text) if text else [] for text in (kind_prompt, rest))
+        prompt, ids = (vocabularies.in_bytes(of, text) if text else [] for text in (kind_prompt, rest))
         assert streamed(ours(of), ids, context=prompt)[0] == rest
 
 

@@ -15,6 +15,7 @@ from nexusengine.execute.batch import PENDING, StepBatch, StepResult
 from nexusengine.perf.registry import make_model
 from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import SchedulerPolicy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 VOCABULARY = 97
@@ -74,7 +75,7 @@ class FakeExecutor:
         )
         self.cache = np.full((num_blocks, block_size), -1, np.int64)
         self.batches: list[tuple[int, int]] = []
-        self._clock, self._step_s, self._poison = clock, step_s, poison
+        self._clock, self._step_s, self.poison = clock, step_s, poison
         self._results: deque[StepResult] = deque()
         self._last: dict[int, int] = {}
 
@@ -100,7 +101,7 @@ class FakeExecutor:
             if sampled:
                 known = [int(self.cache[table[p // size], p % size]) for p in range(start + count)]
                 assert min(known) >= 0, "reads a slot that was never written"
-                tokens.append(-1 if self._poison & set(known) else next_token(known))
+                tokens.append(-1 if self.poison & set(known) else next_token(known))
                 self._last[int(slot)] = max(tokens[-1], 0)
         self.batches.append((len(batch.slots), int(batch.counts.sum())))
         wanted = int(batch.sampling.logprobs[batch.slots[batch.sampled]].max(initial=-1))
@@ -117,12 +118,28 @@ class FakeExecutor:
         self.cache[:] = -1
 
 
-def make_core(executor: FakeExecutor | None = None, *, clock: Clock | None = None, **options: Any) -> EngineCore:
-    """A core with every invariant checked after each step."""
+def make_core(
+    executor: FakeExecutor | None = None,
+    *,
+    clock: Clock | None = None,
+    policy: SchedulerPolicy | None = None,
+    max_running: int = 8,
+    max_waiting: int = 32,
+    check_every_step: bool = True,
+    **options: Any,
+) -> EngineCore:
+    """A core with every invariant checked after each step, unless told otherwise."""
     clock = clock or VirtualClock()
-    executor = executor or FakeExecutor(clock=clock if isinstance(clock, VirtualClock) else None)
-    settings = {"policy": FCFS(), "max_running": 8, "max_waiting": 32, "hash_key": b"k", **options}
-    return EngineCore(executor, settings.pop("policy"), make_model(), clock=clock, check_every_step=True, **settings)
+    return EngineCore(
+        executor or FakeExecutor(clock=clock if isinstance(clock, VirtualClock) else None),
+        policy or FCFS(),
+        make_model(),
+        clock=clock,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        check_every_step=check_every_step,
+        **{"hash_key": b"k", **options},
+    )
 
 
 def request(

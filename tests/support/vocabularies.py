@@ -110,7 +110,7 @@ def random_ids(rng: random.Random, backend: tokenizers.Tokenizer, length: int) -
     """Ids of every sort, with many whole and broken characters made of several tokens."""
     count = backend.get_vocab_size()
     special = [i for t in ("<s>", "</s>", "<unk>", "<|end|>") if (i := backend.token_to_id(t)) is not None]
-    pieces = [piece for text in ("😀", "\n", "é", "日本", "a") if (piece := _in_bytes(backend, text))]
+    pieces = [piece for text in ("😀", "\n", "é", "日本", "a") if (piece := in_bytes(backend, text))]
     ids: list[int] = []
     while len(ids) < length:
         kind = rng.random()
@@ -128,7 +128,7 @@ def random_ids(rng: random.Random, backend: tokenizers.Tokenizer, length: int) -
     return ids
 
 
-def _in_bytes(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+def in_bytes(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """One token a byte, if the vocabulary has such tokens."""
     names = [f"<0x{byte:02X}>" for byte in text.encode()]
     if backend.token_to_id(names[0]) is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.core.history import History, record_of
 from nexusengine.core.request import RequestState
 from nexusengine.scheduler.plan import Reason
@@ -97,7 +100,7 @@ def test_more_changes_in_one_step_than_there_is_room_for_keep_what_fits() -> Non
     assert [len(history.changes(s)) for s in serials] == [0, 1, 1, 1]
 
 
-def served(**options: object):  # type: ignore[no-untyped-def]
+def served(**options: Any) -> EngineCore:
     clock = VirtualClock()
     return make_core(FakeExecutor(clock=clock, max_batch_tokens=8), clock=clock, name="w5", **options)
 

@@ -195,10 +195,10 @@ class SilentBackend:
 
     def __init__(self) -> None:
         self.aborted: list[str] = []
-        self.workers: tuple[wire.WorkerStatus, ...] | None = (self._worker(wire.WorkerState.READY, 100),)
+        self.workers: tuple[wire.WorkerStatus, ...] | None = (self.worker(wire.WorkerState.READY, 100),)
 
     @staticmethod
-    def _worker(state: wire.WorkerState, max_model_len: int) -> wire.WorkerStatus:
+    def worker(state: wire.WorkerState, max_model_len: int) -> wire.WorkerStatus:
         info = wire.WorkerInfo("w0", "e", 1, "cpu", "fake", max_model_len=max_model_len)
         return wire.WorkerStatus(info, state, "", 0.0, 0, None)
 
@@ -235,9 +235,9 @@ async def test_the_context_length_is_remembered_while_all_workers_start_again() 
     backend.workers = ()
     with pytest.raises(Unavailable, match="no worker"):
         _ = engine.max_model_len
-    backend.workers = (backend._worker(wire.WorkerState.READY, 100),)
+    backend.workers = (backend.worker(wire.WorkerState.READY, 100),)
     assert engine.max_model_len == 100
-    backend.workers = (backend._worker(wire.WorkerState.STARTING, 0),)
+    backend.workers = (backend.worker(wire.WorkerState.STARTING, 0),)
     assert engine.max_model_len == 100
     backend.workers = None
     with pytest.raises(Unavailable, match="router"):

@@ -177,7 +177,7 @@ def test_a_second_ctrl_c_does_not_wait(engine: Engine, core: EngineCore) -> None
 def test_a_request_that_fails_is_an_output_with_its_error_among_the_others(
     core: EngineCore, engine: Engine, stream: bool
 ) -> None:
-    core.executor._poison = frozenset({TOKENIZER.encode("z")[0]})  # type: ignore[attr-defined]
+    core.executor.poison = frozenset({TOKENIZER.encode("z")[0]})  # type: ignore[attr-defined]
     outputs = list(engine.generate(["ab", "z", "cd"], GREEDY, stream=stream))  # type: ignore[call-overload]
     ends = {o.metadata["index"]: o for o in outputs if o.finished}
     assert [ends[i].finish_reason for i in range(3)] == ["length", "error", "length"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from nexusengine.supervisor.supervisor import Failed, Supervisor
 LISTENING, READY = Listening("127.0.0.1", 1), Ready()
 
 
-def supervisor(tmp_path: Path, says: dict[str, list[FromChild]], **settings: Any) -> Supervisor:
+def supervisor(
+    tmp_path: Path,
+    says: dict[str, list[FromChild]],
+    on_event: Callable[[Event], None] = lambda event: None,
+    **settings: Any,
+) -> Supervisor:
     """Its children only send these messages, by name."""
     fields = {"model": "smollm2-135m", "devices": "emulated:t4", "runtime_dir": str(tmp_path / "r"), **settings}
-    made = Supervisor(ServeConfig(**fields), with_server=True)
+    made = Supervisor(ServeConfig(**fields), with_server=True, on_event=on_event)
     for name, role in made._roles.items():
         role.module = "tests.support.stub_child"
         role.environ = {"STUB_EVENTS": json.dumps([encode(message).decode() for message in says.get(name, [])])}
@@ -60,9 +66,9 @@ def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
 
 def test_a_signal_before_a_worker_is_ready_ends_at_once(tmp_path: Path) -> None:
     """There is no request to finish; it used to wait for downloads, or until the drain time was over."""
-    made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING, READY], "w0": []}, drain_timeout=5.0)
     events: list[Event] = []
-    made._on_event = events.append
+    says: dict[str, list[FromChild]] = {"router": [LISTENING], "server": [LISTENING, READY], "w0": []}
+    made = supervisor(tmp_path, says, events.append, drain_timeout=5.0)
     made.drain()
     made.run()
     assert Draining not in {type(event) for event in events}
