@@ -207,7 +207,7 @@ def test_token_strings_keep_their_space_and_show_bytes() -> None:
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3", "gpt-2"])
 def test_published_vocabularies_give_transformers_text(name: str, tmp_path: Path) -> None:
     theirs: Any = vocabularies.published(name, tmp_path)
-    of, seed = theirs._tokenizer, 10
+    of, seed = theirs.backend_tokenizer, 10
     tokenizer, rng = ours(of), random.Random(seed)
     if name == "llama-spm":
         assert streamed(tokenizer, [29871, 243, 162, 169, 156])[0] == "🦙"

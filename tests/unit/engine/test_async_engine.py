@@ -52,13 +52,18 @@ def core() -> EngineCore:
     return make_core(GatedDevice(), clock=MonotonicClock())
 
 
+def device_of(core: EngineCore) -> GatedDevice:
+    assert isinstance(core.executor, GatedDevice)
+    return core.executor
+
+
 @pytest.fixture
 async def engine(core: EngineCore) -> AsyncIterator[AsyncEngine]:
     backend = LocalBackend(core, "fake")
     await backend.start()
     made = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     yield made
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).gate.set()
     await made.close()
 
 
@@ -154,13 +159,13 @@ async def test_an_id_can_be_used_again_but_not_twice_at_a_time(engine: AsyncEngi
 async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
     engine: AsyncEngine, core: EngineCore
 ) -> None:
-    core.executor.gate.clear()  # type: ignore[attr-defined]
+    device_of(core).gate.clear()
     tasks = [asyncio.create_task(gather(engine, p, LONG)) for p in ("ab", "cd")]
     await until(lambda: core.has_work)
     tasks.append(asyncio.create_task(gather(engine, "ef", LONG)))  # the core has not seen this one
     await asyncio.sleep(0)
-    core.executor.broken = True  # type: ignore[attr-defined]
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).broken = True
+    device_of(core).gate.set()
     for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
         assert isinstance(outcome, InternalError)
         assert "fell off the bus" in outcome.message
@@ -172,14 +177,14 @@ async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
 
 
 async def test_closing_the_engine_ends_requests_in_flight_with_an_error(engine: AsyncEngine, core: EngineCore) -> None:
-    core.executor.close_gate = True  # type: ignore[attr-defined]
+    device_of(core).close_gate = True
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
     late = asyncio.create_task(gather(engine, "cd", LONG))
     await asyncio.sleep(0)
     closing = asyncio.create_task(engine.close())
     await asyncio.sleep(0.01)
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).gate.set()
     await closing
     with pytest.raises(Unavailable, match="closed"):
         async for _ in outputs:
