@@ -16,6 +16,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(1, 3)
-    wanted = (
+    wanted: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("promises kept (%)", lambda r: 100 * r["attainment"]),
         ("median TTFT (ms)", lambda r: r["ttft_ms"]["p50"]),
         ("output tokens/s", lambda r: r["output_tokens_per_s"]),

@@ -67,4 +67,5 @@ class Machine:
         )
         backend.plan(meta)
         q, out = torch.randn(ROWS, HEADS, DIM), torch.empty(ROWS, HEADS, DIM)
-        return fastest_s(lambda: backend.run(q, *self._caches, meta, out), 7)
+        keys, values = self._caches
+        return fastest_s(lambda: backend.run(q, keys, values, meta, out), 7)

@@ -4,8 +4,8 @@ From a system's defaults every setting is varied alone; then the best values of 
 a column of all that was tried is chosen for it, so a batch, one request and a long prompt may be measured with
 different settings, as their users would choose them. One measurement each: differences below the noise change little.
 
-    python benchmarks/cpu_peer_sweep.py --json sweep.json
-    python benchmarks/cpu_peers.py --settings sweep.json --json peers.json
+    python -m benchmarks.cpu_peer_sweep --json sweep.json
+    python -m benchmarks.cpu_peers --settings sweep.json --json peers.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpu_peer_process import (
+from benchmarks.cpu_peer_process import (
     COLUMNS,
     OURS,
     ROUND_LIMIT_S,

@@ -303,7 +303,8 @@ def _hugging_face(work: dict[str, Any]) -> Path:
         import transformers
 
         path = Path(work["gguf"])
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model: Any = load(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # the weights are float32 now, but transformers still takes them for GGUF's and would not write them
         model.hf_quantizer = None
@@ -345,7 +346,8 @@ def measured(runner: Runner, work: dict[str, Any], columns: list[str]) -> dict[s
     """The wanted columns; with throughput the peak of memory too."""
     if hasattr(runner, "measured"):  # not a system but the machine
         return dict(runner.measured())
-    prompts, output = work["prompts"], work["output"]
+    prompts: list[list[int]] = work["prompts"]
+    output: int = work["output"]
     found: dict[str, float] = {}
 
     def single() -> float:

@@ -4,10 +4,10 @@ Every peer runs in an environment of its own, made on first use under --environm
 that cannot be installed or run is left out with the reason. The measurements go round by round through all systems, so
 that a busy moment of the machine meets each of them; figures are medians over the rounds.
 
-    python benchmarks/cpu_peers.py --json peers.json --minutes 20     # the whole; again the same command goes on
-    python benchmarks/cpu_peers.py --systems machine,nexusengine,llama-cpp-python --rounds 3
-    python benchmarks/cpu_peers.py --tiny                # a minute: whether everything runs, no figures to quote
-    python benchmarks/cpu_peers.py --settings sweep.json # every peer with what cpu_peer_sweep.py found best
+    python -m benchmarks.cpu_peers --json peers.json --minutes 20     # the whole; again the same command goes on
+    python -m benchmarks.cpu_peers --systems machine,nexusengine,llama-cpp-python --rounds 3
+    python -m benchmarks.cpu_peers --tiny                # a minute: whether everything runs, no figures to quote
+    python -m benchmarks.cpu_peers --settings sweep.json # every peer with what cpu_peer_sweep.py found best
 
 All systems are loaded at once, some 25 GB in all: where there is less, name a part of them, ours among each.
 
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpu_peer_process import (
+from benchmarks.cpu_peer_process import (
     COLUMNS,
     ROUND_LIMIT_S,
     START_LIMIT_S,
@@ -43,7 +43,7 @@ from cpu_peer_process import (
     wanted,
     write,
 )
-from cpu_targets import target_table
+from benchmarks.cpu_targets import target_table
 
 
 @dataclass

@@ -29,7 +29,7 @@ from nexusengine.loadgen.run import offer
 from nexusengine.loadgen.server import ask, own_server
 from nexusengine.sim.api import SimSpec, parse_devices, simulate
 from nexusengine.sim.workload.build import Builder
-from nexusengine.wire import MAX_STEPS_IN_ANSWER
+from nexusengine.wire import MAX_STEPS_IN_REPLY
 
 IDLE_MS = 200.0  # a worker that begins no step for so long had no work
 MOST_ATTAINMENT_POINTS, MOST_MEDIAN_PERCENT = 3.0, 10.0
@@ -107,7 +107,7 @@ def run_emulated(spec: SimSpec) -> tuple[dict[str, Any], int, Host]:
 
 def look_at_steps(url: str, after_s: float) -> Host:
     time.sleep(after_s)
-    with urllib.request.urlopen(f"{url}/debug/steps?last={MAX_STEPS_IN_ANSWER}", timeout=30) as reply:
+    with urllib.request.urlopen(f"{url}/debug/steps?last={MAX_STEPS_IN_REPLY}", timeout=30) as reply:
         workers = json.load(reply)["workers"]
     between_ms, scheduler_ms = [], []
     for steps in workers.values():

@@ -277,10 +277,10 @@ def tables(bench: Bench) -> None:
             print(f"{case[0]:11} {case[1]:14} {'  '.join(cells)}")
     print("\nAblation, attainment (longest tenth) at LENS' goodput")
     for case in known:
-        cells = {a: bench.found("ablation", *case, a) for a in ABLATIONS}
-        if all(cells.values()):
+        found = {a: bench.found("ablation", *case, a) for a in ABLATIONS}
+        if all(found.values()):
             row = "  ".join(
-                f"{a} {c['attainment']:.3f} ({c['attainment_longest_decile']:.2f})" for a, c in cells.items()
+                f"{a} {c['attainment']:.3f} ({c['attainment_longest_decile']:.2f})" for a, c in found.items()
             )
             print(f"{case[0]:11} {case[1]:14} {row}")
 

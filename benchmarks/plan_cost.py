@@ -46,7 +46,7 @@ class Tap:
     plans_every_step = True
 
     def __init__(self, policy: SchedulerPolicy, running: int, waiting: int) -> None:
-        self.policy, self.name = policy, policy.name
+        self.policy, self.name, self.traits = policy, policy.name, policy.traits
         self.running, self.waiting = running, waiting
         self.states: list[State] = []
         self.calls = 0

@@ -78,7 +78,8 @@ def build(output: Path) -> None:
     entries = []
     for e, tables in tabulated():
         e["tables"] = f"{e['device']}_{e['model']}.npz"
-        np.savez_compressed(output / e["tables"], **tables)
+        arrays: dict[str, Any] = {**tables}  # by names that are no other argument of the function
+        np.savez_compressed(output / e["tables"], **arrays)
         entries.append(e)
     noise = {"pooled": logs.pooled_noise(sorted((SHARED / "step_logs").glob("*.jsonl.gz")))}
     for device, model in logs.LOGS:

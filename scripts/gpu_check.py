@@ -166,7 +166,7 @@ def variants(at: Setting) -> Findings:
         ("graphs", {"overlap": True}, {}),
     ):
         executor = make_executor(at, TINY, "float32", **options)
-        answers, core, _ = serve(executor, prompts, 48, **serving)  # type: ignore[arg-type]
+        answers, core, _ = serve(executor, prompts, 48, **serving)
         plain = plain or answers
         replays = executor.graphs.table.replays if executor.graphs else 0
         found[name] = {"preemptions": core.stats().preemptions, "graph_replays": replays}

@@ -91,7 +91,7 @@ def closed_loop(profile: DeviceProfile, requests: int, prompt: int, output: int)
 
 
 def points() -> list[dict[str, Any]]:
-    out = []
+    out: list[dict[str, Any]] = []
     for r in table(PROFILES / "aiconfigurator" / "silicon_sample.csv.gz"):
         model, device = MODEL_OF.get(r["model_path"]), DEVICE_OF.get(r["system"])
         if (

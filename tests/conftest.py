@@ -36,7 +36,7 @@ def free_port() -> int:
 def runs(process: psutil.Process) -> bool:
     """Whether it is there; one that has ended and that nobody asked for its exit status yet is not."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

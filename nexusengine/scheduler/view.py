@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
-from nexusengine.perf.model import PerformanceModel
+from nexusengine.perf.model import Predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +96,5 @@ class EngineView:
     block_size: int
     max_batch_tokens: int
     max_running: int
-    model: PerformanceModel
+    model: Predictor
     arrivals: int = 0

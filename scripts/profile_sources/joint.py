@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,7 @@ def joint_tables(device: str, model: str) -> Tables:
     out: Tables = {
         "tokens": np.array(tokens, np.int32),
         "layer_us": compact(layer),
-        "once_us": compact(
-            [sum(np.interp(t, *zip(*sorted(dense[n].items()), strict=True)) for n in once) for t in tokens]
-        ),
+        "once_us": compact(sum(interpolated(tokens, dense[n].items()) for n in once)),
     }
     heads: dict[int, float] = {}
     for r in table(folder / "per_sequence.csv.gz"):
@@ -48,6 +47,12 @@ def joint_tables(device: str, model: str) -> Tables:
     if (folder / "moe.csv.gz").exists():
         out |= moe_table(folder / "moe.csv.gz")
     return out | attention_tables(folder / "attention.csv.gz") | skew_table(folder / "skew.csv.gz")
+
+
+def interpolated(at: Sequence[int], points: Iterable[tuple[int, float]]) -> np.ndarray:
+    xs, ys = zip(*sorted(points), strict=True)
+    found: np.ndarray = np.interp(at, xs, ys)
+    return found
 
 
 def attention_tables(path: Path) -> Tables:
@@ -60,14 +65,12 @@ def attention_tables(path: Path) -> Tables:
     chunks, cached = sorted({k[0] for k in at} - {0}), sorted({k[1] for k in at})
     prefill = np.empty((len(chunks), len(cached)))
     for i, q in enumerate(chunks):
-        points = sorted((k[1], t) for k, t in at.items() if k[0] == q and k[2] == 0)
-        prefill[i] = np.interp(cached, *zip(*points, strict=True))
+        prefill[i] = interpolated(cached, ((k[1], t) for k, t in at.items() if k[0] == q and k[2] == 0))
     ns = sorted({k[2] for k in at if k[0] == 0})
     kvs = sorted({k[3] for k in at if k[0] == 0})
     decode = np.empty((len(ns), len(kvs)))
     for i, n in enumerate(ns):
-        points = sorted((k[3], t) for k, t in at.items() if k[0] == 0 and k[2] == n)
-        decode[i] = np.interp(kvs, *zip(*points, strict=True))
+        decode[i] = interpolated(kvs, ((k[3], t) for k, t in at.items() if k[0] == 0 and k[2] == n))
     axes = [q for q in DOUBLING if q <= 2048], [0, *DOUBLING], sorted({k[2] for k in at if k[0]}), DOUBLING
     beside = np.zeros([len(a) for a in axes])
     for index in np.ndindex(*beside.shape):

@@ -91,7 +91,8 @@ def dense_tables(device: str, g: Geometry, dtype: str = "bfloat16") -> Tables:
 def as_served(layer_us: np.ndarray) -> np.ndarray:
     """From kernels alone, by tokens, to what they take in an engine."""
     grows = np.maximum(layer_us - layer_us[0], 0.0)
-    return layer_us + KERNELS_A_LAYER * BESIDE_US + (SUSTAINED - 1.0) * grows
+    served: np.ndarray = layer_us + KERNELS_A_LAYER * BESIDE_US + (SUSTAINED - 1.0) * grows
+    return served
 
 
 def attention_tables(device: str, g: Geometry) -> Tables:

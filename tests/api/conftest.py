@@ -37,7 +37,7 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.sampling_defaults = SamplingDefaults()
-        self._template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {}, "fake")
+        self.template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {}, "fake")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [(ord(c) - 32) % VOCABULARY for c in text]
@@ -58,10 +58,10 @@ class FakeTokenizer:
         return IncrementalDetokenizer(self.decode, context=context)
 
     def render_chat(self, messages: Sequence[Any], /, **options: Any) -> str:
-        return self._template.render(messages, **options)
+        return self.template.render(messages, **options)
 
     def close(self) -> None:
-        self._template.close()
+        self.template.close()
 
     def encode_chat(self, messages: Sequence[Any], **extra: Any) -> list[int]:
         return self.encode(self.render_chat(messages))

@@ -31,8 +31,10 @@ def with_template(server: Running) -> Running:
 
 
 def use(server: Running, source: str) -> FakeTokenizer:
-    tokenizer: Any = server.state.engine.tokenizer  # type: ignore[union-attr]
-    tokenizer._template = ChatTemplate(source, {}, "m")
+    assert server.state.engine is not None
+    tokenizer = server.state.engine.tokenizer
+    assert isinstance(tokenizer, FakeTokenizer)
+    tokenizer.template = ChatTemplate(source, {}, "m")
     return tokenizer
 
 
@@ -164,7 +166,9 @@ def test_a_template_that_goes_wrong_refuses_the_request_while_the_server_lives(
 
 
 def test_the_models_own_sampling_defaults_fill_what_a_request_does_not_name(server: Running) -> None:
-    tokenizer: Any = server.state.engine.tokenizer  # type: ignore[union-attr]
+    assert server.state.engine is not None
+    tokenizer = server.state.engine.tokenizer
+    assert isinstance(tokenizer, FakeTokenizer)
     tokenizer.sampling_defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20)
 
     def asked(schema: Any = ChatRequest, **fields: Any) -> tuple[float, float, int, float]:

@@ -22,12 +22,13 @@ def engine() -> Iterator[Engine]:
 
 
 def test_a_question_gets_a_sensible_answer(engine: Engine) -> None:
-    (output,) = engine.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY)  # type: ignore[misc]
+    (output,) = engine.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY)
     assert "Paris" in output.text
 
 
 def test_outputs_come_in_order_with_reason_and_timings(engine: Engine) -> None:
-    outputs = engine.generate([FRANCE, "2 + 2 =", engine.tokenizer.encode(FRANCE)], GREEDY)
+    prompts: list[str | list[int]] = [FRANCE, "2 + 2 =", engine.tokenizer.encode(FRANCE)]
+    outputs = engine.generate(prompts, GREEDY)
     assert outputs[0].text == outputs[2].text
     assert [o.prompt for o in outputs] == [FRANCE, "2 + 2 =", None]
     for output in outputs:

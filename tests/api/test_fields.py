@@ -12,10 +12,12 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 
+from nexusengine.engine.client import Sink
 from nexusengine.errors import InvalidRequest
 from nexusengine.server import fields
 from nexusengine.server.body import parse
 from nexusengine.server.schemas import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
+from nexusengine.types import EngineRequest, SamplingParams
 from tests.api.conftest import MODEL, FakeTokenizer, Running
 from tests.support.fakes import continuation
 
@@ -134,9 +136,15 @@ def test_top_p_0_is_greedy(
     server: Running, monkeypatch: pytest.MonkeyPatch, path: str, temperature: float | None
 ) -> None:
     assert server.state.engine is not None
-    backend, sent = server.state.engine.backend, []
+    backend = server.state.engine.backend
+    sent: list[SamplingParams] = []
     submit = backend.submit
-    monkeypatch.setattr(backend, "submit", lambda request, sink: (sent.append(request.sampling), submit(request, sink)))
+
+    def kept(request: EngineRequest, sink: Sink) -> None:
+        sent.append(request.sampling)
+        submit(request, sink)
+
+    monkeypatch.setattr(backend, "submit", kept)
     body = SMALLEST[path] | {"temperature": temperature, "top_p": 0}
     choice(httpx.post(server.url + path, json=body))
     assert [sampling.greedy for sampling in sent] == [True]

@@ -115,7 +115,7 @@ def test_without_one_right_bearer_the_reply_says_what_is_wanted(
 def test_a_request_id_that_no_header_can_carry_is_replaced_and_a_long_one_cut(server: Running) -> None:
     for given, expected in {"x" * 5000: "x" * 128, "my own": "my own"}.items():
         assert httpx.get(server.url + "/livez", headers={"x-request-id": given}).headers["x-request-id"] == expected
-    reply = httpx.get(server.url + "/livez", headers={"x-request-id": "é".encode()})
+    reply = httpx.get(server.url + "/livez", headers={b"x-request-id": "é".encode()})
     assert reply.status_code == 200
     assert len(reply.headers["x-request-id"]) == 32
 

@@ -14,7 +14,7 @@ from nexusengine.engine.async_engine import AsyncEngine
 from nexusengine.engine.client import Sink
 from nexusengine.tokenize import Tokenizer
 from nexusengine.tokenize.chat_template import ChatTemplate
-from nexusengine.types import EngineRequest, Timings, TokenDelta, TokenLogprob
+from nexusengine.types import EngineRequest, FinishReason, Timings, TokenDelta, TokenLogprob
 from tests.api.conftest import MODEL, Running
 from tests.support.vocabularies import byte_level, sentencepiece
 
@@ -42,7 +42,7 @@ class Script:
                 for n, i in enumerate(ids, start=begin)
             )
             last = begin + self._at_once >= len(self._answer)
-            reason = "length" if last else None
+            reason: FinishReason | None = "length" if last else None
             sink(TokenDelta(request.request_id, ids, None if wanted is None else items, reason, timings=timings))
 
     def abort(self, request_id: str) -> None:

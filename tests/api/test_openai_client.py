@@ -57,7 +57,7 @@ def test_a_chat_is_streamed_with_role_text_reason_and_usage(client: openai.OpenA
 
 def test_completions_take_texts_token_ids_and_lists_of_them(client: openai.OpenAI) -> None:
     for prompt in ("ab", TOKENIZER.encode("ab"), ["ab", "cd"], [TOKENIZER.encode("ab"), TOKENIZER.encode("cd")]):
-        reply = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5)  # type: ignore[arg-type]
+        reply = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5)
         texts = [c.text for c in sorted(reply.choices, key=lambda c: c.index)]
         assert texts == [answer("ab", 5), answer("cd", 5)][: len(texts)]
         assert reply.usage is not None

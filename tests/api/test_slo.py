@@ -44,7 +44,7 @@ def ask(server: Running, path: str = TEXT, *, headers: dict[str, str] = VERDICT,
 
 
 def events(server: Running, path: str = TEXT, *, headers: dict[str, str] = VERDICT, **body: Any) -> list[Any]:
-    asked = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "x"}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "x"}
     asked |= {"max_tokens": 3, "stream": True}
     text = httpx.post(server.url + path, json=asked | body, headers=headers, timeout=30).text
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]

@@ -61,7 +61,7 @@ def test_ctrl_c_aborts_what_is_in_flight_and_leaves_a_usable_engine() -> None:
 
 def test_ctrl_c_while_starting_leaves_no_process() -> None:
     def interrupt_at_the_first_child() -> None:
-        wait_until(children)
+        wait_until(lambda: children() != [])
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt_at_the_first_child).start()

@@ -227,7 +227,7 @@ def start_and_fail(*options: str) -> str:
 
 def _environment(process: psutil.Process) -> str:
     try:
-        return process.environ().get("MARKER", "")
+        return str(process.environ().get("MARKER", ""))
     except psutil.Error:
         return ""
 

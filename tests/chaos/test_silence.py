@@ -144,7 +144,7 @@ def test_frames_of_strangers_on_its_sockets_do_not_disturb_a_server(serve: Serve
     for name in ("front", "back"):
         assert (folder / name).stat().st_mode & 0o077 == 0
         for identity in (b"w7.e", b"w0"):
-            socket = zmq.Context.instance().socket(zmq.DEALER)
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
             socket.set(zmq.IDENTITY, identity)
             socket.connect(f"ipc://{folder}/{name}")
             for frame in frames * 20:

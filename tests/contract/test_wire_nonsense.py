@@ -241,7 +241,7 @@ def broker(tmp_path: Path) -> tuple[str, str, queue.SimpleQueue[BaseException]]:
 
 
 def dealer(endpoint: str, identity: bytes | None = None) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.RCVTIMEO, 10_000)
     if identity is not None:

@@ -66,9 +66,8 @@ def theirs(case: Case, tokenizer: transformers.PreTrainedTokenizerFast, chat: Ch
         if case.null:  # apply_chat_template drops a null content, and so what such a template asks for
             kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
             source = tokenizer.get_chat_template(None, chat.tools)
-            rendered, _ = render_jinja_template(
-                [kept], chat_template=source, **{**tokenizer.special_tokens_map, **options}
-            )
+            variables = {**tokenizer.special_tokens_map, **options}
+            rendered = render_jinja_template([kept], chat_template=source, **variables)[0]
             return str(rendered[0])
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception:  # whatever a template raises

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from nexusengine.errors import ConfigError, ModelLoadError  # noqa: E402
@@ -226,7 +226,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def edited(folder: Path, architecture: str, change: dict[str, Any]) -> Path:
     """A model on disk whose config.json is then changed; `...` takes a key away."""
-    save(folder, architecture=architecture, **({"sliding_window": None} if architecture == "Mistral" else {}))
+    extra: dict[str, Any] = {"sliding_window": None} if architecture == "Mistral" else {}
+    save(folder, architecture=architecture, **extra)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("rope_parameters")

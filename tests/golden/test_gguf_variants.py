@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.loading.gguf_file import GGUFFile  # noqa: E402
-from tests.golden.test_logits import ours  # noqa: E402
-from tests.support import gguf_models  # noqa: E402
+from nexusengine.loading.gguf_file import GGUFFile
+from tests.golden.test_logits import ours
+from tests.support import gguf_models
 
 EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "llama_cpp_logits.json").read_text())
 

@@ -67,6 +67,7 @@ class Preempting:
 
     def __init__(self) -> None:
         self._inner, self._steps = FCFS(), 0
+        self.traits = self._inner.traits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         plan = self._inner.plan(view, now)

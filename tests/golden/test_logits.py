@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from nexusengine.config import parse_device  # noqa: E402
@@ -67,9 +67,14 @@ class Probe(TorchExecutor):
     """Keeps the logits of every sampled row: copies, since their memory is the next step's too."""
 
     def logits_of(self, batch: StepBatch) -> torch.Tensor:
-        kept = []
+        kept: list[torch.Tensor] = []
         compute = self._model.logits
-        self._model.logits = lambda hidden: kept.append(compute(hidden).clone()) or kept[-1]  # type: ignore[method-assign]
+
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            kept.append(compute(hidden).clone())
+            return kept[-1]
+
+        self._model.logits = keep  # type: ignore[method-assign]
         self.submit(batch)
         self.collect()
         self._model.logits = compute  # type: ignore[method-assign]
@@ -84,6 +89,7 @@ def ours(folder: Path, prompts: list[list[int]], chunk: int) -> torch.Tensor:
         ExecutorOptions(kv_cache_bytes=16 * 2**20, max_model_len=256, block_size=8),
         lambda phase, fraction: None,
     )
+    assert isinstance(executor, Probe)
     assert executor._kv is not None
     executor._kv.fill_(torch.nan)
     rng = np.random.default_rng(5)
@@ -126,7 +132,7 @@ def test_logits_equal_transformers(tmp_path: Path, shape: str, chunk: int) -> No
 
 @pytest.mark.parametrize("architecture", ["Mistral", "Qwen2"])
 def test_the_relatives_of_llama_give_transformers_logits_too(tmp_path: Path, architecture: str) -> None:
-    extra = {"sliding_window": None} if architecture == "Mistral" else {}
+    extra: dict[str, Any] = {"sliding_window": None} if architecture == "Mistral" else {}
     model = save(tmp_path, architecture=architecture, **extra)
     with torch.inference_mode():
         theirs = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts()])

@@ -15,6 +15,7 @@ from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SamplingParams
+from nexusengine.wire import PolicyTraits
 from tests.support.fakes import FakeExecutor, make_core, next_token, request
 
 POISON = 96
@@ -54,6 +55,7 @@ class Reckless:
     """Any plan that keeps the contract, but for KV blocks: it plans as if there were always enough of them."""
 
     name = "reckless"
+    traits = PolicyTraits()
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)

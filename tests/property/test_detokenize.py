@@ -28,7 +28,9 @@ def ours(of: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def ids_of(kind: str, *tokens: str) -> list[int]:
-    return [backend(kind).token_to_id(token) for token in tokens]
+    ids = [backend(kind).token_to_id(token) for token in tokens]
+    assert None not in ids
+    return [i for i in ids if i is not None]
 
 
 def streamed(
@@ -126,7 +128,7 @@ def test_hypothesis_finds_no_ids_that_differ(kind: str, data: st.DataObject) -> 
 def test_a_text_in_two_halves_is_the_text(kind_prompt: str, rest: str) -> None:
     for kind in ("byte-level", "byte fallback without strip"):
         of = backend(kind)
-        prompt, ids = (vocabularies._in_bytes(of, text) if text else [] for text in (kind_prompt, rest))
+        prompt, ids = (vocabularies.in_bytes(of, text) if text else [] for text in (kind_prompt, rest))
         assert streamed(ours(of), ids, context=prompt)[0] == rest
 
 
@@ -167,10 +169,10 @@ def test_bytes_without_end_that_are_no_text_cost_what_other_tokens_do(kind: str)
     tokenizer, decoded = ours(of), 0
     decode = tokenizer.decode
 
-    def counted(ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def counted(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         nonlocal decoded
-        decoded += len(ids)
-        return decode(ids, skip_special_tokens)
+        decoded += len(token_ids)
+        return decode(token_ids, skip_special_tokens)
 
     tokenizer.decode = counted  # type: ignore[method-assign]
     assert streamed(tokenizer, [bad] * 8000)[0] == "\ufffd" * 8000
@@ -205,7 +207,7 @@ def test_token_strings_keep_their_space_and_show_bytes() -> None:
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3", "gpt-2"])
 def test_published_vocabularies_give_transformers_text(name: str, tmp_path: Path) -> None:
     theirs: Any = vocabularies.published(name, tmp_path)
-    of, seed = theirs._tokenizer, 10
+    of, seed = theirs.backend_tokenizer, 10
     tokenizer, rng = ours(of), random.Random(seed)
     if name == "llama-spm":
         assert streamed(tokenizer, [29871, 243, 162, 169, 156])[0] == "🦙"

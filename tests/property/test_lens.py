@@ -18,7 +18,6 @@ from nexusengine.scheduler.view import EngineView
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO
-from nexusengine.wire import PolicyTraits
 from tests.sim.fakes import FormulaProfile
 
 MAX_LEN = 512
@@ -37,13 +36,8 @@ class Watched:
     preempted: dict[float, list[int]] = field(default_factory=lambda: defaultdict(list))
     computed: Counter[float] = field(default_factory=Counter)
 
-    @property
-    def name(self) -> str:
-        return self.policy.name
-
-    @property
-    def traits(self) -> PolicyTraits:
-        return self.policy.traits
+    def __post_init__(self) -> None:
+        self.name, self.traits = self.policy.name, self.policy.traits
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         plan = self.policy.plan(view, now)

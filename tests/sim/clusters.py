@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def make_cluster(
     seed: int = 0,
     kv_tokens: int = 20_000,
     perf: str = "online",
-    **more: object,
+    **more: Any,
 ) -> Cluster:
     def maker(index: int) -> SimEngine:
         profile = FormulaProfile(kv_tokens)
@@ -49,12 +51,12 @@ def make_cluster(
         )
 
     return Cluster(
-        [lambda i=i: maker(i) for i in range(workers)],
+        [partial(maker, i) for i in range(workers)],
         make_router(router) if isinstance(router, str) else router,
         link,
         np.random.default_rng(seed),
         faults=[parse_fault(text, workers) for text in faults],
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 

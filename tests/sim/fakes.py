@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.arrays import F8, I4
+from nexusengine.profiles.base import Confidence
 
 
 class FormulaProfile:
     """5 ms + 20 us a token + 40 ns a KV token read + 1 ns a token pair; no scatter."""
 
-    name, device, model, source, confidence = "formula", "formula", "any", "made up", "none"
+    name, device, model, source = "formula", "formula", "any", "made up"
+    confidence: Confidence = "roofline"
     weights_bytes = 0
 
     def __init__(self, kv_capacity_tokens: int = 100_000, speed: float = 1.0) -> None:
@@ -25,7 +27,8 @@ class FormulaProfile:
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
         n = len(contexts)
         read = contexts.astype(np.float64).sum() + n * np.arange(steps)
-        return (0.005 + 20e-6 * n + 40e-9 * read) / self.speed
+        seconds: F8 = (0.005 + 20e-6 * n + 40e-9 * read) / self.speed
+        return seconds
 
     def noise(self, u: F8, mixed: bool) -> F8:
         return 1.0 + 0.1 * (u - 0.5)

@@ -66,7 +66,9 @@ def workload(seed: int, count: int) -> list[Job]:
 def through_the_core(
     jobs: list[Job], policy: SchedulerPolicy, blocks: int
 ) -> tuple[Plans, dict[str, tuple[float, float]]]:
-    clock, plans, ends = VirtualClock(), [], {}
+    clock = VirtualClock()
+    plans: Plans = []
+    ends: dict[str, tuple[float, float]] = {}
     profile = FormulaProfile()
     core = EngineCore(
         ClockedExecutor(profile, clock, blocks + 1),
@@ -92,6 +94,9 @@ def through_the_core(
             core.add(request)
         for delta in core.step():
             if delta.finish_reason is not None:
+                assert delta.timings is not None
+                assert delta.timings.first_token_s is not None
+                assert delta.timings.finished_s is not None
                 ends[delta.request_id] = (delta.timings.first_token_s, delta.timings.finished_s)
     return plans, ends
 

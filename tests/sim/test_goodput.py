@@ -12,7 +12,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.sim import goodput as goodput_module
 from nexusengine.sim.api import SimSpec, simulate
 from nexusengine.sim.goodput import goodput
-from nexusengine.sim.sweep import specs_of, sweep
+from nexusengine.sim.sweep import Point, specs_of, sweep
 from tests.sim.fakes import FormulaProfile
 
 SPEC = SimSpec(
@@ -133,7 +133,7 @@ def test_seeds_given_up_early_are_those_that_could_not_hold_together() -> None:
 def test_a_sweep_has_every_combination_in_order_in_one_process_or_two() -> None:
     spec = replace(SPEC, devices="2xrtx4090", duration_s=5.0)
     specs = specs_of(spec, ["fcfs", "fcfs:budget=256"], ["round-robin"], [1.0, 2.0], [0, 1])
-    done = []
+    done: list[Point] = []
     points = sweep(specs, 1, done.append)
     assert [(p.engine, p.rate_rps, p.seed) for p in points] == [
         (e, r, s) for e in ("fcfs", "fcfs:budget=256") for r in (1.0, 2.0) for s in (0, 1)

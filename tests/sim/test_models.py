@@ -8,6 +8,7 @@ import pytest
 from nexusengine.errors import ConfigError
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import rebuild
+from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile
 from nexusengine.sim.models import make_sim_model
 from tests.sim.fakes import FormulaProfile
@@ -23,7 +24,7 @@ def batch(decodes: int, context: int, chunks: list[tuple[int, int]]) -> tuple[np
 
 @pytest.mark.parametrize("device", ["formula", "rtxpro6000"])
 def test_the_oracle_answers_the_profiles_mean(device: str) -> None:
-    profile = FormulaProfile() if device == "formula" else load_profile(device)
+    profile: DeviceProfile = FormulaProfile() if device == "formula" else load_profile(device)
     oracle = make_sim_model("oracle", profile)
     assert oracle.predict(DECODES).mean_s == pytest.approx(profile.step_s(*batch(12, 700, [])), rel=1e-6)
     expected = profile.step_s(*batch(12, 700, [(450, 300), (450, 300)]))

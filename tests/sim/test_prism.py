@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def make_cluster(
         return SimEngine(profile, make_policy("lens"), taught(profile), settings, max_model_len=8192, rng=rng)
 
     return Cluster(
-        [lambda i=i: maker(i) for i in range(len(speeds))],
+        [partial(maker, i) for i in range(len(speeds))],
         make_router(router),
         link,
         np.random.default_rng(0),

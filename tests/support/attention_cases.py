@@ -105,8 +105,8 @@ def make_case(spec: AttentionSpec, rows: list[tuple[int, int]], seed: int = 0) -
         max_seq_len=max(n for _, n in rows),
         max_query_len=int(counts.max()),
     )
-    q, k, v = (torch.cat(parts).to(device) for parts in (queries, new_k, new_v))
-    return Case(spec, meta, q, k, v, cache[0].to(device), cache[1].to(device), torch.cat(expected))
+    rows_q, rows_k, rows_v = (torch.cat(parts).to(device) for parts in (queries, new_k, new_v))
+    return Case(spec, meta, rows_q, rows_k, rows_v, cache[0].to(device), cache[1].to(device), torch.cat(expected))
 
 
 def run_case(backend: AttentionBackend, case: Case) -> torch.Tensor:

@@ -60,7 +60,7 @@ def write(folder: Path, tensors: Tensors, quantization: dict[str, Any] | None = 
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(tensors, key=lambda n: (n.startswith(("model.norm", "lm_head")), "embed" not in n, n))
     size = -(-len(names) // files)
-    index = {}
+    index: dict[str, str] = {}
     for i in range(files):
         part = names[i * size : (i + 1) * size]
         name = "model.safetensors" if files == 1 else f"model-{i + 1:05}-of-{files:05}.safetensors"
@@ -139,12 +139,14 @@ FP8_LAYOUTS: dict[str, Any] = {
 
 def fp8(layout: str, seed: int = 0) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """(the tensors of the files, the same in plain float32, quantization_config)."""
-    return _stored(*FP8_LAYOUTS[layout], seed)
+    store, quantization = FP8_LAYOUTS[layout]
+    return _stored(store, quantization, seed)
 
 
 def packed(layout: str, seed: int = 0) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """As `fp8`, of PACKED_LAYOUTS."""
-    return _stored(*PACKED_LAYOUTS[layout], seed)
+    store, quantization = PACKED_LAYOUTS[layout]
+    return _stored(store, quantization, seed)
 
 
 def _stored(store: Any, quantization: dict[str, Any], seed: int) -> tuple[Tensors, Tensors, dict[str, Any]]:

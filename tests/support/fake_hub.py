@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return None
-        return self._reply(status, body, **about)
+        return self._reply(status, body, None, **about)
 
     do_HEAD = do_GET
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from typing import Any
 
 import numpy as np
 
-from nexusengine.clock import VirtualClock
+from nexusengine.clock import Clock, VirtualClock
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import PENDING, StepBatch, StepResult
 from nexusengine.perf.registry import make_model
 from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import SchedulerPolicy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 
 VOCABULARY = 97
@@ -73,7 +75,7 @@ class FakeExecutor:
         )
         self.cache = np.full((num_blocks, block_size), -1, np.int64)
         self.batches: list[tuple[int, int]] = []
-        self._clock, self._step_s, self._poison = clock, step_s, poison
+        self._clock, self._step_s, self.poison = clock, step_s, poison
         self._results: deque[StepResult] = deque()
         self._last: dict[int, int] = {}
 
@@ -99,7 +101,7 @@ class FakeExecutor:
             if sampled:
                 known = [int(self.cache[table[p // size], p % size]) for p in range(start + count)]
                 assert min(known) >= 0, "reads a slot that was never written"
-                tokens.append(-1 if self._poison & set(known) else next_token(known))
+                tokens.append(-1 if self.poison & set(known) else next_token(known))
                 self._last[int(slot)] = max(tokens[-1], 0)
         self.batches.append((len(batch.slots), int(batch.counts.sum())))
         wanted = int(batch.sampling.logprobs[batch.slots[batch.sampled]].max(initial=-1))
@@ -117,27 +119,34 @@ class FakeExecutor:
 
 
 def make_core(
-    executor: FakeExecutor | None = None, *, clock: VirtualClock | None = None, **options: object
+    executor: FakeExecutor | None = None,
+    *,
+    clock: Clock | None = None,
+    policy: SchedulerPolicy | None = None,
+    max_running: int = 8,
+    max_waiting: int = 32,
+    check_every_step: bool = True,
+    **options: Any,
 ) -> EngineCore:
-    """A core with every invariant checked after each step."""
+    """A core with every invariant checked after each step, unless told otherwise."""
     clock = clock or VirtualClock()
-    settings: dict[str, object] = {"policy": FCFS(), "max_running": 8, "max_waiting": 32, "hash_key": b"k", **options}
-    policy = settings.pop("policy")
     return EngineCore(
-        executor or FakeExecutor(clock=clock),
-        policy,  # type: ignore[arg-type]
+        executor or FakeExecutor(clock=clock if isinstance(clock, VirtualClock) else None),
+        policy or FCFS(),
         make_model(),
         clock=clock,
-        check_every_step=True,
-        **settings,  # type: ignore[arg-type]
+        max_running=max_running,
+        max_waiting=max_waiting,
+        check_every_step=check_every_step,
+        **{"hash_key": b"k", **options},
     )
 
 
 def request(
-    request_id: str, prompt: list[int], max_tokens: int | None = 4, *, arrival_s: float = 0.0, **fields: object
+    request_id: str, prompt: list[int], max_tokens: int | None = 4, *, arrival_s: float = 0.0, **fields: Any
 ) -> EngineRequest:
     sampling = fields.pop("sampling", None) or SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=0)
-    return EngineRequest(request_id, prompt, sampling, arrival_s, **fields)  # type: ignore[arg-type]
+    return EngineRequest(request_id, prompt, sampling, arrival_s, **fields)
 
 
 def run(core: EngineCore, *, steps: int = 10_000) -> dict[str, tuple[list[int], TokenDelta]]:

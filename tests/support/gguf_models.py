@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,12 @@ def write(path: Path, architecture: str = "llama", kind: str = "F32", split: int
         if isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)
         else:
-            add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}.get(
-                type(value), writer.add_uint32
-            )
+            adders: dict[type, Callable[[str, Any], None]] = {
+                str: writer.add_string,
+                float: writer.add_float32,
+                bool: writer.add_bool,
+            }
+            add = adders.get(type(value), writer.add_uint32)
             add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in weights.items():

@@ -23,6 +23,11 @@ def _apart(packed: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(
 class QuantLinear(torch.nn.Module):
     REQUIRES_FORMAT_V2 = True
     quant_method = ""
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    wf: torch.Tensor
 
     def __init__(
         self,
@@ -102,7 +107,7 @@ def hf_select_quant_linear_v2(
 
 
 def hf_convert_gptq_v1_to_v2_format(
-    model: torch.nn.Module, bits: int, qlinear_kernel: type, checkpoint_format: str, meta: Any
+    model: torch.nn.Module, bits: int, qlinear_kernel: type[QuantLinear], checkpoint_format: str, meta: Any
 ) -> tuple[torch.nn.Module, bool]:
     for module in model.modules():
         if isinstance(module, qlinear_kernel):

@@ -7,8 +7,8 @@ import numpy as np
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import StepTime
+from nexusengine.scheduler.lens.deadlines import Deadlines
 from nexusengine.scheduler.view import EngineView, RequestColumns
-from nexusengine.wire import PerfSnapshot
 
 SIZE = 16
 NAN = float("nan")
@@ -35,11 +35,6 @@ class Straight:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         s: F8 = 0.005 + 20e-6 * tokens + 1e-9 * prefill_attention + 40e-9 * decode_kv_tokens
         return s + self.extra_s * (prefills > 0)
-
-    def observe(self, features: StepFeatures, seconds: float) -> None: ...
-
-    def snapshot(self) -> PerfSnapshot:
-        return PerfSnapshot("straight", (), self.factor)
 
 
 class Bench:
@@ -116,3 +111,10 @@ class Bench:
             model=self.model,
             arrivals=arrivals,
         )
+
+
+def deadlines_of(view: EngineView) -> Deadlines:
+    deadlines = Deadlines(len(view.columns.known_tokens))
+    deadlines.update(view, view.running)
+    deadlines.update(view, view.waiting)
+    return deadlines

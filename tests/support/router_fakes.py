@@ -47,8 +47,8 @@ def view(name: str, report: WorkerLoad | None = None, /, **fields: Any) -> Worke
     info = fields.pop("info", None) or WorkerInfo(
         name, "e", 1, "cpu", "m", max_model_len=32_768, max_batch_tokens=2048, block_size=16
     )
-    fields = {"state": WorkerState.READY, "outstanding": 0, "outstanding_tokens": 0, "reported_s": 0.0} | fields
-    return WorkerView(info, load=report if report is not None else load(), **fields)
+    idle: dict[str, Any] = {"state": WorkerState.READY, "outstanding": 0, "outstanding_tokens": 0, "reported_s": 0.0}
+    return WorkerView(info, load=report if report is not None else load(), **(idle | fields))
 
 
 def request(name: str = "r", prompt: int = 500, slo: SLO | None = INTERACTIVE, **fields: Any) -> PlacementRequest:

@@ -31,9 +31,7 @@ def sentencepiece(*, strip: bool = True) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     last = [decoders.Strip(" ", 1, 0)] if strip else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]  # type: ignore[list-item]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     return _with_special(backend)
 
 
@@ -73,13 +71,13 @@ def end_of_word() -> tokenizers.Tokenizer:
 
 def without_decoder() -> tokenizers.Tokenizer:
     backend = sentencepiece()
-    backend.decoder = None  # type: ignore[assignment]
+    backend.decoder = None
     return backend
 
 
 def byte_level_and_more() -> tokenizers.Tokenizer:
     backend = byte_level()
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[list-item]
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return backend
 
 
@@ -88,9 +86,7 @@ KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte-level, then strip": byte_level_and_more,
     "byte fallback": sentencepiece,
     "byte fallback without strip": lambda: sentencepiece(strip=False),
-    "byte fallback, metaspace": lambda: unigram(
-        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])  # type: ignore[list-item]
-    ),
+    "byte fallback, metaspace": lambda: unigram(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
     "metaspace": lambda: unigram(decoders.Metaspace()),
     "metaspace, never prepended": lambda: unigram(decoders.Metaspace(prepend_scheme="never")),
     "word piece": word_piece,
@@ -114,7 +110,7 @@ def random_ids(rng: random.Random, backend: tokenizers.Tokenizer, length: int) -
     """Ids of every sort, with many whole and broken characters made of several tokens."""
     count = backend.get_vocab_size()
     special = [i for t in ("<s>", "</s>", "<unk>", "<|end|>") if (i := backend.token_to_id(t)) is not None]
-    pieces = [ids for text in ("😀", "\n", "é", "日本", "a") if (ids := _in_bytes(backend, text))]
+    pieces = [piece for text in ("😀", "\n", "é", "日本", "a") if (piece := in_bytes(backend, text))]
     ids: list[int] = []
     while len(ids) < length:
         kind = rng.random()
@@ -132,11 +128,11 @@ def random_ids(rng: random.Random, backend: tokenizers.Tokenizer, length: int) -
     return ids
 
 
-def _in_bytes(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+def in_bytes(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """One token a byte, if the vocabulary has such tokens."""
     names = [f"<0x{byte:02X}>" for byte in text.encode()]
     if backend.token_to_id(names[0]) is None:
         (written,) = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)]
         names = list("".join(part for part, _ in written))
-    ids = [backend.token_to_id(name) for name in names]
-    return [] if None in ids else ids
+    ids = [i for name in names if (i := backend.token_to_id(name)) is not None]
+    return ids if len(ids) == len(names) else []

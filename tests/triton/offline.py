@@ -19,7 +19,8 @@ def specialised(kernel: Any, target: GPUTarget, arguments: tuple[Any, ...], cons
     """(type, what is known of the value or the constant itself) of each argument: with the constants, the key under
     which Triton keeps a compiled program."""
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
-    return bind(*arguments, **constants)[1]
+    found: list[Any] = bind(*arguments, **constants)[1]
+    return found
 
 
 class Recorder:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.attention import triton as backend_module  # noqa: E402
-from nexusengine.attention.base import AttentionSpec  # noqa: E402
-from nexusengine.attention.triton import TritonBackend  # noqa: E402
-from nexusengine.triton_kernels import launch  # noqa: E402
-from tests.support.attention_cases import Case, difference, make_case, run_case  # noqa: E402
+from nexusengine.attention import triton as backend_module
+from nexusengine.attention.base import AttentionSpec
+from nexusengine.attention.triton import TritonBackend
+from nexusengine.triton_kernels import launch
+from tests.support.attention_cases import Case, difference, make_case, run_case
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 ROWS = [(1, 90), (1, 16), (1, 17), (1, 64), (1, 300), (20, 20), (33, 64)]

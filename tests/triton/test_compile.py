@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import (  # noqa: E402
+from nexusengine.triton_kernels import (
     activation,
     attention,
     decode_attention,
@@ -26,7 +26,7 @@ from nexusengine.triton_kernels import (  # noqa: E402
     sampling,
 )
 
-from .offline import Recorder  # noqa: E402
+from .offline import Recorder
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="TRITON_INTERPRET=1 is set: nothing is compiled")
 ARCHITECTURES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]

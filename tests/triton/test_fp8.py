@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.attention.base import AttentionMeta  # noqa: E402
-from nexusengine.triton_kernels import fp8, launch, rope  # noqa: E402
+from nexusengine.attention.base import AttentionMeta
+from nexusengine.triton_kernels import fp8, launch, rope
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.attention.registry import backend_class  # noqa: E402
-from nexusengine.layers.basic import Linear  # noqa: E402
-from nexusengine.layers.fp8 import Fp8Linear  # noqa: E402
-from nexusengine.layers.ops import Ops, TorchOps  # noqa: E402
-from nexusengine.layers.triton_ops import TritonOps  # noqa: E402
-from nexusengine.loading.fp8 import Fp8Weight  # noqa: E402
-from nexusengine.loading.resolve import resolve_model  # noqa: E402
-from nexusengine.loading.weights import open_weights  # noqa: E402
-from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
-from nexusengine.models.loader import WeightLoader  # noqa: E402
-from nexusengine.triton_kernels import fp8, launch  # noqa: E402
-from tests.support import checkpoints  # noqa: E402
-from tests.support.attention_cases import make_case  # noqa: E402
+from nexusengine.attention.registry import backend_class
+from nexusengine.layers.basic import Linear
+from nexusengine.layers.fp8 import Fp8Linear
+from nexusengine.layers.ops import Ops, TorchOps
+from nexusengine.layers.triton_ops import TritonOps
+from nexusengine.loading.fp8 import Fp8Weight
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.loading.weights import open_weights
+from nexusengine.models.llama import LlamaForCausalLM
+from nexusengine.models.loader import WeightLoader
+from nexusengine.triton_kernels import fp8, launch
+from tests.support import checkpoints
+from tests.support.attention_cases import make_case
 
-from .test_attention_kernels import spec  # noqa: E402
+from .test_attention_kernels import spec
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -145,4 +145,6 @@ def test_maps_whose_shapes_have_no_product_are_dequantised_and_named(tmp_path: P
     model = loaded(path, TritonOps(1e-5, fp8=True), torch.float32)
     assert model.weights.unkept == checkpoints.projections()
     expected = numbers["model.layers.0.self_attn.o_proj.weight"]
-    assert torch.equal(model.layers[0].output.weight, expected)
+    output = model.layers[0].output
+    assert isinstance(output, Linear)
+    assert torch.equal(output.weight, expected)

@@ -6,11 +6,11 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import launch  # noqa: E402
+from nexusengine.triton_kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
-from nexusengine.attention.registry import backend_class  # noqa: E402
-from nexusengine.layers.basic import Linear  # noqa: E402
-from nexusengine.layers.ops import TorchOps  # noqa: E402
-from nexusengine.layers.rotary import RotaryEmbedding  # noqa: E402
-from nexusengine.layers.triton_ops import TritonOps  # noqa: E402
-from nexusengine.model_config import ModelConfig  # noqa: E402
-from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
-from nexusengine.models.loader import WeightLoader  # noqa: E402
-from nexusengine.triton_kernels import launch  # noqa: E402
-from tests.support.attention_cases import BATCHES, make_case  # noqa: E402
+from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from nexusengine.attention.registry import backend_class
+from nexusengine.layers.basic import Linear
+from nexusengine.layers.ops import TorchOps
+from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.layers.triton_ops import TritonOps
+from nexusengine.model_config import ModelConfig
+from nexusengine.models.llama import LlamaForCausalLM
+from nexusengine.models.loader import WeightLoader
+from nexusengine.triton_kernels import launch
+from tests.support.attention_cases import BATCHES, make_case
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 EPS = 1e-5

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
-from nexusengine.sampling.sampler import _sample_by_torch, sample  # noqa: E402
-from nexusengine.sampling.table import SamplingRows  # noqa: E402
-from nexusengine.triton_kernels import launch  # noqa: E402
-from tests.unit.sampling.test_sampler import CASES, rows  # noqa: E402
+from nexusengine.sampling.noise import exponential, row_keys
+from nexusengine.sampling.sampler import _sample_by_torch, sample
+from nexusengine.sampling.table import SamplingRows
+from nexusengine.triton_kernels import launch
+from tests.unit.sampling.test_sampler import CASES, rows
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from nexusengine.triton_kernels import attention, decode_attention, launch, prefill_attention, rope  # noqa: E402
+from nexusengine.triton_kernels import attention, decode_attention, launch, prefill_attention, rope
 
-from .offline import Recorder  # noqa: E402
+from .offline import Recorder
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="TRITON_INTERPRET=1 is set: nothing is compiled")
 CAPABILITY = (9, 0)

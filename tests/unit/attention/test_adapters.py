@@ -6,23 +6,23 @@ import inspect
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.attention import external  # noqa: E402
-from nexusengine.attention.base import FP8, AttentionSpec  # noqa: E402
-from nexusengine.attention.registry import BACKENDS, backend_class, choose, preferred  # noqa: E402
-from nexusengine.errors import ConfigError  # noqa: E402
-from tests.support.attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case  # noqa: E402
-from tests.support.attention_standins import MODULES, install, torch_varlen_out  # noqa: E402
-from tests.support.pairwise import pairwise  # noqa: E402
+from nexusengine.attention import external
+from nexusengine.attention.base import FP8, AttentionSpec
+from nexusengine.attention.registry import BACKENDS, backend_class, choose, preferred
+from nexusengine.errors import ConfigError
+from tests.support.attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case
+from tests.support.attention_standins import MODULES, install, torch_varlen_out
+from tests.support.pairwise import pairwise
 
 ADAPTERS = tuple(MODULES)
 
 
-def made(name: str, heads: tuple[int, int] = (8, 2), dim: int = 128, **more: object) -> AttentionSpec:
+def made(name: str, heads: tuple[int, int] = (8, 2), dim: int = 128, **more: Any) -> AttentionSpec:
     """A spec in the backend's own block size; skips the test where the backend says that it does not take it."""
     cls = backend_class(name)
     size = cls.caps().block_sizes[0]
@@ -176,7 +176,7 @@ def test_each_generation_has_its_order(capability: tuple[int, int], order: list[
     assert set(order) <= set(BACKENDS)
 
 
-def on_gpu(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **more: object) -> AttentionSpec:
+def on_gpu(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **more: Any) -> AttentionSpec:
     """A spec on a GPU that is not there."""
     monkeypatch.setattr(external, "capability", lambda device: capability)
     monkeypatch.setattr("nexusengine.triton_kernels.launch.capability", lambda device: capability)

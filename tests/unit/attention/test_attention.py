@@ -7,14 +7,13 @@ a second time so). The adapters of other libraries are in test_attention_adapter
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec  # noqa: E402
-from nexusengine.attention.registry import backend_class, choose  # noqa: E402
-from nexusengine.errors import ConfigError  # noqa: E402
-from tests.support.attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case  # noqa: E402
-from tests.support.pairwise import pairwise  # noqa: E402
+from nexusengine.attention.base import FP8, AttentionMeta, AttentionSpec
+from nexusengine.attention.registry import backend_class, choose
+from nexusengine.errors import ConfigError
+from tests.support.attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case
+from tests.support.pairwise import pairwise
 
 NAMES = ("sdpa", "cpu", "triton")
 DIMS = [64, 80, 128, 256]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.attention import sdpa  # noqa: E402
-from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
-from tests.support.attention_cases import oracle  # noqa: E402
+from nexusengine.attention import sdpa
+from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from tests.support.attention_cases import oracle
 
 SIZE, HEADS, KV_HEADS, DIM = 16, 6, 2, 32
 

@@ -38,7 +38,8 @@ def test_what_the_file_holds_is_not_searched_again(tmp_path: Path, monkeypatch: 
 
     def search(args: Any, system: str, longest_decile: float) -> dict[str, Any]:
         searched.append(system)
-        return row(*system.split("/"), 2.0)  # type: ignore[arg-type]
+        engine, router = system.split("/")
+        return row(engine, router, 2.0)
 
     monkeypatch.setattr(cluster_goodput, "search", search)
     main(["--traces", ".", "--systems", "lens/prism", "fcfs/p2c", "--seeds", "1-2", "--json", str(file)])

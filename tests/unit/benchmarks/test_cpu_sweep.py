@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-
-from cpu_peer_process import System
-from cpu_peer_sweep import Tried, chosen, one_at_a_time, together
+from benchmarks.cpu_peer_process import System
+from benchmarks.cpu_peer_sweep import Tried, chosen, one_at_a_time, together
 
 SYSTEM = System("peer", (), ("fp32",), settings={"flash": ("off", "on"), "ubatch": (512, 256, 2048)})
 

@@ -12,7 +12,7 @@ def system(throughput: float, single: float, ttft_ms: float, peak_mb: float) -> 
     return {name: [value / 2, value, 3 * value] for name, value in columns.items()}
 
 
-FIGURES = {
+FIGURES: dict[tuple[str, str], dict[str, list[float]]] = {
     ("machine", ""): {
         "read_bytes_s": [40.0 * WEIGHT_BYTES],
         "gemm_flop_s": [PREFILL_FLOP],

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from nexusengine import nvml as gpus
 from nexusengine.attention.registry import BACKENDS
 from nexusengine.cli import doctor
 from nexusengine.cli.main import main
@@ -23,8 +24,8 @@ def test_json_names_every_backend_with_a_reason_and_the_machine(capsys: pytest.C
 
 
 def test_text_is_useful_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(doctor.gpus, "visible", lambda: ())
-    monkeypatch.setattr(doctor.gpus, "driver_version", lambda: ("", "no library"))
+    monkeypatch.setattr(gpus, "visible", lambda: ())
+    monkeypatch.setattr(gpus, "driver_version", lambda: ("", "no library"))
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "none, no library" in said
@@ -32,8 +33,8 @@ def test_text_is_useful_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_text_shows_memory_and_links_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.gpus, "visible", lambda: (A,))
-    monkeypatch.setattr(doctor.gpus, "topology", lambda found: [["-"]])
+    monkeypatch.setattr(gpus, "visible", lambda: (A,))
+    monkeypatch.setattr(gpus, "topology", lambda found: [["-"]])
     said = doctor.text(doctor.findings())
     assert "cuda:0  H100, sm_90" in said
     assert "cuda:0 reaches: -" in said

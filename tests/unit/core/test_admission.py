@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_promise_is_unattainable_where_the_prompt_alone_or_one_decode_is_too_s
     assert of(SLO(1.0, 0.1, e2e_s=0.1))
 
 
-def first_and_last(slo: SLO | None, *, step_s: float = 0.1, tokens: int = 5, **options: object) -> list[TokenDelta]:
+def first_and_last(slo: SLO | None, *, step_s: float = 0.1, tokens: int = 5, **options: Any) -> list[TokenDelta]:
     clock = VirtualClock()
     core = make_core(FakeExecutor(clock=clock, step_s=step_s, max_batch_tokens=16), clock=clock, **options)
     core.add(request("a", list(range(8)), tokens, slo=slo))
@@ -159,7 +160,7 @@ def test_a_policy_that_foresees_first_tokens_is_believed_once() -> None:
     core.add(request("a", list(range(20)), 2))
     found = [d for _ in range(5) for d in core.step() if d.service is not None]
     assert [d.service.predicted_ttft_s for d in found if d.service] == [7.0, 7.0], "as it was said in the first step"
-    policy.silent_of = core.scheduler._free_slots[-1]
     core.add(request("b", list(range(20)), 2, arrival_s=clock.now()))
+    (policy.silent_of,) = core.scheduler.requests
     found = [d for _ in range(5) for d in core.step() if d.service is not None]
     assert all(0 < d.service.predicted_ttft_s < 1 for d in found if d.service)

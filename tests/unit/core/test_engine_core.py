@@ -1,6 +1,7 @@
 """The engine core: what a request goes through, and how it ends."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO, SamplingParams
-from nexusengine.wire import WorkerLoad
+from nexusengine.wire import PolicyTraits, WorkerLoad
 from tests.support.fakes import FakeExecutor, continuation, make_core, request, run
 
 PROMPT = list(range(1, 20))
@@ -130,7 +131,7 @@ def test_a_request_can_be_aborted_in_every_state() -> None:
         core.add(request(name, [i, *PROMPT], 50))
     for _ in range(4):
         core.step()
-    states = {s.request.request_id: s for s in core._by_id.values()}
+    states = {s.request.request_id: s for s in core.scheduler.requests.values()}
     assert states["decoding"].output_tokens > 0
     assert states["prefilling"].output_tokens == 0
     for name in ("waiting", "prefilling", "decoding"):
@@ -184,7 +185,8 @@ def test_logprobs_stay_with_their_tokens_when_rows_end_beside_them() -> None:
         for delta in core.step():
             assert (delta.logprobs is None) == (delta.request_id == "none")
             for token, item in zip(delta.token_ids, delta.logprobs or (), strict=delta.logprobs is not None):
-                assert (item.token_id, item.logprob) == (token, pytest.approx(token / -100))
+                assert item.token_id == token
+                assert item.logprob == pytest.approx(token / -100)
                 assert [i for i, _ in item.top] == [token + k for k in range(lengths[delta.request_id] or 0)]
                 seen[delta.request_id].append((token, item.logprob, len(item.top)))
     assert [len(items) for items in seen.values()] == [0, 2, 5]
@@ -198,7 +200,7 @@ def test_logprobs_stay_with_their_tokens_when_rows_end_beside_them() -> None:
     ],
 )
 def test_a_request_that_cannot_be_written_down_is_refused_and_takes_no_place(
-    fields: dict[str, object], words: str
+    fields: dict[str, Any], words: str
 ) -> None:
     core = make_core()
     with pytest.raises(InvalidRequest, match=words):
@@ -227,11 +229,11 @@ def test_every_step_is_recorded_with_prediction_and_outcome() -> None:
 
 
 def test_the_published_load_says_what_the_worker_is_doing() -> None:
-    core = make_core(policy=FCFS(budget=8), max_running=1)
+    clock = VirtualClock()
+    core = make_core(FakeExecutor(clock=clock, step_s=0.02), clock=clock, policy=FCFS(budget=8), max_running=1)
     core.last_dispatch_seq = 7
     core.add(request("a", PROMPT, 5))
     core.step()
-    core._publish(force=True)
     core.last_dispatch_seq = 8
     load = core.load()
     assert (load.last_dispatch_seq, load.running, load.pending_tokens, load.kv_used_blocks) == (7, 1, 11, 2)
@@ -269,7 +271,6 @@ def test_the_mean_length_of_answers_counts_finished_ones_only() -> None:
     core.add(request("long", PROMPT[1:], 20))
     for _ in range(10):
         core.step()
-    core._publish(force=True)
     assert core.load().mean_output_tokens == 2.0
 
 
@@ -326,7 +327,7 @@ def test_a_refused_request_ends_with_a_time_to_come_back_and_the_others_go_on() 
     core = make_core(policy=policy)
     for name in ("refused", "relegated", "running"):
         core.add(request(name, [len(name), *PROMPT], 2))
-    slots = {s.request.request_id: s.slot for s in core._by_id.values()}
+    slots = {s.request.request_id: slot for slot, s in core.scheduler.requests.items()}
     policy.refuse, policy.relegate = (slots["refused"],), (slots["relegated"],)
     first = core.step()
     assert [(d.error_code, (d.retry_after_s or 0) >= 1.0) for d in first if d.finish_reason] == [("overloaded", True)]
@@ -338,7 +339,7 @@ def test_refusing_everybody_is_a_step_too() -> None:
     policy = Scripted()
     core = make_core(policy=policy)
     core.add(request("a", PROMPT))
-    policy.refuse = (core._by_id["a"].slot,)
+    policy.refuse = tuple(core.scheduler.requests)
     assert [d.error_code for d in core.step()] == ["overloaded"]
     assert not core.has_work
 
@@ -368,6 +369,7 @@ class Wrong:
     """A policy that breaks its contract in a chosen way."""
 
     name = "wrong"
+    traits = PolicyTraits()
 
     def __init__(
         self,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
+from nexusengine.core.engine_core import EngineCore
 from nexusengine.core.history import History, record_of
 from nexusengine.core.request import RequestState
-from nexusengine.scheduler.plan import Reason
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.scheduler.plan import Reason, StepPlan
+from nexusengine.scheduler.view import EngineView
 from nexusengine.types import SLO, Service
 from nexusengine.wire import MAX_CHANGES_IN_REPLY, MAX_STEPS_IN_REPLY, DebugQuery, RequestChange
 from tests.support.fakes import FakeExecutor, make_core, request, run
@@ -97,7 +102,7 @@ def test_more_changes_in_one_step_than_there_is_room_for_keep_what_fits() -> Non
     assert [len(history.changes(s)) for s in serials] == [0, 1, 1, 1]
 
 
-def served(**options: object):  # type: ignore[no-untyped-def]
+def served(**options: Any) -> EngineCore:
     clock = VirtualClock()
     return make_core(FakeExecutor(clock=clock, max_batch_tokens=8), clock=clock, name="w5", **options)
 
@@ -143,15 +148,28 @@ def test_recent_steps_say_what_was_planned_and_what_came_of_it() -> None:
     assert 0 < steps[-1].predicted_s <= steps[-1].upper_s
 
 
+class Alternating(FCFS):
+    """Gives another reason in every second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+
+    def plan(self, view: EngineView, now: float) -> StepPlan:
+        plan, self._steps = super().plan(view, now), self._steps + 1
+        reason = Reason.DECODE if self._steps % 2 else Reason.BACKFILL
+        return replace(plan, reasons=np.full_like(plan.reasons, reason))
+
+
 def test_an_answer_has_bounds_whatever_is_asked_for() -> None:
-    core = served(max_running=2)
-    core.add(request("a", list(range(60)), 60))
-    run(core)
-    for step in range(3 * MAX_CHANGES_IN_REPLY):
-        core.records.append(msgspec.structs.replace(core.records[-1], step=core.records[-1].step + 1))
-        core._history.planned(step, 0.0, np.full(34, 1 + step % 2, np.int8), NOBODY, NOBODY)
+    clock, tokens = VirtualClock(), MAX_CHANGES_IN_REPLY + 100
+    device = FakeExecutor(clock=clock, num_blocks=512, max_model_len=2048)
+    core = make_core(device, clock=clock, policy=Alternating(), check_every_step=False)
+    core.add(request("a", [1, 2, 3], tokens))
+    while core.stats().steps < tokens - 1:
+        core.step()
     answer = core.debug_reply(DebugQuery(1, last_steps=10**9, request_id="a"))
     assert len(answer.steps) == MAX_STEPS_IN_REPLY
     assert answer.request is not None
-    assert len(answer.request.changes) <= MAX_CHANGES_IN_REPLY
-    assert len(answer.request.steps) <= MAX_STEPS_IN_REPLY
+    assert len(answer.request.changes) == MAX_CHANGES_IN_REPLY
+    assert 0 < len(answer.request.steps) <= MAX_STEPS_IN_REPLY

@@ -9,13 +9,14 @@ from tests.support.fakes import FakeExecutor, continuation, make_core, request, 
 
 
 def test_a_step_is_submitted_before_the_one_before_it_is_collected() -> None:
-    core = make_core(FakeExecutor(overlaps=True))
+    executor = FakeExecutor(overlaps=True)
+    core = make_core(executor)
     core.add(request("a", [1, 2, 3], max_tokens=3))
     assert core.step() == []
-    assert len(core.executor.batches) == 1
+    assert len(executor.batches) == 1
     (delta,) = core.step()
     assert delta.token_ids == tuple(continuation([1, 2, 3], 1))
-    assert len(core.executor.batches) == 2  # type: ignore[attr-defined]
+    assert len(executor.batches) == 2
 
 
 def test_no_step_is_computed_in_vain_for_a_length_that_was_known() -> None:

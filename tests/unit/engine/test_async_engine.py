@@ -49,7 +49,12 @@ class GatedDevice(FakeExecutor):
 
 @pytest.fixture
 def core() -> EngineCore:
-    return make_core(GatedDevice(), clock=MonotonicClock())  # type: ignore[arg-type]
+    return make_core(GatedDevice(), clock=MonotonicClock())
+
+
+def device_of(core: EngineCore) -> GatedDevice:
+    assert isinstance(core.executor, GatedDevice)
+    return core.executor
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ async def engine(core: EngineCore) -> AsyncIterator[AsyncEngine]:
     await backend.start()
     made = AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)
     yield made
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).gate.set()
     await made.close()
 
 
@@ -154,13 +159,13 @@ async def test_an_id_can_be_used_again_but_not_twice_at_a_time(engine: AsyncEngi
 async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
     engine: AsyncEngine, core: EngineCore
 ) -> None:
-    core.executor.gate.clear()  # type: ignore[attr-defined]
+    device_of(core).gate.clear()
     tasks = [asyncio.create_task(gather(engine, p, LONG)) for p in ("ab", "cd")]
     await until(lambda: core.has_work)
     tasks.append(asyncio.create_task(gather(engine, "ef", LONG)))  # the core has not seen this one
     await asyncio.sleep(0)
-    core.executor.broken = True  # type: ignore[attr-defined]
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).broken = True
+    device_of(core).gate.set()
     for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
         assert isinstance(outcome, InternalError)
         assert "fell off the bus" in outcome.message
@@ -172,14 +177,14 @@ async def test_a_step_that_fails_fails_every_request_and_those_that_come_later(
 
 
 async def test_closing_the_engine_ends_requests_in_flight_with_an_error(engine: AsyncEngine, core: EngineCore) -> None:
-    core.executor.close_gate = True  # type: ignore[attr-defined]
+    device_of(core).close_gate = True
     outputs = engine.generate("ab", LONG)
     await anext(outputs)
     late = asyncio.create_task(gather(engine, "cd", LONG))
     await asyncio.sleep(0)
     closing = asyncio.create_task(engine.close())
     await asyncio.sleep(0.01)
-    core.executor.gate.set()  # type: ignore[attr-defined]
+    device_of(core).gate.set()
     await closing
     with pytest.raises(Unavailable, match="closed"):
         async for _ in outputs:
@@ -195,10 +200,10 @@ class SilentBackend:
 
     def __init__(self) -> None:
         self.aborted: list[str] = []
-        self.workers: tuple[wire.WorkerStatus, ...] | None = (self._worker(wire.WorkerState.READY, 100),)
+        self.workers: tuple[wire.WorkerStatus, ...] | None = (self.worker(wire.WorkerState.READY, 100),)
 
     @staticmethod
-    def _worker(state: wire.WorkerState, max_model_len: int) -> wire.WorkerStatus:
+    def worker(state: wire.WorkerState, max_model_len: int) -> wire.WorkerStatus:
         info = wire.WorkerInfo("w0", "e", 1, "cpu", "fake", max_model_len=max_model_len)
         return wire.WorkerStatus(info, state, "", 0.0, 0, None)
 
@@ -212,7 +217,12 @@ class SilentBackend:
     def status(self) -> wire.Cluster | None:
         return None if self.workers is None else wire.Cluster("r", self.workers)
 
+    async def ask(self, *, last_steps: int = 0, request_id: str | None = None) -> list[wire.DebugReply]:
+        return []
+
     async def close(self) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 async def test_a_request_ends_at_its_deadline_even_if_the_backend_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +240,9 @@ async def test_the_context_length_is_remembered_while_all_workers_start_again() 
     backend.workers = ()
     with pytest.raises(Unavailable, match="no worker"):
         _ = engine.max_model_len
-    backend.workers = (backend._worker(wire.WorkerState.READY, 100),)
+    backend.workers = (backend.worker(wire.WorkerState.READY, 100),)
     assert engine.max_model_len == 100
-    backend.workers = (backend._worker(wire.WorkerState.STARTING, 0),)
+    backend.workers = (backend.worker(wire.WorkerState.STARTING, 0),)
     assert engine.max_model_len == 100
     backend.workers = None
     with pytest.raises(Unavailable, match="router"):

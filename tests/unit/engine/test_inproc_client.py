@@ -42,7 +42,12 @@ class Device(FakeExecutor):
 
 @pytest.fixture
 def core() -> EngineCore:
-    return make_core(Device(num_blocks=256), clock=MonotonicClock(), max_waiting=4)  # type: ignore[arg-type]
+    return make_core(Device(num_blocks=256), clock=MonotonicClock(), max_waiting=4)
+
+
+def device_of(core: EngineCore) -> Device:
+    assert isinstance(core.executor, Device)
+    return core.executor
 
 
 @pytest.fixture
@@ -101,12 +106,12 @@ def test_nothing_starts_if_one_of_the_prompts_is_wrong(engine: Engine, core: Eng
         (7, InvalidRequest),
     ):
         with pytest.raises(wrong):
-            engine.generate(prompts, GREEDY)  # type: ignore[call-overload]
+            engine.generate(prompts, GREEDY)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="1 sampling parameters for 2 prompts"):
         engine.generate(["a", "b"], [GREEDY])
     for sampling in ({"max_tokens": 3}, [{"max_tokens": 3}], 3):
         with pytest.raises(InvalidRequest, match="sampling must be SamplingParams"):
-            engine.generate("a", sampling)  # type: ignore[call-overload]
+            engine.generate("a", sampling)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="each of them an object with role and content, got 'hi'"):
         engine.chat("hi")  # type: ignore[arg-type]
     assert core.stats().requests == 0
@@ -150,7 +155,7 @@ def test_a_stop_string_ends_the_request_in_the_core_too(engine: Engine, core: En
 
 
 def test_ctrl_c_waits_for_the_step_and_leaves_a_usable_engine(engine: Engine, core: EngineCore) -> None:
-    core.executor.happens = lambda: signal.raise_signal(signal.SIGINT)  # type: ignore[attr-defined]
+    device_of(core).happens = lambda: signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(["ab", "cd"], GREEDY)
     assert not core.has_work
@@ -167,7 +172,7 @@ def test_a_second_ctrl_c_does_not_wait(engine: Engine, core: EngineCore) -> None
         signal.raise_signal(signal.SIGINT)
         reached.append("after the second")
 
-    core.executor.happens = twice  # type: ignore[attr-defined]
+    device_of(core).happens = twice
     with pytest.raises(KeyboardInterrupt):
         engine.generate("ab", GREEDY)
     assert reached == ["after the first"]
@@ -177,7 +182,7 @@ def test_a_second_ctrl_c_does_not_wait(engine: Engine, core: EngineCore) -> None
 def test_a_request_that_fails_is_an_output_with_its_error_among_the_others(
     core: EngineCore, engine: Engine, stream: bool
 ) -> None:
-    core.executor._poison = frozenset({TOKENIZER.encode("z")[0]})  # type: ignore[attr-defined]
+    device_of(core).poison = frozenset({TOKENIZER.encode("z")[0]})
     outputs = list(engine.generate(["ab", "z", "cd"], GREEDY, stream=stream))  # type: ignore[call-overload]
     ends = {o.metadata["index"]: o for o in outputs if o.finished}
     assert [ends[i].finish_reason for i in range(3)] == ["length", "error", "length"]
@@ -197,7 +202,7 @@ def test_a_step_that_fails_ends_the_engine_but_loses_no_output(core: EngineCore,
     first, second = (SamplingParams(temperature=0.0, max_tokens=n) for n in (1, 6))
     news = engine.generate(["ab", "cd"], [first, second], stream=True)
     outputs = [next(news)]
-    core.executor.happens = fail  # type: ignore[attr-defined]
+    device_of(core).happens = fail
     outputs += news
     ends = {o.metadata["index"]: o for o in outputs if o.finished}
     assert (ends[0].text, ends[0].finish_reason) == (answer("ab", 1), "length")
@@ -260,7 +265,7 @@ def test_a_promise_by_class_or_in_numbers_is_judged_in_the_output(engine: Engine
 def test_an_unknown_class_or_an_absurd_priority_starts_nothing(engine: Engine, core: EngineCore) -> None:
     for wrong, param in (({"slo": "fast"}, "slo"), ({"priority": 101}, "priority"), ({"priority": True}, "priority")):
         with pytest.raises(InvalidRequest) as caught:
-            engine.generate("ab", GREEDY, **wrong)  # type: ignore[call-overload]
+            engine.generate("ab", GREEDY, **wrong)
         assert caught.value.param == param
     assert core.stats().requests == 0
 

@@ -29,11 +29,14 @@ def slow_core(*, step_s: float, max_running: int, max_waiting: int = 1024, sched
     """Steps take virtual seconds; requests arrive now, by the real clock that stamps them."""
     clock = VirtualClock(time.monotonic())
     device = FakeExecutor(clock=clock, step_s=step_s, num_blocks=8192, max_batch_tokens=2048)
-    core = make_core(
-        device, clock=clock, policy=make_policy(scheduler), max_running=max_running, max_waiting=max_waiting
+    return make_core(
+        device,
+        clock=clock,
+        policy=make_policy(scheduler),
+        max_running=max_running,
+        max_waiting=max_waiting,
+        check_every_step=False,
     )
-    core._check_every_step = False
-    return core
 
 
 def engine_over(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Engine:

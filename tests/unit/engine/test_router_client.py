@@ -131,7 +131,7 @@ async def test_a_loop_that_is_held_up_still_says_hello_and_hears_what_came(
     monkeypatch.setattr(nexusengine.engine.router_client, "_GONE_S", 0.3)
     monkeypatch.setattr(nexusengine.engine.router_client, "_SILENT_S", 0.3)
     client = RouterClient(f"ipc://{tmp_path}/front")
-    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     router.bind(f"ipc://{tmp_path}/front")
     asked = Asked(client)
     await client.start()
@@ -174,7 +174,7 @@ async def test_a_loop_that_was_busy_is_not_a_router_that_was_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nexusengine.engine.router_client, "_SILENT_S", 0.1)
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.bind(f"ipc://{tmp_path}/front")
     sent = threading.Event()
 

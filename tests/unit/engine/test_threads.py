@@ -55,7 +55,12 @@ class Device(FakeExecutor):
 @pytest.fixture
 def core() -> EngineCore:
     device = Device(num_blocks=512, max_batch_tokens=256)
-    return make_core(device, clock=MonotonicClock(), policy=make_policy("lens"), max_waiting=4)  # type: ignore[arg-type]
+    return make_core(device, clock=MonotonicClock(), policy=make_policy("lens"), max_waiting=4)
+
+
+def device_of(core: EngineCore) -> Device:
+    assert isinstance(core.executor, Device)
+    return core.executor
 
 
 @pytest.fixture
@@ -108,7 +113,7 @@ def test_threads_get_their_own_answers_and_share_the_batch(engine: Engine, core:
 
     in_threads(*(caller(n) for n in range(4)))
     assert not core.has_work
-    alone = [n for n, _ in core.executor.batches if n > 6]  # type: ignore[attr-defined]
+    alone = [n for n, _ in device_of(core).batches if n > 6]
     assert alone, "no step had rows of two callers"
 
 
@@ -140,7 +145,7 @@ def test_a_stream_dropped_within_a_step_is_aborted_and_breaks_nothing(engine: En
     def dropped_by(drop: Callable[[Callable[[], None]], None]) -> None:
         streams: list[Any] = [engine.generate([[1, 2], [3]], long, stream=True)]
         next(streams[0])
-        core.executor.happens = lambda: drop(streams.clear)  # type: ignore[attr-defined]
+        device_of(core).happens = lambda: drop(streams.clear)
         assert engine.generate([[5, 6]], GREEDY)[0].token_ids == answer([5, 6])
         assert not core.has_work
 
@@ -162,7 +167,7 @@ def test_close_ends_what_other_threads_wait_for(engine: Engine, core: EngineCore
 def test_a_signal_handler_that_closes_the_engine_does_not_deadlock(engine: Engine, core: EngineCore) -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: engine.close())
     try:
-        core.executor.happens = lambda: signal.raise_signal(signal.SIGUSR1)  # type: ignore[attr-defined]
+        device_of(core).happens = lambda: signal.raise_signal(signal.SIGUSR1)
         (output,) = engine.generate([[1, 2]], GREEDY)
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -179,7 +184,7 @@ def test_a_signal_handler_that_generates_within_a_step_is_told_so(engine: Engine
 
     before = signal.signal(signal.SIGUSR1, handle)
     try:
-        core.executor.happens = lambda: signal.raise_signal(signal.SIGUSR1)  # type: ignore[attr-defined]
+        device_of(core).happens = lambda: signal.raise_signal(signal.SIGUSR1)
         assert engine.generate([[1, 2]], GREEDY)[0].token_ids == answer([1, 2])
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -187,7 +192,7 @@ def test_a_signal_handler_that_generates_within_a_step_is_told_so(engine: Engine
 
 
 def test_a_deleted_engine_leaves_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = make_core(Device(num_blocks=64), clock=MonotonicClock())  # type: ignore[arg-type]
+    core = make_core(Device(num_blocks=64), clock=MonotonicClock())
     monkeypatch.setattr(
         nexusengine.engine.offline, "make_local", lambda config, core=core: (core, TOKENIZER, VOCABULARY)
     )
@@ -243,7 +248,7 @@ def test_a_fork_is_told_that_the_engine_is_not_its_own(engine: Engine, core: Eng
 
 
 async def started() -> AsyncEngine:
-    core = make_core(Device(num_blocks=256), clock=MonotonicClock())  # type: ignore[arg-type]
+    core = make_core(Device(num_blocks=256), clock=MonotonicClock())
     backend = LocalBackend(core, "fake")
     await backend.start()
     return AsyncEngine.from_client(backend, TOKENIZER, VOCABULARY)

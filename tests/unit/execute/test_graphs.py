@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-torch = pytest.importorskip("torch")
-
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-
-from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.batch import StepBatch  # noqa: E402
-from nexusengine.execute.graphs import Captured, GraphShape, GraphTable, length_buckets, row_buckets  # noqa: E402
-from tests.unit.execute.test_torch_executor import OPTIONS, Steps, made  # noqa: E402
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.batch import StepBatch
+from nexusengine.execute.graphs import Captured, GraphShape, GraphTable, length_buckets, row_buckets
+from tests.unit.execute.test_torch_executor import OPTIONS, Steps, made
 
 
 class Bookkeeper:
@@ -126,6 +124,7 @@ def test_padded_decodes_at_fixed_places_give_the_same_tokens(backend: str | None
     device = Rehearsal()
     with torch.inference_mode():
         graphed.executor.capture_decodes(device, 2**30, OPTIONS.max_running)
+        assert graphed.executor._kv is not None
         graphed.executor._kv[:, :, 0] = 0.0  # the null block's content must be finite, as a fresh cache's is
     for steps in (plain, graphed):
         steps.step(prompts)
@@ -155,6 +154,7 @@ def test_a_step_s_inputs_come_to_a_graph_s_places_in_one_copy(told: bool) -> Non
     steps, device = Steps(executor), Rehearsal()
     with torch.inference_mode():
         executor.capture_decodes(device, 2**30, OPTIONS.max_running)
+        assert executor._kv is not None
         executor._kv[:, :, 0] = 0.0
     work = {0: [3], 1: [5], 3: [8]} if told else {0: [-1], 1: [-1], 3: [-1]}
     steps.step({0: [5, 6, 7], 1: [9], 3: [1, 2, 3]})
@@ -169,6 +169,7 @@ def test_a_step_s_inputs_come_to_a_graph_s_places_in_one_copy(told: bool) -> Non
     assert len(copies) == 1
     assert [name for name, _ in operations.written if name != "aten::copy_"] == ([] if told else ["aten::where"])
     assert inputs.graph == GraphShape(4, 128)
+    assert executor.graphs is not None
     start = executor.graphs.inputs.data_ptr()
     for tensor in (inputs.token_ids, inputs.positions, inputs.last, inputs.sampled_slots, inputs.meta.block_table):
         assert start <= tensor.data_ptr() < start + executor.graphs.inputs.numel()

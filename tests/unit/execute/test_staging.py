@@ -6,23 +6,22 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.clock import MonotonicClock  # noqa: E402
-from nexusengine.core.engine_core import EngineCore  # noqa: E402
-from nexusengine.execute.memory import DeviceMemory, MemoryPlan, graph_budget_bytes  # noqa: E402
-from nexusengine.execute.staging import Staging  # noqa: E402
-from nexusengine.perf.registry import make_model  # noqa: E402
-from nexusengine.scheduler.baselines.fcfs import FCFS  # noqa: E402
-from nexusengine.types import SamplingParams  # noqa: E402
-from tests.support.fakes import request, run  # noqa: E402
-from tests.unit.execute.test_torch_executor import OPTIONS, Steps, made  # noqa: E402
+from nexusengine.clock import MonotonicClock
+from nexusengine.core.engine_core import EngineCore
+from nexusengine.execute.memory import DeviceMemory, MemoryPlan, graph_budget_bytes
+from nexusengine.execute.staging import Staging
+from nexusengine.perf.registry import make_model
+from nexusengine.scheduler.baselines.fcfs import FCFS
+from nexusengine.types import SamplingParams
+from tests.support.fakes import request, run
+from tests.unit.execute.test_torch_executor import OPTIONS, Steps, made
 
 
 def test_arrays_of_different_types_arrive_as_they_were() -> None:
     staging = Staging(torch.device("cpu"))
-    given = {
+    given: dict[str, np.ndarray] = {
         "ids": np.arange(7, dtype=np.int64),
         "table": np.arange(6, dtype=np.int32).reshape(2, 3)[:, ::-1],
         "none": np.empty(0, np.int64),

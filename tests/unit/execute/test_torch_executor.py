@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine import native  # noqa: E402
-from nexusengine.config import parse_device  # noqa: E402
-from nexusengine.errors import ConfigError, ModelLoadError  # noqa: E402
-from nexusengine.execute import load, memory  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.batch import StepBatch, StepResult  # noqa: E402
-from nexusengine.execute.memory import largest_step  # noqa: E402
-from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
-from nexusengine.model_config import ModelConfig  # noqa: E402
-from nexusengine.sampling.table import SamplingTable  # noqa: E402
-from nexusengine.types import SamplingParams  # noqa: E402
+from nexusengine import native
+from nexusengine.config import parse_device
+from nexusengine.errors import ConfigError, ModelLoadError
+from nexusengine.execute import load, memory
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.execute.memory import largest_step
+from nexusengine.execute.torch_executor import TorchExecutor
+from nexusengine.model_config import ModelConfig
+from nexusengine.sampling.table import SamplingTable
+from nexusengine.types import SamplingParams
 
 CONFIG = ModelConfig("LlamaForCausalLM", 89, 32, 48, 2, 4, 2, 8, 128, 1e-6, 10_000.0)
 OPTIONS = ExecutorOptions(kv_cache_bytes=2**20, max_running=8, max_batch_tokens=64, seed=1)
@@ -217,7 +217,7 @@ def test_cpu_without_a_number_takes_no_more_threads_than_its_container_may_use(m
         ({"block_size": 1025}, "1025"),
     ],
 )
-def test_a_setting_that_cannot_be_met_is_named(changes: dict[str, object], words: str) -> None:
+def test_a_setting_that_cannot_be_met_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         made(options=dataclasses.replace(OPTIONS, **changes))
 

@@ -82,7 +82,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.parent.mkdir()
     path.write_bytes(CONTENT)
     spec = SimpleNamespace(origin=str(path.with_name("__init__.py")))
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     return path
 
 

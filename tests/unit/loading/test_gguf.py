@@ -92,7 +92,8 @@ def test_a_tensor_of_each_type_comes_back_under_its_name(tmp_path: Path, kind: s
     assert set(file.tensors) == set(written)
     for name, value in written.items():
         read = file.array(name)
-        assert (read.shape, read.dtype) == (value.shape, np.float32)
+        assert read.shape == value.shape
+        assert read.dtype == np.float32
         error = np.abs(read - value).max() / np.abs(value).max()
         assert error < {"F32": 1e-9, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.02}.get(kind, 0.2), name
 
@@ -131,7 +132,8 @@ def test_blocks_are_read_as_the_gguf_package_reads_them(tmp_path: Path, kind: st
 
 
 def test_the_geometry_is_read_from_the_metadata(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", **{"rope.freq_base": 5000.0, "rope.scaling.type": "linear", "rope.scaling.factor": 2.0})
+    scaling: dict[str, Any] = {"rope.freq_base": 5e3, "rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+    write(tmp_path / "m.gguf", **scaling)
     config = resolve_model(str(tmp_path / "m.gguf")).config
     assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (HIDDEN, 8, 4, 32)
     assert (config.vocab_size, config.tie_embeddings, config.rope_theta) == (VOCABULARY, True, 5000.0)
@@ -187,7 +189,8 @@ def test_metadata_we_cannot_serve_is_named(tmp_path: Path, metadata: dict[str, A
 
 
 def test_the_architecture_is_the_first_reason(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", architecture="gemma2", **{"rope.scaling.type": "longrope", "attention.head_count_kv": 3})
+    further: dict[str, Any] = {"rope.scaling.type": "longrope", "attention.head_count_kv": 3}
+    write(tmp_path / "m.gguf", architecture="gemma2", **further)
     with pytest.raises(ModelLoadError, match="architecture 'gemma2' is not supported; known: llama, qwen2"):
         resolve_model(str(tmp_path / "m.gguf"))
 
@@ -203,7 +206,8 @@ def test_an_architecture_that_is_no_name_is_refused(tmp_path: Path) -> None:
 def test_rope_factors_that_are_none_are_refused(tmp_path: Path) -> None:
     for i, factors in enumerate(([1.0] * 15 + [0.0], [1.0] * 15 + [float("nan")], [1.0] * 3)):
         path = tmp_path / f"{i}.gguf"
-        gguf_models.write(path, "llama", **{"attention.key_length": 32, "attention.value_length": 32})
+        widths: dict[str, Any] = {"attention.key_length": 32, "attention.value_length": 32}
+        gguf_models.write(path, "llama", **widths)
         extra = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
         extra.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
         steps = (extra.write_header_to_file, extra.write_kv_data_to_file, extra.write_tensors_to_file, extra.close)

@@ -177,7 +177,7 @@ def test_weights_in_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
 def test_what_cannot_be_downloaded_is_one_sentence_that_says_what_to_do(
     tmp_path: Path, served: tuple[str, Repositories], ref: str, environ: dict[str, str], words: list[str]
 ) -> None:
-    found, error = resolve(tmp_path, served[0], ref, **environ)
+    found, error = resolve(tmp_path, served[0], ref, 0, **environ)
     assert found == ""
     assert "\n" not in error
     for word in words:

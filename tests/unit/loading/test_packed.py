@@ -6,25 +6,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.attention.base import AttentionSpec  # noqa: E402
-from nexusengine.attention.registry import backend_class  # noqa: E402
-from nexusengine.config import parse_device  # noqa: E402
-from nexusengine.errors import ModelLoadError  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.factory import make_executor  # noqa: E402
-from nexusengine.layers.ops import TorchOps  # noqa: E402
-from nexusengine.layers.packed import PackedMaps, check  # noqa: E402
-from nexusengine.loading.packed import PackedWeight  # noqa: E402
-from nexusengine.loading.resolve import resolve_model  # noqa: E402
-from nexusengine.loading.weights import open_weights  # noqa: E402
-from nexusengine.model_config import StoredWeights  # noqa: E402
-from nexusengine.models.llama import LlamaForCausalLM  # noqa: E402
-from nexusengine.models.loader import WeightLoader  # noqa: E402
-from tests.support import checkpoints, gptqmodel_standin  # noqa: E402
-from tests.support.attention_cases import make_case  # noqa: E402
+from nexusengine.attention.base import AttentionSpec
+from nexusengine.attention.registry import backend_class
+from nexusengine.config import parse_device
+from nexusengine.errors import ModelLoadError
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.factory import make_executor
+from nexusengine.layers.ops import TorchOps
+from nexusengine.layers.packed import PackedLinear, PackedMaps, check
+from nexusengine.loading.packed import PackedWeight
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.loading.weights import open_weights
+from nexusengine.model_config import StoredWeights
+from nexusengine.models.llama import LlamaForCausalLM
+from nexusengine.models.loader import WeightLoader
+from tests.support import checkpoints, gptqmodel_standin
+from tests.support.attention_cases import make_case
 
 CPU = torch.device("cpu")
 
@@ -40,6 +39,13 @@ def loaded(path: Path, packed: bool, scaled_kv: bool = False) -> LlamaForCausalL
     with open_weights(files) as source:
         loader = WeightLoader(files.config, source, dtype=torch.float32, device=CPU, ops=ops, scaled_kv=scaled_kv)
         return LlamaForCausalLM(loader, max_positions=64)
+
+
+def modules_of(model: LlamaForCausalLM) -> list[gptqmodel_standin.QuantLinear]:
+    """The library's modules for q, k and v in the first layer."""
+    qkv = model.layers[0].qkv
+    assert isinstance(qkv, PackedLinear)
+    return [module for module in qkv.modules if isinstance(module, gptqmodel_standin.QuantLinear)]
 
 
 def logits(model: LlamaForCausalLM) -> torch.Tensor:
@@ -78,10 +84,11 @@ def test_a_packed_model_computes_what_its_numbers_do(
     path, numbers = written(tmp_path / "packed", layout)
     model, plain = loaded(path, True), loaded(checkpoints.write(tmp_path / "plain", numbers), False)
     assert torch.allclose(logits(model), logits(plain), atol=2e-3)
-    assert [type(m) for m in model.layers[0].qkv.modules] == [
+    modules = modules_of(model)
+    assert [type(m) for m in modules] == [
         gptqmodel_standin.GptqLinear if layout == "gptq" else gptqmodel_standin.AwqLinear
     ] * 3
-    assert model.layers[0].qkv.modules[0].made_of == (layout == "gptq", False)
+    assert modules[0].made_of == (layout == "gptq", False)
     assert model.weights.unkept == []
     linear = sum(numbers[f"{name}.weight"].numel() for name in checkpoints.projections())
     rest = plain.weights.total_bytes - 4 * linear
@@ -98,7 +105,7 @@ def test_scales_of_k_and_v_go_into_packed_weights_too(
     path = checkpoints.write(tmp_path, tensors, quantization)
     plain, scaled = loaded(path, True), loaded(path, True, scaled_kv=True)
     assert torch.allclose(logits(plain), logits(scaled), atol=2e-3)
-    pairs = zip(scaled.layers[0].qkv.modules, plain.layers[0].qkv.modules, strict=True)
+    pairs = zip(modules_of(scaled), modules_of(plain), strict=True)
     ratio = [a.scales[0, 0] / b.scales[0, 0] for a, b in pairs]
     assert ratio == [0.5, 2.0, 2.0]
 

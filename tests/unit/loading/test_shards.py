@@ -7,16 +7,15 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.config import parse_device  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
-from nexusengine.loading import safetensors_file  # noqa: E402
-from nexusengine.loading.resolve import resolve_model  # noqa: E402
-from nexusengine.loading.safetensors_file import SafetensorsSource  # noqa: E402
-from tests.support import checkpoints  # noqa: E402
+from nexusengine.config import parse_device
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.torch_executor import TorchExecutor
+from nexusengine.loading import safetensors_file
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.loading.safetensors_file import SafetensorsSource
+from tests.support import checkpoints
 
 FILES = 7
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts mappings in /proc")

@@ -176,7 +176,7 @@ def test_an_instruction_set_that_cannot_run_here_is_refused() -> None:
 
 def compiles(process: psutil.Process) -> bool:
     try:
-        return process.name() == "cc1plus"
+        return bool(process.name() == "cc1plus")
     except psutil.NoSuchProcess:  # a compiler driver's children come and go
         return False
 

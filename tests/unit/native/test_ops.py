@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine import native  # noqa: E402
-from nexusengine.attention.base import AttentionMeta, AttentionSpec  # noqa: E402
-from nexusengine.attention.registry import backend_class  # noqa: E402
-from nexusengine.layers.basic import Linear  # noqa: E402
-from nexusengine.layers.native_ops import NativeOps  # noqa: E402
-from nexusengine.layers.ops import TorchOps  # noqa: E402
-from nexusengine.layers.rotary import RotaryEmbedding  # noqa: E402
-from nexusengine.model_config import ModelConfig  # noqa: E402
+from nexusengine import native
+from nexusengine.attention.base import AttentionMeta, AttentionSpec
+from nexusengine.attention.registry import backend_class
+from nexusengine.layers.basic import Linear
+from nexusengine.layers.native_ops import NativeOps
+from nexusengine.layers.ops import Ops, TorchOps
+from nexusengine.layers.rotary import RotaryEmbedding
+from nexusengine.model_config import ModelConfig
 
 EPS = 1e-5
 AVAILABLE, REASON = native.probe()
@@ -100,7 +100,7 @@ def test_rotation_and_store(ops: NativeOps, heads: tuple[int, int, int]) -> None
     found, expected = (torch.full((2, 10, 4, kv_count, dim), torch.nan) for _ in range(2))
     config = ModelConfig("LlamaForCausalLM", 8, 8, 8, 1, count, kv_count, dim, 64, EPS, 10_000.0)
     rotary, positions = RotaryEmbedding(config, 64, torch.float32, torch.device("cpu")), torch.randperm(64)[:11]
-    names = {"cpu": (ops, found), "sdpa": (TorchOps(EPS), expected)}
+    names: dict[str, tuple[Ops[Any], torch.Tensor]] = {"cpu": (ops, found), "sdpa": (TorchOps(EPS), expected)}
     rotated = {}
     for name, (table, cache) in names.items():
         spec = AttentionSpec(count, kv_count, dim, torch.float32, torch.device("cpu"), 4, 1.0)

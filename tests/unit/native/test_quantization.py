@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine import native  # noqa: E402
-from nexusengine.config import parse_device  # noqa: E402
-from nexusengine.errors import ConfigError  # noqa: E402
-from nexusengine.execute.base import ExecutorOptions  # noqa: E402
-from nexusengine.execute.torch_executor import TorchExecutor  # noqa: E402
-from nexusengine.layers.choice import choose_ops  # noqa: E402
-from nexusengine.layers.native_ops import NativeOps  # noqa: E402
-from nexusengine.loading.gguf_file import Q4Blocks  # noqa: E402
-from nexusengine.loading.resolve import resolve_model  # noqa: E402
-from nexusengine.model_config import ModelConfig  # noqa: E402
-from nexusengine.native.pack import q4_blocks  # noqa: E402
+from nexusengine import native
+from nexusengine.config import parse_device
+from nexusengine.errors import ConfigError
+from nexusengine.execute.base import ExecutorOptions
+from nexusengine.execute.torch_executor import TorchExecutor
+from nexusengine.layers.choice import choose_ops
+from nexusengine.layers.native_ops import NativeOps
+from nexusengine.loading.gguf_file import Q4Blocks
+from nexusengine.loading.resolve import resolve_model
+from nexusengine.model_config import ModelConfig
+from nexusengine.native.pack import q4_blocks
 
 EPS = 1e-5
 AVAILABLE, REASON = native.probe()
@@ -32,9 +31,9 @@ def numbers(blocks: Q4Blocks) -> torch.Tensor:
     return (q.view(n, k // 32, 32) * scale[..., None] + minimum[..., None]).view(n, k)
 
 
-def stored(ops: NativeOps, weight: torch.Tensor | Q4Blocks, **kind: bool) -> torch.Tensor:
+def stored(ops: NativeOps, weight: torch.Tensor | Q4Blocks, *, head: bool = False) -> torch.Tensor:
     """What the table keeps of a weight, read back as embeddings."""
-    packed = ops.pack(weight, **kind)
+    packed = ops.pack(weight, head=head)
     return ops.embed(torch.arange(packed.packed.n), packed).double()
 
 
@@ -96,7 +95,7 @@ def test_a_row_that_is_not_finite_fails_alone(quantization: str) -> None:
 @needs_kernels
 def test_zeros_stay_zeros() -> None:
     for quantization in ("int8", "int4"):
-        ops = NativeOps(EPS, native.library(), quantization)  # type: ignore[arg-type]
+        ops = NativeOps(EPS, native.library(), quantization)
         weight = torch.randn(20, 64)
         weight[4] = 0.0
         found = ops.linear(ops.pack(weight), torch.cat([torch.zeros(1, 64), torch.randn(2, 64)]))
@@ -135,7 +134,7 @@ def test_the_default_model_keeps_the_blocks_of_its_file() -> None:
     with open_weights(files) as source:
         for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
             blocks = source.stored(name)
-            assert blocks is not None
+            assert isinstance(blocks, Q4Blocks)
             assert (numbers(blocks) - source.get(name, torch.float32)).abs().max() < 1e-6
         assert source.stored("model.embed_tokens.weight") is None
 

@@ -35,7 +35,7 @@ def test_a_line_in_tokens_and_sequences_tells_the_two_apart() -> None:
 def test_the_surface_learns_a_saturating_surface() -> None:
     def seconds(f: StepFeatures) -> float:
         filled = (1 - 2.718281828 ** (-0.5 * f.sequences)) * (1 - 2.718281828 ** (-0.01 * f.tokens))
-        return 0.005 + (0.001 + 5e-5 * f.tokens) / filled + 1e-4 * f.sequences
+        return float(0.005 + (0.001 + 5e-5 * f.tokens) / filled + 1e-4 * f.sequences)
 
     rng, model, errors = random.Random(1), SurfaceModel(), []
     for i in range(1000):

@@ -13,7 +13,7 @@ def test_a_curve_is_exact_at_its_points_and_linear_between() -> None:
 
 @pytest.mark.parametrize("x", [2049, 4096, 16_384, 16_385, 100_000])
 def test_a_curve_goes_on_with_the_slope_of_its_last_half(x: int) -> None:
-    xs = np.arange(0, 2049, 16)
+    xs = np.arange(0.0, 2049.0, 16.0)
     jagged = np.where(xs == 2048, 3.0 * xs + 500.0, 3.0 * xs)  # the last segment alone would say 34 a token
     slope = (3.0 * 2048 + 500.0 - 3.0 * 1024) / 1024
     assert Curve(xs, jagged)(x) == pytest.approx(3.0 * 2048 + 500.0 + slope * (x - 2048))

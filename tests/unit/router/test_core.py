@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -25,7 +27,7 @@ def info(worker: str, epoch: str = "e1", longest: int = 1000) -> wire.WorkerInfo
 class Router:
     """A core with its outgoing messages sorted by receiver."""
 
-    def __init__(self, *workers: str, policy: str = "least-requests", **options: int) -> None:
+    def __init__(self, *workers: str, policy: str = "least-requests", **options: Any) -> None:
         self.core = RouterCore(make_policy(policy), [info(w, "") for w in workers], epoch="r", **options)
         self.now = 0.0
 

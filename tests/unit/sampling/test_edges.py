@@ -6,12 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
-from nexusengine.sampling.sampler import sample  # noqa: E402
-from tests.unit.sampling.test_sampler import allowed, rows  # noqa: E402
+from nexusengine.sampling.noise import exponential, row_keys
+from nexusengine.sampling.sampler import sample
+from tests.unit.sampling.test_sampler import allowed, rows
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6, 1e-5, 1e-3])
@@ -102,7 +101,8 @@ def test_half_of_all_bits_differ_between_neighbouring_counters() -> None:
     def bits(seed: int, position: int, shift: int = 0) -> np.ndarray:
         noise = exponential(row_keys(np.array([seed]), np.array([position], np.int32)), ids + shift)
         uniform = -torch.expm1(-noise.double())[0].numpy()
-        return (uniform[:, None] * 2.0 ** np.arange(1, 13)).astype(np.int64) & 1
+        found: np.ndarray = (uniform[:, None] * 2.0 ** np.arange(1, 13)).astype(np.int64) & 1
+        return found
 
     start = bits(1, 1)
     for other in (bits(2, 1), bits(1, 2), bits(2, 2), bits(1, 1, 1), bits(-1, 1), bits(1 + 2**62, 1)):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from nexusengine.sampling.noise import exponential, row_keys  # noqa: E402
-from nexusengine.sampling.sampler import sample  # noqa: E402
-from nexusengine.sampling.table import SamplingRows  # noqa: E402
+from nexusengine.sampling.noise import exponential, row_keys
+from nexusengine.sampling.sampler import sample
+from nexusengine.sampling.table import SamplingRows
 
 
 def rows(n: int, **columns: float | list[float] | np.ndarray) -> SamplingRows:
@@ -23,7 +22,7 @@ def rows(n: int, **columns: float | list[float] | np.ndarray) -> SamplingRows:
         "logprobs": (-1, np.int32),
         "position": (0, np.int32),
     }
-    made = {
+    made: dict[str, np.ndarray] = {
         name: np.broadcast_to(np.asarray(columns.get(name, value), kind), n).copy()
         for name, (value, kind) in defaults.items()
     }
@@ -36,7 +35,8 @@ def allowed(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, 
     order = sorted(range(len(p)), key=lambda i: -p[i])
     if top_k:
         order = order[:top_k]
-    total, kept, seen = sum(p[i] for i in order), [], 0.0
+    total, seen = sum(p[i] for i in order), 0.0
+    kept: list[int] = []
     for i in order:
         if seen < top_p * total or not kept:
             kept.append(i)

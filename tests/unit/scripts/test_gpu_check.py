@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from nexusengine.profiles.fit import FEWEST_STEPS
 from nexusengine.profiles.user_file import read_profile
 
-torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[3]
 
 

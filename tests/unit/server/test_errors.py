@@ -14,7 +14,7 @@ from nexusengine.server.errors import error_body, error_response
 def test_every_error_of_the_table_has_a_reply_in_openais_form(code: str) -> None:
     reply = error_response(ERROR_TABLE[code]("why", param="field"))
     assert reply.status_code == ERROR_TABLE[code].http_status >= 400
-    error = json.loads(reply.body)["error"]
+    error = json.loads(bytes(reply.body))["error"]
     assert (error["message"], error["param"], error["code"]) == ("why", "field", code)
     assert error["type"]
 
@@ -26,7 +26,7 @@ def test_a_time_to_come_back_is_given_in_whole_seconds_rounded_up() -> None:
 
 def test_a_message_that_quotes_half_a_character_can_be_sent() -> None:
     reply = error_response(InvalidRequest("the template refuses \ud800", param="\udfff"))
-    assert json.loads(reply.body)["error"]["message"] == "the template refuses \\ud800"
+    assert json.loads(bytes(reply.body))["error"]["message"] == "the template refuses \\ud800"
     assert error_body(InvalidRequest("é"))["error"]["message"] == "é"
 
 

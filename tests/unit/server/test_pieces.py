@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from nexusengine.server import pieces
 from nexusengine.server.pieces import JSONPieces, LoopYield
 
 
@@ -64,7 +63,7 @@ def test_others_get_their_turn_after_every_few_milliseconds_of_work(
         task = asyncio.ensure_future(others())
         await asyncio.sleep(0)
         seen.clear()
-        monkeypatch.setattr(pieces.time, "monotonic", clock)
+        monkeypatch.setattr("time.monotonic", clock)
         rest = make().yield_if_due
         for _ in range(20):
             await rest()

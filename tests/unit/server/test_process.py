@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from nexusengine.config import ServeConfig
 from nexusengine.process.control import (
@@ -88,6 +89,7 @@ def test_it_answers_before_there_is_a_model_and_ends_with_its_parent(tmp_path: P
 def test_it_is_drained_once_every_request_is_answered(tmp_path: Path) -> None:
     """The router is done earlier: what it sent last may still be on its way to the server."""
     with server_process(tmp_path, port=0) as (child, event), socket.socket() as client:
+        assert isinstance(event, Listening)
         client.connect(("127.0.0.1", event.port))
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
         url = f"http://127.0.0.1:{event.port}"
@@ -147,8 +149,8 @@ def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.M
 
     monkeypatch.setattr(process, "resolve_model", lambda *args, **options: None)
     monkeypatch.setattr(process, "load_tokenizer", load)
-    monkeypatch.setattr(process.child, "send", sent.append)
-    monkeypatch.setattr(process.os, "_exit", leave)
+    monkeypatch.setattr("nexusengine.process.child.send", sent.append)
+    monkeypatch.setattr("os._exit", leave)
     control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
     with pytest.raises(SystemExit) as ended:
         asyncio.run(control._load(Model("m", "m")))
@@ -164,20 +166,18 @@ async def test_at_the_end_what_streams_is_ended_before_the_process_is(monkeypatc
         def shut(self, reason: str) -> None:
             reasons.append(reason)
 
-    class Server:
-        should_exit = False
-
     timers: list[float] = []
+    server = uvicorn.Server(uvicorn.Config("none"))
+    control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
     monkeypatch.setattr(
         process, "threading", SimpleNamespace(Timer=lambda s, *_: SimpleNamespace(start=lambda: timers.append(s)))
     )
-    control = process.Control.__new__(process.Control)
-    control._tasks, control._client = set(), Client()  # type: ignore[assignment]
-    control._loop, control._server = asyncio.get_running_loop(), Server()  # type: ignore[assignment]
+    control.attach(asyncio.get_running_loop(), server)
+    control._client = Client()  # type: ignore[assignment]
     control.on_end()
     await asyncio.sleep(0)
     assert reasons == ["the server is shutting down"]
-    assert control._server.should_exit
+    assert server.should_exit
     assert len(timers) == 1
 
 

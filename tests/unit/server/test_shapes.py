@@ -27,7 +27,8 @@ def in_chat(*items: TokenLogprob, tokenizer: Tokenizer = SPM) -> list[dict[str, 
     shape = ChatShape()
     whole = shape.logprobs([shape.entry(tokenizer, item, 0) for item in items])
     read = {"content": [json.loads(bytes(entry)) for entry in whole["content"]], "refusal": whole["refusal"]}
-    return ChoiceLogprobs.model_validate(read, strict=True).model_dump()["content"]
+    content: list[dict[str, Any]] = ChoiceLogprobs.model_validate(read, strict=True).model_dump()["content"]
+    return content
 
 
 def in_text(*items: TokenLogprob, tokenizer: Tokenizer = SPM) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def test_tokens_of_one_text_keep_their_own_entries() -> None:
 def test_three_tokens_of_one_text_have_three_names() -> None:
     backend = sentencepiece()
     backend.add_tokens([" "])
-    tokenizer, ids = tokenizer_of(backend), [backend.token_to_id(t) for t in ("▁", "<0x20>", " ")]
+    tokenizer, ids = tokenizer_of(backend), [backend.get_vocab()[t] for t in ("▁", "<0x20>", " ")]
     found = in_text(TokenLogprob(ids[1], -2.0, tuple((i, -1.0 - n) for n, i in enumerate(ids))), tokenizer=tokenizer)
     assert found["tokens"] == [" "]
     assert found["top_logprobs"] == [{r"bytes:\x20": -1.0, " ": -2.0, f"token_id:{ids[2]}": -3.0}]
@@ -108,5 +109,5 @@ def test_a_metaspace_vocabulary_keeps_spaces_too() -> None:
     from tokenizers import decoders
 
     backend = unigram(decoders.Metaspace())
-    found = in_text(TokenLogprob(backend.token_to_id("▁the"), -1.0), tokenizer=tokenizer_of(backend))
+    found = in_text(TokenLogprob(backend.get_vocab()["▁the"], -1.0), tokenizer=tokenizer_of(backend))
     assert found["tokens"] == [" the"]

@@ -65,7 +65,7 @@ def test_none_is_no_promise_and_a_bound_in_null_is_no_bound() -> None:
 def test_a_wrong_header_is_named_even_where_the_body_outweighs_it(header: str, value: str) -> None:
     for body in (None, "batch"):
         with pytest.raises(InvalidRequest) as caught:
-            wanted(body, **{header: value})
+            wanted(body, CONFIGURED, **{header: value})
         assert caught.value.param == header.replace("_", "-")
         assert header.replace("_", "-") in caught.value.message
 

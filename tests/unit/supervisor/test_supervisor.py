@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import pytest
 import nexusengine.supervisor.supervisor
 from nexusengine.config import ServeConfig
 from nexusengine.process.control import Failed as ControlFailed
-from nexusengine.process.control import FromChild, Listening, Ready, encode
+from nexusengine.process.control import FromChild, Listening, Ready, RouterBoot, WorkerBoot, encode
 from nexusengine.supervisor.events import Draining, Event
 from nexusengine.supervisor.supervisor import Failed, Supervisor
 
 LISTENING, READY = Listening("127.0.0.1", 1), Ready()
 
 
-def supervisor(tmp_path: Path, says: dict[str, list[FromChild]], **settings: Any) -> Supervisor:
+def supervisor(
+    tmp_path: Path,
+    says: dict[str, list[FromChild]],
+    on_event: Callable[[Event], None] = lambda event: None,
+    **settings: Any,
+) -> Supervisor:
     """Its children only send these messages, by name."""
     fields = {"model": "smollm2-135m", "devices": "emulated:t4", "runtime_dir": str(tmp_path / "r"), **settings}
-    made = Supervisor(ServeConfig(**fields), with_server=True)
+    made = Supervisor(ServeConfig(**fields), with_server=True, on_event=on_event)
     for name, role in made._roles.items():
         role.module = "tests.support.stub_child"
         role.environ = {"STUB_EVENTS": json.dumps([encode(message).decode() for message in says.get(name, [])])}
@@ -48,9 +54,10 @@ def test_a_server_that_never_gets_ready_ends_the_start(tmp_path: Path) -> None:
 def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
     made = supervisor(tmp_path, {}, devices="emulated:t4,emulated:t4")
     try:
-        known = [worker.epoch for worker in made._roles["router"].boot().workers]
-        own = [made._roles[w].boot().identity.epoch for w in ("w0", "w1")]
-        assert known == own
+        router, *workers = (made._roles[name].boot() for name in ("router", "w0", "w1"))
+        assert isinstance(router, RouterBoot)
+        own = [boot.identity.epoch for boot in workers if isinstance(boot, WorkerBoot)]
+        assert [worker.epoch for worker in router.workers] == own
         assert len({*own}) == 2
         assert all(own)
     finally:
@@ -59,9 +66,9 @@ def test_the_router_is_told_which_process_a_worker_is(tmp_path: Path) -> None:
 
 def test_a_signal_before_a_worker_is_ready_ends_at_once(tmp_path: Path) -> None:
     """There is no request to finish; it used to wait for downloads, or until the drain time was over."""
-    made = supervisor(tmp_path, {"router": [LISTENING], "server": [LISTENING, READY], "w0": []}, drain_timeout=5.0)
     events: list[Event] = []
-    made._on_event = events.append
+    says: dict[str, list[FromChild]] = {"router": [LISTENING], "server": [LISTENING, READY], "w0": []}
+    made = supervisor(tmp_path, says, events.append, drain_timeout=5.0)
     made.drain()
     made.run()
     assert Draining not in {type(event) for event in events}

@@ -262,6 +262,6 @@ def test_a_template_sees_no_secrets_of_the_environment(monkeypatch: pytest.Monke
 
 
 def test_a_process_that_cannot_be_started_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(InternalError, match="the process that renders chat templates cannot be started"):
         RenderPool().render("a", {}, USER)

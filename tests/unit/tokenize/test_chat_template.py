@@ -11,13 +11,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from nexusengine.errors import InvalidRequest, ModelLoadError
 from nexusengine.tokenize.chat_template import ChatTemplate, check_template_variables
 
-USER = [{"role": "user", "content": "Grüße 🦙"}]
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Zürich"}'}}
+USER: list[dict[str, Any]] = [{"role": "user", "content": "Grüße 🦙"}]
+CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Zürich"}'}}
 
 
 def theirs(source: str, messages: list[Any], **more: Any) -> str:
-    rendered, _ = render_jinja_template([messages], chat_template=source, **{"add_generation_prompt": True, **more})
-    return rendered[0]
+    options = {"add_generation_prompt": True, **more}
+    rendered = render_jinja_template([messages], chat_template=source, **options)[0]
+    return str(rendered[0])
 
 
 def text_parts(*texts: str) -> list[dict[str, str]]:
@@ -175,7 +176,7 @@ def test_a_content_of_null_stays_null_where_a_template_asks_for_it() -> None:
 
 
 def test_a_variable_may_have_any_name() -> None:
-    names = {"self": 1, "source": 2, "variables": 3, "chat": 4}
+    names: dict[str, Any] = {"self": 1, "source": 2, "variables": 3, "chat": 4}
     template = ChatTemplate("{{ source }}{{ variables }}{{ chat }}", {}, "m")
     assert template.render(USER, **names) == "234"
 
@@ -270,7 +271,7 @@ def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], 
 def test_further_variables_reach_the_template_and_come_before_special_tokens() -> None:
     source = "{{ bos_token }}{{ enable_thinking }}{{ limits.deep[1] }}"
     template = ChatTemplate(source, {"bos_token": "<s>"}, "m")
-    more = {"enable_thinking": False, "limits": {"deep": [1, 2]}, "bos_token": "B"}
+    more: dict[str, Any] = {"enable_thinking": False, "limits": {"deep": [1, 2]}, "bos_token": "B"}
     assert template.render(USER, **more) == theirs(source, USER, **more) == "BFalse2"
     for name in ("messages", "chat_template", "add_generation_prompt", "continue_final_message"):
         with pytest.raises(InvalidRequest, match=f"cannot hold '{name}'"):

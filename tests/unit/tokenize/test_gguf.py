@@ -146,7 +146,7 @@ def test_merges_of_tokens_that_are_stored_with_real_spaces_are_left_out() -> Non
     assert tokenizer.decode([0, 2, 1, 0, 3]) == "a   a\n"
 
 
-SPM = {"model": "llama", "merges": None, "pre": "default"}
+SPM: dict[str, Any] = {"model": "llama", "merges": None, "pre": "default"}
 
 
 def test_sentencepiece_has_bos_eos_and_unk_by_default() -> None:
@@ -222,7 +222,13 @@ def test_an_end_of_turn_that_is_called_normal_is_a_control_token() -> None:
 
 def test_special_tokens_of_a_template_come_from_their_keys() -> None:
     template = "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}{{ sep_token }}"
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 3, "seperator_token_id": 9}
+    ids: dict[str, Any] = {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "unknown_token_id": 2,
+        "padding_token_id": 3,
+        "seperator_token_id": 9,
+    }
     metadata = made(["<b>", "<e>", "<u>", "<p>"], **ids) | {"tokenizer.chat_template": template}
     assert gguf_tokenizer(metadata, "m").render_chat([{"role": "user", "content": "x"}]) == "<b><e><u><p>"
 

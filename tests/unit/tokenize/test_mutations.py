@@ -141,9 +141,9 @@ def test_defects_of_tokenizer_files_are_told_in_one_sentence(tmp_path: Path) -> 
 
 def test_defects_of_gguf_metadata_are_told_in_one_sentence() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = {"model": "gpt2", "pre": "qwen2", "tokens": [*alphabet, "ab", "<s>"], "merges": ["a b"]}
+    bpe: dict[str, Any] = {"model": "gpt2", "pre": "qwen2", "tokens": [*alphabet, "ab", "<s>"], "merges": ["a b"]}
     bpe |= {"token_type": [1] * 257 + [3], "bos_token_id": 257, "eos_token_id": 257, "add_bos_token": True}
-    spm = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "<0x0A>"]}
+    spm: dict[str, Any] = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "<0x0A>"]}
     spm |= {"token_type": [2, 3, 3, 1, 1, 1, 1, 6], "scores": [0.0, 0.0, 0.0, -3.0, -4.0, -5.0, -1.0, 0.0]}
     rng, loaded = random.Random(2), 0
     for _ in range(300):

@@ -22,7 +22,7 @@ class Router:
     """The other end of a link that reports every 20 ms. refused: the reasons its worker was given."""
 
     def __init__(self, endpoint: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.set(zmq.RCVTIMEO, 10_000)
         self._socket.bind(endpoint)
         self.refused: queue.SimpleQueue[str] = queue.SimpleQueue()
