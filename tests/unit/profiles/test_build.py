@@ -10,6 +10,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHARED = ROOT.parent / "shared"
 DATA = ROOT / "nexusengine" / "profiles" / "data"
 

@@ -15,6 +15,8 @@ import torch
 from nexusengine.profiles.fit import FEWEST_STEPS
 from nexusengine.profiles.user_file import read_profile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

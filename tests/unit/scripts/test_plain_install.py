@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 MODULES = {"huggingface-hub": "huggingface_hub", "pyzmq": "zmq", "prometheus-client": "prometheus_client"}
 MODULES |= {"nvidia-ml-py": "pynvml", "flash-attn": "flash_attn"}

@@ -21,6 +21,8 @@ from nexusengine.templates.pool import PROCESSES, LimitMet, RenderPool
 from nexusengine.templates.render_process import MEMORY_LIMIT_BYTES, OUTPUT_LIMIT
 from nexusengine.tokenize.chat_template import ChatTemplate
 
+pytestmark = pytest.mark.slow
+
 USER = [{"role": "user", "content": "x"}]
 MEMORY = "needed more than 512 MiB"
 TIME = "took more than"

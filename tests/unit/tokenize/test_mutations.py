@@ -21,6 +21,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from nexusengine.errors import InvalidRequest, ModelLoadError
 from nexusengine.tokenize.load import gguf_tokenizer, json_tokenizer
 
+pytestmark = pytest.mark.slow
+
 VALUES: list[Any] = [
     None,
     {},
