@@ -1,6 +1,6 @@
 """Time as an argument: the real monotonic clock, and a virtual one for tests and the simulator.
 
-All `*_s` instants in this project are seconds of CLOCK_MONOTONIC, which every process of one host shares.
+All `*_s` timestamps in this project are seconds of CLOCK_MONOTONIC, which every process of one host shares.
 """
 
 from __future__ import annotations

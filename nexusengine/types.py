@@ -138,8 +138,8 @@ class Verdict:
 class EngineRequest:
     """One generation, validated and tokenised: what a scheduler, a router and a worker see of a user's request.
 
-    arrival_s: monotonic instant at which the server got it; TTFT counts from here.
-    deadline_s: monotonic instant after which it is given up with DeadlineExceeded, or None.
+    arrival_s: monotonic timestamp at which the server got it; TTFT counts from here.
+    deadline_s: monotonic timestamp after which it is given up with DeadlineExceeded, or None.
     eos_token_ids: ids that end it unless sampling.ignore_eos.
     slo_class: name of the configured class the SLO is of, "custom" where it was given in numbers, None without one.
     priority: -MAX_PRIORITY to MAX_PRIORITY; higher goes first within a class.
@@ -167,7 +167,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Monotonic instants in the life of a request; None where it did not get there."""
+    """Monotonic timestamps in the life of a request; None where it did not get there."""
 
     arrival_s: float
     scheduled_s: float | None = None

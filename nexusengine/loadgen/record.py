@@ -14,7 +14,7 @@ class Record:
 
     intended_s: when it was to be sent; sent_s: when it was. first_s, last_s: of the first and the last event with
     tokens. ended_s: when its reply was complete, or it failed. events: how many had tokens; one event may have several.
-    in_time: no event came after the instant at which the strict contract wants a token of that number. output_tokens:
+    in_time: no event came after the timestamp at which the strict contract wants a token of that number. output_tokens:
     as the server counts them. error: kind of failure, None if the answer is complete. nexus: the server's own account.
     """
 

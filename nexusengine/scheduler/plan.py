@@ -32,7 +32,7 @@ class Reason(enum.IntEnum):
     WAIT_TPOT = 12  # with it the decode step would come too near to the tightest promised time per token
     DEFERRED = 13  # serving it in its turn would make more requests late than leaving it for now
     AGED = 14  # waits far beyond its turn: computes in the share kept for such requests
-    BACKFILL = 15  # relegated or put off: computes in what the others left of the step
+    BACKFILL = 15  # relegated or deferred: computes in what the others left of the step
     WAIT_COALESCE = 16  # decodes run alone, so that a later step has the time for more prompts at once
 
 
@@ -40,14 +40,18 @@ class Reason(enum.IntEnum):
 class StepPlan:
     """How many tokens each request computes in the next step, and what becomes of the others.
 
-    slots, counts `[R]`: rows that compute and how many tokens each (>= 1); decodes (count 1) come first. A waiting slot
-    among them is admitted. Counting starts after the cached prefix for newcomers, else after `computed_tokens`.
-    preempt: running slots whose KV is taken back before the step. relegate: slots put behind all others from now on.
-    restore: slots that are relegated no longer.
-    refuse: slots to fail with Overloaded. reasons `[S]`: by slot, for every slot in the view.
-    predicted_s, upper_s: predicted duration of the step and its upper bound.
-    first_token_s `[S]`: predicted instant of the first token of those not relegated that wait for one, else NaN; None
-    from policies that do not predict it. notes: numbers that explain the step, by name (see cli/history_text.py).
+    Attributes:
+        slots, counts: `[R]`, rows that compute and how many tokens each (>= 1); decodes (count 1) come first. A waiting
+            slot among them is admitted; its tokens are counted after the cached prefix, others' after
+            `computed_tokens`.
+        predicted_s, upper_s: predicted duration of the step and its upper bound.
+        reasons: `[S]`, Reason by slot, for every slot in the view.
+        preempt: running slots whose KV is taken back before the step.
+        relegate, restore: slots that go after all others from now on, and that do so no longer.
+        refuse: slots to fail with Overloaded.
+        notes: numbers that explain the step, by name (see cli/history_text.py).
+        first_token_s: `[S]`, predicted timestamp of the first token of those not relegated that wait for one, else NaN;
+            None from policies that do not predict it.
     """
 
     slots: I4
@@ -66,7 +70,9 @@ class StepPlan:
 class SchedulerPolicy(Protocol):
     """A rule for what the next step computes. May keep private state (caches, hysteresis); must not read a clock.
 
-    name: for people; whoever wants to know what it does reads its traits.
+    Attributes:
+        name: for people; whoever wants to know what it does reads its traits.
+        traits: what the router and the clients may rely on.
     """
 
     name: str

@@ -12,24 +12,26 @@ from nexusengine.perf.model import Predictor
 
 @dataclass(frozen=True, slots=True)
 class RequestColumns:
-    """One column a property, one row a slot `[S]`; a slot is a request's row for as long as the worker knows it.
+    """What a policy sees of each request: one column a property, one row a slot `[S]`.
 
-    The engine core owns and writes them; to a policy they are read-only.
+    A slot is a request's row for as long as the worker knows it. The Scheduler owns and writes the columns; to a policy
+    they are read-only.
 
-    arrival_s           monotonic instant of arrival at the server
-    prompt_tokens       length of the prompt
-    known_tokens        prompt + generated so far; a row is sampled in the step that computes the last known token
-    computed_tokens     tokens in the KV cache; known - computed == 1 is a decode (or a prompt's last token)
-    generated_tokens    output tokens so far
-    max_tokens          output tokens at which it ends
-    blocks              KV blocks it holds
-    cached_tokens       waiting requests: prompt tokens the prefix cache would serve (an estimate until admitted)
-    cached_free_blocks  waiting requests: how many of those blocks are not in use by others, so come off the free list
-    ttft_s, tpot_s      SLO, NaN where there is none
-    first_token_s       monotonic instant of the first token, NaN before
-    last_token_s        monotonic instant of the newest token, NaN before
-    priority            higher goes first within a class; 0 by default
-    relegated           put behind all others by an earlier plan
+    Attributes:
+        arrival_s: monotonic timestamp of arrival at the server.
+        prompt_tokens: length of the prompt.
+        known_tokens: prompt + generated so far; a row is sampled in the step that computes the last known token.
+        computed_tokens: tokens in the KV cache; known - computed == 1 is a decode (or a prompt's last token).
+        generated_tokens: output tokens so far.
+        max_tokens: output tokens at which it ends.
+        blocks: KV blocks it holds.
+        cached_tokens: of waiting requests: prompt tokens the prefix cache would serve (an estimate until admitted).
+        cached_free_blocks: of waiting requests: how many of those blocks are not in use by others, so come off the free
+            list.
+        ttft_s, tpot_s: SLO, NaN where there is none.
+        first_token_s, last_token_s: monotonic timestamps of the first and of the newest token, NaN before.
+        priority: higher goes first within a class; 0 by default.
+        relegated: an earlier plan put it after all others.
     """
 
     arrival_s: F8
@@ -79,13 +81,19 @@ class RequestColumns:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """The engine at the instant of planning. A picture: nothing in it changes while a plan is made.
+    """The engine at the time of planning. A picture: nothing in it changes while a plan is made.
 
-    running: slots that hold KV, in order of admission. waiting: slots that do not, preempted ones first, then in order
-    of arrival; a preempted request computes everything it knows anew.
-    free_blocks: blocks that can be taken now, cached but unused ones included.
-    max_batch_tokens: hard cap on tokens a step (buffers are this large). max_running: cap on sequences with KV.
-    arrivals: counter that rises whenever `waiting` gained a request, so that an order can be kept between steps.
+    Attributes:
+        columns: of all requests.
+        running: slots that hold KV, in order of admission.
+        waiting: slots that do not, preempted ones first, then in order of arrival; a preempted request computes
+            everything it knows anew.
+        free_blocks, total_blocks: blocks that can be taken now, cached but unused ones included; and all.
+        block_size: tokens in a block.
+        max_batch_tokens: hard cap on tokens a step (buffers are this large).
+        max_running: cap on sequences with KV.
+        model: predicts step times.
+        arrivals: counter that rises whenever `waiting` gained a request, so that an order can be kept between steps.
     """
 
     columns: RequestColumns

@@ -65,7 +65,7 @@ class LinkSettings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job, as its client saw it; instants are the client's, NaN where there is none.
+    """What became of a job, as its client saw it; timestamps are the client's, NaN where there is none.
 
     ended: the engine's own account if the job came to its end there; else error says why not ("unfinished": the
     simulation was over before). worker: who had it last.
@@ -83,7 +83,7 @@ class Cluster:
     """Runs jobs to their end, or until `until_s`.
 
     engines: one maker a worker; it is called again when the worker's process is started anew. last_arrival_s: after
-    this instant no session of a closed loop goes on. timeout_s: after which a request is given up. progress is called
+    this time no session of a closed loop goes on. timeout_s: after which a request is given up. progress is called
     now and then with (virtual seconds, jobs ended). enough: asked after each end; the run stops when it says True.
     """
 

@@ -11,7 +11,7 @@ _SAMPLES = 600
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """At one instant: by worker, jobs running and waiting and the share of KV in use; held: by the router."""
+    """At one time: by worker, jobs running and waiting and the share of KV in use; held: by the router."""
 
     at_s: float
     running: tuple[int, ...]

@@ -80,7 +80,7 @@ def verdict(outcome: Outcome) -> Verdict:
 
 
 def tabulate(outcomes: Sequence[Outcome], end_s: float) -> Table:
-    """end_s: instant at which the simulation was over."""
+    """end_s: timestamp at which the simulation was over."""
     verdicts = [verdict(o) for o in outcomes]
     arrival_s = np.array([o.job.request.arrival_s for o in outcomes])
     first_s = np.array([o.first_token_s for o in outcomes])

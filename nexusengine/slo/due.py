@@ -15,7 +15,7 @@ from nexusengine.types import SLO, Verdict
 
 
 def first_token_due_s(arrival_s: float, slo: SLO | None) -> float:
-    """The instant by which the first token is due; infinite without an SLO."""
+    """The timestamp by which the first token is due; infinite without an SLO."""
     return math.inf if slo is None else arrival_s + slo.ttft_s
 
 

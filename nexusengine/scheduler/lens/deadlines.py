@@ -1,9 +1,9 @@
-"""What each request was promised, as instants: when its first token and when its next token are due.
+"""What each request was promised, as timestamps: when its first token and when its next token are due.
 
 The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; and with the first token at f, the mean
 time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
-A request without an SLO has no deadline: its instants are infinite, so that it is never late, never relegated or
+A request without an SLO has no deadline: its timestamps are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
 device could not meet even alone is served as if it had been promised `FALLBACK`.
 """
@@ -41,12 +41,15 @@ def turn_s(arrival_s: F8, first_due_s: F8) -> F8:
 
 
 class Deadlines:
-    """By slot `[S]`, kept between steps; only requests that are new are looked at. All infinite without an SLO.
+    """Deadlines by slot `[S]`, kept between steps: work only for requests that are new. Infinite without an SLO.
 
-    first_due_s: first token. prefill_due_s: the same, but for a request that was preempted while it generated the
-    instant of its next token and some grace, because the mean can still be made good. tpot_s: bound of the mean.
-    turn_s: see the function. attainable: False where the device could not keep the SLO even alone, judged once, at
-    arrival.
+    Attributes:
+        first_due_s: when the first token is due.
+        prefill_due_s: the same, but for a request that was preempted while it generated the timestamp of its next token
+            and some grace, because the mean can still be made good.
+        tpot_s: bound of the mean time per token.
+        turn_s: see the function.
+        attainable: False where the device could not meet the SLO even alone, judged once, at arrival.
     """
 
     def __init__(self, slots: int) -> None:

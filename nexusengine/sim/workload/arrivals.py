@@ -41,9 +41,9 @@ def renewal(cv: float, rate_rps: float, duration_s: float, rng: np.random.Genera
     chunks: list[F8] = []
     end = 0.0
     while end < duration_s * rate_rps:
-        instants = end + np.cumsum(rng.gamma(shape, 1.0 / shape, _CHUNK))
-        chunks.append(instants)
-        end = float(instants[-1])
+        timestamps = end + np.cumsum(rng.gamma(shape, 1.0 / shape, _CHUNK))
+        chunks.append(timestamps)
+        end = float(timestamps[-1])
         check_count(len(chunks) * _CHUNK, rate_rps, duration_s)
     arrivals = np.concatenate(chunks) if chunks else np.zeros(0)
     kept: F8 = arrivals[arrivals < duration_s * rate_rps] / rate_rps

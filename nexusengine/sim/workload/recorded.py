@@ -45,20 +45,20 @@ class Recorded:
         if self.rate_rps is None:
             if rate_rps is None and duration_s is None:
                 return self._pick(np.arange(len(self._inputs)), np.zeros(len(self._inputs)))
-            raise ConfigError(f"all requests of {self.name} arrive at one instant: they have no rate", param="rate")
+            raise ConfigError(f"all requests of {self.name} arrive at the same time: they have no rate", param="rate")
         scale = 1.0 if rate_rps is None else self.rate_rps / rate_rps
-        instants = np.array([e.arrival_s for e in self._trace.entries], np.float64) * scale
+        timestamps = np.array([e.arrival_s for e in self._trace.entries], np.float64) * scale
         length_s = self._trace.length_s * scale
         if duration_s is None:
-            return self._pick(np.arange(len(instants)), instants)
+            return self._pick(np.arange(len(timestamps)), timestamps)
         start_s = 0.0
         if seed and duration_s < length_s:
             start_s = float(rng_for(seed, Stream.ARRIVALS).uniform(0.0, length_s - duration_s))
         turns = int(np.ceil((start_s + duration_s) / length_s))
-        check_count(turns * len(instants), len(instants) / length_s, duration_s)
-        all_instants = (instants[None, :] + length_s * np.arange(turns)[:, None]).ravel() - start_s
-        inside = np.nonzero((all_instants >= 0.0) & (all_instants < duration_s))[0]
-        return self._pick(inside % len(instants), all_instants[inside])
+        check_count(turns * len(timestamps), len(timestamps) / length_s, duration_s)
+        all_timestamps = (timestamps[None, :] + length_s * np.arange(turns)[:, None]).ravel() - start_s
+        inside = np.nonzero((all_timestamps >= 0.0) & (all_timestamps < duration_s))[0]
+        return self._pick(inside % len(timestamps), all_timestamps[inside])
 
     def _pick(self, picked: I8, arrival_s: np.ndarray) -> Drawn:
         blocks = None

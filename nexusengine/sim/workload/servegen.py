@@ -128,14 +128,14 @@ class ServeGen:
     def _requests_of(
         self, client: _Client, first: int, count: int, factor: float, duration_s: float, seed: int
     ) -> tuple[F8, I8, I8]:
-        instants = []
+        timestamps = []
         for i in range(first, min(first + count, len(client.rates))):
             rate_rps = float(client.rates[i]) * factor
             if rate_rps > 0:
                 rng = rng_for(seed, Stream.ARRIVALS, client.number, i)
                 gaps = _unit_gaps(float(client.cvs[i]), float(client.weibull_shapes[i]), rng)
-                instants.append((i - first) * WINDOW_S + _in_window(gaps, rate_rps))
-        arrivals = np.concatenate(instants) if instants else np.zeros(0)
+                timestamps.append((i - first) * WINDOW_S + _in_window(gaps, rate_rps))
+        arrivals = np.concatenate(timestamps) if timestamps else np.zeros(0)
         arrivals = arrivals[arrivals < duration_s]
         rng = rng_for(seed, Stream.LENGTHS, client.number)
         inputs, outputs = _lengths(client, first * WINDOW_S + arrivals, rng)
@@ -153,21 +153,21 @@ def _unit_gaps(cv: float, weibull_shape: float, rng: np.random.Generator) -> Ite
 
 
 def _in_window(gaps: Iterable[F8], rate_rps: float) -> F8:
-    instants: list[F8] = []
+    timestamps: list[F8] = []
     end = 0.0
     for batch in gaps:
         cumulated = end + np.cumsum(batch)
-        instants.append(cumulated)
+        timestamps.append(cumulated)
         end = float(cumulated[-1])
         if end > WINDOW_S * rate_rps:
             break
-    seconds = np.concatenate(instants) / rate_rps
+    seconds = np.concatenate(timestamps) / rate_rps
     kept: F8 = seconds[seconds < WINDOW_S]
     return kept
 
 
 def _lengths(client: _Client, at_s: F8, rng: np.random.Generator) -> tuple[I8, I8]:
-    """Input and output tokens of requests at these instants of the file, drawn independently of each other."""
+    """Input and output tokens of requests at these timestamps of the file, drawn independently of each other."""
     starts = np.array([start_s for start_s, _, _ in client.lengths])
     window = np.maximum(np.searchsorted(starts, at_s, side="right") - 1, 0)
     u = rng.random((len(at_s), 2))

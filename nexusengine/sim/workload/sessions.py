@@ -23,7 +23,7 @@ def fitting_scale(sessions: tuple[Session, ...], max_tokens: int) -> float:
 def draw_sessions(
     sessions: tuple[Session, ...], cv: float, rate_per_s: float, duration_s: float, seed: int
 ) -> list[tuple[float, int]]:
-    """(instant of its first request, index of the session), shuffled by seed as single requests are."""
+    """(timestamp of its first request, index of the session), shuffled by seed as single requests are."""
     arrivals = arrivals_of(cv, rate_per_s, duration_s, seed)
     rng = rng_for(seed, Stream.LENGTHS)
     order: list[int] = []
