@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from nexusengine.errors import ContextTooLong
@@ -53,7 +54,7 @@ class Rotation:
         return best
 
 
-class Stateless:
+class Stateless(ABC):
     """Base of policies that keep nothing of the views: they choose among the candidates of the moment."""
 
     uses_prefixes = False
@@ -63,12 +64,13 @@ class Stateless:
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
         """Nothing to do."""
+        del workers, now
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
         """Choose among those that may take it now."""
         able = candidates(request, workers)
         return self._choose(request, able) if able else why_none(request, workers)
 
+    @abstractmethod
     def _choose(self, request: PlacementRequest, able: list[WorkerView]) -> Place:
         """One of `able`, which is not empty."""
-        raise NotImplementedError

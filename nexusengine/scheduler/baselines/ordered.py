@@ -5,6 +5,7 @@ Decodes always go first, prompts are cut into chunks (the stall-free schedule of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ class Sarathi(FCFS):
         super().__init__(budget)
 
 
-class Ordered(FCFS):
+class Ordered(FCFS, ABC):
     """Partially prefilled and waiting prompts in one order: smallest key first.
 
     Args:
@@ -43,6 +44,7 @@ class Ordered(FCFS):
         self.relegate = bool(relegate)
         self.traits = by_tokens(self.by, self.budget, relegates=self.relegate)
 
+    @abstractmethod
     def key(self, view: EngineView, slots: I4, left: I4, due_s: F8) -> F8:
         """What to sort slots by.
 
@@ -51,7 +53,6 @@ class Ordered(FCFS):
             left: `[N]`, prompt tokens to compute.
             due_s: `[N]`, timestamps at which first tokens are due, infinite without an SLO.
         """
-        raise NotImplementedError
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         c = view.columns
