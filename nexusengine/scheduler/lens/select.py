@@ -36,7 +36,7 @@ def select(
         defer_some: whether anything can be served; otherwise nobody is deferred.
     """
     have_slo = prompts.due_s < _INF
-    without = prompts[:0]
+    without: Prompts | None = None
     if np.count_nonzero(have_slo) < len(prompts):
         prompts, without = prompts[have_slo], prompts[~have_slo]
     deferred, infeasible = prompts[:0], relegated[:0]
@@ -49,7 +49,7 @@ def select(
             relegated = np.concatenate([relegated, infeasible])
         if defer_some:
             prompts, deferred = _deferred(context, prompts, slack_s, free_running_slots, slot_releases, guard)
-    if len(without):
+    if without is not None:
         prompts = prompts + without
     return Selection(prompts, deferred, infeasible, relegated, prompts.work_s.cumsum())
 
