@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from nexusengine.router.placement.candidates import Stateless
 from nexusengine.router.placement.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.router.placement.registry import make_policy as make_router
 from nexusengine.scheduler.plan import SchedulerPolicy
@@ -86,16 +85,18 @@ def assert_nothing_left(cluster: Cluster, jobs: Sequence[Job], outcomes: Sequenc
         assert worker.engine.kv.used_blocks == 0
 
 
-class Watching(Stateless):
+class Watching:
     """A placement policy that keeps what it was shown."""
 
     name = "watching"
     uses_prefixes = False
 
     def __init__(self, policy: PlacementPolicy | None = None) -> None:
-        super().__init__()
         self.policy = policy or make_router("least-outstanding")
         self.seen: list[tuple[float, list[WorkerView]]] = []
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        self.policy.prepare(workers, now)
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
         self.seen.append((now, list(workers)))
