@@ -143,6 +143,7 @@ class EngineRequest:
     eos_token_ids: ids that end it unless sampling.ignore_eos.
     slo_class: name of the configured class the SLO is of, "custom" where it was given in numbers, None without one.
     priority: -MAX_PRIORITY to MAX_PRIORITY; higher goes first within a class.
+    tenant: whose it is, for fairness between them; all without one are one tenant.
     """
 
     request_id: str
@@ -154,6 +155,7 @@ class EngineRequest:
     slo_class: str | None = None
     priority: int = 0
     deadline_s: float | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

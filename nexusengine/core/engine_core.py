@@ -330,7 +330,8 @@ class EngineCore:
 
     def _finish(self, state: RequestState, end: End, *, discard: bool = False) -> None:
         """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
-        self.scheduler.finish(state, output_tokens=state.output_tokens, discard=discard)
+        complete = end.reason in ("stop", "length")
+        self.scheduler.finish(state, output_tokens=state.output_tokens, complete=complete, discard=discard)
         self._ended(state, end)
 
     def _fail(self, state: RequestState, code: str, message: str, *, discard: bool = False) -> None:

@@ -3,6 +3,10 @@
 The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; and with the first token at f, the mean
 time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
+A bound on the whole response is kept by the length that the answer is expected to have (scheduler.output_lengths):
+the first token is due early enough for the rest to follow at half the device's speed, and the time per token follows
+from what is left of the bound.
+
 A request without an SLO has no deadline: its timestamps are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
 device could not meet even alone is served as if it had been promised `FALLBACK`.
@@ -23,6 +27,8 @@ FALLBACK = CLASSES["batch"]
 NO_SLO_TURN_S = FALLBACK.ttft_s
 """Seconds after its arrival at which it is the turn of a request without an SLO; see `turn_s`."""
 
+_E2E_PACE_STEPS = 2.0  # single-token steps that each token of a response with a bound may take
+_E2E_LEAST_TTFT = 0.5  # of the TTFT that it leaves at least: most answers are shorter than expected
 _RESUME_TOKENS = 64
 _RESUME_SHARE = 0.25
 
@@ -59,6 +65,7 @@ class Deadlines:
         self.turn_s = np.full(slots, np.inf)
         self.attainable = np.ones(slots, np.bool_)
         self._arrival_s = np.full(slots, np.nan)
+        self._any_e2e = False
 
     def update(self, view: EngineView, slots: I4) -> None:
         """Bring the rows of `slots` up to date."""
@@ -72,15 +79,43 @@ class Deadlines:
             grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
             self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
 
+    def renew_e2e(self, view: EngineView, decodes: I4) -> None:
+        """What bounds on whole responses leave for each further token of `decodes [D]`."""
+        c = view.columns
+        slots = decodes[~np.isnan(c.e2e_s[decodes])] if self._any_e2e else decodes[:0]
+        if not len(slots):
+            return
+        tokens = np.fmax(c.expected_tokens[slots], c.generated_tokens[slots] + 1.0)
+        left_s = c.arrival_s[slots] + c.e2e_s[slots] - c.first_token_s[slots]
+        tpot_s = np.where(self.attainable[slots], c.tpot_s[slots], FALLBACK.tpot_s)
+        self.tpot_s[slots] = np.fmin(tpot_s, left_s / np.maximum(tokens - 1.0, 1.0))
+
     def _enter(self, view: EngineView, new: I4) -> None:
         c = view.columns
         prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
         cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
         to_compute = (prompt - cached).astype(np.float64)
         met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)
+        ttft_s = self._ttft_for_e2e(view, new, ttft_s)
         ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
         self.attainable[new] = met
         self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))
         self.first_due_s[new] = self.prefill_due_s[new] = first_tokens_due_s(c.arrival_s[new], ttft_s)
         self.turn_s[new] = turn_s(c.arrival_s[new], self.first_due_s[new])
         self._arrival_s[new] = c.arrival_s[new]
+
+    def _ttft_for_e2e(self, view: EngineView, new: I4, ttft_s: F8) -> F8:
+        """TTFTs `[N]` that leave enough of e2e bounds for the tokens that follow."""
+        c = view.columns
+        bound = ~np.isnan(c.e2e_s[new])
+        if not bound.any():
+            return ttft_s
+        self._any_e2e = True
+        slots = new[bound]
+        one, zero = np.ones(len(slots)), np.zeros(len(slots))
+        decode_s = view.model.mean_s(one, one, zero, zero, c.prompt_tokens[slots].astype(np.float64))
+        rest_s = (np.fmax(c.expected_tokens[slots], 1.0) - 1.0) * np.fmin(c.tpot_s[slots], _E2E_PACE_STEPS * decode_s)
+        at_most_s = np.fmax(c.e2e_s[slots] - rest_s, _E2E_LEAST_TTFT * np.fmin(ttft_s[bound], c.e2e_s[slots]))
+        ttft_s = ttft_s.copy()
+        ttft_s[bound] = np.fmin(ttft_s[bound], at_most_s)
+        return ttft_s

@@ -32,7 +32,7 @@ from nexusengine.scheduler.lens.prefill_rate import (
     prefill_rate,
 )
 from nexusengine.scheduler.lens.relegation import RelegationQueue
-from nexusengine.scheduler.lens.select import can_wait, in_order, select
+from nexusengine.scheduler.lens.select import can_wait, in_order, precedence, select
 from nexusengine.scheduler.lens.step_limit import CAP_STEPS, StepLimit, step_limit
 from nexusengine.scheduler.plan import Reason, StepPlan
 from nexusengine.scheduler.step import Step
@@ -132,6 +132,7 @@ class Lens:
     def _take_decodes(self, view: EngineView, deadlines: Deadlines, now: float) -> Step:
         step = Step(view, int(self.options.budget) or None, headroom=_HEADROOM_BLOCKS)
         step.take_decodes(victims(view, deadlines, now))
+        deadlines.renew_e2e(view, step.decodes)
         return step
 
     def _marginal_costs(self, view: EngineView, step: Step) -> MarginalCosts:
@@ -202,7 +203,7 @@ class Lens:
             slots = np.concatenate([begun, slots])
         due_s = self._deadlines.prefill_due_s[slots]
         if by_deadline:
-            order = in_order(due_s, self._deadlines.tpot_s[slots], c.priority[slots])
+            order = in_order(due_s, self._deadlines.tpot_s[slots], precedence(view, slots))
             slots, due_s = slots[order], due_s[order]
         cached = c.context_tokens(slots)
         left = c.known_tokens[slots] - cached

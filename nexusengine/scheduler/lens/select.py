@@ -9,6 +9,7 @@ from nexusengine.scheduler.lens.context import PlanContext, Prompts, Selection
 from nexusengine.scheduler.lens.estimators import SlotReleaseRate
 from nexusengine.scheduler.lens.length_guard import LengthGuard
 from nexusengine.scheduler.moore_hodgson import defer
+from nexusengine.scheduler.view import EngineView
 
 _INF = float("inf")
 _CYCLE_SHARE = 0.25  # of a cycle of steps by which first tokens are planned before they are due
@@ -73,7 +74,7 @@ def _deferred(
         short = bool((needs_slot.cumsum() > slots).any())
     if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
         return prompts, prompts[:0]
-    rank = 2 * c.priority[prompts.slots]
+    rank = 2 * precedence(view, prompts.slots)
     if guard is not None and guard.active:
         rank = rank + guard.protected(c.prompt_tokens[prompts.slots])
     out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots)
@@ -91,6 +92,12 @@ def can_wait(context: PlanContext, selection: Selection) -> bool:
     later_s = context.now + rate.step_s + rate.gain_s + rate.decode_s + _RESPONSE_MARGIN_S
     first = selection.on_time.due_s[: int(done_s.searchsorted(rate.prompts_s, side="right"))]
     return not (first < later_s).any()
+
+
+def precedence(view: EngineView, slots: I4) -> I4:
+    """Who of `slots [N]` goes first within a class, highest first: by priority, then tenants within their share."""
+    priority = view.columns.priority[slots]
+    return priority if view.over_share is None else 2 * priority - view.over_share[slots]
 
 
 def in_order(due_s: F8, tpot_s: F8, priority: I4) -> I4:
