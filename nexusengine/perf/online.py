@@ -24,8 +24,9 @@ from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
 from nexusengine.wire import PerfSnapshot
 
-KIND = "online-1"
-OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot's weights
+KIND = "online-2"
+SECONDS = (*range(basis.TERMS), *range(basis.TERMS + 3, basis.TERMS + 6))
+"""Which of a snapshot's weights are times."""
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
@@ -77,7 +78,7 @@ class OnlineModel:
         self._errors = RecentErrors()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
-        self._tokens_seen = float(prior.tokens)
+        self._tokens_seen, self._token_s = float(prior.tokens), prior.token_s
         rows = np.array([basis.terms(f) for f in prior.steps]) / np.array(prior.seconds)[:, None]
         mixed = np.array([f.prefills > 0 for f in prior.steps])
         self._priors = [(part.T @ part, part.sum(axis=0)) for part in (rows[~mixed], rows[mixed])]
@@ -205,7 +206,9 @@ class OnlineModel:
     def _renew(self) -> None:
         decode, mixed = self._bounds
         factors, trend = (decode.factor, mixed.factor), self._trend
-        self._curve = Curve(self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s)
+        self._curve = Curve(
+            self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s, self._token_s
+        )
 
 
 def _pull(curve: Curve) -> tuple[F8, F8]:
@@ -233,14 +236,15 @@ def rebuild_curve(weights: Sequence[float]) -> Curve:
         ValueError: they are not such weights.
     """
     n = basis.TERMS
-    if len(weights) != n + 5:
-        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")
+    if len(weights) != n + 6:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 6} are needed")
     if (
         not all(map(math.isfinite, weights))
         or min(weights[:n]) < 0.0
         or weights[n] <= 0.0
         or min(weights[n + 1 : n + 3]) < 1.0
         or weights[n + 4] <= 0.0
+        or weights[n + 5] < 0.0
     ):
         raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
     return Curve(weights[:n], *weights[n:])

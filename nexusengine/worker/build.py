@@ -7,21 +7,18 @@ from pathlib import Path
 
 import msgspec
 
-from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
-from nexusengine.config import EngineConfig, parse_device, parse_devices
+from nexusengine.config import EngineConfig, parse_devices
 from nexusengine.core.engine_core import EngineCore
-from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
+from nexusengine.execute.base import Executor, ExecutorOptions
 from nexusengine.execute.memory import give_back_freed
 from nexusengine.model_config import ModelConfig
 from nexusengine.obs.logs import get_logger
-from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
-from nexusengine.perf.prior import GENERIC, Prior, roofline
 from nexusengine.perf.registry import make_model
-from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.scheduler.registry import make_policy
 from nexusengine.wire import WorkerInfo
 from nexusengine.worker.calibrate import calibrate
+from nexusengine.worker.priors import prior_of
 from nexusengine.worker.step_recorder import StepRecorder
 
 log = get_logger("worker")
@@ -103,28 +100,6 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         max_waiting=core.scheduler.max_waiting,
         traits=core.scheduler.policy.traits,
     )
-
-
-def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
-    """The prior of step times, from the datasheet of the device, if it is known, and the geometry of the model.
-
-    The model is the one whose step times an emulated device has, not the one whose tokenizer is served.
-    """
-    if geometry is None:
-        return GENERIC
-    kind, _, rest = spec.device.partition(":")
-    sheet: Datasheet | None
-    if kind == "cpu":
-        sheet = cpu_datasheet(parse_device(spec.device).threads or usable_cpus())
-    else:
-        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
-    if kind == "emulated":
-        geometry = emulated_geometry(rest) or geometry
-    if sheet is None:
-        return GENERIC
-    element_bytes = 4 if spec.dtype == "float32" else 2
-    weight_bytes = spec.weights_bytes / geometry.num_parameters if geometry.stored else element_bytes
-    return roofline(sheet, geometry, weight_bytes, 1 if spec.kv_dtype else element_bytes)
 
 
 def step_log_path(config: EngineConfig, name: str) -> Path:

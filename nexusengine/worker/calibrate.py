@@ -48,6 +48,8 @@ _SHAPES = (
     ProbeShape(0, chunk=1024),
     ProbeShape(0, chunk=1024, chunk_context=3072),
     ProbeShape(0, chunk=2048),
+    ProbeShape(0, chunk=4096),
+    ProbeShape(0, chunk=8192),
 )
 _RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and is not observed
 
