@@ -115,7 +115,7 @@ def of_splitwise(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         several = Datasheet(shards * sheet.bandwidth_gb_s, shards * sheet.tflops)
         prior = roofline(several, LLAMA_2_70B) if args.prior == "device" else GENERIC
         model, rng = make_model(args.model, prior), np.random.default_rng(args.seeds[0])
-        small = [(q, s) for q, found in by_tokens.items() for s in found if q <= args.train]
+        small = [(q, s) for q, times in by_tokens.items() for s in times if q <= args.train]
         for _ in range(args.steps):
             if rng.random() < 0.5:
                 q, s = small[rng.integers(len(small))]
@@ -123,12 +123,12 @@ def of_splitwise(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             else:
                 n, context, s = decodes[device][rng.integers(len(decodes[device]))]
                 model.observe(StepFeatures(n, n, 0, 0.0, n * (context + 1)), s)
-        row: dict[str, Any] = {"device": f"Llama-2-70B {device}", "tables_to": max(by_tokens)}
+        found: dict[str, Any] = {"device": f"Llama-2-70B {device}", "tables_to": max(by_tokens)}
         for q in SIZES:
             if q in by_tokens:
                 predicted_s = model.predict(StepFeatures(q, 1, 1, q * q / 2, 0)).mean_s
-                row[f"prompt {q}"] = 100.0 * (predicted_s / float(np.median(by_tokens[q])) - 1.0)
-        rows.append(row)
+                found[f"prompt {q}"] = 100.0 * (predicted_s / float(np.median(by_tokens[q])) - 1.0)
+        rows.append(found)
     return rows
 
 

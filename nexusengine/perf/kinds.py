@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from nexusengine.perf.features import StepFeatures
 
 _DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
-STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
+DECODE_KINDS = len(_DECODE_EDGES) + 1
+STRATA = DECODE_KINDS + len(_MIXED_EDGES) + 1
 _MEMORY = 32
 _MOST = 1.0
 
@@ -18,7 +19,7 @@ def stratum(f: StepFeatures) -> int:
     """Kind of step: decode-only ones by octave of tokens, then mixed ones by octave."""
     if not f.prefills:
         return bisect_left(_DECODE_EDGES, f.tokens)
-    return len(_DECODE_EDGES) + 1 + bisect_left(_MIXED_EDGES, f.tokens)
+    return DECODE_KINDS + bisect_left(_MIXED_EDGES, f.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,12 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
-from nexusengine.perf.kinds import STRATA, RecentError, RecentErrors, stratum
+from nexusengine.perf.kinds import DECODE_KINDS, STRATA, RecentError, RecentErrors, stratum
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
+from nexusengine.perf.state import BASIS, ModelState, decode_arrays, encode_arrays
 from nexusengine.wire import PerfSnapshot
 
 KIND = "online-2"
@@ -101,6 +102,46 @@ class OnlineModel:
         """Its weights are `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
         return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
+
+    # ---- what outlives a process ---------------------------------------------------------------------------------
+
+    def state(self) -> ModelState:
+        """What `resume` needs; a copy, so that it can be written by another thread."""
+        gram, moment = encode_arrays(self._gram, self._moment)
+        return ModelState(
+            basis=BASIS,
+            gram=gram,
+            moment=moment,
+            seen=tuple(self._seen.tolist()),
+            tokens_seen=self._tokens_seen,
+            log_scales=(self._scales[0].log_ratio, self._scales[1].log_ratio),
+            steps=self.steps,
+        )
+
+    def resume(self, state: ModelState, steps: float, slower: float = 1.0) -> None:
+        """Go on from what an earlier model had learned, in place of what this one has.
+
+        Args:
+            state: of a model with the same prior.
+            steps: how many steps of each kind it counts for at most; the fewer, the sooner new steps prevail.
+            slower: how many times as long steps take now.
+
+        Raises:
+            ValueError: it holds what no model can have learned.
+        """
+        gram, moment = decode_arrays(state)
+        remembered = (1.0 - _FORGET ** np.array(state.seen, np.float64)) / (1.0 - _FORGET)
+        keep = np.minimum(steps / np.maximum(remembered, 1.0), 1.0)
+        self._gram = gram * (keep / slower**2)[:, None, None]
+        self._moment = moment * (keep / slower)[:, None]
+        self._tokens_seen = max(state.tokens_seen, self._tokens_seen)
+        kinds = np.array(state.seen)
+        self._seen = np.minimum(kinds, _COLD_UNTIL)
+        known = kinds[:DECODE_KINDS].any(), kinds[DECODE_KINDS:].any()
+        for scale, log_ratio, learned in zip(self._scales, state.log_scales, known, strict=True):
+            scale.log_ratio, scale.steps = log_ratio + math.log(slower), _SCALED_BY if learned else 0
+        self._trend.reset()
+        self._solve()
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
