@@ -9,6 +9,7 @@ Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024): the
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -18,23 +19,27 @@ from nexusengine.arrays import F8, I4, Bools
 
 OUTPUT_WEIGHT = 2.0
 """Times a prompt token, that an output token counts."""
+GAP_S = 10.0
+"""Default of TenantShares.gap_s: tenants that ask for equally much differ by less, by chance."""
 _MAX_TENANTS = 4096
+_RATE_MEMORY_S = 30.0
 
 
 class TenantShares:
     """Service by tenant. A tenant has a number; 0 is that of requests without one.
 
     Args:
-        gap_tokens: by how much a counter must be above the least to be over its share.
+        gap_s: a counter is over its share if it is above the least by what an even share of the engine is in this time.
         weights: shares of tenants beside the others' 1.0, by name.
     """
 
-    def __init__(self, gap_tokens: float, weights: Mapping[str, float] | None = None) -> None:
-        self._gap_tokens, self._weights = gap_tokens, weights or {}
+    def __init__(self, weights: Mapping[str, float] | None = None, gap_s: float = GAP_S) -> None:
+        self._gap_s, self._weights = gap_s, weights or {}
         self._numbers: OrderedDict[str | None, int] = OrderedDict({None: 0})  # used last at the end
         self._service: F8 = np.zeros(1)
         self._weight: F8 = np.ones(1)
         self._waits: Bools = np.zeros(1, np.bool_)  # who had requests waiting at the last look
+        self._rate_tokens, self._rate_s, self._looked_s = 0.0, 0.0, math.nan  # service of late, and in how long
         self._least = 0.0  # counter of those that waited when somebody did
 
     @property
@@ -69,8 +74,9 @@ class TenantShares:
         size = len(self._service)
         tokens = np.bincount(tenants, counts, size) + OUTPUT_WEIGHT * np.bincount(sampled, minlength=size)
         self._service += tokens / self._weight
+        self._rate_tokens += float(tokens.sum())
 
-    def over_share(self, tenants: I4, waiting: I4) -> Bools | None:
+    def over_share(self, tenants: I4, waiting: I4, now: float) -> Bools | None:
         """Which tenants are over their share.
 
         Args:
@@ -90,7 +96,16 @@ class TenantShares:
         came = waits & ~self._waits
         service[came] = np.maximum(service[came], self._least)
         self._waits = waits
+        gap = self._gap_s * self._rate(now) / max(int(np.count_nonzero(waits)), 1)
         if np.count_nonzero(waits) < 2:
             return None
-        over = service > service[waits].min() + self._gap_tokens
+        over = service > service[waits].min() + gap
         return over[tenants] if over[waits].any() else None
+
+    def _rate(self, now: float) -> float:
+        """Service of all, tokens a second."""
+        if now > self._looked_s:
+            keep = math.exp((self._looked_s - now) / _RATE_MEMORY_S)
+            self._rate_tokens, self._rate_s = keep * self._rate_tokens, keep * (self._rate_s + now - self._looked_s)
+        self._looked_s = now
+        return self._rate_tokens / max(self._rate_s, 1e-3)

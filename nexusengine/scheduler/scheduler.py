@@ -95,7 +95,7 @@ class Scheduler(Generic[R]):
         self.ending: dict[int, None] = {}
         self.stats = CoreStats(kv_total_blocks=kv.total_blocks)
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._tenants = TenantShares(max_batch_tokens, tenant_weights)
+        self._tenants = TenantShares(tenant_weights)
         self._over_share: Bools | None = None
         self._lengths = ExpectedLengths(self.columns)
         self._arrivals = 0
@@ -202,7 +202,7 @@ class Scheduler(Generic[R]):
 
     def _plan(self, now: float) -> StepPlan:
         if not self._tenants.one_tenant:
-            self._over_share = self._tenants.over_share(self.columns.tenant, self.view().waiting)
+            self._over_share = self._tenants.over_share(self.columns.tenant, self.view().waiting, now)
         view = self.view()
         try:
             plan = self.policy.plan(view, now)

@@ -192,6 +192,8 @@ class Lens:
         waiting, relegated = self._queue, self._queue[:0]
         if len(waiting) > _LOOKAHEAD:
             step.reasons[waiting] = _WAIT_ORDER
+            if view.over_share is not None:  # one tenant's queue must not hide the others
+                waiting = waiting[view.over_share[waiting].argsort(kind="stable")]
         if by_deadline:
             waiting, relegated = _without_relegated(view, waiting)
         slots = waiting[:_LOOKAHEAD]
@@ -203,7 +205,7 @@ class Lens:
             slots = np.concatenate([begun, slots])
         due_s = self._deadlines.prefill_due_s[slots]
         if by_deadline:
-            order = in_order(due_s, self._deadlines.tpot_s[slots], precedence(view, slots))
+            order = in_order(due_s, self._deadlines.tpot_s[slots], precedence(view, slots, due_s))
             slots, due_s = slots[order], due_s[order]
         cached = c.context_tokens(slots)
         left = c.known_tokens[slots] - cached

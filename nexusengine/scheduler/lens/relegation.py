@@ -153,7 +153,8 @@ class RelegationQueue:
         shed: Bools = age_s > _SHED_AT * bound_s
         too_many = len(view.waiting) - int(_FULL_QUEUE * (len(c.known_tokens) - view.max_running))
         if too_many > 0:
-            shed[np.argsort(age_s, kind="stable")[:too_many]] = True
+            rank = age_s if view.over_share is None else np.where(view.over_share[relegated], -1.0, age_s)
+            shed[np.argsort(rank, kind="stable")[:too_many]] = True
         if not shed.any():
             return []
         slots = relegated[shed]

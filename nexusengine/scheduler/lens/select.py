@@ -74,7 +74,9 @@ def _deferred(
         short = bool((needs_slot.cumsum() > slots).any())
     if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
         return prompts, prompts[:0]
-    rank = 2 * precedence(view, prompts.slots)
+    rank = 2 * c.priority[prompts.slots]
+    if view.over_share is not None:
+        rank = 2 * rank - 2 * view.over_share[prompts.slots]
     if guard is not None and guard.active:
         rank = rank + guard.protected(c.prompt_tokens[prompts.slots])
     out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots)
@@ -94,10 +96,13 @@ def can_wait(context: PlanContext, selection: Selection) -> bool:
     return not (first < later_s).any()
 
 
-def precedence(view: EngineView, slots: I4) -> I4:
-    """Who of `slots [N]` goes first within a class, highest first: by priority, then tenants within their share."""
+def precedence(view: EngineView, slots: I4, due_s: F8) -> I4:
+    """Who of `slots [N]` goes first within a class, highest first: by priority, without an SLO then by share.
+
+    Among those with an SLO the share decides who is deferred, not the order of those who need not be.
+    """
     priority = view.columns.priority[slots]
-    return priority if view.over_share is None else 2 * priority - view.over_share[slots]
+    return priority if view.over_share is None else 2 * priority - (view.over_share[slots] & np.isinf(due_s))
 
 
 def in_order(due_s: F8, tpot_s: F8, priority: I4) -> I4:
