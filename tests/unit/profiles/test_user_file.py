@@ -173,4 +173,4 @@ def test_the_table_names_every_profile(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["profiles"]) == 0
     shown = capsys.readouterr().out
     for info in list_profiles():
-        assert info.name in shown
+        assert info.identity.name in shown

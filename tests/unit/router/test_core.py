@@ -468,27 +468,6 @@ def test_requests_nobody_has_seen_a_token_of_leave_a_worker_that_stalls() -> Non
     assert ids == ["b"]
 
 
-def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
-    router = Router("w0", "w1")
-    router.ready("w0")
-    router.submit("a")
-    router.ready("w1")
-    router.sent()
-    assert router.core.drain_worker("w0")
-    for name in "bc":
-        router.submit(name)
-    assert router.dispatched() == {"b": "w1", "c": "w1"}
-    assert router.core.workers.by_id["w0"].state is wire.WorkerState.DRAINING
-    router.deltas("w0", TokenDelta("a", (1,), finish_reason="stop"))
-    assert router.finals() == {"a": "stop"}
-    assert not router.core.drain_worker("w9")
-    router.core.on_worker_exited("w0", "e1", "drained", 0, 0.0)
-    router.ready("w0", "e2")
-    router.submit("d")
-    router.submit("e")
-    assert "w0" in router.dispatched().values(), "a new process of it serves again"
-
-
 def test_a_worker_that_joins_others_at_work_gets_few_requests_at_first() -> None:
     router = Router("w0", "w1")
     router.ready("w0")

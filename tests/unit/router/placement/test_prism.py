@@ -130,7 +130,6 @@ def test_workers_that_may_not_take_it_are_never_chosen() -> None:
         view("starting", state=WorkerState.STARTING),
         view("stalled", state=WorkerState.STALLED),
         view("gone", state=WorkerState.GONE),
-        view("draining", state=WorkerState.DRAINING),
         view("ejected", ejected="it failed 5 requests in a row"),
         view("slow start", slow_start=True),
     ]
