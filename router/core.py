@@ -252,12 +252,6 @@ class RouterCore:
             self.prefixes.forget(info.worker_id)
             self._outbox.to_worker(identity, RepeatPrefixes())
 
-    def drain_worker(self, worker_id: str) -> bool:
-        """Send the worker no new requests; it finishes what it has. False if there is no such worker."""
-        known = self.workers.drain(worker_id)
-        self._push_cluster()
-        return known
-
     def _recover(self, identity: bytes, cause: str | None, now: float) -> None:
         """Place the requests of a lost process elsewhere, or fail them."""
         for entry in self.ledger.at(identity):

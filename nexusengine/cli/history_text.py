@@ -38,14 +38,14 @@ def request_lines(history: Mapping[str, Any]) -> list[str]:
 
 
 def _who(h: Mapping[str, Any]) -> str:
-    promise, slo = "nothing was promised", h["slo"]
+    wanted, slo = "nothing was promised", h["slo"]
     if slo is not None:
-        promise = f"class {h['class']}: first token within {_ms(slo['ttft_ms'])}, {_ms(slo['tpot_ms'])} a token"
+        wanted = f"class {h['class']}: first token within {_ms(slo['ttft_ms'])}, {_ms(slo['tpot_ms'])} a token"
         if slo["e2e_ms"] is not None:
-            promise += f", all within {_ms(slo['e2e_ms'])}"
+            wanted += f", all within {_ms(slo['e2e_ms'])}"
     priority = f", priority {h['priority']}" if h["priority"] else ""
     cached = f", {h['cached_tokens']} of them in the prefix cache" if h["cached_tokens"] else ""
-    return f"{h['request_id']} on {h['worker']}: {h['prompt_tokens']} prompt tokens{cached}; {promise}{priority}."
+    return f"{h['request_id']} on {h['worker']}: {h['prompt_tokens']} prompt tokens{cached}; {wanted}{priority}."
 
 
 def _timeline(h: Mapping[str, Any]) -> Iterator[str]:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         require_matplotlib()
     candidates, targets = parse_candidates(args.candidates), _targets(args.targets)
-    prices = _prices(args.prices)
+    prices = read_prices(args.prices)
     with _classes(args) as classes, _Progress("planning") as bar:
         spec = SimSpec(
             trace=args.trace,
@@ -109,7 +109,7 @@ def _targets(text: str) -> list[float]:
     return targets
 
 
-def _prices(text: str | None) -> dict[str, float]:
+def read_prices(text: str | None) -> dict[str, float]:
     """The list that is shipped, with what the user says over it. Raises ConfigError."""
     from nexusengine.profiles.prices import PRICES_PER_HOUR
 

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     errors = compare(replayed.simulated, measured)
     if args.json:
         about: dict[str, Any] = {
-            "profile": profile.name,
-            "confidence": profile.confidence,
+            "profile": profile.identity.name,
+            "confidence": profile.identity.confidence,
             "requests": len(sent),
             "steps": replayed.steps,
             "preemptions": replayed.preemptions,
@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(errors | about))
         return 0
-    print(f"{profile.name} ({profile.confidence}), {len(sent)} requests, {replayed.steps} steps", file=sys.stderr)
+    print(
+        f"{profile.identity.name} ({profile.identity.confidence}), {len(sent)} requests, {replayed.steps} steps",
+        file=sys.stderr,
+    )
     print(f"{'':12}{'measured ms':>13}{'simulated ms':>14}{'error':>9}")
     for key, percent in errors.items():
         if key.endswith("_pct"):

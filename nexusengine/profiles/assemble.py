@@ -16,8 +16,8 @@ import numpy.typing as npt
 from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.profiles.attention import Attention, JointAttention, Skew, SplitAttention
-from nexusengine.profiles.base import DeviceProfile
-from nexusengine.profiles.composed import ComposedProfile, ProfileIdentity
+from nexusengine.profiles.base import DeviceProfile, ProfileIdentity
+from nexusengine.profiles.composed import ComposedProfile
 from nexusengine.profiles.curves import Curve, Quad, Surface
 from nexusengine.profiles.fitted import FittedProfile
 from nexusengine.profiles.geometry import Geometry

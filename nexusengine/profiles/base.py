@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from nexusengine.arrays import F8, I4
@@ -11,24 +12,38 @@ Confidence = Literal["measured", "composed", "resampled", "roofline"]
 fitted to a log of real steps; roofline: from a datasheet, nothing measured."""
 
 
-class DeviceProfile(Protocol):
-    """Step times of one model on one device.
+@dataclass(frozen=True, slots=True)
+class ProfileIdentity:
+    """What a device profile is a profile of, and where it comes from.
 
     Attributes:
-        name: "DEVICE/MODEL".
         source: where the measurements come from.
         confidence: how they were made.
         kv_capacity_tokens: KV tokens that fit beside the weights.
         weights_bytes: of the model as it was measured.
     """
 
-    name: str
     device: str
     model: str
     source: str
     confidence: Confidence
     kv_capacity_tokens: int
     weights_bytes: int
+
+    @property
+    def name(self) -> str:
+        """As it is named on the command line: "DEVICE/MODEL"."""
+        return f"{self.device}/{self.model}"
+
+
+class DeviceProfile(Protocol):
+    """Step times of one model on one device.
+
+    Attributes:
+        identity: of the profile.
+    """
+
+    identity: ProfileIdentity
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         """Mean seconds of a step, without scatter.

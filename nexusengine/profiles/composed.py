@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from nexusengine.arrays import F8, I4
 from nexusengine.profiles.attention import Attention
-from nexusengine.profiles.base import Confidence
+from nexusengine.profiles.base import ProfileIdentity
 from nexusengine.profiles.curves import Curve
 from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileIdentity:
-    """The attributes of a profile's contract, see DeviceProfile."""
-
-    device: str
-    model: str
-    source: str
-    confidence: Confidence
-    kv_capacity_tokens: int
-    weights_bytes: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.device}/{self.model}"
 
 
 class ComposedProfile:
@@ -57,9 +39,7 @@ class ComposedProfile:
         experts: Experts | None,
         noise: Noise,
     ) -> None:
-        self.name, self.device, self.model = identity.name, identity.device, identity.model
-        self.source, self.confidence = identity.source, identity.confidence
-        self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
+        self.identity = identity
         self.layers, self.hidden, self.experts = layers, hidden, experts
         self.dense, self.attention, self.head = dense, attention, head
         self._by_tokens = dense if experts is None else dense.plus(experts.seconds())

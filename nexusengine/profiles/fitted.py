@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nexusengine.arrays import F8, I4
-from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.base import ProfileIdentity
 from nexusengine.profiles.fit import FEATURES, KNEES
 from nexusengine.profiles.noise import Noise
 
@@ -24,9 +24,7 @@ class FittedProfile:
     def __init__(self, identity: ProfileIdentity, *, weights_s: Sequence[float], noise: Noise) -> None:
         if len(weights_s) != FEATURES:
             raise ValueError(f"{len(weights_s)} weights were given, the formula has {FEATURES}")
-        self.name, self.device, self.model = identity.name, identity.device, identity.model
-        self.source, self.confidence = identity.source, identity.confidence
-        self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
+        self.identity = identity
         w = [float(v) for v in weights_s]
         self._base, self._mixed, self._token = w[0], w[1], w[2] / 100
         self._knees = [(knee, value / 100) for knee, value in zip(KNEES, w[3:], strict=False)]

@@ -143,7 +143,7 @@ class SimEngine:
         self.kv_peak_blocks = 0
         size = settings.block_size
         slots = settings.max_running + settings.max_waiting
-        blocks = (settings.kv_tokens or profile.kv_capacity_tokens) // size
+        blocks = (settings.kv_tokens or profile.identity.kv_capacity_tokens) // size
         self.max_model_len = min(max_model_len, blocks * size)
         self.kv = KVManager(
             blocks + 1, size, slots, -(-self.max_model_len // size), prefix_caching=settings.prefix_caching

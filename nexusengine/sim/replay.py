@@ -191,9 +191,9 @@ def _lanes(
     ]
     experts = isinstance(profile, ComposedProfile) and profile.experts is not None
     if len(engines) > 1 and experts:
-        if profile.device not in LINKS:
-            raise ConfigError(f"nothing is known of what {profile.device} devices exchange and how fast")
-        return [Lane(engines, step_cost(profile, len(engines), LINKS[profile.device], host))], engines
+        if profile.identity.device not in LINKS:
+            raise ConfigError(f"nothing is known of what {profile.identity.device} devices exchange and how fast")
+        return [Lane(engines, step_cost(profile, len(engines), LINKS[profile.identity.device], host))], engines
     return [Lane([engine], step_cost(profile, 1, None, host)) for engine in engines], engines
 
 

@@ -18,14 +18,12 @@ class WorkerState(StrEnum):
         STARTING: loading its model.
         READY: takes requests.
         STALLED: a step takes far longer than predicted.
-        DRAINING: finishes what it has.
         GONE: its process ended or was silent for too long.
     """
 
     STARTING = "starting"
     READY = "ready"
     STALLED = "stalled"
-    DRAINING = "draining"
     GONE = "gone"
 
 

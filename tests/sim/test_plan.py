@@ -143,6 +143,6 @@ def test_what_cannot_be_is_named(words: tuple[str, ...]) -> None:
 
 def test_prices_can_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text("h100 = 7\n")
-    assert command._prices(str(tmp_path / "p.toml"))["h100"] == 7.0
-    assert command._prices("t4=1.5")["t4"] == 1.5
-    assert command._prices(None) == dict(PRICES_PER_HOUR)
+    assert command.read_prices(str(tmp_path / "p.toml"))["h100"] == 7.0
+    assert command.read_prices("t4=1.5")["t4"] == 1.5
+    assert command.read_prices(None) == dict(PRICES_PER_HOUR)

@@ -159,8 +159,8 @@ def test_engines_with_experts_take_the_slowest_and_the_experts_of_all() -> None:
 
 def test_a_model_that_devices_share_is_looked_up_as_such() -> None:
     settings = VllmSettings(tensor_parallel_size=2)
-    assert profile_for("rtxpro6000/qwen3-32b", settings).name == "rtxpro6000-tp2/qwen3-32b"
-    assert profile_for("rtxpro6000-tp2/qwen3-32b", settings).name == "rtxpro6000-tp2/qwen3-32b"
+    assert profile_for("rtxpro6000/qwen3-32b", settings).identity.name == "rtxpro6000-tp2/qwen3-32b"
+    assert profile_for("rtxpro6000-tp2/qwen3-32b", settings).identity.name == "rtxpro6000-tp2/qwen3-32b"
     with pytest.raises(ConfigError, match="h100-tp2"):
         profile_for("h100/llama-3.1-8b", settings)
 

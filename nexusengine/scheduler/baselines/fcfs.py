@@ -66,7 +66,7 @@ def admit_in_order(step: Step, order: I4) -> None:
 
 
 def make_room_for_the_oldest(step: Step) -> None:
-    """Nothing could run: KV is full of prompts that have begun. The newest give way until one can go on."""
+    """Nothing could run: KV is full of partially prefilled prompts. The newest give way until one can go on."""
     while step.empty and len(step.prompts) > 1:
         step.preempt(step.prompts[-1])
         step.extend(step.prompts[0])

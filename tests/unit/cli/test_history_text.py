@@ -75,8 +75,8 @@ def test_what_is_special_is_said() -> None:
     assert "cannot be kept here even if nothing else is served" in lines[2]
     assert "9 earlier changes" in lines[3]
     assert lines[-2] == "    200.0 ms  its first token is there"
-    promised = HISTORY | {"slo": {"ttft_ms": 20_000.0, "tpot_ms": 50.0, "e2e_ms": 60_000.0}}
-    assert "first token within 20.0 s, 50.0 ms a token, all within 60.0 s" in request_lines(promised)[0]
+    with_slo = HISTORY | {"slo": {"ttft_ms": 20_000.0, "tpot_ms": 50.0, "e2e_ms": 60_000.0}}
+    assert "first token within 20.0 s, 50.0 ms a token, all within 60.0 s" in request_lines(with_slo)[0]
 
 
 def test_every_reason_a_policy_can_give_has_words() -> None:

@@ -48,7 +48,7 @@ def by_steps(prompts: list[tuple[int, int]], decodes: list[int], limit: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("begun", "waiting", "decodes", "own"),
+    ("partial", "waiting", "decodes", "own"),
     [
         ([], [], [], 200),
         ([], [], [], 3000),
@@ -57,17 +57,17 @@ def by_steps(prompts: list[tuple[int, int]], decodes: list[int], limit: int) -> 
     ],
 )
 def test_the_first_token_is_foreseen_as_if_everything_ahead_were_computed_first(
-    begun: list[tuple[int, int]], waiting: list[int], decodes: list[int], own: int
+    partial: list[tuple[int, int]], waiting: list[int], decodes: list[int], own: int
 ) -> None:
     c = RequestColumns.empty(128)
-    rows = [*begun, *((0, known) for known in waiting), *((known, known + 1) for known in decodes)]
+    rows = [*partial, *((0, known) for known in waiting), *((known, known + 1) for known in decodes)]
     for slot, (computed, known) in enumerate(rows):
         c.computed_tokens[slot], c.known_tokens[slot] = computed, known
-    first_decode = len(begun) + len(waiting)
-    running = np.array([*range(len(begun)), *range(first_decode, len(rows))], np.int32)
-    waiting_slots = np.arange(len(begun), first_decode, dtype=np.int32)
+    first_decode = len(partial) + len(waiting)
+    running = np.array([*range(len(partial)), *range(first_decode, len(rows))], np.int32)
+    waiting_slots = np.arange(len(partial), first_decode, dtype=np.int32)
     foreseen_s = first_token_in_s(view(c, running, waiting_slots), own)
-    truth_s = by_steps([*begun, *((0, known) for known in waiting), (0, own)], decodes, 512)
+    truth_s = by_steps([*partial, *((0, known) for known in waiting), (0, own)], decodes, 512)
     assert foreseen_s == pytest.approx(truth_s, rel=0.02)
 
 
@@ -129,8 +129,8 @@ def test_one_late_token_breaks_the_strict_contract_and_it_stays_broken() -> None
     assert [d.service.strict for d in in_time if d.service] == [True, True]
     too_slow = first_and_last(SLO(0.15, 0.08))  # tokens at .1 .2 .3, due at .15 .23 .31 .39: the fourth is late
     assert [d.service.strict for d in too_slow if d.service] == [True, False]
-    nothing_promised = first_and_last(None, step_s=1e4)
-    assert [d.service.strict for d in nothing_promised if d.service] == [True, True]
+    without_slo = first_and_last(None, step_s=1e4)
+    assert [d.service.strict for d in without_slo if d.service] == [True, True]
 
 
 def test_a_slot_that_is_used_again_starts_with_a_clean_record() -> None:

@@ -181,7 +181,7 @@ def test_a_window_is_bounded_however_much_ends() -> None:
     window = SlidingWindow(0.0)
     for i in range(100_000):
         window.add("gold", True, True, i / 50)
-    assert len(window._rows) <= WINDOW_S / 5 + 2
+    assert len(window) <= WINDOW_S / 5 + 2
     assert window.totals(2000.0)["gold"].ended == pytest.approx(50 * WINDOW_S, rel=0.02)
 
 
