@@ -2,8 +2,8 @@
 
     python -m benchmarks.tenants --traces ../shared/traces --json tenants.json [--seeds 1-2] [--devices h100]
 
-Eight tenants send requests at a share of what the engine can serve; in `flood`, beside 0.7 of it by these, a ninth sends
-three times as much. Each case runs with tenants named and without (all requests are then one tenant's): `share` beside
+Eight tenants send requests at a share of what the engine can serve; in `flood` they send 0.7 of it, and a ninth three
+times as much. Each case runs with tenants named and without (all requests are then one tenant's): `share` beside
 `none`. Attainment is that of the eight.
 """
 

@@ -129,9 +129,10 @@ class _Lengths:
         reached = counts.cumsum()
         at = int(reached.searchsorted(share * total))
         before = float(reached[at - 1]) if at else 0.0
-        low = max(float(_EDGES[first + at]), generated + 1.0)
+        low = max(math.ceil(_EDGES[first + at]), generated + 1)
+        lengths = max(math.ceil(_EDGES[first + at + 1]) - low, 1)  # that the bin stands for
         within = (share * total - before) / float(counts[at])
-        return low + within * (float(_EDGES[first + at + 1]) - low)
+        return float(low - 1 + math.ceil(within * lengths))
 
 
 def _bin(tokens: int) -> int:
