@@ -18,6 +18,8 @@ from nexusengine.scheduler.view import RequestColumns
 QUANTILE = 0.9
 """Of the lengths, that is reckoned with: one in ten answers is longer."""
 
+E2E_QUANTILE = 0.5
+"""Of the lengths, by which deadlines of whole responses are set."""
 _BINS_AN_OCTAVE = 8
 _BINS = 20 * _BINS_AN_OCTAVE  # up to a million tokens
 _MEMORY_ANSWERS = 500.0
@@ -78,7 +80,8 @@ class ExpectedLengths:
 
     def arrived(self, request: SchedulerRequest) -> None:
         """Say what its length is expected to be; its row has been written."""
-        request.expected_tokens = self._columns.expected_tokens[request.slot] = self._expected(request, 0)
+        request.expected_tokens = self._expected(request, 0, QUANTILE)
+        self._columns.expected_tokens[request.slot] = self._expected(request, 0, E2E_QUANTILE)
         if not math.isnan(self._columns.e2e_s[request.slot]):
             self._with_e2e[request.slot] = request
 
@@ -90,7 +93,7 @@ class ExpectedLengths:
         generated = self._columns.generated_tokens[slots]
         due = generated // _RENEWED_EVERY_TOKENS != (generated - steps) // _RENEWED_EVERY_TOKENS
         for slot in slots[due & (generated > 0)].tolist():
-            tokens = self._expected(self._with_e2e[slot], int(self._columns.generated_tokens[slot]))
+            tokens = self._expected(self._with_e2e[slot], int(self._columns.generated_tokens[slot]), E2E_QUANTILE)
             if not math.isnan(tokens):
                 self._columns.expected_tokens[slot] = tokens
 
@@ -100,11 +103,11 @@ class ExpectedLengths:
         if output_tokens is not None:
             self._lengths.observe(request.request.slo_class, request.request.tenant, output_tokens)
 
-    def _expected(self, request: SchedulerRequest, generated: int) -> float:
+    def _expected(self, request: SchedulerRequest, generated: int, share: float) -> float:
         r, sampling = request.request, request.request.sampling
         if sampling.ignore_eos and sampling.max_tokens and not (sampling.stop or sampling.stop_token_ids):
             return float(request.max_tokens)
-        return min(self._lengths.quantile(r.slo_class, r.tenant, generated), float(request.max_tokens))
+        return min(self._lengths.quantile(r.slo_class, r.tenant, generated, share), float(request.max_tokens))
 
 
 class _Lengths:

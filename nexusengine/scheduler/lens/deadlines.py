@@ -4,8 +4,8 @@ The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; 
 time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
 A bound on the whole response is kept by the length that the answer is expected to have (scheduler.output_lengths):
-the first token is due early enough for the rest to follow at half the device's speed, and the time per token follows
-from what is left of the bound.
+what it leaves for each further token. Where that is not much more than a decode step, the answer is one of the long ones
+that cannot be kept, and holds nobody up.
 
 A request without an SLO has no deadline: its timestamps are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
@@ -27,8 +27,7 @@ FALLBACK = CLASSES["batch"]
 NO_SLO_TURN_S = FALLBACK.ttft_s
 """Seconds after its arrival at which it is the turn of a request without an SLO; see `turn_s`."""
 
-_E2E_PACE_STEPS = 2.0  # single-token steps that each token of a response with a bound may take
-_E2E_LEAST_TTFT = 0.5  # of the TTFT that it leaves at least: most answers are shorter than expected
+_E2E_LEAST_STEPS = 1.3  # present decode steps that an e2e bound leaves for a token, or it is not kept any more
 _RESUME_TOKENS = 64
 _RESUME_SHARE = 0.25
 
@@ -79,8 +78,8 @@ class Deadlines:
             grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
             self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
 
-    def renew_e2e(self, view: EngineView, decodes: I4) -> None:
-        """What bounds on whole responses leave for each further token of `decodes [D]`."""
+    def renew_e2e(self, view: EngineView, decodes: I4, decode_s: float) -> None:
+        """What bounds on whole responses leave for each further token of `decodes [D]`. decode_s: of a decode step."""
         c = view.columns
         slots = decodes[~np.isnan(c.e2e_s[decodes])] if self._any_e2e else decodes[:0]
         if not len(slots):
@@ -88,34 +87,20 @@ class Deadlines:
         tokens = np.fmax(c.expected_tokens[slots], c.generated_tokens[slots] + 1.0)
         left_s = c.arrival_s[slots] + c.e2e_s[slots] - c.first_token_s[slots]
         tpot_s = np.where(self.attainable[slots], c.tpot_s[slots], FALLBACK.tpot_s)
-        self.tpot_s[slots] = np.fmin(tpot_s, left_s / np.maximum(tokens - 1.0, 1.0))
+        by_e2e_s = left_s / np.maximum(tokens - 1.0, 1.0)
+        by_e2e_s[by_e2e_s < _E2E_LEAST_STEPS * decode_s] = np.inf
+        self.tpot_s[slots] = np.fmin(tpot_s, by_e2e_s)
 
     def _enter(self, view: EngineView, new: I4) -> None:
         c = view.columns
-        prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
+        prompt, ttft_s, tpot_s = c.prompt_tokens[new], np.fmin(c.ttft_s[new], c.e2e_s[new]), c.tpot_s[new]
+        self._any_e2e = self._any_e2e or not np.isnan(c.e2e_s[new]).all()
         cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
         to_compute = (prompt - cached).astype(np.float64)
         met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)
-        ttft_s = self._ttft_for_e2e(view, new, ttft_s)
         ttft_s = np.where(met, ttft_s, FALLBACK.ttft_s + FALLBACK.ttft_per_token_s * prompt)
         self.attainable[new] = met
         self.tpot_s[new] = np.where(np.isnan(tpot_s), np.inf, np.where(met, tpot_s, FALLBACK.tpot_s))
         self.first_due_s[new] = self.prefill_due_s[new] = first_tokens_due_s(c.arrival_s[new], ttft_s)
         self.turn_s[new] = turn_s(c.arrival_s[new], self.first_due_s[new])
         self._arrival_s[new] = c.arrival_s[new]
-
-    def _ttft_for_e2e(self, view: EngineView, new: I4, ttft_s: F8) -> F8:
-        """TTFTs `[N]` that leave enough of e2e bounds for the tokens that follow."""
-        c = view.columns
-        bound = ~np.isnan(c.e2e_s[new])
-        if not bound.any():
-            return ttft_s
-        self._any_e2e = True
-        slots = new[bound]
-        one, zero = np.ones(len(slots)), np.zeros(len(slots))
-        decode_s = view.model.mean_s(one, one, zero, zero, c.prompt_tokens[slots].astype(np.float64))
-        rest_s = (np.fmax(c.expected_tokens[slots], 1.0) - 1.0) * np.fmin(c.tpot_s[slots], _E2E_PACE_STEPS * decode_s)
-        at_most_s = np.fmax(c.e2e_s[slots] - rest_s, _E2E_LEAST_TTFT * np.fmin(ttft_s[bound], c.e2e_s[slots]))
-        ttft_s = ttft_s.copy()
-        ttft_s[bound] = np.fmin(ttft_s[bound], at_most_s)
-        return ttft_s

@@ -91,6 +91,7 @@ class Lens:
         step = self._take_decodes(view, deadlines, now)
         costs = self._marginal_costs(view, step)
         decode_s = view.model.predict(step.features).mean_s
+        deadlines.renew_e2e(view, step.decodes, decode_s)
         limit = self._step_limit(view, deadlines, step, costs, decode_s, now)
         if not len(self._queue) and not step.prompts:
             return self._finish_without_prompts(view, step, limit, decode_s)
@@ -132,7 +133,6 @@ class Lens:
     def _take_decodes(self, view: EngineView, deadlines: Deadlines, now: float) -> Step:
         step = Step(view, int(self.options.budget) or None, headroom=_HEADROOM_BLOCKS)
         step.take_decodes(victims(view, deadlines, now))
-        deadlines.renew_e2e(view, step.decodes)
         return step
 
     def _marginal_costs(self, view: EngineView, step: Step) -> MarginalCosts:
