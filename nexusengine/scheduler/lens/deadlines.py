@@ -4,8 +4,8 @@ The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; 
 time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
 A bound on the whole response is kept by the length that the answer is expected to have (scheduler.output_lengths):
-what it leaves for each further token. Where that is not much more than a decode step, the answer is one of the long ones
-that cannot be kept, and holds nobody up.
+what it leaves for each further token. Where that is not much more than a decode step, the answer is one of the long
+ones that cannot be kept, and holds nobody up.
 
 A request without an SLO has no deadline: its timestamps are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the

@@ -271,7 +271,7 @@ class Lens:
         return overtaken
 
     def _serve(self, fill: Fill, prompts: Prompts, may_start: bool) -> None:
-        step, tpot_s = fill.step, self._deadlines.tpot_s
+        step, tpot_s, over_share = fill.step, self._deadlines.tpot_s, fill.step.view.over_share
         begun = set(step.prompts)
         rows = zip(prompts.slots.tolist(), prompts.context.tolist(), prompts.left.tolist(), strict=True)
         for n, (slot, cached, left) in enumerate(rows):
@@ -282,11 +282,12 @@ class Lens:
             if slot in begun:
                 fill.resume(slot, cached, left)
             elif may_start:
-                reason = fill.start(slot, cached, left, float(tpot_s[slot]))
+                over = over_share is not None and bool(over_share[slot])
+                reason = fill.start(slot, cached, left, float(tpot_s[slot]), spare=over)
                 if reason is _NONE:
                     continue
                 step.reasons[slot] = reason
-                if reason is Reason.WAIT_RUNNING_SLOT:
+                if reason is Reason.WAIT_RUNNING_SLOT and not over:
                     rest = prompts.slots[n:]
                     step.reasons[rest[step.columns.blocks[rest] == 0]] = reason
                     may_start = False

@@ -99,7 +99,7 @@ def can_wait(context: PlanContext, selection: Selection) -> bool:
 def precedence(view: EngineView, slots: I4, due_s: F8) -> I4:
     """Who of `slots [N]` goes first within a class, highest first: by priority, without an SLO then by share.
 
-    Among those with an SLO the share decides who is deferred, not the order of those who need not be.
+    Of those with an SLO, the share decides who is deferred and who may start, not the order of those in time.
     """
     priority = view.columns.priority[slots]
     return priority if view.over_share is None else 2 * priority - (view.over_share[slots] & np.isinf(due_s))
