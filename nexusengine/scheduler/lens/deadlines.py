@@ -60,8 +60,8 @@ class Deadlines:
         self.attainable = np.ones(slots, np.bool_)
         self._arrival_s = np.full(slots, np.nan)
 
-    def update(self, view: EngineView, slots: I4) -> None:
-        """Bring the rows of `slots` up to date."""
+    def update(self, view: EngineView, slots: I4) -> I4:
+        """Bring the rows of `slots` up to date; returns those of them that are new."""
         c = view.columns
         new = slots[self._arrival_s[slots] != c.arrival_s[slots]]
         if len(new):
@@ -71,6 +71,7 @@ class Deadlines:
             generated, tpot_s = c.generated_tokens[resumed], self.tpot_s[resumed]
             grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
             self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
+        return new
 
     def _enter(self, view: EngineView, new: I4) -> None:
         c = view.columns
