@@ -101,16 +101,14 @@ class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
             with the "shortest" rest.
         relegates: whether prompts that cannot be in time go behind all others.
         step_tokens: most tokens of a step; 0 for the engine's own limit.
-        step_s, single_steps: no step is planned longer than step_s seconds, or than so many steps of a single token if
-            that is longer; infinite if only tokens count.
+        step_s: no step is planned longer than so many seconds; infinite if there is no such bound.
         by_tpot: whether steps are kept within the tightest TPOT of those that decode.
     """
 
     order: Literal["deadline", "arrival", "shortest"] = "deadline"
     relegates: bool = True
     step_tokens: Count = 0
-    step_s: float = 0.12
-    single_steps: float = 2.5
+    step_s: float = float("inf")
     by_tpot: bool = True
 
 

@@ -101,7 +101,7 @@ def predict_speed(
     room = float(max(batch_tokens - decodes, 1))
     chunk = room
     if paced:
-        limit_s = max(traits.step_s, traits.single_steps * decode_s)
+        limit_s = traits.step_s
         if traits.by_tpot:
             limit_s = min(limit_s, tightest_tpot_s)
         limit_s = limit_s / quantile - _MARGIN_S

@@ -27,7 +27,7 @@ class PaperLens:
             raise ConfigError(f"{self.name}: floor_ms, per and chunk must be positive", param="scheduler")
         self.floor_s, self.per, self.chunk = floor_ms / 1000, per, int(chunk)
         longest_s = max(self.floor_s, FALLBACK.tpot_s)
-        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, single_steps=0.0, by_tpot=True)
+        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, by_tpot=True)
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         c = view.columns

@@ -66,10 +66,10 @@ class Deadlines:
         self._arrival_s = np.full(slots, np.nan)
         self._any_e2e = False
 
-    def update(self, view: EngineView, slots: I4) -> None:
-        """Bring the rows of `slots` up to date."""
+    def update(self, view: EngineView, slots: I4) -> I4:
+        """Bring the rows of `slots` up to date; returns those of them that are new."""
         c = view.columns
-        new = slots[self._arrival_s[slots] != c.arrival_s[slots]]
+        new: I4 = slots[self._arrival_s[slots] != c.arrival_s[slots]]
         if len(new):
             self._enter(view, new)
         resumed = slots[c.generated_tokens[slots] > 0]
@@ -77,6 +77,7 @@ class Deadlines:
             generated, tpot_s = c.generated_tokens[resumed], self.tpot_s[resumed]
             grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
             self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
+        return new
 
     def renew_e2e(self, view: EngineView, decodes: I4, decode_s: float) -> None:
         """What bounds on whole responses leave for each further token of `decodes [D]`. decode_s: of a decode step."""

@@ -53,6 +53,14 @@ class Fill:
         self._costs, self._decode_s, self._tightest_tpot_s = costs, started_s, tightest_tpot_s
         self._largest = int(_FURTHEST * seen_tokens) if limit_s < _INF else step.view.max_batch_tokens
 
+    def end_by(self, time_s: float) -> None:
+        """A prompt that ends in this step is due in so many seconds: nothing that is added may make it late.
+
+        If the step is longer already, it is late anyway.
+        """
+        if time_s < self.limit_s and self.step.view.model.predict(self.step.features).mean_s <= time_s:
+            self.limit_s = time_s
+
     def resume(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
         """The next chunk of a partially prefilled prompt; its tokens."""
         count = self._chunk(context, left, at_most)
@@ -146,3 +154,22 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
             high, high_s = middle, middle_s
         trials += 1
     return low
+
+
+def force(step: Step, order: list[int]) -> None:
+    """Compute something where nothing fits the limit, or KV is full of partially prefilled prompts.
+
+    The first that can run gets a small chunk, and the last give way until one can.
+    """
+    begun = set(step.prompts)
+    for slot in order:
+        if slot in begun:
+            step.extend(slot, MIN_CHUNK_TOKENS)
+        elif not step.preempted and step.admissible(slot) is _NONE:
+            step.admit(slot, MIN_CHUNK_TOKENS)
+        if not step.empty:
+            return
+    last_first = [slot for slot in reversed(order) if slot in begun]
+    while step.empty and len(step.prompts) > 1:
+        step.preempt(last_first.pop(0))
+        step.extend(last_first[-1], MIN_CHUNK_TOKENS)

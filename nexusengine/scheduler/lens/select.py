@@ -12,8 +12,8 @@ from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.view import EngineView
 
 _INF = float("inf")
-_CYCLE_SHARE = 0.25  # of a cycle of steps by which first tokens are planned before they are due
-_RESPONSE_MARGIN_S = 0.003  # for the way back to the client
+RESPONSE_MARGIN_S = 0.003
+"""For the way back to the client."""
 _SLOT_SHARE = 0.5  # of the running slots expected to come free in time that waiting requests count on
 
 
@@ -42,7 +42,7 @@ def select(
         prompts, without = prompts[have_slo], prompts[~have_slo]
     deferred, infeasible = prompts[:0], relegated[:0]
     if len(prompts):
-        slack_s = prompts.due_s - (context.now + _RESPONSE_MARGIN_S)
+        slack_s = prompts.due_s - (context.now + RESPONSE_MARGIN_S)
         late = prompts.work_s > slack_s - (context.rate.decode_s + context.rate.extra_s)
         if np.count_nonzero(late):
             infeasible = prompts.slots[late]
@@ -66,7 +66,7 @@ def _deferred(
     """Those who are served by their deadlines, and those left out for their sake."""
     view, rate = context.view, context.rate
     c = view.columns
-    allowed_s = rate.work_until(slack_s - _CYCLE_SHARE * rate.first_s)
+    allowed_s = rate.work_until(slack_s)
     needs_slot, slots, short = c.blocks[prompts.slots] == 0, None, False
     if np.count_nonzero(needs_slot) > free_running_slots:
         start_s = slack_s - rate.step_s - rate.eager_slowdown * prompts.work_s
@@ -91,7 +91,7 @@ def can_wait(context: PlanContext, selection: Selection) -> bool:
     done_s, rate = selection.done_s, context.rate
     if not len(done_s) or (done_s[-1] < rate.prompts_s and not selection.has_others):
         return selection.has_others
-    later_s = context.now + rate.step_s + rate.gain_s + rate.decode_s + _RESPONSE_MARGIN_S
+    later_s = context.now + rate.step_s + rate.gain_s + rate.decode_s + RESPONSE_MARGIN_S
     first = selection.on_time.due_s[: int(done_s.searchsorted(rate.prompts_s, side="right"))]
     return not (first < later_s).any()
 

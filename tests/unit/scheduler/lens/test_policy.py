@@ -7,6 +7,7 @@ import pytest
 
 from nexusengine.errors import ConfigError
 from nexusengine.scheduler.lens.policy import Lens
+from nexusengine.scheduler.lens.step_cap import StepCap
 from nexusengine.scheduler.plan import Reason
 from nexusengine.scheduler.registry import POLICIES, make_policy
 from tests.support.lens_plans import computed, plan
@@ -38,7 +39,7 @@ def test_where_a_young_request_sets_the_limit_the_step_is_unlikely_to_take_longe
     assert 0.044 < p.upper_s <= 0.049
 
 
-@pytest.mark.parametrize(("lived", "relegated", "limit_ms"), [(20, False, 120), (3, False, 50), (20, True, 50)])
+@pytest.mark.parametrize(("lived", "relegated", "limit_ms"), [(20, False, 135.12), (3, False, 50), (20, True, 50)])
 def test_a_young_request_spends_what_almost_all_have_lived_to_gain_while_nobody_is_relegated(
     lived: int, relegated: bool, limit_ms: float
 ) -> None:
@@ -49,7 +50,7 @@ def test_a_young_request_spends_what_almost_all_have_lived_to_gain_while_nobody_
     bench.wait(5000)
     if relegated:
         bench.wait(100, ttft_s=0.5, relegated=True)
-    p = plan(bench.view(), now=1.0)  # the young one's next token is due at 1.05
+    p = plan(bench.view(), now=1.0)  # the young one's next token is due at 1.05; 30 times what mixing costs is 130 ms
     assert p.notes["limit_ms"] == pytest.approx(limit_ms)
 
 
@@ -124,11 +125,47 @@ def test_who_has_lost_its_promise_may_be_slowed_down() -> None:
     assert p.notes["limit_slot"] == -1
 
 
-def test_without_running_requests_a_step_is_bounded_by_the_cap() -> None:
+def test_a_step_is_bounded_for_the_sake_of_those_who_are_yet_to_come() -> None:
+    policy = Lens()
+    for now in range(20):  # each with 0.2 s of slack, of which half may be spent on the step under way
+        bench = Bench()
+        bench.wait(1000, arrival_s=now, ttft_s=0.2 + 0.0309)
+        plan(bench.view(arrivals=now), float(now), policy)
+    bench.wait(8000, arrival_s=19.0)
+    p = plan(bench.view(arrivals=20), 19.0, policy)
+    assert 0.095 < p.predicted_s <= 0.11
+
+
+def test_a_step_without_slos_is_as_large_as_those_of_fcfs() -> None:
+    for largest in (2048, 8192):
+        bench = Bench()
+        bench.decode(first_s=0.0, generated=3, ttft_s=NAN, tpot_s=NAN)
+        for i in range(12):
+            bench.wait(1000, arrival_s=0.1 * i, ttft_s=NAN, tpot_s=NAN)
+        view = bench.view(batch=largest)
+        p, fcfs = Lens().plan(view, 5.0), make_policy("fcfs").plan(view, 5.0)
+        assert computed(p) == computed(fcfs)
+        assert p.counts.sum() == largest
+
+
+def test_without_an_slo_nobody_overtakes_one_that_lacks_blocks() -> None:
     bench = Bench()
-    bench.wait(8000)
+    bench.decode(first_s=0.0, generated=3, ttft_s=NAN, tpot_s=NAN)
+    large = bench.wait(1000, ttft_s=NAN, tpot_s=NAN)
+    small = bench.wait(20, ttft_s=NAN, tpot_s=NAN)
+    p = plan(bench.view(free=40))
+    assert computed(p) == {0: 1}
+    assert p.reasons[[large, small]].tolist() == [Reason.WAIT_BLOCKS, Reason.WAIT_BLOCKS]
+
+
+def test_a_prompt_that_fits_is_not_made_late_by_those_behind_it() -> None:
+    bench = Bench()
+    soon = bench.wait(1000, ttft_s=0.05)  # 30 ms alone
+    other = bench.wait(4000, ttft_s=10.0)
     p = plan(bench.view())
-    assert 0.1 < p.predicted_s <= 0.12
+    assert computed(p)[soon] == 1000
+    assert 0 < computed(p)[other] < 1000
+    assert p.predicted_s <= 0.05
 
 
 def test_no_crumbs() -> None:
@@ -148,7 +185,8 @@ def test_no_step_is_much_larger_than_any_seen_before() -> None:
     assert p.counts.sum() == 768
 
 
-def test_a_step_is_never_empty_even_if_the_model_forbids_everything() -> None:
+def test_a_step_is_never_empty_even_if_the_cap_forbids_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepCap, "prompts_s", lambda *args: 0.001)
     bench = Bench(model=Straight(extra_s=100.0))
     slot = bench.wait(500, ttft_s=NAN, tpot_s=NAN)
     assert computed(plan(bench.view())) == {slot: 16}
@@ -164,7 +202,7 @@ def test_time_is_saved_up_where_mixed_steps_are_dear_and_nobody_is_pressed() -> 
     p = plan(bench.view(), now=1.05)
     assert p.reasons[prompt] == Reason.WAIT_COALESCE
     assert p.counts.tolist() == [1]
-    bench.c.generated_tokens[0] = 4  # two tokens later, in little more time
+    bench.c.generated_tokens[0] = 6  # four tokens later, in little more time
     assert prompt in computed(plan(bench.view(), now=1.06))
 
 
