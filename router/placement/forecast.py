@@ -14,9 +14,9 @@ import numpy as np
 from msgspec.structs import astuple
 
 from nexusengine.arrays import F8
+from nexusengine.forecast.queue import Queue, roll_forward, sort_keys
+from nexusengine.forecast.speed import Speed, predict_speed, predictor_of
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.router.placement.queue import Queue, roll_forward, sort_keys
-from nexusengine.router.placement.speed import Speed, predict_speed, predictor_of
 from nexusengine.wire import WorkerInfo, WorkerLoad
 
 _INF = float("inf")

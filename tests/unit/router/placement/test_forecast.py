@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexusengine.forecast.speed import predict_speed, predictor_of
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import Predictor
 from nexusengine.router.placement.forecast import Forecast, forecast, snapshot
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.router.placement.speed import predict_speed, predictor_of
 from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.registry import make_policy
