@@ -8,7 +8,6 @@ when it is seen again, so that an hour of decodes does not erase what is known o
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
+from nexusengine.perf.kinds import STRATA, RecentError, RecentErrors, stratum
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -38,18 +38,8 @@ _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
 _HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
 _COLD_UNTIL = 16  # steps of a kind after which cold ones are not learned from
 
-_DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
-_STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
-
 _LONG_CHUNK = StepFeatures(1024, 1, 1, 1024 * (4096 + 512.0), 0)
 _LONG_DECODES = StepFeatures(32, 32, 0, 0.0, 32 * 2048)
-
-
-def stratum(f: StepFeatures) -> int:
-    """Kind of step: decode-only ones by octave of tokens, then mixed ones by octave."""
-    if not f.prefills:
-        return bisect_left(_DECODE_EDGES, f.tokens)
-    return len(_DECODE_EDGES) + 1 + bisect_left(_MIXED_EDGES, f.tokens)
 
 
 @dataclass(slots=True)
@@ -80,10 +70,11 @@ class OnlineModel:
     def __init__(self, prior: Prior = GENERIC) -> None:
         n = basis.TERMS
         self.epoch = self.spikes = self.steps = 0
-        self._gram, self._moment = np.zeros((_STRATA, n, n)), np.zeros((_STRATA, n))
-        self._seen = np.zeros(_STRATA, np.int64)
+        self._gram, self._moment = np.zeros((STRATA, n, n)), np.zeros((STRATA, n))
+        self._seen = np.zeros(STRATA, np.int64)
         self._bounds = (Bound(), Bound())
         self._trend, self._drift = Trend(), Drift()
+        self._errors = RecentErrors()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
         self._tokens_seen = float(prior.tokens)
@@ -101,6 +92,9 @@ class OnlineModel:
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._curve.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
+
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        return self._errors.of(features)
 
     def snapshot(self) -> PerfSnapshot:
         """Its weights are `Curve.numbers`, which begin with the weights in the order of `basis`."""
@@ -130,6 +124,7 @@ class OnlineModel:
         if self.steps % _EVERY == 0:
             self._gram *= _FORGET_ALL**_EVERY
             self._moment *= _FORGET_ALL**_EVERY
+        self._errors.learn(kind, math.log(seconds / predicted_s))
         self._judge(curve, mixed, seconds, predicted_s, plain_s)
         log_ratio = math.log(seconds / plain_s)
         if not is_off(log_ratio):
@@ -177,7 +172,7 @@ class OnlineModel:
 
     def _accept(self, change: Change) -> None:
         """Scale what is known of the kinds of step that changed by the factor, and believe less of everything."""
-        slower = np.ones(_STRATA)
+        slower = np.ones(STRATA)
         if change.kinds is None:
             slower[:] = change.ratio
             for scale in self._scales:

@@ -11,7 +11,8 @@ import pytest
 from nexusengine.model_config import ModelConfig
 from nexusengine.perf.devices import DATASHEETS, cpu_datasheet, datasheet_of
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.online import OnlineModel, stratum
+from nexusengine.perf.kinds import RecentErrors, stratum
+from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.prior import GENERIC, roofline
 from tests.support.devices import Roofline, features, random_step
 
@@ -126,6 +127,43 @@ def test_the_upper_bound_holds_in_about_95_percent_of_steps_whatever_the_scatter
 def test_the_bound_of_a_quiet_device_is_close_to_its_mean() -> None:
     time = taught(1500, noise=0.005).predict(DECODES)
     assert time.upper_s < 1.03 * time.mean_s
+
+
+# ---- recent errors ---------------------------------------------------------------------------------------------------
+
+
+def test_a_kind_of_step_that_was_never_measured_is_not_to_be_trusted() -> None:
+    model = OnlineModel()
+    model.observe(DECODES, DEVICE.step_s(DECODES))
+    assert (model.recent_error(PROMPT).steps, model.recent_error(PROMPT).relative) == (0, math.inf)
+    assert model.recent_error(DECODES).steps == 1
+
+
+def test_recent_errors_are_those_of_predictions_before_they_were_learned_from() -> None:
+    model, errors = OnlineModel(), []
+    for i in range(20):
+        seconds = DEVICE.step_s(DECODES) * (1.0 + 0.1 * (i % 2))
+        errors.append(abs(model.predict(DECODES).mean_s - seconds) / seconds)
+        model.observe(DECODES, seconds)
+    mean = sum(min(e, 1.0) for e in errors) / 20
+    assert model.recent_error(DECODES).relative == pytest.approx(mean, rel=1e-9)
+
+
+def test_an_old_error_fades_and_one_step_counts_for_no_more_than_all_of_its_time() -> None:
+    errors = RecentErrors()
+    for _ in range(100):
+        errors.learn(stratum(DECODES), 0.0)
+    errors.learn(stratum(DECODES), -math.log(1e6))
+    assert errors.of(DECODES).relative == pytest.approx(1 / 32)
+    for _ in range(200):
+        errors.learn(stratum(DECODES), 0.0)
+    assert errors.of(DECODES).relative < 1e-3
+
+
+def test_the_error_of_a_device_that_was_learned_is_small_for_every_kind_of_step_seen() -> None:
+    model = taught(1500)
+    for step in (DECODES, PROMPT):
+        assert model.recent_error(step).relative < 0.04
 
 
 # ---- what is not believed --------------------------------------------------------------------------------------------
