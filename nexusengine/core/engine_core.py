@@ -132,7 +132,7 @@ class EngineCore:
             )
         if self.kv.prefix_caching:
             state.block_hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
-        self._new_arrivals.add(state, self.scheduler.view(), self._cached_tokens(state), self.clock.now())
+        self._new_arrivals.add(state, self.scheduler.view(), self._cached_tokens(state))
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
         state.serial = self._history.arrived(state.slot)
@@ -192,7 +192,7 @@ class EngineCore:
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
         self._refuse(scheduled.refused)
-        self._new_arrivals.planned(scheduled.plan, self.scheduler.requests)
+        self._new_arrivals.planned(self.scheduler, scheduled, self._rest_s(now), now)
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
@@ -223,6 +223,10 @@ class EngineCore:
         self._in_flight.append(step)
         self._advance(step)
         return True
+
+    def _rest_s(self, now: float) -> float:
+        """Predicted seconds until the steps in flight have ended."""
+        return max((step.started_s + step.plan.predicted_s - now for step in self._in_flight), default=0.0)
 
     def _refuse(self, states: Sequence[RequestState]) -> None:
         for state in states:

@@ -268,7 +268,7 @@ class Metrics:
         self._by_name["slo_ttft_seconds"].labels(name).observe(timings.ttft_s)
         if timings.tpot_s is not None:
             self._by_name["slo_tpot_seconds"].labels(name).observe(timings.tpot_s)
-        if output.service is not None and output.service.predicted_ttft_s > 0:
+        if output.service is not None and output.service.predicted_ttft_s:
             self._by_name["slo_predicted_ttft_ratio"].observe(timings.ttft_s / output.service.predicted_ttft_s)
 
     def missed(self, slo_class: str | None, missed: Missed) -> None:
