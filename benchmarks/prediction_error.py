@@ -2,8 +2,8 @@
 
     python benchmarks/prediction_error.py [--devices cpu:1,cpu:2] [--neighbours 0,2] [--rounds 3] [--output FILE.json]
 
-SmolLM2-135M behind `nexusengine serve`, a fresh server for each round of each device and number of neighbours (processes
-that do nothing but keep a core busy). Every server gets the same parts, each with the names of its loads:
+SmolLM2-135M behind `nexusengine serve`, a fresh server for each round of each device and number of neighbours
+(processes that do nothing but keep a core busy). Every server gets the same parts, each with the names of its loads:
 
     first    the first requests after the start, one by one
     alone    one request at a time, prompts of 20 to 600 tokens
@@ -11,8 +11,9 @@ that do nothing but keep a core busy). Every server gets the same parts, each wi
     poisson  open-loop arrivals at about 30, 60 and 90 % of the rate that the bursts were served at
 
 but for `first` without an SLO and with the mixed classes. The server's word on each request (`nexus` in its reply) has
-both times. The error is |predicted - measured| / measured; requests that nothing was foretold of are counted (`told`).
-`unattainable` counts promises that the server called out of reach, `wrongly` those of them whose first token came in time.
+both times. The error is |predicted - measured| / measured; requests of which nothing was foretold are not in it, and
+`told` is the share of the others. `unattainable` counts promises that the server called out of reach, `wrongly` those
+of them that were kept all the same.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class Service:
     Attributes:
         predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in; None where its
             performance model was not trustworthy then.
-        unattainable: the device cannot meet the SLO even when it serves nothing else.
+        unattainable: the device surely cannot meet the SLO even when it serves nothing else.
         strict: every token so far came in time by the strict contract.
     """
 

@@ -1,26 +1,15 @@
-"""What can be said of a request when it arrives.
-
-Whether it can be served, when its first token is due to come, and whether its SLO can be met at all.
-"""
+"""What can be said of a request the moment it arrives: whether it can be served, and whether its SLO can be met."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from nexusengine.arrays import F8, I4
-from nexusengine.core.request import RequestState
 from nexusengine.errors import InvalidRequest
-from nexusengine.forecast.backlog import Prompts, first_tokens_in_s
-from nexusengine.forecast.speed import Speed, predict_speed
 from nexusengine.forecast.trust import is_trustworthy
 from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import PerformanceModel
 from nexusengine.request_limits import check_fits, check_token_ids
-from nexusengine.scheduler.attainable import attainable
-from nexusengine.scheduler.scheduler import Scheduled, Scheduler
-from nexusengine.scheduler.view import EngineView, RequestColumns
-from nexusengine.slo.due import first_tokens_due_s
+from nexusengine.scheduler.attainable import prompts_s
 from nexusengine.types import SLO, EngineRequest
 
 
@@ -38,113 +27,29 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
     return wanted or max_model_len - len(ids)
 
 
-def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
-    """Whether the device would miss the SLO even if it served nothing else (see scheduler.attainable).
+def unattainable(model: PerformanceModel, max_batch_tokens: int, prompt_tokens: int, slo: SLO) -> bool:
+    """Whether the device would surely miss the SLO even if it served nothing else.
 
-    The whole response may not take longer than its bound either.
-    """
-    ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
-    met = attainable(
-        view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])
-    )
-    return not met[0]
-
-
-class NewArrivals:
-    """Requests that no plan has seen yet."""
-
-    def __init__(self) -> None:
-        self._states: list[RequestState] = []
-
-    def add(self, state: RequestState, view: EngineView, cached_tokens: int) -> None:
-        """Judge whether a request's SLO can be met, before it is one of those that wait.
-
-        Args:
-            view: the engine without it.
-            cached_tokens: of its prompt, in the prefix cache.
-        """
-        request, prompt_tokens = state.request, state.known - cached_tokens
-        state.unattainable = request.slo is not None and unattainable(view, prompt_tokens, request.slo)
-        self._states.append(state)
-
-    def planned(
-        self, scheduler: Scheduler[RequestState], scheduled: Scheduled[RequestState], rest_s: float, now: float
-    ) -> None:
-        """Predict when their first tokens come, now that the first step is planned that could serve them.
-
-        Args:
-            rest_s: seconds until that step begins, because another one is under way.
-            now: timestamp, seconds.
-        """
-        states = [s for s in self._states if scheduler.requests.get(s.slot) is s]
-        self._states.clear()
-        if not states:
-            return
-        slots = np.array([s.slot for s in states], np.int32)
-        for state, in_s in zip(states, predict(scheduler, scheduled, slots, rest_s, now), strict=True):
-            if in_s is not None:
-                state.predicted_ttft_s = max(now - state.request.arrival_s, 0.0) + in_s
-
-
-def predict(
-    scheduler: Scheduler[RequestState], scheduled: Scheduled[RequestState], asked: I4, rest_s: float, now: float
-) -> list[float | None]:
-    """Seconds until requests have their first token, by the roll-forward with which PRISM places.
+    It would if the prompt took longer than TTFT, or a decode after it longer than TPOT, even at the lower bound of
+    their time: as far below the mean as the upper bound is above it. Nothing is sure of a kind of step of which the
+    model is not trustworthy. The whole response may not take longer than its bound either.
 
     Args:
-        scheduled: the next step; nothing of it is in the columns yet.
-        asked: `[N]`, slots that wait or are partially prefilled.
-        rest_s: seconds until that step begins.
-        now: timestamp, seconds.
-
-    Returns:
-        `[N]`; None where the performance model is not trustworthy yet.
+        prompt_tokens: those to compute, without a cached prefix; at least 1.
     """
-    view, c, model = scheduler.view(), scheduler.columns, scheduler.model
-    counts = np.zeros(scheduler.slots, np.int32)
-    counts[scheduled.slots] = scheduled.counts
-    slots = np.concatenate([view.running, view.waiting])
-    done = c.context_tokens(slots) + counts[slots]
-    left = c.known_tokens[slots] - done
-    decodes, pending = slots[left == 0], slots[left > 0]
-    left, done = left[left > 0].astype(np.float64), done[left > 0].astype(np.float64)
-    steps: list[StepFeatures] = []
-    if len(scheduled.slots):
-        rest_s += scheduled.plan.predicted_s
-        steps.append(StepFeatures.of(scheduled.counts, c.computed_tokens[scheduled.slots]))
-    in_s = np.full(scheduler.slots, rest_s)
-    trusted_at_once = trusted_later = is_trustworthy(model, steps)
-    if len(pending):
-        speed = _speed(scheduler, decodes, pending)
-        prompts = Prompts(_due_s(scheduled, c, pending), left, done)
-        in_s[pending] = first_tokens_in_s(prompts, c.relegated[pending], speed, scheduler.policy.traits, rest_s, now)
-        largest = int(min(speed.chunk_tokens, left.sum()))
-        later = StepFeatures(largest + len(decodes), 1 + len(decodes), 1)
-        trusted_later = trusted_at_once and is_trustworthy(model, [later])
-    is_later = np.zeros(scheduler.slots, np.bool_)
-    is_later[pending] = True
-    return [
-        seconds if (trusted_later if late else trusted_at_once) else None
-        for seconds, late in zip(in_s[asked].tolist(), is_later[asked].tolist(), strict=True)
-    ]
-
-
-def _speed(scheduler: Scheduler[RequestState], decodes: I4, pending: I4) -> Speed:
-    """The engine's speed beside these decodes."""
-    c = scheduler.columns
-    tpot_s = c.tpot_s[np.concatenate([decodes, pending])]
-    return predict_speed(
-        scheduler.model,
-        scheduler.model.snapshot().quantile,
-        len(decodes),
-        float(c.known_tokens[decodes].sum()),
-        float(np.fmin.reduce(tpot_s, initial=math.inf)),
-        scheduler.max_batch_tokens,
-        scheduler.policy.traits,
+    chunk = min(prompt_tokens, max_batch_tokens)
+    prompt = StepFeatures(chunk, 1, int(chunk > 1), 0.5 * chunk * chunk, int(chunk == 1))
+    decode = StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)
+    pairs = 0.5 * float(prompt_tokens) ** 2
+    tokens, one = np.array([float(prompt_tokens)]), np.ones(1)
+    prompt_s = float(prompts_s(model, max_batch_tokens, tokens, np.array([pairs]), one)[0])
+    ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
+    return _surely_exceeds(model, prompt, prompt_s, ttft_s) or _surely_exceeds(
+        model, decode, model.predict(decode).mean_s, slo.tpot_s
     )
 
 
-def _due_s(scheduled: Scheduled[RequestState], c: RequestColumns, slots: I4) -> F8:
-    """Timestamps by which the policy wants prompts to be done: their SLO's, if it does not say."""
-    due_s = scheduled.plan.due_s
-    return first_tokens_due_s(c.arrival_s[slots], c.ttft_s[slots]) if due_s is None else due_s[slots]
+def _surely_exceeds(model: PerformanceModel, step: StepFeatures, mean_s: float, bound_s: float) -> bool:
+    """Whether steps like this one that take mean_s in the mean exceed a bound even at the lower bound of their time."""
+    time = model.predict(step)
+    return mean_s * time.mean_s / time.upper_s > bound_s and is_trustworthy(model, [step])

@@ -22,9 +22,9 @@ class RequestState(SchedulerRequest):
         output_tokens: how many were delivered.
         pending: tokens that steps in flight sample; they are not in `tokens` yet.
         serial: its number in the history.
-        predicted_ttft_s: from its arrival to its first token, as predicted when the first step after it was planned;
-            None where the performance model was not trustworthy.
-        unattainable: the device cannot meet its SLO, as judged when it arrived.
+        foreseen_ttft_s: from its arrival to its first token, as predicted when the first step after it was planned;
+            None where the performance model was not trustworthy. predicted_ttft_s: the same, as it is told.
+        unattainable: the device surely cannot meet its SLO, as judged when it arrived.
     """
 
     tokens: I4
@@ -34,6 +34,7 @@ class RequestState(SchedulerRequest):
     output_tokens: int = 0
     pending: int = 0
     serial: int = 0
+    foreseen_ttft_s: float | None = None
     predicted_ttft_s: float | None = None
     unattainable: bool = False
 

@@ -108,21 +108,24 @@ def first_tokens_in_s(
     is_late = np.ones(len(service_s), np.bool_)
     is_late[served] = False
     order = np.concatenate([served, np.flatnonzero(is_late)])
-    until_s = np.cumsum(service_s[order])
+    left, done, service_s = prompts.left[order], prompts.done[order], service_s[order]
+    steps = service_s / speed.step_s if speed.by_time else left / speed.chunk_tokens
+    until = np.cumsum(steps)
     in_s = np.empty(len(order))
     in_s[order] = first_token_in_s(
-        speed,
-        rest_s,
-        until_s - service_s[order],
-        until_s[-1:] - until_s,
-        prompts.left[order],
-        prompts.done[order],
+        speed, rest_s, np.cumsum(service_s) - service_s, until - steps, until[-1:] - until, left, done
     )
     return in_s
 
 
 def first_token_in_s(
-    rates: Rates[Number], rest_s: Number, ahead_s: Number, behind_s: Number, left: Number | float, done: Number | float
+    rates: Rates[Number],
+    rest_s: Number | float,
+    ahead_s: Number,
+    ahead: Number,
+    behind: Number,
+    left: Number | float,
+    done: Number | float,
 ) -> Number:
     """Seconds until a prompt has its first token: the end of the step that computes its last token.
 
@@ -132,14 +135,14 @@ def first_token_in_s(
         rates: of the engine.
         rest_s: seconds until the step under way ends.
         ahead_s: service of the prompts that are served before this one.
-        behind_s: service of those after it.
+        ahead: the same in full steps; behind: that of those after it.
         left: its tokens to compute.
         done: its tokens in the KV cache.
     """
-    step_s = rates.per_token_s * rates.chunk_tokens
-    steps = ahead_s / step_s + left / rates.chunk_tokens
+    steps = ahead + left / rates.chunk_tokens
     whole = np.ceil(steps - _ROUNDING)
-    unfilled = np.maximum((whole - steps) * rates.chunk_tokens - behind_s / rates.per_token_s, 0.0)
-    pairs = left * (done + 0.5 * left)
-    in_s: Number = rest_s + whole * step_s - unfilled * rates.chunk_token_s + rates.per_pair_s * pairs
+    rounded = (whole - steps) * rates.chunk_tokens
+    unfilled = np.maximum(rounded - behind * rates.chunk_tokens, 0.0)
+    own_s = (left + rounded) * rates.per_token_s - unfilled * rates.chunk_token_s
+    in_s: Number = rest_s + ahead_s + own_s + rates.per_pair_s * left * (done + 0.5 * left)
     return in_s

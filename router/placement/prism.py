@@ -119,7 +119,9 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
     left = request.prompt_tokens - cached
     position = matrix.position(request.first_token_due_s, left)
     ahead_s = matrix.ahead_s[matrix.rows, position]
-    first_token_s = first_token_in_s(e, e.rest_s, ahead_s, matrix.ahead_s[:, -1] - ahead_s, left, cached)
+    step_s = e.per_token_s * e.chunk_tokens
+    behind = (matrix.ahead_s[:, -1] - ahead_s) / step_s
+    first_token_s = first_token_in_s(e, e.rest_s, ahead_s, ahead_s / step_s, behind, left, cached)
     decode_s = e.decode_s + e.per_kv_s * request.prompt_tokens
     late = decode = np.zeros(len(matrix.views))
     if request.slo is not None:
