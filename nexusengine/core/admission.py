@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from nexusengine.core.request import RequestState
 from nexusengine.errors import InvalidRequest
 from nexusengine.forecast.trust import is_trustworthy
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.scheduler.attainable import prompts_s
+from nexusengine.scheduler.scheduler import Scheduler
 from nexusengine.types import SLO, EngineRequest
 
 
@@ -27,6 +29,15 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
     return wanted or max_model_len - len(ids)
 
 
+def is_unattainable(scheduler: Scheduler[RequestState], state: RequestState) -> bool:
+    """Whether a request that has just arrived has an SLO that is out of reach; see `unattainable`."""
+    slo, kv = state.request.slo, scheduler.kv
+    if slo is None:
+        return False
+    cached = kv.lookup(state.block_hashes, state.known - 1).tokens if kv.prefix_caching else 0
+    return unattainable(scheduler.model, scheduler.max_batch_tokens, state.known - cached, slo)
+
+
 def unattainable(model: PerformanceModel, max_batch_tokens: int, prompt_tokens: int, slo: SLO) -> bool:
     """Whether the device would surely miss the SLO even if it served nothing else.
 
@@ -40,9 +51,7 @@ def unattainable(model: PerformanceModel, max_batch_tokens: int, prompt_tokens: 
     chunk = min(prompt_tokens, max_batch_tokens)
     prompt = StepFeatures(chunk, 1, int(chunk > 1), 0.5 * chunk * chunk, int(chunk == 1))
     decode = StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)
-    pairs = 0.5 * float(prompt_tokens) ** 2
-    tokens, one = np.array([float(prompt_tokens)]), np.ones(1)
-    prompt_s = float(prompts_s(model, max_batch_tokens, tokens, np.array([pairs]), one)[0])
+    prompt_s = float(prompts_s(model, max_batch_tokens, np.array([float(prompt_tokens)]))[0])
     ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
     return _surely_exceeds(model, prompt, prompt_s, ttft_s) or _surely_exceeds(
         model, decode, model.predict(decode).mean_s, slo.tpot_s

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nexusengine.clock import Clock
-from nexusengine.core.admission import longest_output, unattainable
+from nexusengine.core.admission import is_unattainable, longest_output
 from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
 from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History, record_of
@@ -133,9 +133,7 @@ class EngineCore:
             )
         if self.kv.prefix_caching:
             state.block_hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
-        state.unattainable = request.slo is not None and unattainable(
-            self.scheduler.model, self.scheduler.max_batch_tokens, self._to_compute(state), request.slo
-        )
+        state.unattainable = is_unattainable(self.scheduler, state)
         self._first_tokens.arrived(state)
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
@@ -151,11 +149,6 @@ class EngineCore:
         if request.request_id in self._by_id:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         return longest_output(request, self.executor.spec.vocab_size, self.max_model_len)
-
-    def _to_compute(self, state: RequestState) -> int:
-        """Tokens of its prompt that are not in the prefix cache."""
-        hit = self.kv.lookup(state.block_hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
-        return state.known - hit
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -198,7 +191,7 @@ class EngineCore:
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
         self._refuse(scheduled.refused)
-        self._first_tokens.planned(self.scheduler, scheduled, self._rest_s(now), now)
+        self._first_tokens.planned(self.scheduler, scheduled, self._in_flight, now)
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
@@ -230,10 +223,6 @@ class EngineCore:
         self._advance(step)
         return True
 
-    def _rest_s(self, now: float) -> float:
-        """Predicted seconds until the steps in flight have ended."""
-        return max((step.started_s + step.plan.predicted_s - now for step in self._in_flight), default=0.0)
-
     def _refuse(self, states: Sequence[RequestState]) -> None:
         for state in states:
             message = "refused: the engine cannot serve it in time"
@@ -244,7 +233,7 @@ class EngineCore:
         """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
         c, batch = self.scheduler.columns, step.batch
         sampled = self.scheduler.advance(batch.slots, batch.counts)
-        expected_s = step.started_s + step.plan.predicted_s
+        expected_s = step.expected_end_s
         # until the tokens are there, so that a policy has something to go by
         c.first_token_s[sampled[c.generated_tokens[sampled] == 1]] = expected_s
         c.last_token_s[sampled] = expected_s

@@ -7,10 +7,12 @@ what the policy does with it. That is at once, or at the end of the step under w
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from nexusengine.arrays import F8, I4
+from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.request import RequestState
 from nexusengine.forecast.backlog import Prompts, first_tokens_in_s
 from nexusengine.forecast.speed import Speed, predict_speed
@@ -37,13 +39,17 @@ class FirstTokens:
         self._new.append(state)
 
     def planned(
-        self, scheduler: Scheduler[RequestState], scheduled: Scheduled[RequestState], rest_s: float, now: float
+        self,
+        scheduler: Scheduler[RequestState],
+        scheduled: Scheduled[RequestState],
+        in_flight: Iterable[InFlightStep],
+        now: float,
     ) -> None:
         """Predict those who are new, by the first plan that has seen them.
 
         Args:
             scheduled: the next step; nothing of it is in the columns yet.
-            rest_s: seconds until that step begins, because another one is under way.
+            in_flight: steps that are under way and end before.
             now: timestamp, seconds.
         """
         states = [s for s in self._new if scheduler.requests.get(s.slot) is s]
@@ -51,7 +57,8 @@ class FirstTokens:
         if not states:
             return
         slots = np.array([s.slot for s in states], np.int32)
-        for state, in_s in zip(states, predict(scheduler, scheduled, slots, rest_s, now), strict=True):
+        rest_s = max((s.expected_end_s - now for s in in_flight), default=0.0)
+        for state, in_s in zip(states, predict(scheduler, scheduled, slots, max(rest_s, 0.0), now), strict=True):
             if in_s is not None:
                 state.foreseen_ttft_s = max(now - state.request.arrival_s, 0.0) + in_s
                 state.predicted_ttft_s = state.foreseen_ttft_s if self._errors.small else None
