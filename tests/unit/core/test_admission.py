@@ -13,22 +13,24 @@ from nexusengine.core.admission import unattainable
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.kinds import RecentError
 from nexusengine.perf.model import StepTime
+from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.registry import make_model
 from nexusengine.types import SLO, TokenDelta
 from tests.support.fakes import FakeExecutor, make_core, request
 
 
-class Known:
+class Known(OnlineModel):
     """A performance model that is sure of itself: 10 ms a step and 0.2 ms a token, within 20 % to either side."""
 
     def __init__(self, error: RecentError = RecentError(100, 0.05)) -> None:  # noqa: B008
+        super().__init__()
         self.error = error
 
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = 0.01 + 0.0002 * features.tokens
         return StepTime(mean_s, 1.25 * mean_s)
 
-    def mean_s(self, tokens: F8, *others: F8) -> F8:
+    def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return 0.01 + 0.0002 * np.asarray(tokens, np.float64)
 
     def recent_error(self, features: StepFeatures) -> RecentError:

@@ -56,7 +56,8 @@ def foretold(
     speed = predict_speed(MODEL, 1.0, len(decodes), kv_tokens, INF, LIMIT, traits)
     due = np.array(due_s or [INF] * len(prompts))
     last = np.array(relegated or [False] * len(prompts))
-    return first_tokens_in_s(Prompts(due, left, done), last, speed, traits, 0.0, 0.0).tolist()
+    in_s: list[float] = first_tokens_in_s(Prompts(due, left, done), last, speed, traits, 0.0, 0.0).tolist()
+    return in_s
 
 
 @pytest.mark.parametrize(
