@@ -202,13 +202,14 @@ class Service:
     """What a worker knows of how it serves a request.
 
     Attributes:
-        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in.
-        unattainable: the device cannot meet the SLO even when it serves nothing else.
+        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in; None where its
+            performance model was not trustworthy then.
+        unattainable: the device surely cannot meet the SLO even when it serves nothing else.
         strict: every token so far came in time by the strict contract.
     """
 
     worker: str
-    predicted_ttft_s: float
+    predicted_ttft_s: float | None
     unattainable: bool = False
     strict: bool = True
 

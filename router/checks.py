@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from msgspec.structs import astuple
 
+from nexusengine.forecast.speed import REFERENCE_STEP, predictor_of
 from nexusengine.kv.digest import Batch
-from nexusengine.router.placement.speed import REFERENCE_STEP, predictor_of
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,

@@ -49,7 +49,7 @@ def _who(h: Mapping[str, Any]) -> str:
 
 
 def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
-    yield _at(0.0, f"arrives; its first token is expected after {_ms(h['predicted_ttft_ms'])}")
+    yield _at(0.0, f"arrives; {_expected(h['predicted_ttft_ms'])}")
     if h["unattainable"]:
         expected = "by the predictions so far its promise cannot be kept here even if nothing else is served"
         yield _at(0.0, f"{expected}; it is served best effort")
@@ -64,6 +64,12 @@ def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
         yield _at(change["at_ms"], f"step {change['step']}: {_words(change['reason'])}{_of_step(change)}")
     if not shown:
         yield _at(first_ms, "its first token is there")
+
+
+def _expected(predicted_ttft_ms: float | None) -> str:
+    if predicted_ttft_ms is None:
+        return "nothing is predicted of its first token: the worker knows too little of such steps yet"
+    return f"its first token is expected after {_ms(predicted_ttft_ms)}"
 
 
 def _of_step(change: Mapping[str, Any]) -> str:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nexusengine.clock import Clock
-from nexusengine.core.admission import NewArrivals, longest_output
+from nexusengine.core.admission import is_unattainable, longest_output
 from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
+from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.invariants import check_requests
@@ -102,7 +103,7 @@ class EngineCore:
         self._in_flight: deque[InFlightStep] = deque()  # oldest first; two at most, and only while `step` runs
         self._timeouts = Timeouts(2 * slots)
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
-        self._new_arrivals = NewArrivals()
+        self._first_tokens = FirstTokens()
         self._published = PublishedLoad(self.kv.total_blocks)
         self._stepped_s = clock.now()
         self._submitted = 0
@@ -132,7 +133,8 @@ class EngineCore:
             )
         if self.kv.prefix_caching:
             state.block_hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
-        self._new_arrivals.add(state, self.scheduler.view(), self._cached_tokens(state), self.clock.now())
+        state.unattainable = is_unattainable(self.scheduler, state)
+        self._first_tokens.arrived(state)
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
         state.serial = self._history.arrived(state.slot)
@@ -147,9 +149,6 @@ class EngineCore:
         if request.request_id in self._by_id:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         return longest_output(request, self.executor.spec.vocab_size, self.max_model_len)
-
-    def _cached_tokens(self, state: RequestState) -> int:
-        return self.kv.lookup(state.block_hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -192,7 +191,7 @@ class EngineCore:
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
         self._refuse(scheduled.refused)
-        self._new_arrivals.planned(scheduled.plan, self.scheduler.requests)
+        self._first_tokens.planned(self.scheduler, scheduled, self._in_flight, now)
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
@@ -234,7 +233,7 @@ class EngineCore:
         """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
         c, batch = self.scheduler.columns, step.batch
         sampled = self.scheduler.advance(batch.slots, batch.counts)
-        expected_s = step.started_s + step.plan.predicted_s
+        expected_s = step.expected_end_s
         # until the tokens are there, so that a policy has something to go by
         c.first_token_s[sampled[c.generated_tokens[sampled] == 1]] = expected_s
         c.last_token_s[sampled] = expected_s
@@ -302,6 +301,7 @@ class EngineCore:
         state.output_tokens += 1
         if state.first_token_s is None:
             state.first_token_s = c.first_token_s[slot] = now
+            self._first_tokens.came(state, now)
         if token in state.end_ids:
             stop_reason = token if token in state.request.sampling.stop_token_ids else None
             self._finish(state, End("stop", stop_reason=stop_reason))

@@ -50,8 +50,8 @@ class StepPlan:
         relegate, restore: slots that go after all others from now on, and that do so no longer.
         refuse: slots to fail with Overloaded.
         notes: numbers that explain the step, by name (see cli/history_text.py).
-        first_token_s: `[S]`, predicted timestamp of the first token of those not relegated that wait for one, else NaN;
-            None from policies that do not predict it.
+        due_s: `[S]`, timestamps by which prompts are to be done, where they are served by others than those of their
+            SLOs; not to be kept.
     """
 
     slots: I4
@@ -64,7 +64,7 @@ class StepPlan:
     refuse: tuple[int, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
     restore: tuple[int, ...] = ()
-    first_token_s: F8 | None = None
+    due_s: F8 | None = None
 
 
 class SchedulerPolicy(Protocol):

@@ -227,7 +227,7 @@ class Step:
         restore: tuple[int, ...] = (),
         refuse: tuple[int, ...] = (),
         notes: dict[str, float] | None = None,
-        first_token_s: F8 | None = None,
+        due_s: F8 | None = None,
     ) -> StepPlan:
         slots, counts = self._decode_rows, np.ones(len(self._decode_rows), np.int32)
         if self._slots:
@@ -247,5 +247,5 @@ class Step:
             restore=restore,
             refuse=refuse,
             notes=notes or {},
-            first_token_s=first_token_s,
+            due_s=due_s,
         )

@@ -14,9 +14,10 @@ import numpy as np
 from msgspec.structs import astuple
 
 from nexusengine.arrays import F8
+from nexusengine.forecast.backlog import Prompts, backlog
+from nexusengine.forecast.queue import Queue, roll_forward, sort_keys
+from nexusengine.forecast.speed import Speed, predict_speed, predictor_of
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.router.placement.queue import Queue, roll_forward, sort_keys
-from nexusengine.router.placement.speed import Speed, predict_speed, predictor_of
 from nexusengine.wire import WorkerInfo, WorkerLoad
 
 _INF = float("inf")
@@ -125,25 +126,20 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
         info.max_batch_tokens or _BATCH_TOKENS,
         info.traits,
     )
-    keys = sort_keys(info.traits, due_s, left)
-    queue = Queue(keys, due_s, speed.service_s(left, done))
     listed_tokens = float(left.sum())
     unlisted = max(load.pending_tokens - load.relegated_tokens - listed_tokens, 0.0)
-    if unlisted:  # after all that are listed
-        last = keys.max(initial=-_INF) if len(keys) else _INF
-        queue += Queue(np.array([last]), np.array([_INF]), np.array([speed.per_token_s * unlisted]))
-    rest_s = 0.5 * (speed.step_s if len(queue) else speed.decode_s if load.decodes else 0.0)
-    start_s = (view.reported_s if view.load is not None else now) + rest_s
-    queue, late_s = roll_forward(queue, info.traits, start_s)
+    prompts = Prompts(due_s, left, done, unlisted, float(load.relegated_tokens))
+    rest_s = 0.5 * (speed.step_s if len(left) or unlisted else speed.decode_s if load.decodes else 0.0)
+    work = backlog(prompts, speed, info.traits, rest_s, view.reported_s if view.load is not None else now)
     block = info.block_size or _BLOCK_TOKENS
     return Snapshot(
         info=info,
         load=view.load,
         speed=speed,
-        queue=queue,
-        late_s=speed.per_token_s * load.relegated_tokens + late_s,
-        rest_s=rest_s,
-        start_s=start_s,
+        queue=work.queue,
+        late_s=work.late_s,
+        rest_s=work.rest_s,
+        start_s=work.start_s,
         decodes=load.decodes,
         pending=max(load.running + load.waiting - load.decodes - load.relegated, 0),
         pending_kv=listed_tokens + float(done.sum()) + unlisted,

@@ -14,6 +14,7 @@ import numpy as np
 
 from nexusengine.arrays import F8, Bools
 from nexusengine.errors import ConfigError
+from nexusengine.forecast.backlog import first_token_in_s
 from nexusengine.router.placement.candidates import Rotation, why_none
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
@@ -117,8 +118,10 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
     cached = matrix.cached_tokens(request)
     left = request.prompt_tokens - cached
     position = matrix.position(request.first_token_due_s, left)
-    wait_s = e.rest_s + matrix.ahead_s[matrix.rows, position]
-    first_token_s = wait_s + _lone_service_s(matrix, left, cached)
+    ahead_s = matrix.ahead_s[matrix.rows, position]
+    step_s = e.per_token_s * e.chunk_tokens
+    behind = (matrix.ahead_s[:, -1] - ahead_s) / step_s
+    first_token_s = first_token_in_s(e, e.rest_s, ahead_s, ahead_s / step_s, behind, left, cached)
     decode_s = e.decode_s + e.per_kv_s * request.prompt_tokens
     late = decode = np.zeros(len(matrix.views))
     if request.slo is not None:
@@ -136,15 +139,6 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
     harm = np.where(matrix.slack_s[matrix.rows, position] < service_s, 1.0, harm)
     kv = _ramp((e.kv_tokens + left + e.mean_output) / e.kv_capacity, _KV_FROM)
     return PlacementCosts(first_token_s, decode_s, late, decode, kv, harm, spent)
-
-
-def _lone_service_s(matrix: ForecastMatrix, left: F8 | float, cached: F8 | float) -> F8:
-    """Seconds `[W]` that a prompt takes on each worker with nothing ahead of it."""
-    e = matrix.estimates
-    first_s = e.first_step_s + np.minimum(left, e.chunk_tokens) * e.chunk_token_s
-    pairs = left * (cached + 0.5 * left)
-    service_s: F8 = np.maximum(left * e.per_token_s, first_s) + e.per_pair_s * pairs
-    return service_s
 
 
 def _clip01(share: F8) -> F8:

@@ -351,9 +351,6 @@ class Lens:
             restored = (*restored, *restorable)
         self._seen_tokens = max(self._seen_tokens, step.taken)
         self._learn(view, step, selection.infeasible)
-        first_token_s = np.full(len(step.reasons), np.nan)
-        if can_serve:
-            first_token_s[on_time.slots] = context.now + rate.time_for(selection.done_s)
         notes = _notes(context.limit, rate.decode_s)
         notes["coalesces"], notes["extra_ms"], notes["slowdown"] = float(coalesce), 1000 * rate.extra_s, rate.slowdown
         notes["on_time"], notes["deferred"] = float(len(on_time)), float(len(selection.deferred))
@@ -363,7 +360,7 @@ class Lens:
             restore=restored,
             refuse=tuple(refused),
             notes=notes,
-            first_token_s=first_token_s,
+            due_s=self._deadlines.prefill_due_s,
         )
 
     def _learn(self, view: EngineView, step: Step, infeasible: I4) -> None:

@@ -70,6 +70,10 @@ def test_every_end_has_its_words() -> None:
     assert last(finish_reason="abort", met=None, preemptions=2).endswith("is aborted after 5 tokens, preempted 2 times")
 
 
+def test_where_nothing_was_predicted_that_is_said() -> None:
+    assert "nothing is predicted of its first token" in request_lines(HISTORY | {"predicted_ttft_ms": None})[1]
+
+
 def test_what_is_special_is_said() -> None:
     lines = request_lines(HISTORY | {"unattainable": True, "changes_left_off": 9, "first_token_at_ms": 200.0})
     assert "cannot be kept here even if nothing else is served" in lines[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -150,6 +150,20 @@ def test_verdicts_and_latencies_are_counted_by_class() -> None:
     assert by_class(metrics, "slo_attainment") == {("gold",): 0.5}
     assert by_class(metrics, "slo_attainment_strict") == {("gold",): 0.25}
     assert by_class(metrics, "slo_unattainable_requests_total") == {}
+
+
+def test_the_error_of_predictions_is_counted_by_worker_and_one_insane_one_does_not_drown_the_others() -> None:
+    metrics = Metrics(lambda: None)
+    for predicted_s in (0.3, 0.25, 1e7, None):
+        output = ended(None, None)
+        assert output.service is not None
+        metrics.judged(replace(output, service=replace(output.service, predicted_ttft_s=predicted_s)), 11)
+    ttft_s = ended(None, None).timings.ttft_s  # type: ignore[union-attr]
+    assert ttft_s is not None
+    errors = [abs(p / ttft_s - 1.0) for p in (0.3, 0.25)]
+    assert by_class(metrics, "ttft_prediction_error_count") == {("w0",): 3}
+    assert by_class(metrics, "ttft_prediction_error_sum")["w0",] == pytest.approx(sum(errors) + 10.0)
+    assert by_class(metrics, "ttft_unpredicted_requests_total") == {("w0",): 1}
 
 
 def test_whatever_a_client_names_the_labels_are_those_configured() -> None:

@@ -87,7 +87,7 @@ def measured_and_predicted(profile_name: str, model: OnlineModel) -> list[tuple[
 def test_step_times_before_the_first_step_are_within_a_factor_of_two(driver: str, profile: str) -> None:
     geometry = emulated_geometry(profile)
     assert geometry is not None
-    weights = load_profile(profile).weights_bytes
+    weights = load_profile(profile).identity.weights_bytes
     by_name = prior_of(spec("cuda:0", driver, weights_bytes=weights), geometry)
     emulated = prior_of(spec(f"emulated:{profile}", weights_bytes=weights), GEOMETRY)
     for prior in (by_name, emulated):

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexusengine.forecast.speed import predict_speed, predictor_of
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import Predictor
 from nexusengine.router.placement.forecast import Forecast, forecast, snapshot
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.router.placement.speed import predict_speed, predictor_of
 from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.moore_hodgson import defer
 from nexusengine.scheduler.registry import make_policy
@@ -58,7 +58,9 @@ def test_what_another_row_and_another_kv_token_add_is_read_off_the_model() -> No
     assert v.per_row_s == pytest.approx(20e-6)
     assert v.per_kv_s == pytest.approx(40e-9)
     idle = predict_speed(model(), 1.0, 0, 0.0, float("inf"), 2048, PolicyTraits())
-    assert idle.per_pair_s == pytest.approx(1e-9 * idle.step_s / (idle.step_s - idle.first_step_s))
+    assert idle.per_pair_s == pytest.approx(1e-9), "pairs make a step that tokens limit longer"
+    paced = predict_speed(model(), 1.0, 0, 0.0, float("inf"), 2048, PolicyTraits(step_s=0.02))
+    assert paced.per_pair_s == pytest.approx(1e-9 * paced.step_s / (paced.step_s - paced.first_step_s))
 
 
 def test_prompts_are_ahead_by_deadline_with_undue_ones_last() -> None:

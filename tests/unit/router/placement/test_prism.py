@@ -66,7 +66,7 @@ def test_a_device_that_cannot_keep_its_tpot_is_avoided_even_when_it_is_idle() ->
     slow = view("slow", load(speed=0.09))  # a decode step takes 56 ms
     fast = view("fast", load(pending=(pending(0.3, 6000),)))
     assert place([slow, fast]).worker_id == "fast"
-    assert place([slow, fast], request(slo=SLO(0.5, 0.5))).worker_id == "slow"
+    assert place([slow, fast], request(prompt=300, slo=SLO(0.5, 0.5))).worker_id == "slow"
 
 
 def test_a_faster_worker_wins_until_its_queue_is_longer_in_time() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from nexusengine.errors import ConfigError
@@ -321,11 +320,12 @@ def test_options_are_checked() -> None:
     assert {make_policy(name).name for name in POLICIES} == set(POLICIES)
 
 
-def test_first_tokens_are_predicted_for_those_who_are_to_be_in_time() -> None:
+def test_a_plan_says_by_when_prompts_are_to_be_done_where_their_slo_is_out_of_reach() -> None:
     bench = Bench()
     fine = bench.wait(1000)
-    lost = bench.wait(1000, ttft_s=0.5, relegated=True)
-    p = plan(bench.view(), now=2.0)
-    assert p.first_token_s is not None
-    assert p.first_token_s[fine] == pytest.approx(2.0 + p.predicted_s, abs=0.15)
-    assert np.isnan(p.first_token_s[lost])
+    hopeless = bench.wait(1000, ttft_s=0.001)
+    p = plan(bench.view(), now=0.0)
+    assert p.due_s is not None
+    c = bench.view().columns
+    assert p.due_s[fine] == c.arrival_s[fine] + c.ttft_s[fine]
+    assert p.due_s[hopeless] > 30.0, "as if it had been promised what the class batch is"
