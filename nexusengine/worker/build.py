@@ -82,6 +82,7 @@ def make_core(
     if config.calibrate and not executor.spec.device.startswith("emulated"):
         steps = calibrate(executor, model, max_running=config.max_running)
         log.debug("calibrated with %d steps", steps)
+    core.publish()
     give_back_freed()
     return core
 
@@ -102,6 +103,7 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         scheduler=core.scheduler.policy.name,
         max_waiting=core.scheduler.max_waiting,
         traits=core.scheduler.policy.traits,
+        max_running=core.scheduler.max_running,
     )
 
 

@@ -634,3 +634,22 @@ def test_a_question_goes_to_every_worker_that_serves_and_its_findings_back_to_wh
         findings = wire.DebugReply(client, 5, "w0")
         router.core.on_worker(identity_of("w0", "e1"), findings, 0.0)
         assert router.sent() == ({client: [findings]} if passed_on else {})
+
+
+def test_what_a_worker_was_given_is_known_without_its_reports() -> None:
+    router = with_prefixes("prism", "w0")
+    tell_digest(router, "w0", 1, 20)
+
+    def given() -> tuple[int, int, int, float]:
+        view = router.core.workers.views(router.core.ledger)[0]
+        return view.outstanding, view.prompt_tokens, view.waiting_tokens, view.waiting_pairs
+
+    router.submit("a", prompt=330)
+    router.submit("b", prompt=330)
+    assert given() == (2, 660, 20, 2 * 10 * (330 - 5))
+    router.deltas("w0", TokenDelta("a", (5,), cached_tokens=320, timings=Timings(0.0)))
+    assert given() == (2, 660, 10, 10 * (330 - 5))
+    router.deltas("w0", TokenDelta("a", (6,)), TokenDelta("b", finish_reason="length"))
+    assert given() == (1, 330, 0, 0.0)
+    router.deltas("w0", TokenDelta("a", finish_reason="length"))
+    assert given() == (0, 0, 0, 0.0)
