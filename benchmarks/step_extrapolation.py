@@ -65,7 +65,7 @@ def large_rows(kind: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 def prior_as_worker(profile: DeviceProfile) -> Prior:
     """The prior of a worker on an emulated device of this profile."""
-    spec = ExecutorSpec(f"emulated:{profile.name}", "bfloat16", 16, 2, 16, 16, 16, "", profile.weights_bytes, 0)
+    spec = ExecutorSpec(f"emulated:{profile.identity.name}", "bfloat16", 16, 2, 16, 16, 16, "", profile.identity.weights_bytes, 0)
     return prior_of(spec, None)
 
 
@@ -92,7 +92,7 @@ def of_profile(spec: str, args: argparse.Namespace) -> dict[str, Any]:
     prior = prior_as_worker(profile) if args.prior == "device" else GENERIC
     found = [biases(profile, prior, args.model, seed, args.steps, args.train) for seed in args.seeds]
     mean = {f"{kind} {tokens}": float(np.mean([f[kind, tokens] for f in found])) for kind, tokens in found[0]}
-    return {"device": spec, "tables_to": TABLES_TO.get(profile.device, 8192), **mean}
+    return {"device": spec, "tables_to": TABLES_TO.get(profile.identity.device, 8192), **mean}
 
 
 def of_splitwise(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--splitwise", default="")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    specs = args.profiles.split(",") if args.profiles else [info.name for info in list_profiles()]
+    specs = args.profiles.split(",") if args.profiles else [info.identity.name for info in list_profiles()]
     rows = [of_profile(spec, args) for spec in specs if spec != "-"]
     rows += of_splitwise(args.splitwise, args) if args.splitwise else []
     if args.json:

@@ -38,6 +38,7 @@ class Entry:
         attempts: how often it was dispatched.
         placed_s: timestamp of its last dispatch.
         first_token_in_s: seconds to its first token, predicted then.
+        left_tokens: of its prompt, those that the worker's prefix cache was not believed to hold then.
         prefix: short hashes of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
         probe: it tests whether a worker's breaker may close.
     """
@@ -51,6 +52,7 @@ class Entry:
     attempts: int = 0
     placed_s: float = 0.0
     first_token_in_s: float | None = None
+    left_tokens: int = 0
     prefix: dict[int, tuple[int, ...]] = field(default_factory=dict)
     probe: bool = False
 
@@ -58,6 +60,11 @@ class Entry:
     def tokens(self) -> int:
         """Prompt and output tokens at most."""
         return self.placement.prompt_tokens + self.placement.max_tokens
+
+    @property
+    def left_pairs(self) -> float:
+        """Query-key pairs of prefill attention of the tokens left."""
+        return self.left_tokens * (self.placement.prompt_tokens - 0.5 * self.left_tokens)
 
 
 @dataclass(slots=True)
@@ -67,13 +74,30 @@ class Share:
     Attributes:
         unreported: entries that the worker's last report does not include yet.
         tokens: prompt and output tokens of all entries.
+        prompt_tokens: prompt tokens of all entries.
+        waiting_tokens, waiting_pairs: prompt tokens to compute, and pairs, of entries whose client has seen no token.
         version: rises with every change.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     unreported: dict[str, Entry] = field(default_factory=dict)
     tokens: int = 0
+    prompt_tokens: int = 0
+    waiting_tokens: int = 0
+    waiting_pairs: float = 0.0
     version: int = 0
+
+    def count(self, entry: Entry, sign: int) -> None:
+        """Add an entry's tokens to the sums (sign 1), or take them off (-1)."""
+        self.tokens += sign * entry.tokens
+        self.prompt_tokens += sign * entry.placement.prompt_tokens
+        self.count_waiting(entry, sign)
+
+    def count_waiting(self, entry: Entry, sign: int) -> None:
+        """As `count`, what waits for its first token alone."""
+        if entry.stage is Stage.DISPATCHED:
+            self.waiting_tokens += sign * entry.left_tokens
+            self.waiting_pairs += sign * entry.left_pairs
 
 
 NOTHING = Share()
@@ -129,24 +153,30 @@ class Ledger:
                 heapq.heapify(self._deadlines)
         return entry
 
-    def dispatch(self, entry: Entry, identity: bytes, seq: int) -> None:
-        """Move the entry to a worker process; seq must be above that of every dispatch to it before."""
+    def dispatch(self, entry: Entry, identity: bytes, seq: int, cached_tokens: int = 0) -> None:
+        """Move the entry to a worker process.
+
+        Args:
+            seq: must be above that of every dispatch to it before.
+            cached_tokens: of its prompt, believed to be in the worker's prefix cache.
+        """
         self._leave(entry)
         entry.stage, entry.identity, entry.seq = Stage.DISPATCHED, identity, seq
+        entry.left_tokens = max(entry.placement.prompt_tokens - cached_tokens, 1)
         entry.attempts += 1
         share = self._shares.setdefault(identity, Share())
         share.entries[entry.request.request_id] = share.unreported[entry.request.request_id] = entry
-        share.tokens += entry.tokens
+        share.count(entry, 1)
         share.version += 1
 
     def streams(self, entry: Entry) -> None:
         """Note that the entry's client sees a token."""
         if entry.stage is Stage.STREAMING or entry.identity is None:
             return
-        entry.stage = Stage.STREAMING
         share = self._shares[entry.identity]
-        if entry.request.request_id in share.unreported:
-            share.version += 1
+        share.count_waiting(entry, -1)
+        entry.stage = Stage.STREAMING
+        share.version += 1
 
     def reported(self, identity: bytes, last_dispatch_seq: int) -> None:
         """Note that a worker process has reported a load that includes its dispatches up to last_dispatch_seq."""
@@ -207,7 +237,7 @@ class Ledger:
         share = self._shares[entry.identity]
         del share.entries[request_id]
         share.unreported.pop(request_id, None)
-        share.tokens -= entry.tokens
+        share.count(entry, -1)
         share.version += 1
         if not share.entries:
             del self._shares[entry.identity]

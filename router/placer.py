@@ -65,7 +65,8 @@ class Placer:
                 )
             seq, entry.probe = self._workers.dispatched(worker)
             entry.placed_s, entry.first_token_in_s = now, decision.first_token_in_s
-            self._ledger.dispatch(entry, worker.identity, seq)
+            cached_tokens = entry.placement.cached_tokens.get(decision.worker_id, 0)
+            self._ledger.dispatch(entry, worker.identity, seq, cached_tokens)
         return decision
 
     def place_held(self, now: float) -> Iterator[tuple[Entry, Decision]]:

@@ -387,6 +387,10 @@ class EngineCore:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""
         return self._published.read(self.clock.now())
 
+    def publish(self) -> None:
+        """Renew the load that other threads see, after the performance model was taught from outside."""
+        self._publish(force=True)
+
     def _publish(self, force: bool = False) -> None:
         self._published.publish(lambda: self.scheduler.load(self.last_dispatch_seq), self.clock.now(), force=force)
 

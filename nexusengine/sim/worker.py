@@ -59,6 +59,7 @@ class SimWorker:
             scheduler=e.policy.name,
             max_waiting=e.settings.max_waiting,
             traits=e.policy.traits,
+            max_running=e.settings.max_running,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
         self.prefixes: DigestSender | None = None

@@ -120,6 +120,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
         epoch: unique for each process.
         scheduler, traits: name of its engine policy, for people, and what it declares.
         max_waiting: requests that may wait in it; more are refused.
+        max_running: most sequences of a step.
     """
 
     worker_id: str
@@ -138,6 +139,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     scheduler: str = ""
     max_waiting: int = 0
     traits: PolicyTraits = PolicyTraits()
+    max_running: Count = 0
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):

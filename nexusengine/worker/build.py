@@ -84,6 +84,7 @@ def make_core(
     )
     if recorder is not None:
         core.on_step = recorder.write
+    core.publish()
     give_back_freed()
     return core
 
@@ -126,6 +127,7 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         scheduler=core.scheduler.policy.name,
         max_waiting=core.scheduler.max_waiting,
         traits=core.scheduler.policy.traits,
+        max_running=core.scheduler.max_running,
     )
 
 

@@ -17,8 +17,9 @@ from nexusengine.arrays import F8
 from nexusengine.forecast.backlog import Prompts, backlog
 from nexusengine.forecast.queue import Queue, roll_forward, sort_keys
 from nexusengine.forecast.speed import Speed, predict_speed, predictor_of
+from nexusengine.router.placement.alike import error_of
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.wire import WorkerInfo, WorkerLoad
+from nexusengine.wire import PerfSnapshot, WorkerInfo, WorkerLoad
 
 _INF = float("inf")
 _MAX_TPOT_S = 0.1
@@ -33,7 +34,7 @@ class Snapshot:
     """A report digested.
 
     Attributes:
-        info, load: what it was derived from; no load: an idle worker.
+        info, load, perf: what it was derived from; no load: an idle worker.
         speed: of the worker beside the decodes of the report.
         queue: the waiting prompts that can be in time.
         late_s: service of all others: relegated by the engine, or too late by this forecast.
@@ -45,10 +46,12 @@ class Snapshot:
         kv_tokens: KV tokens held; kv_capacity: most that can be, infinite if not known.
         tightest_tpot_s: least TPOT of all that run or will.
         mean_output: tokens of an answer.
+        empty_step_s: a decode step less what its sequences add to it.
     """
 
     info: WorkerInfo
     load: WorkerLoad | None
+    perf: PerfSnapshot | None
     speed: Speed
     queue: Queue
     late_s: float
@@ -62,6 +65,7 @@ class Snapshot:
     kv_capacity: float
     tightest_tpot_s: float
     mean_output: float
+    empty_step_s: float
 
 
 class Estimates(NamedTuple, Generic[Number]):
@@ -76,6 +80,11 @@ class Estimates(NamedTuple, Generic[Number]):
         tightest_tpot_s: least TPOT of them all.
         kv_tokens: KV tokens needed for what is dispatched; kv_capacity: what there is.
         mean_output: tokens of an answer.
+        empty_step_s: a decode step less what its sequences add to it; per_row_s: what each adds, without its KV.
+        max_running: most sequences of a step, infinite if not known.
+        error: share by which its predictions may be off.
+        outstanding, prompt_tokens: as in WorkerView.
+        waiting_s: service of the prompts whose client has seen no token.
     """
 
     per_token_s: Number
@@ -91,6 +100,13 @@ class Estimates(NamedTuple, Generic[Number]):
     kv_tokens: Number
     kv_capacity: Number
     mean_output: Number
+    empty_step_s: Number
+    per_row_s: Number
+    max_running: Number
+    error: Number
+    outstanding: Number
+    prompt_tokens: Number
+    waiting_s: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +127,19 @@ class Forecast:
     estimates: Estimates[float]
 
 
-def snapshot(view: WorkerView, now: float) -> Snapshot:
-    """Digest the view's report; an idle worker at `now` where there is none yet."""
+def snapshot(view: WorkerView, now: float, perf: PerfSnapshot | None) -> Snapshot:
+    """Digest the view's report; an idle worker at `now` where there is none yet.
+
+    Args:
+        perf: the performance model to predict its steps with.
+    """
     load, info = view.load or WorkerLoad(last_dispatch_seq=0), view.info
     due_s, left, done, tpot_s = _listed(load)
     reported_tpot_s = load.tightest_tpot_s if load.tightest_tpot_s == load.tightest_tpot_s else _INF
     tightest_tpot_s = min(reported_tpot_s, float(np.fmin.reduce(tpot_s, initial=_INF)))
     speed = predict_speed(
-        predictor_of(load.perf),
-        load.perf.quantile if load.perf else 1.0,
+        predictor_of(perf),
+        perf.quantile if perf else 1.0,
         load.decodes,
         float(load.decode_kv_tokens),
         tightest_tpot_s,
@@ -135,6 +155,7 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
     return Snapshot(
         info=info,
         load=view.load,
+        perf=perf,
         speed=speed,
         queue=work.queue,
         late_s=work.late_s,
@@ -148,6 +169,9 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
         kv_capacity=float(load.kv_total_blocks * block) or _INF,
         tightest_tpot_s=tightest_tpot_s,
         mean_output=load.mean_output_tokens,
+        empty_step_s=max(
+            speed.decode_s - speed.per_row_s * max(load.decodes, 1) - speed.per_kv_s * load.decode_kv_tokens, 0.0
+        ),
     )
 
 
@@ -197,6 +221,13 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
         kv_tokens=base.kv_tokens + at_once * kv_tokens,
         kv_capacity=base.kv_capacity,
         mean_output=base.mean_output,
+        empty_step_s=base.empty_step_s,
+        per_row_s=speed.per_row_s,
+        max_running=float(base.info.max_running) or _INF,
+        error=error_of(base.perf),
+        outstanding=float(view.outstanding),
+        prompt_tokens=float(view.prompt_tokens),
+        waiting_s=view.waiting_tokens * speed.per_token_s + view.waiting_pairs * speed.per_pair_s,
     )
     return Forecast(queue.keys, ahead_s, queue.slack_s(ahead_s, base.start_s), estimates)
 

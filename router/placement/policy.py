@@ -46,6 +46,9 @@ class WorkerView:
     Attributes:
         outstanding: requests dispatched and not finished, from the router's ledger.
         outstanding_tokens: prompt and output tokens of these.
+        prompt_tokens: prompt tokens of these.
+        waiting_tokens, waiting_pairs: prompt tokens to compute, and query-key pairs of their attention, of those whose
+            client has seen no token.
         unreported: dispatches that `load` does not include and whose client has seen no token, in order of dispatch.
         started: those it does not include and that stream already.
         reported_s: timestamp at which `load` came.
@@ -57,6 +60,9 @@ class WorkerView:
     state: WorkerState
     outstanding: int
     outstanding_tokens: int
+    prompt_tokens: int = 0
+    waiting_tokens: int = 0
+    waiting_pairs: float = 0.0
     load: WorkerLoad | None = None
     unreported: tuple[PlacementRequest, ...] = ()
     started: tuple[PlacementRequest, ...] = ()

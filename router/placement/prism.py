@@ -16,12 +16,14 @@ from nexusengine.arrays import F8, Bools
 from nexusengine.errors import ConfigError
 from nexusengine.forecast.backlog import first_token_in_s
 from nexusengine.router.placement.candidates import Rotation, why_none
+from nexusengine.router.placement.completion import completion_s, expected_output
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
 
 _SOFT_SHARE, _SOFT_S = 0.15, 0.02
 _TPOT_FROM, _KV_FROM = 0.9, 0.95
 _MIN_S = 1e-3
+_SAME, _SAVED = 1.05, 0.01
 _INF = float("inf")
 
 
@@ -36,7 +38,9 @@ class PlacementCosts:
         decode: 0 to 1 as decode_s comes near its TPOT, 1 beyond.
         kv: 0 to 1 as the KV cache becomes full, 1 beyond.
         harm: to others, by making one of them late or their decode step too long.
-        spent: share of its TTFT that is used up; without an SLO, how long it takes in all compared with the quickest.
+        spent: share of its TTFT that is used up; without an SLO, when the worker is done with all it has and this
+            request, compared with the first to be.
+        saved: without an SLO, what its cached prefix makes spent less.
     """
 
     first_token_s: F8
@@ -46,6 +50,7 @@ class PlacementCosts:
     kv: F8
     harm: F8
     spent: F8
+    saved: F8
 
 
 class Prism:
@@ -81,14 +86,29 @@ class Prism:
         costs = assess(self._matrix, request, now)
         missed = np.minimum(costs.late + costs.decode, 1.0) + costs.kv + costs.harm
         feasible = eligible & (missed < 1.0)
+        if request.slo is None:
+            return self._place_without_slo(workers, costs, missed, feasible if feasible.any() else eligible)
         if not np.count_nonzero(feasible):
-            return self._relegate(request, workers, costs, eligible)
+            return self._relegate(workers, costs, eligible)
         score = np.where(feasible, missed + self._delay * costs.spent, _INF)
         return self._choose(workers, costs, score, self._tie, "in time")
 
-    def _relegate(
-        self, request: PlacementRequest, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools
+    def _place_without_slo(
+        self, workers: Sequence[WorkerView], costs: PlacementCosts, missed: F8, able: Bools
     ) -> Place:
+        """Place a request that is never late: where it is done first, at no harm to those that can be late.
+
+        Predictions that are closer than they err are equal, and the worker with the fewest requests gets it. What a
+        cached prefix saves is no error.
+        """
+        score = np.where(able, missed + self._delay * costs.spent, _INF)
+        e, kinds, best = self._matrix.estimates, self._matrix.kinds, int(score.argmin())
+        same = np.where(kinds == kinds[best], (1.0 + e.error) * (1.0 + e.error[best]), _SAME)
+        close = (score <= same * score[best]) & (costs.saved >= costs.saved[best] - _SAVED)
+        score = np.where(close, e.outstanding, _INF)
+        return self._choose(workers, costs, score, 0.0, "done first")
+
+    def _relegate(self, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools) -> Place:
         """Place a request that nobody can serve in time without making another late.
 
         It goes where it waits least, as engines serve what is late after all else.
@@ -97,8 +117,7 @@ class Prism:
         e = self._matrix.estimates
         wait_s = e.rest_s + self._matrix.ahead_s[:, -1] + e.late_s
         score = np.where(able if np.count_nonzero(able) else eligible, wait_s, _INF)
-        reason = "relegated: nobody can serve it in time" if request.slo else "where it waits least"
-        return self._choose(workers, costs, score, 0.0, reason)
+        return self._choose(workers, costs, score, 0.0, "relegated: nobody can serve it in time")
 
     def _choose(
         self, workers: Sequence[WorkerView], costs: PlacementCosts, score: F8, tie: float, reason: str
@@ -123,7 +142,9 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
     behind = (matrix.ahead_s[:, -1] - ahead_s) / step_s
     first_token_s = first_token_in_s(e, e.rest_s, ahead_s, ahead_s / step_s, behind, left, cached)
     decode_s = e.decode_s + e.per_kv_s * request.prompt_tokens
-    late = decode = np.zeros(len(matrix.views))
+    service_s = left * (e.per_token_s + e.per_pair_s * (cached + 0.5 * left))
+    kv = _ramp((e.kv_tokens + left + e.mean_output) / e.kv_capacity, _KV_FROM)
+    late = decode = saved = np.zeros(len(matrix.views))
     if request.slo is not None:
         slack_s = request.first_token_due_s - now - first_token_s
         late = _clip01(1.0 - slack_s / (_SOFT_SHARE * first_token_s + _SOFT_S))
@@ -131,14 +152,14 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
         decode = _ramp(decode_s / request.slo.tpot_s, _TPOT_FROM)
         tightest_s = np.minimum(e.tightest_tpot_s, request.slo.tpot_s)
     else:
-        whole_s = first_token_s + e.mean_output * decode_s
-        spent = whole_s / max(float(whole_s.min()), _MIN_S)
+        done_s = completion_s(e, request.prompt_tokens, service_s, expected_output(request, e.mean_output))
+        first_s = max(float(done_s.min()), _MIN_S)
+        spent, saved = done_s / first_s, cached * e.per_token_s / first_s
         tightest_s = e.tightest_tpot_s
-    service_s = left * (e.per_token_s + e.per_pair_s * (cached + 0.5 * left))
+        kv = np.where(np.isfinite(tightest_s), kv, 0.0)  # a full cache makes nobody late where nobody can be
     harm = _ramp(decode_s / tightest_s, _TPOT_FROM) - decode  # what it exceeds of the others' bound beyond its own
     harm = np.where(matrix.slack_s[matrix.rows, position] < service_s, 1.0, harm)
-    kv = _ramp((e.kv_tokens + left + e.mean_output) / e.kv_capacity, _KV_FROM)
-    return PlacementCosts(first_token_s, decode_s, late, decode, kv, harm, spent)
+    return PlacementCosts(first_token_s, decode_s, late, decode, kv, harm, spent, saved)
 
 
 def _clip01(share: F8) -> F8:

@@ -12,7 +12,8 @@ class FormulaProfile:
     """5 ms + 20 us a token + 40 ns a KV token read + 1 ns a token pair; no scatter."""
 
     def __init__(self, kv_capacity_tokens: int = 100_000, speed: float = 1.0) -> None:
-        self.identity = ProfileIdentity("formula", "any", "made up", "roofline", kv_capacity_tokens, weights_bytes=0)
+        device = f"formula at {speed:g}"
+        self.identity = ProfileIdentity(device, "any", "made up", "roofline", kv_capacity_tokens, weights_bytes=0)
         self.speed = speed
 
     def step_s(self, counts: I4, contexts: I4) -> float:

@@ -70,3 +70,22 @@ def test_prefixes_are_not_looked_up_for_a_policy_that_does_not_ask() -> None:
     tell_digest(router, "w0", 1, 10)
     router.submit("a", prompt=200)
     assert router.core.ledger.get("a").prefix == {}  # type: ignore[union-attr]
+
+
+def test_what_a_worker_was_given_is_known_without_its_reports() -> None:
+    router = with_prefixes("prism", "w0")
+    tell_digest(router, "w0", 1, 20)
+
+    def given() -> tuple[int, int, int, float]:
+        view = router.core.workers.views(router.core.ledger)[0]
+        return view.outstanding, view.prompt_tokens, view.waiting_tokens, view.waiting_pairs
+
+    router.submit("a", prompt=330)
+    router.submit("b", prompt=330)
+    assert given() == (2, 660, 20, 2 * 10 * (330 - 5))
+    router.deltas("w0", TokenDelta("a", (5,), cached_tokens=320, timings=Timings(0.0)))
+    assert given() == (2, 660, 10, 10 * (330 - 5))
+    router.deltas("w0", TokenDelta("a", (6,)), TokenDelta("b", finish_reason="length"))
+    assert given() == (1, 330, 0, 0.0)
+    router.deltas("w0", TokenDelta("a", finish_reason="length"))
+    assert given() == (0, 0, 0, 0.0)

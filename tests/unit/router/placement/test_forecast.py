@@ -31,7 +31,7 @@ def model() -> Predictor:
 
 
 def of(v: WorkerView) -> Forecast:
-    return forecast(snapshot(v, 0.0), v)
+    return forecast(snapshot(v, 0.0, v.load.perf if v.load else None), v)
 
 
 def test_an_idle_worker_fills_its_steps_to_the_token_limit() -> None:
@@ -75,7 +75,7 @@ def test_relegated_and_hopeless_prompts_load_nobody_but_count_as_late_work() -> 
     reported = msgspec.structs.replace(reported, pending_tokens=100 + 50_000 + 400)
     f = of(view("w", reported))
     assert f.keys.tolist() == [0.5]
-    v = snapshot(view("w", reported), 0.0).speed
+    v = snapshot(view("w", reported), 0.0, reported.perf).speed
     hopeless = 50_000 * (v.per_token_s + v.per_pair_s * 25_000)
     assert f.estimates.late_s == pytest.approx(400 * v.per_token_s + hopeless)
 

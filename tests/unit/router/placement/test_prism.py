@@ -15,7 +15,7 @@ from nexusengine.router.placement.prism import Prism, assess
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerState
-from tests.support.router_fakes import BATCH, load, pending, request, view
+from tests.support.router_fakes import BATCH, given_to, load, pending, request, view
 
 
 def place(workers: list[WorkerView], r: PlacementRequest | None = None, now: float = 0.0, **options: float) -> Place:
@@ -113,7 +113,8 @@ def test_a_cached_prefix_counts_as_work_that_need_not_be_done() -> None:
 def test_requests_without_a_promise_go_where_they_are_done_soonest() -> None:
     fast, slow = view("fast", load(speed=2.0)), view("slow")
     assert place([slow, fast], request(slo=None)).worker_id == "fast"
-    behind = view("fast", load(speed=2.0, pending=tuple(pending(5.0, 1000) for _ in range(60))))
+    given = given_to(*(request(str(n), prompt=1000, slo=None) for n in range(60)))
+    behind = view("fast", load(speed=2.0, pending=tuple(pending(5.0, 1000) for _ in range(60))), **given)
     assert place([slow, behind], request(slo=None)).worker_id == "slow"
 
 
