@@ -75,7 +75,13 @@ class Server:
     processes: list[psutil.Process] = field(default_factory=list)
 
     def pause(self) -> None:
+        """Raises Unavailable if a process does not stop."""
         self._send(signal.SIGSTOP)
+        until_s = time.monotonic() + _END_S
+        while not all(map(_stopped, self.processes)):
+            if time.monotonic() > until_s:
+                raise Unavailable(f"{self.target.url} does not stop")
+            time.sleep(0.001)
 
     def resume(self) -> None:
         self._send(signal.SIGCONT)
@@ -84,6 +90,13 @@ class Server:
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+def _stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager
