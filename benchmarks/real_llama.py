@@ -24,8 +24,8 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "flash": ("auto", "off"),
     "poll": (50, 0),
 }
-"""What a sweep tries, the default first: slots, most tokens in a step, and in one pass of the model, one KV buffer for all
-slots or one each, flash attention, how long threads spin for work (0..100)."""
+"""What a sweep tries, the default first: slots, most tokens in a step, and in one pass of the model, one KV buffer for
+all slots or one each, flash attention, how long threads spin for work (0..100)."""
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
 _TYPES = {"fp32": "f32", "int8": "q8_0"}
 
