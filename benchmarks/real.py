@@ -30,10 +30,8 @@ from typing import Any
 from benchmarks import real_llama
 from benchmarks.real_bench import Bench, add_arguments, line, prepare, say, started
 from benchmarks.real_report import Run, filled, promise_of, summary_of, tables
-from benchmarks.real_systems import LLAMA, System, neighbours, systems_of
+from benchmarks.real_systems import LLAMA, NOISES, System, neighbours, systems_of
 
-NOISES = {"quiet": 0, "busy": 2}
-"""Neighbours."""
 _OVERHEAD_S, _BEFORE_S = 6.0, 150.0
 """Of a run: warming up, and answers that come after the last arrival. Before the runs: starts, warming up, probes."""
 
@@ -61,7 +59,7 @@ def measure(args: argparse.Namespace, bench: Bench, runs: list[Run], began_s: fl
         rate_rps, seed = load * capacity[noise], args.seed + round_
         items = bench.items(rate_rps, args.duration, seed)
         with neighbours(NOISES[noise]):
-            for system in in_turn(bench.systems, number):
+            for system in in_turn([s for s in bench.systems if s.noise in ("", noise)], number):
                 run = {"noise": noise, "layout": system.layout, "system": system.name, "load": load, "round": round_}
                 runs.append({**run, "rate_rps": rate_rps, **bench.run(system, items, promise, seed)})
                 say(line(runs[-1]))
@@ -90,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     if args.show:
         return _show(json.loads(args.show.read_text()), args.page)
-    systems = [s for s in systems_of(args.layouts, args.scheduler, args.baseline) if args.llama or s.name != LLAMA]
+    systems = systems_of(args.layouts, args.scheduler, args.baseline, _llamas(args))
     if args.minutes:
-        args.duration = duration_s(args.minutes, args.rounds * len(args.noises) * len(args.loads) * len(systems))
+        in_each_noise = sum(s.noise in ("", args.noises[0]) for s in systems)
+        args.duration = duration_s(args.minutes, args.rounds * len(args.noises) * len(args.loads) * in_each_noise)
     began_s, runs = time.monotonic(), list[Run]()
     result = {"benchmark": "real", **prepare(args, llama=args.llama)}
     with started(args, systems) as bench:
@@ -101,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return _show(result, args.page)
+
+
+def _llamas(args: argparse.Namespace) -> list[str]:
+    """The noises for which llama-server is started: also the quiet one, which gives the promise."""
+    return list(dict.fromkeys(["quiet", *args.noises])) if args.llama else []
 
 
 def _show(result: dict[str, Any], page: Path | None) -> int:
@@ -124,7 +128,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scheduler", default="lens")
     parser.add_argument("--baseline", default="fcfs:budget=2048")
     parser.add_argument("--no-llama", dest="llama", action="store_false", help="our own systems only")
-    parser.add_argument("--llama-settings", type=Path, help="what real_sweep.py wrote; default: real_llama.DEFAULTS")
+    parser.add_argument("--llama-settings", type=Path, nargs="+", default=[], help="what real_sweep.py wrote")
     parser.add_argument("--show", type=Path, help="print the tables of a result that was written before")
     parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     args = parser.parse_args(argv)
@@ -132,8 +136,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--trace is missing")
     if args.short:
         args.rounds, args.loads, args.scale, args.minutes, args.give_up = 3, [0.5, 0.8, 1.1], 8.0, 33.0, 15.0
-    given = args.llama_settings
-    args.llama_settings = json.loads(given.read_text())["chosen"] if given else dict(real_llama.DEFAULTS)
+    given = [json.loads(path.read_text()) for path in args.llama_settings]
+    args.llama_settings = real_llama.BY_NOISE | {sweep["settings"]["noise"]: sweep["chosen"] for sweep in given}
     return args
 
 

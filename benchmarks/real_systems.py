@@ -28,6 +28,8 @@ from nexusengine.loadgen.server import own_server
 from nexusengine.process.parent_death import set_parent_death_signal
 
 LLAMA = "llama-server"
+NOISES = {"quiet": 0, "busy": 2}
+"""Neighbours."""
 _START_S, _END_S = 300.0, 20.0
 
 
@@ -40,6 +42,7 @@ class System:
         layout: devices of our server; empty for a server of others, which takes the machine as it likes.
         scheduler, router: of ours.
         told: whether its requests carry the SLO.
+        noise: for which it is; empty for all.
     """
 
     name: str
@@ -47,15 +50,17 @@ class System:
     scheduler: str = ""
     router: str = ""
     told: bool = False
+    noise: str = ""
 
     @property
     def server(self) -> str:
         """The same for systems that one server can be: they differ in what requests say."""
-        return f"{self.scheduler}/{self.router} {self.layout}".strip("/ ") or self.name
+        return f"{self.scheduler}/{self.router} {self.layout}" if self.layout else f"{self.name} {self.noise}"
 
 
-def systems_of(layouts: Sequence[str], scheduler: str, baseline: str) -> list[System]:
-    """LENS + PRISM with SLO and without, the baseline, which reads no SLO, for each layout; llama-server once."""
+def systems_of(layouts: Sequence[str], scheduler: str, baseline: str, noises: Sequence[str]) -> list[System]:
+    """LENS + PRISM with SLO and without, and the baseline, which reads no SLO, for each layout; llama-server as each
+    noise wants it."""
     found = []
     for layout in layouts:
         found += [
@@ -63,7 +68,7 @@ def systems_of(layouts: Sequence[str], scheduler: str, baseline: str) -> list[Sy
             System("lens + prism, no SLO", layout, scheduler, "prism"),
             System("fcfs + round-robin", layout, baseline, "round-robin"),
         ]
-    return [*found, System(LLAMA)]
+    return [*found, *(System(LLAMA, noise=noise) for noise in noises)]
 
 
 @dataclass(slots=True)

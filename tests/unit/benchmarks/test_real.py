@@ -168,15 +168,16 @@ def test_the_page_of_the_docs_has_a_place_for_the_figures() -> None:
 
 
 def test_systems_that_differ_in_what_requests_say_share_a_server() -> None:
-    systems = systems_of(["cpu:2", "cpu:1,cpu:1"], "lens", "fcfs:budget=2048")
-    assert len(systems) == 7
-    assert len({s.server for s in systems}) == 5
+    systems = systems_of(["cpu:2", "cpu:1,cpu:1"], "lens", "fcfs:budget=2048", ["quiet", "busy"])
+    assert len(systems) == 8
+    assert len({s.server for s in systems}) == 6
+    assert [s.noise for s in systems if s.name == LLAMA] == ["quiet", "busy"]
     assert [s.name for s in systems if s.told] == ["lens + prism, SLO"] * 2
     assert systems[-1].name == LLAMA
 
 
 def test_each_system_is_first_in_its_turn() -> None:
-    systems = systems_of(["cpu:2"], "lens", "fcfs")
+    systems = systems_of(["cpu:2"], "lens", "fcfs", ["quiet"])
     assert [in_turn(systems, n)[0] for n in range(5)] == [*systems, systems[0]]
     assert sorted(s.name for s in in_turn(systems, 2)) == sorted(s.name for s in systems)
 
@@ -188,9 +189,9 @@ def test_the_time_for_the_whole_is_divided_among_the_runs() -> None:
 
 
 def test_llama_server_has_room_for_the_longest_request_in_every_slot() -> None:
-    options = real_llama.server_options(real_llama.DEFAULTS | {"parallel": 8}, Path("m.gguf"), 2, 1024, 99)
+    options = real_llama.server_options(real_llama.DEFAULTS | {"parallel": 8, "threads": 3}, Path("m.gguf"), 1024, 99)
     given = dict(itertools.pairwise(options))
-    assert (given["--parallel"], given["--ctx-size"], given["--threads"]) == ("8", "8192", "2")
+    assert (given["--parallel"], given["--ctx-size"], given["--threads"]) == ("8", "8192", "3")
 
 
 def test_a_sweep_puts_the_best_values_together_and_takes_what_kept_most() -> None:
