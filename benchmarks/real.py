@@ -36,10 +36,11 @@ _OVERHEAD_S, _BEFORE_S = 6.0, 150.0
 """Of a run: warming up, and answers that come after the last arrival. Before the runs: starts, warming up, probes."""
 
 
-def measure(args: argparse.Namespace, bench: Bench, runs: list[Run], began_s: float) -> dict[str, Any]:
-    """All runs, each appended to `runs` as soon as it is known; returns what they were measured against.
+def measure(args: argparse.Namespace, bench: Bench, result: dict[str, Any], until_s: float) -> None:
+    """Put what the runs are measured against into `result`, and each run as soon as it is known.
 
-    None begins when --minutes since `began_s` are over.
+    Args:
+        until_s: no turn through the systems begins after this timestamp.
     """
     yardstick = next((s for s in bench.systems if s.name == LLAMA), bench.systems[-1])
     reference = next((s for s in bench.systems if s.scheduler == args.baseline), bench.systems[0])
@@ -49,21 +50,21 @@ def measure(args: argparse.Namespace, bench: Bench, runs: list[Run], began_s: fl
     for noise in args.noises:
         with neighbours(NOISES[noise]):
             capacity[noise] = bench.capacity_rps(reference)
+    result |= {"idle": asdict(idle), "promise": asdict(promise), "capacity_rps": capacity, "yardstick": yardstick.name}
     say(f"idle {yardstick.name}: {asdict(idle)}; promise: {asdict(promise)}; capacity: {capacity}")
-    left = [(r, noise, load) for r in range(args.rounds) for noise in args.noises for load in args.loads]
-    until_s = began_s + 60 * args.minutes if args.minutes else math.inf
-    for number, (round_, noise, load) in enumerate(left):
+    turns = [(r, noise, load) for r in range(args.rounds) for noise in args.noises for load in args.loads]
+    for number, (round_, noise, load) in enumerate(turns):
         if time.monotonic() > until_s:
-            say(f"the time is over: {len(left) - number} of {len(left)} turns through all systems are left out")
+            say(f"the time is over: {len(turns) - number} of {len(turns)} turns through the systems are left out")
             break
         rate_rps, seed = load * capacity[noise], args.seed + round_
         items = bench.items(rate_rps, args.duration, seed)
         with neighbours(NOISES[noise]):
             for system in in_turn([s for s in bench.systems if s.noise in ("", noise)], number):
                 run = {"noise": noise, "layout": system.layout, "system": system.name, "load": load, "round": round_}
-                runs.append({**run, "rate_rps": rate_rps, **bench.run(system, items, promise, seed)})
-                say(line(runs[-1]))
-    return {"idle": asdict(idle), "promise": asdict(promise), "capacity_rps": capacity}
+                run |= {"rate_rps": rate_rps, **bench.run(system, items, promise, seed)}
+                result["runs"].append(run)
+                say(line(run))
 
 
 def in_turn(systems: Sequence[System], number: int) -> list[System]:
@@ -92,13 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes:
         in_each_noise = sum(s.noise in ("", args.noises[0]) for s in systems)
         args.duration = duration_s(args.minutes, args.rounds * len(args.noises) * len(args.loads) * in_each_noise)
-    began_s, runs = time.monotonic(), list[Run]()
-    result = {"benchmark": "real", **prepare(args, llama=args.llama)}
-    with started(args, systems) as bench:
-        result |= measure(args, bench, runs, began_s)
-    result |= {"took_s": time.monotonic() - began_s, "summary": summary_of(runs), "runs": runs}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"benchmark": "real", **prepare(args, llama=args.llama), "runs": list[Run]()}
+    began_s = time.monotonic()
+    until_s = began_s + 60 * args.minutes if args.minutes else math.inf
+    try:
+        with started(args, systems) as bench:
+            measure(args, bench, result, until_s)
+    finally:  # what was measured until it was ended is not lost
+        result |= {"took_s": time.monotonic() - began_s, "summary": summary_of(result["runs"])}
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     return _show(result, args.page)
 
 

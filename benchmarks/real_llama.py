@@ -28,7 +28,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "poll": (50, 0),
 }
 """What a sweep tries, the default first: threads (0: as many as physical cores), slots, most tokens in a step, and in
-one pass of the model, one KV buffer for all slots or one each, flash attention, how long threads spin for work (0..100).
+one pass of the model, one KV buffer for all slots or one each, flash attention, how long threads spin for work.
 """
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
 BY_NOISE = {"quiet": DEFAULTS, "busy": DEFAULTS | {"threads": 1}}
