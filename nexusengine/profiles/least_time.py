@@ -1,17 +1,18 @@
 """Least device time of requests: prices of prompt tokens, decodes and KV reads that no step takes less than. PURE.
 
-A step's time is not a sum over its rows: the weights are read once for all of them. It is bounded from below by one here.
-For every step, within `StepLimits`, of Q prompt tokens with A query-key pairs, and of N decodes that read K KV tokens,
+A step's time is not a sum over its rows: the weights are read once for all of them. It is bounded from below by one
+here. For every step, within `StepLimits`, of Q prompt tokens with A query-key pairs, and of N decodes that read K KV
+tokens,
 
     step_s >= token_s * Q + pair_s * A + row_s * N + kv_s * K
 
 So what a request's tokens add up to is the least time it keeps the device busy, in whatever company it is served.
 
-How it is made sure of: step_s = dense(Q + N) + head(rows) + attention. dense and head lie above lines. Attention is made of
-tables that are linear in every argument between grid points (profiles.attention.Parts), so that the difference of the two
-sides is too, but for -pair_s * q^2 / 2, which is concave: it is not negative in a cell where it is not at the corners. Where
-a step takes the longer of two tables or lies above the higher of two lines, one mixture or one line has to do so at all
-corners of a cell.
+How it is made sure of: step_s = dense(Q + N) + head(rows) + attention. dense and head lie above lines. Attention is
+made of tables that are linear in every argument between grid points (profiles.attention.Parts), so that the difference
+of the two sides is too, but for -pair_s * q^2 / 2, which is concave: it is not negative in a cell where it is not at
+the corners. Where a step takes the longer of two tables or lies above the higher of two lines, one mixture or one line
+has to do so at all corners of a cell.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ class _Steps:
         return least
 
     def _most_token_s(self, row_s: float, kv_s: float, beside_s: F8) -> float:
-        """Most seconds for each prompt token that steps of chunks alone, and of chunks and decodes, take beyond the rest."""
+        """Most seconds for each prompt token that steps with chunks take beyond the rest."""
         q = self._q
         alone = np.max([_least_corner((a + h + b * q) / q) for a, b, h in self._lines], axis=0)
         rest_s = beside_s - row_s * self._n[:, None] - kv_s * self._read

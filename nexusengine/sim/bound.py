@@ -1,20 +1,21 @@
 """How many requests of a load any schedule could serve in time at most, all lengths and step times known beforehand.
 
-Weak duality. Let lambda_m(t) >= 0 be any price of a second of device m at time t. A request that is served on m computes its
-prompt between its arrival and the time its first token is due, and its other tokens between the earliest time its first
-token can come and the latest time its last one may. These take at least W and V seconds of the device (see
-profiles.least_time), and every second costs at least the lowest price of its window. So it costs at least
+Weak duality. Let lambda_m(t) >= 0 be any price of a second of device m at time t. A request that is served on m
+computes its prompt between its arrival and the time its first token is due, and its other tokens between the earliest
+time its first token can come and the latest time its last one may. These take at least W and V seconds of the device
+(see profiles.least_time), and every second costs at least the lowest price of its window. So it costs at least
 
     c = min over m of ( W_m * min of lambda_m over the first window + V_m * min of lambda_m over the second )
 
-and infinitely much where it cannot be in time even alone. All requests that are served in time together cost no more than
-all the time there is, the sum over m of the integral of lambda_m. With S the set of these,
+and infinitely much where it cannot be in time even alone. All requests that are served in time together cost no more
+than all the time there is, the sum over m of the integral of lambda_m. With S the set of these,
 
     |S| = sum_S (1 - c) + sum_S c <= sum over all requests of max(1 - c, 0) + sum over m of integral lambda_m
 
-for every lambda: each is an upper bound, and `upper_bound` looks for a low one. It is the bound of a relaxation: prompts
-and answers are preempted and mixed at no cost, tokens of one answer need no order, nothing has to be known in advance that
-is not known, and parts of requests may count. Step times are those of the profile without scatter, no prefix is cached.
+for every lambda: each is an upper bound, and `upper_bound` looks for a low one. It is the bound of a relaxation:
+prompts and answers are preempted and mixed at no cost, tokens of one answer need no order, nothing has to be known in
+advance that is not known, and parts of requests may count. Step times are those of the profile without scatter, no
+prefix is cached.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class _Served:
 
 
 def most_in_time(jobs: Sequence[Job], profile: FittedProfile) -> int:
-    """By trying every sequence of steps: of up to ROWS requests, any number of tokens of each, BATCH tokens together."""
+    """By trying every sequence of steps of up to ROWS requests and BATCH tokens, any number of tokens of each."""
 
     def options(job: Job, served: _Served, now: float) -> range:
         if job.request.arrival_s > now or served.outputs == job.output_tokens:
