@@ -1,7 +1,12 @@
-"""What a simulated cluster costs: money by the hour, energy by what its devices did."""
+"""What a simulated cluster costs: money by the hour, energy by what its devices did.
+
+Hours and idle power are those of the time in which requests arrive, steps count whenever they run: what the last
+answers take after that is not charged, so that a short simulation says what a long one would.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +47,8 @@ def costs_of(metrics: Mapping[str, Any], devices: Sequence[str], costs: Mapping[
         costs: of devices by name.
     """
     found = [cost_of(device, costs) for device in devices]
-    busy = [float(worker["busy"] or 0.0) for worker in metrics["workers"]]
-    seconds = float(metrics["simulated_s"])
+    seconds = float(metrics["offered"]) / float(metrics["offered_rps"] or math.nan)
+    busy = [float(worker["busy"] or 0.0) * float(metrics["simulated_s"]) / seconds for worker in metrics["workers"]]
     tokens = float(sum(worker["generated_tokens"] for worker in metrics["workers"]))
     kept = float(metrics["attainment"]) * float(metrics["offered"])
     price = _sum(c.price_per_hour for c in found)
@@ -70,4 +75,4 @@ def _sum(values: Any) -> float | None:
 
 
 def _per(value: float | None, factor: float, count: float) -> float | None:
-    return None if value is None or count <= 0.0 else value * factor / count
+    return value * factor / count if value is not None and count > 0.0 and math.isfinite(factor) else None

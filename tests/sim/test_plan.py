@@ -151,8 +151,8 @@ def test_a_plan_tells_money_and_energy_and_ranks_by_either(tmp_path: Path, capsy
     assert [c["price_per_hour"] for c in told["candidates"]] == [7.0, 1.0, None]
     metrics, costs = l4["metrics"], l4["costs"]
     tokens = sum(w["generated_tokens"] for w in metrics["workers"])
-    seconds = metrics["simulated_s"]
-    joules = sum((20 + 60 * w["busy"]) * seconds for w in metrics["workers"])
+    seconds = metrics["offered"] / metrics["offered_rps"]
+    joules = sum(20 * seconds + 60 * w["busy"] * metrics["simulated_s"] for w in metrics["workers"])
     assert costs["joules_per_token"] == pytest.approx(joules / tokens)
     assert costs["usd_per_million_tokens"] == pytest.approx(1.0 * seconds / 3600 / tokens * 1e6)
     assert costs["joules_per_kept"] == pytest.approx(joules / metrics["offered"] / metrics["attainment"])
