@@ -44,6 +44,7 @@ CAPACITY_RPS = {
 }
 UNSEEN_OF = {"azure-2": "azure", "long-2": "long", "mixed-2": "mixed", "bursty-2": "bursty"}
 KEYS = ("case", "load", "seed", "policy")
+USUAL_RUNNING = 256
 _WORTH = 1e-3
 _TENTHS = 10
 
@@ -73,10 +74,12 @@ def engine_cases(args: argparse.Namespace, folder: Path) -> Iterator[Case]:
             duration_s=args.duration or workload.duration_s,
             rate_rps=load * CAPACITY_RPS[device][UNSEEN_OF.get(name, name)],
             max_batch_tokens=MAX_BATCH_TOKENS,
+            max_running=args.max_running,
             noise=False,
             seed=seed,
         )
-        yield Case(f"{device} {name}", load, spec)
+        slots = "" if args.max_running == USUAL_RUNNING else f", {args.max_running} running"
+        yield Case(f"{device} {name}{slots}", load, spec)
 
 
 def cluster_cases(args: argparse.Namespace, folder: Path) -> Iterator[Case]:
@@ -85,7 +88,9 @@ def cluster_cases(args: argparse.Namespace, folder: Path) -> Iterator[Case]:
         if SCENARIOS[name].prefix_caching:
             raise SystemExit(f"{name} reuses prefixes, of which the bound knows nothing")
         duration_s = args.duration or 60.0
-        yield Case(name, load, spec_of(SCENARIOS[name], args.traces, load, duration_s, noise=False, seed=seed))
+        fields = {"noise": False, "seed": seed, "max_running": args.max_running}
+        slots = "" if args.max_running == USUAL_RUNNING else f", {args.max_running} running"
+        yield Case(f"{name}{slots}", load, spec_of(SCENARIOS[name], args.traces, load, duration_s, **fields))
 
 
 def run(case: Case, policies: Sequence[str], done: set[str]) -> Iterator[dict[str, Any]]:
@@ -98,7 +103,9 @@ def run(case: Case, policies: Sequence[str], done: set[str]) -> Iterator[dict[st
         engine, _, router = policy.partition("/")
         result = simulate(replace(case.spec, engine=engine, router=router or "prism"))
         bound = bound or bound_of(case.spec, result.workload)
-        met = tabulate(result.outcomes, 0.0).met
+        outcomes = tabulate(result.outcomes, 0.0)
+        met, done_s = outcomes.met, bound.least_s[~np.isnan(outcomes.last_s)]
+        busy_s = result.metrics["simulated_s"] * sum(w["busy"] for w in result.metrics["workers"])
         yield {
             **keys,
             "offered": len(met),
@@ -107,6 +114,7 @@ def run(case: Case, policies: Sequence[str], done: set[str]) -> Iterator[dict[st
             "attainment": float(met.mean()),
             "bound": bound.share,
             "bound_work_only": bound.work_only,
+            "accounted": float(done_s[np.isfinite(done_s)].sum()) / busy_s,
             "by_class": by_class(result.workload, met, bound),
             "by_tenth": by_tenth(result.workload, met, bound),
             "missed": result.metrics["missed"],
@@ -171,7 +179,7 @@ def gaps(rows: Sequence[dict[str, Any]], policy: str) -> str:
         missed = ", ".join(f"{count} {why}" for why, count in row["missed"].items())
         lines.append(
             f"{row['case']} x {row['load']:g}, seed {row['seed']}: {100 * row['attainment']:.1f} of "
-            f"{100 * row['bound']:.1f}; {classes}; by prompt length {tenths}; busy {busy}; missed: {missed}"
+            f"{100 * row['bound']:.1f}, which accounts for {100 * row['accounted']:.0f} of device time; {classes}; by prompt length {tenths}; busy {busy}; missed: {missed}"
         )
     return "\n".join(lines)
 
@@ -193,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loads", type=lambda text: [float(word) for word in text.split(",")], default=LOADS)
     parser.add_argument("--seeds", type=seeds_of, default="1-2", help="FIRST-LAST")
     parser.add_argument("--duration", type=float, help="seconds of arrivals, in place of the workload's own, or 60")
+    parser.add_argument("--max-running", type=int, default=USUAL_RUNNING, help="running slots of each engine")
     parser.add_argument("--json", type=Path, required=True, help="JSON lines, one a simulation; read and added to")
     args = parser.parse_args(argv)
     policies = args.policies or (ENGINE_POLICIES if args.what == "engine" else CLUSTER_POLICIES)

@@ -1,8 +1,8 @@
 """Least device time of requests: prices of prompt tokens, decodes and KV reads that no step takes less than. PURE.
 
 A step's time is not a sum over its rows: the weights are read once for all of them. It is bounded from below by one
-here. For every step, within `StepLimits`, of Q prompt tokens with A query-key pairs, and of N decodes that read K KV
-tokens,
+here. For every step, within `StepLimits`, of Q prompt tokens with A query-key pairs, and of decodes that read K KV
+tokens, of which N are paid for (at most `StepLimits.paying`: there may be others that nobody counts),
 
     step_s >= token_s * Q + pair_s * A + row_s * N + kv_s * K
 
@@ -50,6 +50,7 @@ class StepLimits:
         max_running: rows of a step.
         kv_tokens: KV tokens that all rows of a step hold together.
         longest_prompt, longest: tokens of a prompt, and of a prompt and its output.
+        paying: of a step's decodes, as many are paid for at most.
     """
 
     max_batch_tokens: int
@@ -57,6 +58,7 @@ class StepLimits:
     kv_tokens: int
     longest_prompt: int
     longest: int
+    paying: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,9 @@ class _Steps:
         self._per_token_s = float((dense_s / np.arange(1, len(dense_s) + 1)).min())
         self._floor_s = float(dense_s.min() + head_s.min())
         self._layers, self._parts = layers, parts
-        self._n = _axis([*parts.decodes, *_between(1, limits.max_running)], 1, limits.max_running)
+        paying = min(limits.paying, limits.max_running)
+        self._n = _axis([*parts.decodes, *_between(1, limits.max_running), paying], 1, limits.max_running)
+        self._paying = np.minimum(self._n, paying)[:, None]
         self._kv = _axis([*parts.read, *_between(1, limits.longest)], 1, limits.longest)
         self._q = _axis(_between(_FEWEST_TOKENS, limits.max_batch_tokens), _FEWEST_TOKENS, limits.max_batch_tokens)
         self._chunks = _axis(parts.chunks, _FEWEST_TOKENS, min(LONGEST_CHUNK, limits.longest_prompt))
@@ -180,7 +184,7 @@ class _Steps:
             beside_s = self._decodes_beside_s(pair_s, spare_s)
             for kv_share in _KV_SHARES:
                 kv_s = max(kv_share * most_kv_s, pair_s)
-                most_row_s = self._least_decodes([(step - kv_s * self._read) / self._n[:, None] for step in alone])
+                most_row_s = self._least_decodes([(step - kv_s * self._read) / self._paying for step in alone])
                 for row_share in _ROW_SHARES if most_row_s > 0.0 else ():
                     row_s = row_share * most_row_s
                     token_s = min(self._most_token_s(row_s, kv_s, beside_s) - spare_s, row_s)
@@ -231,7 +235,7 @@ class _Steps:
         """Most seconds for each prompt token that steps with chunks take beyond the rest."""
         q = self._q
         alone = np.max([_least_corner((a + h + b * q) / q) for a, b, h in self._lines], axis=0)
-        rest_s = beside_s - row_s * self._n[:, None] - kv_s * self._read
+        rest_s = beside_s - row_s * self._paying - kv_s * self._read
         best = np.full([len(q) - 1, *self._reached.shape], -np.inf)
         for a, b, h in self._lines:
             step_s = a + h + (b + h) * self._n[:, None] + rest_s

@@ -60,6 +60,7 @@ class Bound:
         requests: how many could be in time; may be a fraction.
         share: of all that were offered.
         work_only: the same bound from the amount of work alone, as if nothing had a deadline but the last.
+        least_s: `[N]`, least seconds of device time of each request, on the device where that is least.
         value: `[N]`, max(1 - c, 0) of each request: 0 is not worth its device time, near 1 costs nearly none.
         able: `[N]`, devices by name on which each could be in time if it were alone.
     """
@@ -67,6 +68,7 @@ class Bound:
     requests: float
     share: float
     work_only: float
+    least_s: F8
     value: F8
     able: Mapping[str, Bools]
 
@@ -116,6 +118,7 @@ def upper_bound(jobs: Sequence[Job], devices: Sequence[DeviceProfile], limits: E
         requests=min(requests, float(len(jobs))),
         share=min(requests / len(jobs), 1.0),
         work_only=min(prices.exact(flat)[0] / len(jobs), 1.0),
+        least_s=np.min([need.prompt_s + need.answer_s for need in needs], axis=0),
         value=value,
         able={name: np.isfinite(need.prompt_s) for name, need in zip(profiles, needs, strict=True)},
     )
@@ -155,10 +158,11 @@ def _needs(load: _Load, profile: DeviceProfile, limits: EngineLimits, count: int
     blocks = profile.kv_capacity_tokens // limits.block_size
     step_limits = StepLimits(
         max_batch_tokens=limits.max_batch_tokens,
-        max_running=min(limits.max_running, load.most_at_once()),
+        max_running=limits.max_running,
         kv_tokens=blocks * limits.block_size,
         longest_prompt=int(load.prompt_tokens.max()),
         longest=int((load.prompt_tokens + load.output_tokens).max()),
+        paying=load.most_at_once(),
     )
     found = _dearest(step_prices(profile, step_limits), load)
     prompt_s = found.prefill_s(load.prompt_tokens)

@@ -31,18 +31,17 @@ def random_steps(limits: StepLimits, count: int, seed: int) -> list[tuple[np.nda
     return steps
 
 
-def priced_s(prices: StepPrices, counts: np.ndarray, contexts: np.ndarray) -> float:
+def priced_s(prices: StepPrices, counts: np.ndarray, contexts: np.ndarray, paying: int = 10**6) -> float:
     q, context, chunk = counts.astype(np.float64), contexts.astype(np.float64), counts > 1
     pairs, read = (q * (context + 0.5 * q))[chunk].sum(), (context + 1)[~chunk].sum()
-    return float(
-        prices.token_s * q[chunk].sum() + prices.pair_s * pairs + prices.row_s * (~chunk).sum() + prices.kv_s * read
-    )
+    rows = min(int((~chunk).sum()), paying)
+    return float(prices.token_s * q[chunk].sum() + prices.pair_s * pairs + prices.row_s * rows + prices.kv_s * read)
 
 
 @pytest.mark.parametrize("device", ["rtxpro6000", "rtx4090", "h100", "a100", "l40s", "l4", "a6000"])
 def test_no_step_is_shorter_than_its_parts_add_up_to(device: str) -> None:
     profile = load_profile(device)
-    limits = StepLimits(4096, 192, profile.kv_capacity_tokens, LONGEST, LONGEST + 500)
+    limits = StepLimits(4096, 192, profile.kv_capacity_tokens, LONGEST, LONGEST + 500, 192)
     found = step_prices(profile, limits)
     assert len(found) >= 5
     shares = []
@@ -58,9 +57,18 @@ def test_no_step_is_shorter_than_its_parts_add_up_to(device: str) -> None:
     assert max(shares) > 0.85, "and not far shorter where the device is full"
 
 
+def test_of_more_decodes_than_pay_none_is_too_dear() -> None:
+    profile, paying = load_profile("rtxpro6000"), 40
+    limits = StepLimits(4096, 192, profile.kv_capacity_tokens, LONGEST, LONGEST + 500, paying)
+    found = step_prices(profile, limits)
+    for counts, contexts in random_steps(limits, 200, seed=2):
+        took_s = profile.step_s(counts, contexts)
+        assert max(priced_s(prices, counts, contexts, paying) for prices in found) <= took_s * (1.0 + 1e-9)
+
+
 def test_a_prompt_computed_token_by_token_is_not_cheaper() -> None:
     profile = load_profile("h100")
-    for prices in step_prices(profile, StepLimits(2048, 256, profile.kv_capacity_tokens, LONGEST, LONGEST)):
+    for prices in step_prices(profile, StepLimits(2048, 256, profile.kv_capacity_tokens, LONGEST, LONGEST, 256)):
         assert prices.token_s <= prices.row_s
         assert prices.pair_s <= prices.kv_s
 
@@ -68,4 +76,4 @@ def test_a_prompt_computed_token_by_token_is_not_cheaper() -> None:
 def test_a_profile_of_another_make_is_refused() -> None:
     profile: DeviceProfile = FormulaProfile()
     with pytest.raises(ValueError, match="FormulaProfile"):
-        step_prices(profile, StepLimits(256, 8, 1000, 100, 200))
+        step_prices(profile, StepLimits(256, 8, 1000, 100, 200, 8))
