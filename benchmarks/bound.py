@@ -179,7 +179,8 @@ def gaps(rows: Sequence[dict[str, Any]], policy: str) -> str:
         missed = ", ".join(f"{count} {why}" for why, count in row["missed"].items())
         lines.append(
             f"{row['case']} x {row['load']:g}, seed {row['seed']}: {100 * row['attainment']:.1f} of "
-            f"{100 * row['bound']:.1f}, which accounts for {100 * row['accounted']:.0f} of device time; {classes}; by prompt length {tenths}; busy {busy}; missed: {missed}"
+            f"{100 * row['bound']:.1f}, which accounts for {100 * row['accounted']:.0f} of device time; {classes}; "
+            f"by prompt length {tenths}; busy {busy}; missed: {missed}"
         )
     return "\n".join(lines)
 
