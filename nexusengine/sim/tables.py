@@ -111,11 +111,12 @@ def print_goodput(found: Goodput, target: float, longest_decile: float) -> None:
 
 def print_plan(plan: Plan) -> None:
     console = _console()
-    highest = [name for t in plan.targets for name in (f"rate at {100 * t:g} %", "head-room")]
+    searched = any(rate is not None for c in plan.candidates for rate in c.goodput_rps)
+    highest = [name for t in plan.targets if searched for name in (f"rate at {100 * t:g} %", "head-room")]
     table = Table("devices", *RANKS.values(), "attainment", "longest tenth", *highest, "first bottleneck")
     for c in plan.candidates:
         cells = []
-        for rate in c.goodput_rps:
+        for rate in c.goodput_rps if searched else ():
             cells += [_number(rate), "-" if rate is None else _percent(rate / plan.rate_rps - 1.0)]
         costs = [_cost(c.rank(by), by) for by in RANKS]
         shares = _percent(c.attainment), _percent(c.longest_decile)
