@@ -65,7 +65,10 @@ def large_rows(kind: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 def prior_as_worker(profile: DeviceProfile) -> Prior:
     """The prior of a worker on an emulated device of this profile."""
-    spec = ExecutorSpec(f"emulated:{profile.identity.name}", "bfloat16", 16, 2, 16, 16, 16, "", profile.identity.weights_bytes, 0)
+    name, weights_bytes = profile.identity.name, profile.identity.weights_bytes
+    spec = ExecutorSpec(f"emulated:{name}", "bfloat16", 16, 2, 16, 16, 16, "", weights_bytes, 0)
+        f"emulated:{profile.identity.name}", "bfloat16", 16, 2, 16, 16, 16, "", profile.identity.weights_bytes, 0
+    )
     return prior_of(spec, None)
 
 

@@ -25,6 +25,9 @@ class ComposedProfile:
             engines compute them too.
         experts: of all layers, None if the model is dense.
         noise: scatter of steps.
+
+    Attributes:
+        by_tokens: everything that depends on the number of tokens alone, experts included.
     """
 
     def __init__(
@@ -42,12 +45,12 @@ class ComposedProfile:
         self.identity = identity
         self.layers, self.hidden, self.experts = layers, hidden, experts
         self.dense, self.attention, self.head = dense, attention, head
-        self._by_tokens = dense if experts is None else dense.plus(experts.seconds())
+        self.by_tokens = dense if experts is None else dense.plus(experts.seconds())
         self._noise = noise
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         rows, tokens = len(counts), int(_sum(counts))
-        return self._by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
+        return self.by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
 
     def attention_s(self, counts: I4, contexts: I4, tokens: int) -> float:
         """Seconds of attention in all layers.
@@ -75,7 +78,7 @@ class ComposedProfile:
         rows = len(contexts)
         grown = np.arange(1, steps + 1, dtype=np.float64)
         attention = self.attention.decode_run_s(rows, int(_sum(contexts)) / rows + grown, int(_max(contexts)) + grown)
-        run: F8 = self.layers * attention + (self._by_tokens(rows) + self.head(rows))
+        run: F8 = self.layers * attention + (self.by_tokens(rows) + self.head(rows))
         return run
 
     def noise(self, u: F8, mixed: bool) -> F8:

@@ -15,8 +15,10 @@ import numpy as np
 from nexusengine.arrays import F8, Bools
 from nexusengine.errors import ConfigError
 from nexusengine.forecast.backlog import first_token_in_s
+from nexusengine.profiles.prices import usual_costs
 from nexusengine.router.placement.candidates import Rotation, why_none
 from nexusengine.router.placement.completion import completion_s, expected_output
+from nexusengine.router.placement.economy import Economy
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
 
@@ -59,17 +61,20 @@ class Prism:
     Args:
         delay: weight of the used-up share of the TTFT.
         tie: costs this close count as equal.
+        cost, energy: weights of dollars and of joules among workers that meet the SLO with margin, see economy.Economy;
+            0: neither is looked at.
     """
 
     name = "prism"
     uses_prefixes = True
 
-    def __init__(self, delay: float = 0.2, tie: float = 0.002) -> None:
+    def __init__(self, delay: float = 0.2, tie: float = 0.002, cost: float = 0.0, energy: float = 0.0) -> None:
         if delay <= 0.0 or tie < 0.0:
             raise ConfigError(
                 f"prism: delay must be above 0 and tie at least 0, got delay={delay} and tie={tie}", param="router"
             )
         self._delay, self._tie = delay, tie
+        self._economy = Economy(cost, energy, usual_costs()) if cost or energy else None
         self._matrix = ForecastMatrix()
         self._rotation = Rotation()
 
@@ -91,6 +96,8 @@ class Prism:
         if not np.count_nonzero(feasible):
             return self._relegate(workers, costs, eligible)
         score = np.where(feasible, missed + self._delay * costs.spent, _INF)
+        if self._economy is not None:
+            score = score + self._economy.penalty(self._matrix, request, costs, feasible)
         return self._choose(workers, costs, score, self._tie, "in time")
 
     def _place_without_slo(
