@@ -11,6 +11,7 @@ sockets nor tensors. Not thread-safe: one thread calls everything, except `load`
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ class EngineCore:
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
         self._new_arrivals = NewArrivals()
         self._published = PublishedLoad(self.kv.total_blocks)
-        self._stepped_s = clock.now()
+        self._stepped_s, self._idle_since_s = clock.now(), math.inf  # idle: the device, while the core has work
         self._submitted = 0
 
     # ---- requests in and out -------------------------------------------------------------------------------------
@@ -213,6 +214,7 @@ class EngineCore:
         )
         if not self._in_flight:
             self._published.step_started(now)
+        stats.host_s += max(self.clock.now() - self._idle_since_s, 0.0)
         try:
             self.executor.submit(batch)
         except BaseException:
@@ -252,8 +254,8 @@ class EngineCore:
             self._in_flight.clear()
             self._published.step_started(None)
             raise
-        step = self._in_flight.popleft()
-        collected_s = time.perf_counter()
+        step, collected_s = self._in_flight.popleft(), time.perf_counter()
+        self._idle_since_s = math.inf if self._in_flight else self.clock.now()
         self._published.step_started(self.clock.now() if self._in_flight else None)
         self._apply(step, result)
         stats = self.scheduler.stats
@@ -339,6 +341,7 @@ class EngineCore:
     def _ended(self, state: RequestState, end: End) -> None:
         """The scheduler has let go of it: send its last delta, and remember it."""
         del self._by_id[state.request.request_id]
+        self._idle_since_s = self._idle_since_s if self._by_id else math.inf
         self.scheduler.stats.finished(end.reason)
         now, service = self.clock.now(), self._service(state)
         message = end.error.message if end.error else None

@@ -16,6 +16,8 @@ class CoreStats:
     scheduler_s: spent in the core outside the executor: planning, KV accounting, batch building, applying.
     prediction_error: running mean of |predicted - measured| / measured; prediction_bias: of the same with its sign;
     coverage: of measured <= upper bound. slow_steps: took more than 1.6 times what was predicted.
+    predicted_s, host_s: what the steps were predicted to take, and the time from the end of a step to the beginning of
+    the next in a core that had work all the time: planning, bookkeeping, messages.
     plan_shortfalls: rows a plan held that found no KV blocks (its estimate of the prefix cache was stale).
     """
 
@@ -38,6 +40,8 @@ class CoreStats:
     finished_error: int = 0
     scheduler_s: float = 0.0
     device_s: float = 0.0
+    predicted_s: float = 0.0
+    host_s: float = 0.0
     prediction_error: float = 0.0
     prediction_bias: float = 0.0
     coverage: float = 0.0
@@ -51,6 +55,7 @@ class CoreStats:
         self.steps += 1
         self.computed_tokens += tokens
         self.device_s += device_s
+        self.predicted_s += predicted_s
         self.learn_prediction(predicted_s, upper_s, device_s)
 
     def finished(self, reason: FinishReason) -> None:

@@ -24,6 +24,7 @@ from nexusengine.process.control import Drain, Drained, Failed, Model, Phase, Re
 from nexusengine.process.event_loop import loop_factory
 from nexusengine.server.app import create_app
 from nexusengine.server.protocol import http_protocol
+from nexusengine.server.recorder import Recorder
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
 
@@ -64,7 +65,9 @@ class Control:
         threading.Timer(_LAST_WORDS_S, self.leave).start()
 
     def leave(self) -> None:
-        """End this process, and before it those that render chat templates."""
+        """End this process, and before it those that render chat templates; write what was recorded."""
+        if self.state.recorder is not None:
+            self.state.recorder.close()
         if self.state.engine is not None:
             self.state.engine.tokenizer.close()
         os._exit(0)
@@ -145,9 +148,9 @@ async def serve(state: ServerState, control: Control, listening: socket.socket) 
     await server.serve([listening])
 
 
-def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
+def run(config: ServeConfig, front: str, listening: socket.socket, recorder: Recorder | None = None) -> None:
     """Until the supervisor closes this process's stdin. front: the router's endpoint for clients."""
-    state = ServerState(config, config.public_name)
+    state = ServerState(config, config.public_name, recorder=recorder)
     control = Control(state, front)
     child.listen(control.on_message, control.on_end)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -131,6 +131,43 @@ def print_plan(plan: Plan) -> None:
             console.print(f"{100 * target:g} %: {'prices are missing' if served else 'no candidate serves this load'}")
 
 
+def print_comparison(found: dict[str, Any]) -> None:
+    """See sim.compare."""
+    recorded, simulated, off = found["recorded"], found["simulated"], found["difference"]
+    table = Table("", "recorded", "simulated", "difference")
+
+    def share(name: str, was: float | None, says: float | None, points: float | None) -> None:
+        table.add_row(name, _percent(was), _percent(says), "-" if points is None else f"{points:+.1f} points")
+
+    def number(name: str, was: float | None, says: float | None, percent: float | None) -> None:
+        table.add_row(name, _number(was), _number(says), "-" if percent is None else f"{percent:+.1f} %")
+
+    share("attainment", recorded["attainment"], simulated["attainment"], off["attainment_points"])
+    for name, points in off["attainment_by_class_points"].items():
+        share(f"  {name}", recorded["attainment_by_class"][name], simulated["attainment_by_class"][name], points)
+    for name in ("completed", "refused"):
+        table.add_row(name, str(recorded[name]), str(simulated[name]), f"{off[name]:+d}")
+    for key in ("ttft", "tpot", "e2e"):
+        for q in ("mean", "p50", "p90", "p99"):
+            was, says = recorded[f"{key}_ms"][q], simulated[f"{key}_ms"][q]
+            number(f"{key.upper() if key != 'e2e' else 'end to end'} {q}, ms", was, says, off[f"{key}_percent"][q])
+    rate = "output_tokens_per_s"
+    number("output tokens/s", recorded[rate], simulated[rate], off[f"{rate}_percent"])
+    for name, more in off["by_worker"].items():
+        counts = recorded["by_worker"].get(name, 0), simulated["by_worker"].get(name, 0)
+        table.add_row(f"answered by {name}", *map(str, counts), f"{more:+d}")
+    console, left, assumed = _console(), found["left_out"], found["assumed"]
+    console.print(table)
+    console.print(
+        f"{found['requests']} requests; left out: {left['client_went_away']} whose client went away, "
+        f"{left['turned_away_unread']} turned away before their prompt was read"
+    )
+    console.print(
+        f"assumed: {_number(assumed['between_steps_ms'])} ms between steps, {_number(assumed['link_delay_ms'])} ms a "
+        "message"
+    )
+
+
 def _mix(devices: str) -> str:
     """As one writes it among candidates."""
     return devices.replace(",", "+")

@@ -1,0 +1,69 @@
+"""A profile that is what a worker has learned: its step-time model, as it was recorded."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from nexusengine.arrays import F8, I4
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.registry import rebuild
+from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.noise import Noise
+from nexusengine.wire import PerfSnapshot
+
+_BOUND_QUANTILE = 0.95  # what an upper bound of perf.model.StepTime is
+_LARGEST_FACTOR = 3.0
+_QUANTILES, _TRIM = 101, 0.001
+_DECODE, _MIXED = StepFeatures(4, 4, 0, 0.0, 2048), StepFeatures(132, 5, 1, 8192.0, 2048)
+
+
+class LearnedProfile:
+    """A profile that answers what a performance model predicts.
+
+    Steps scatter log-normally about it, so that the model's upper bound is the 95 % quantile.
+
+    Args:
+        identity: of the profile.
+        snapshot: of the performance model.
+        scale: measured over predicted time of all its steps: what the model, whose relative errors are small on
+            average, misses of the long ones.
+
+    Raises:
+        ValueError: the snapshot cannot be read.
+    """
+
+    def __init__(self, identity: ProfileIdentity, snapshot: PerfSnapshot, *, scale: float = 1.0) -> None:
+        self.name, self.device, self.model = identity.name, identity.device, identity.model
+        self.source, self.confidence = identity.source, identity.confidence
+        self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
+        self._predictor, self._scale = rebuild(snapshot), scale
+        decode, mixed = (_log_normal(self._upper_factor(f)) for f in (_DECODE, _MIXED))
+        self._noise = Noise(decode, mixed)
+
+    def step_s(self, counts: I4, contexts: I4) -> float:
+        return self._scale * self._predictor.predict(StepFeatures.of(counts, contexts)).mean_s
+
+    def decode_run_s(self, contexts: I4, steps: int) -> F8:
+        rows = float(len(contexts))
+        kv = float(np.add.reduce(contexts)) + rows * np.arange(1, steps + 1, dtype=np.float64)
+        ones, none = np.full(steps, rows), np.zeros(steps)
+        run: F8 = self._scale * self._predictor.mean_s(ones, ones, none, none, kv)
+        return run
+
+    def noise(self, u: F8, mixed: bool) -> F8:
+        return self._noise(u, mixed)
+
+    def _upper_factor(self, features: StepFeatures) -> float:
+        time = self._predictor.predict(features)
+        return min(max(time.upper_s / time.mean_s, 1.0), _LARGEST_FACTOR)
+
+
+def _log_normal(upper_factor: float) -> F8:
+    """Quantiles at 0, 0.01 .. 1 of a log-normal of mean 1 whose 95 % quantile is `upper_factor`, at most 3."""
+    z = NormalDist().inv_cdf(_BOUND_QUANTILE)
+    sigma = z - math.sqrt(z * z - 2.0 * math.log(upper_factor))
+    at = np.clip(np.linspace(0.0, 1.0, _QUANTILES), _TRIM, 1 - _TRIM)
+    return np.exp([sigma * NormalDist().inv_cdf(p) - sigma**2 / 2 for p in at.tolist()])

@@ -1,0 +1,218 @@
+"""What the simulator says of a recorded load, beside what the server did with it.
+
+Both sides are judged by the server's clock, from arrival at the server. Left out on both: requests whose client went
+away, because nobody knows how long their answers would have become.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nexusengine.errors import ConfigError
+from nexusengine.recording.format import Request
+from nexusengine.sim.api import SimSpec, simulate
+from nexusengine.sim.cluster import Outcome
+from nexusengine.sim.report import rounded_numbers
+from nexusengine.sim.verdicts import refused
+from nexusengine.sim.workload.recording import Recording
+from nexusengine.slo.due import judge
+from nexusengine.slo.resolve import NONE
+
+_LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
+_PERCENTILES = (50, 90, 99)
+_OWN_END = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of a request, on either side. NaN and None where there is nothing to say.
+
+    Attributes:
+        slo_class: "none" without an SLO.
+        met: the SLO was met; without one, the request was completed.
+        end_s: after the first arrival, when its last token came.
+    """
+
+    slo_class: str
+    met: bool
+    completed: bool
+    refused: bool
+    worker: str | None
+    ttft_ms: float
+    tpot_ms: float
+    e2e_ms: float
+    output_tokens: int
+    end_s: float
+
+
+def compare(spec: SimSpec) -> dict[str, Any]:
+    """Simulate a recorded trace and set the result beside the record.
+
+    Args:
+        spec: its trace is a recording, at its own arrivals.
+
+    Returns:
+        recorded and simulated: the figures of each; difference: simulated less recorded, shares in points, the rest in
+        percent of what was recorded.
+
+    Raises:
+        ConfigError: the trace was not recorded, or would not be offered as it was.
+    """
+    for name, value in (
+        ("arrivals", spec.arrivals != "trace"),
+        ("rate", spec.rate_rps),
+        ("speed", spec.speed != 1.0),
+        ("duration", spec.duration_s),
+        ("scale-lengths", spec.scale),
+    ):
+        if value:
+            raise ConfigError(f"a recorded load is compared as it was; leave out --{name}", param=name)
+    result = simulate(spec)
+    recording: Recording | None = getattr(result.builder.source, "recording", None)
+    if recording is None:
+        raise ConfigError(
+            f"{spec.trace} was not recorded by nexusengine serve, so there is nothing to compare with", param="trace"
+        )
+    count = len(result.outcomes)
+    pairs = [
+        (request, outcome)
+        for request, outcome in zip(recording.requests[:count], result.outcomes, strict=True)
+        if request.ended != "left"
+    ]
+    recorded = figures([_recorded(request) for request, _ in pairs])
+    simulated = figures([_simulated(outcome) for _, outcome in pairs])
+    by_name = {f"this:{w.worker}": w for w in recording.workers}
+    found = {
+        "requests": len(pairs),
+        "left_out": {"client_went_away": count - len(pairs), "turned_away_unread": recording.unread},
+        "recorded": recorded,
+        "simulated": simulated,
+        "difference": difference(recorded, simulated),
+        "assumed": {
+            "between_steps_ms": None if spec.scheduler_cost_s is None else 1e3 * spec.scheduler_cost_s,
+            "link_delay_ms": 1e3 * spec.link_delay_s,
+            "measured_over_predicted": {
+                name: w.device_s / w.predicted_s if w.predicted_s else None for name, w in by_name.items()
+            },
+        },
+        "workload": result.metrics["workload"],
+    }
+    rounded: dict[str, Any] = rounded_numbers(found)
+    return rounded
+
+
+def figures(served: Sequence[Served]) -> dict[str, Any]:
+    """Of all requests on one side."""
+    completed = [s for s in served if s.completed]
+    busy_s = max((s.end_s for s in completed), default=math.nan)
+    workers = Counter(s.worker for s in completed if s.worker is not None)
+    classes = sorted({s.slo_class for s in served})
+    return {
+        "attainment": _share(s.met for s in served),
+        "attainment_by_class": {name: _share(s.met for s in served if s.slo_class == name) for name in classes},
+        "completed": len(completed),
+        "refused": sum(s.refused for s in served),
+        **{name: _percentiles([getattr(s, name) for s in served]) for name in _LATENCIES},
+        "output_tokens_per_s": sum(s.output_tokens for s in completed) / busy_s if busy_s > 0 else None,
+        "by_worker": dict(sorted(workers.items())),
+    }
+
+
+def difference(recorded: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
+    """Simulated less recorded: attainment in points; latencies and tokens a second in percent; counts as they are."""
+
+    def percent(was: float | None, found: float | None) -> float | None:
+        if was is None or found is None or not was > 0:
+            return None
+        return 100.0 * (found / was - 1.0)
+
+    classes = recorded["attainment_by_class"].keys() & simulated["attainment_by_class"].keys()
+    workers = recorded["by_worker"].keys() | simulated["by_worker"].keys()
+    return {
+        "attainment_points": 100.0 * (simulated["attainment"] - recorded["attainment"]),
+        "attainment_by_class_points": {
+            name: 100.0 * (simulated["attainment_by_class"][name] - recorded["attainment_by_class"][name])
+            for name in sorted(classes)
+        },
+        "completed": simulated["completed"] - recorded["completed"],
+        "refused": simulated["refused"] - recorded["refused"],
+        **{
+            f"{name.removesuffix('_ms')}_percent": {
+                key: percent(recorded[name][key], simulated[name][key]) for key in recorded[name]
+            }
+            for name in _LATENCIES
+        },
+        "output_tokens_per_s_percent": percent(recorded["output_tokens_per_s"], simulated["output_tokens_per_s"]),
+        "by_worker": {
+            name: simulated["by_worker"].get(name, 0) - recorded["by_worker"].get(name, 0) for name in sorted(workers)
+        },
+    }
+
+
+def _recorded(line: Request) -> Served:
+    completed = line.ended in _OWN_END
+    return Served(
+        slo_class=line.slo_class or NONE,
+        met=completed if line.met is None else line.met,
+        completed=completed,
+        refused=line.ended == "refused",
+        worker=line.worker,
+        ttft_ms=_number(line.ttft_ms),
+        tpot_ms=_number(line.tpot_ms) if completed else math.nan,
+        e2e_ms=_number(line.e2e_ms) if completed else math.nan,
+        output_tokens=line.output_tokens,
+        end_s=line.arrival_s + _number(line.e2e_ms) / 1e3,
+    )
+
+
+def _simulated(outcome: Outcome) -> Served:
+    """By the engine's clock, as the server's timings are."""
+    request, ended = outcome.job.request, outcome.ended
+    completed = outcome.error is None and ended is not None
+    first_s = ended.first_token_s if ended is not None else math.nan
+    last_s = ended.ended_s if ended is not None and completed else math.nan
+    tokens = ended.output_tokens if ended is not None else 0
+    met = completed
+    if completed and request.slo is not None:
+        met = judge(
+            request.slo,
+            arrival_s=request.arrival_s,
+            first_token_s=first_s,
+            last_token_s=last_s,
+            output_tokens=tokens,
+        ).met
+    return Served(
+        slo_class=request.slo_class or NONE,
+        met=met,
+        completed=completed,
+        refused=refused(outcome),
+        worker=outcome.worker,
+        ttft_ms=1e3 * (first_s - request.arrival_s),
+        tpot_ms=1e3 * (last_s - first_s) / (tokens - 1) if tokens > 1 else math.nan,
+        e2e_ms=1e3 * (last_s - request.arrival_s),
+        output_tokens=tokens,
+        end_s=last_s,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _share(met: Iterable[bool]) -> float:
+    values = list(met)
+    return float(np.mean(values)) if values else math.nan
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    finite = np.array([v for v in values if math.isfinite(v)])
+    if not len(finite):
+        return dict.fromkeys(("mean", *(f"p{p}" for p in _PERCENTILES)), math.nan)
+    at = np.percentile(finite, _PERCENTILES).tolist()
+    return {"mean": float(finite.mean()), **{f"p{p}": v for p, v in zip(_PERCENTILES, at, strict=True)}}
