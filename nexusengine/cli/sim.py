@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     beside = kinds.add_parser("compare", help="a recorded load: what the simulator says beside what the server did")
     _add_options(beside, rate=False)
+    beside.add_argument(
+        "--steady", action="store_true", help="without the changes of the devices' speed over time that were recorded"
+    )
 
     if importlib.util.find_spec(_REPLAY) is not None:
         replay = kinds.add_parser("replay", help="a measured run of another engine, against its measurements")
@@ -242,7 +245,7 @@ def _compare(args: argparse.Namespace) -> int:
     from nexusengine.sim.tables import print_comparison
 
     spec = _spec(args)
-    found = compare(spec)
+    found = compare(spec, steady=args.steady)
     if args.json:
         print(json.dumps(found | {"spec": asdict(spec)}))
     else:

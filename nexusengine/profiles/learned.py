@@ -23,34 +23,39 @@ _DECODE, _MIXED = StepFeatures(4, 4, 0, 0.0, 2048), StepFeatures(132, 5, 1, 8192
 class LearnedProfile:
     """A profile that answers what a performance model predicts.
 
-    Steps scatter log-normally about it, so that the model's upper bound is the 95 % quantile.
-
     Args:
         identity: of the profile.
         snapshot: of the performance model.
-        scale: measured over predicted time of all its steps: what the model, whose relative errors are small on
-            average, misses of the long ones.
+        scale: by what predictions are multiplied, of decode-only and of mixed steps.
+        noise: scatter of steps; None: log-normal, so that the model's upper bound is the 95 % quantile.
 
     Raises:
         ValueError: the snapshot cannot be read.
     """
 
-    def __init__(self, identity: ProfileIdentity, snapshot: PerfSnapshot, *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        identity: ProfileIdentity,
+        snapshot: PerfSnapshot,
+        *,
+        scale: tuple[float, float] = (1.0, 1.0),
+        noise: Noise | None = None,
+    ) -> None:
         self.name, self.device, self.model = identity.name, identity.device, identity.model
         self.source, self.confidence = identity.source, identity.confidence
         self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
         self._predictor, self._scale = rebuild(snapshot), scale
-        decode, mixed = (_log_normal(self._upper_factor(f)) for f in (_DECODE, _MIXED))
-        self._noise = Noise(decode, mixed)
+        self._noise = noise or Noise(*(_log_normal(self._upper_factor(f)) for f in (_DECODE, _MIXED)))
 
     def step_s(self, counts: I4, contexts: I4) -> float:
-        return self._scale * self._predictor.predict(StepFeatures.of(counts, contexts)).mean_s
+        features = StepFeatures.of(counts, contexts)
+        return self._scale[features.prefills > 0] * self._predictor.predict(features).mean_s
 
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
         rows = float(len(contexts))
         kv = float(np.add.reduce(contexts)) + rows * np.arange(1, steps + 1, dtype=np.float64)
         ones, none = np.full(steps, rows), np.zeros(steps)
-        run: F8 = self._scale * self._predictor.mean_s(ones, ones, none, none, kv)
+        run: F8 = self._scale[0] * self._predictor.mean_s(ones, ones, none, none, kv)
         return run
 
     def noise(self, u: F8, mixed: bool) -> F8:

@@ -83,6 +83,22 @@ class Learned(msgspec.Struct, frozen=True, kw_only=True):
         return PerfSnapshot(self.kind, self.weights, self.quantile, self.steps, self.epoch)
 
 
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """A step that a worker took: when, its composition (see perf.features.StepFeatures), and its duration.
+
+    Attributes:
+        at_s: its beginning, after the beginning of the recording.
+    """
+
+    at_s: Annotated[float, Meta(ge=-1e9, le=1e9)]
+    tokens: _Count
+    sequences: _Count
+    prefills: _Count
+    prefill_attention: Annotated[float, Meta(ge=0.0, le=1e18)]
+    decode_kv_tokens: _Count
+    ms: Annotated[float, Meta(gt=0.0, le=1e9)]
+
+
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """A worker that served.
 
@@ -92,6 +108,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
         steps, device_s, predicted_s, host_s: since it started: its steps, the seconds they took, the seconds they were
             predicted to take, and the seconds between steps while it had work.
         learned: its step-time model.
+        sampled: some of its steps since the line before.
     """
 
     worker: _Name
@@ -106,6 +123,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     predicted_s: _Seconds = 0.0
     host_s: _Seconds = 0.0
     learned: Learned | None = None
+    sampled: Annotated[tuple[Step, ...], Meta(max_length=65_536)] = ()
 
 
 class Workers(msgspec.Struct, frozen=True, kw_only=True):

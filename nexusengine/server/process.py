@@ -27,6 +27,7 @@ from nexusengine.server.protocol import http_protocol
 from nexusengine.server.recorder import Recorder
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
+from nexusengine.wire import DebugReply
 
 _LAST_WORDS_S = 0.8
 _LOOKED_AT_EVERY_S = 0.02
@@ -96,7 +97,13 @@ class Control:
     async def _drain(self) -> None:
         while self.state.in_progress:
             await asyncio.sleep(_LOOKED_AT_EVERY_S)
+        if self.state.recorder is not None and self._client is not None:
+            await self.state.recorder.steps.look(self._newest_steps)
         child.send(Drained())
+
+    async def _newest_steps(self, count: int) -> list[DebugReply]:
+        assert self._client is not None
+        return await self._client.ask(last_steps=count)
 
     async def _load(self, model: Model) -> None:
         try:
@@ -114,6 +121,8 @@ class Control:
         await client.start()
         self.state.engine = AsyncEngine.from_client(client, tokenizer, files.config.vocab_size)
         self.state.model_name = model.name
+        if self.state.recorder is not None:
+            self._keep(self.state.recorder.steps.watch(self._newest_steps, lambda: self.state.in_progress > 0))
         gc.collect()
         gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
         child.send(Ready())

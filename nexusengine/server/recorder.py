@@ -25,6 +25,7 @@ from nexusengine.recording import format as lines
 from nexusengine.recording.files import TraceFiles
 from nexusengine.recording.keys import Keys
 from nexusengine.server.schemas import Body
+from nexusengine.server.step_samples import StepSamples
 from nexusengine.slo.classes import SLOClass
 from nexusengine.types import SLO, Missed, RequestOutput
 from nexusengine.wire import Cluster, WorkerStatus
@@ -56,6 +57,9 @@ class Recorder:
         config: with `record_trace`.
         now: monotonic clock.
 
+    Attributes:
+        steps: samples of the workers' steps.
+
     Raises:
         ConfigError: the file cannot be written.
     """
@@ -69,6 +73,7 @@ class Recorder:
         self._files = TraceFiles(
             config.record_trace, config.record_trace_bytes, config.record_trace_files, self._header
         )
+        self.steps = StepSamples(self._began_s)
         self._numbers = itertools.count()
         self._queue: queue.Queue[_Item | None] = queue.Queue(_QUEUED)
         self._lock = threading.Lock()
@@ -248,9 +253,8 @@ class Recorder:
         )
 
     def _workers_line(self) -> bytes:
-        return lines.encode(
-            lines.Workers(at_s=self._since(self._now()), workers=tuple(w for _, w in sorted(self._workers.items())))
-        )
+        described = [replace(w, sampled=self.steps.take(name)) for name, w in sorted(self._workers.items())]
+        return lines.encode(lines.Workers(at_s=self._since(self._now()), workers=tuple(described)))
 
     def _look_at_workers(self) -> None:
         """Keep the newest description of every worker, also of those that have ended."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nexusengine.errors import ConfigError
 from nexusengine.recording.format import Request
-from nexusengine.sim.api import SimSpec, simulate
+from nexusengine.sim.api import SimSpec, parse_devices, simulate
 from nexusengine.sim.cluster import Outcome
 from nexusengine.sim.report import rounded_numbers
+from nexusengine.sim.this import changes_of_speed, expand
 from nexusengine.sim.verdicts import refused
+from nexusengine.sim.workload.build import Builder
 from nexusengine.sim.workload.recording import Recording
 from nexusengine.slo.due import judge
 from nexusengine.slo.resolve import NONE
@@ -51,11 +53,12 @@ class Served:
     end_s: float
 
 
-def compare(spec: SimSpec) -> dict[str, Any]:
+def compare(spec: SimSpec, *, steady: bool = False) -> dict[str, Any]:
     """Simulate a recorded trace and set the result beside the record.
 
     Args:
         spec: its trace is a recording, at its own arrivals.
+        steady: leave out that the recorded devices were faster or slower at times, as their steps show.
 
     Returns:
         recorded and simulated: the figures of each; difference: simulated less recorded, shares in points, the rest in
@@ -73,12 +76,14 @@ def compare(spec: SimSpec) -> dict[str, Any]:
     ):
         if value:
             raise ConfigError(f"a recorded load is compared as it was; leave out --{name}", param=name)
-    result = simulate(spec)
-    recording: Recording | None = getattr(result.builder.source, "recording", None)
+    builder = Builder(spec.workload(spec.max_model_len))
+    recording: Recording | None = getattr(builder.source, "recording", None)
     if recording is None:
         raise ConfigError(
             f"{spec.trace} was not recorded by nexusengine serve, so there is nothing to compare with", param="trace"
         )
+    changes = () if steady else changes_of_speed(expand(parse_devices(spec.devices), recording), recording)
+    result = simulate(replace(spec, faults=(*spec.faults, *changes)), builder=builder)
     count = len(result.outcomes)
     pairs = [
         (request, outcome)
@@ -87,7 +92,6 @@ def compare(spec: SimSpec) -> dict[str, Any]:
     ]
     recorded = figures([_recorded(request) for request, _ in pairs])
     simulated = figures([_simulated(outcome) for _, outcome in pairs])
-    by_name = {f"this:{w.worker}": w for w in recording.workers}
     found = {
         "requests": len(pairs),
         "left_out": {"client_went_away": count - len(pairs), "turned_away_unread": recording.unread},
@@ -97,9 +101,7 @@ def compare(spec: SimSpec) -> dict[str, Any]:
         "assumed": {
             "between_steps_ms": None if spec.scheduler_cost_s is None else 1e3 * spec.scheduler_cost_s,
             "link_delay_ms": 1e3 * spec.link_delay_s,
-            "measured_over_predicted": {
-                name: w.device_s / w.predicted_s if w.predicted_s else None for name, w in by_name.items()
-            },
+            "slowness_over_time": _range([float(fault.rpartition(":")[2]) for fault in changes]),
         },
         "workload": result.metrics["workload"],
     }
@@ -199,6 +201,10 @@ def _simulated(outcome: Outcome) -> Served:
         output_tokens=tokens,
         end_s=last_s,
     )
+
+
+def _range(values: Sequence[float]) -> list[float] | None:
+    return [min(values), max(values)] if values else None
 
 
 def _number(value: float | None) -> float:

@@ -157,6 +157,7 @@ def print_comparison(found: dict[str, Any]) -> None:
         counts = recorded["by_worker"].get(name, 0), simulated["by_worker"].get(name, 0)
         table.add_row(f"answered by {name}", *map(str, counts), f"{more:+d}")
     console, left, assumed = _console(), found["left_out"], found["assumed"]
+    slowness = assumed["slowness_over_time"]
     console.print(table)
     console.print(
         f"{found['requests']} requests; left out: {left['client_went_away']} whose client went away, "
@@ -165,6 +166,7 @@ def print_comparison(found: dict[str, Any]) -> None:
     console.print(
         f"assumed: {_number(assumed['between_steps_ms'])} ms between steps, {_number(assumed['link_delay_ms'])} ms a "
         "message"
+        + ("" if slowness is None else f", devices {slowness[0]:.2f} to {slowness[1]:.2f} times as slow as on average")
     )
 
 

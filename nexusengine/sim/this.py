@@ -16,13 +16,15 @@ from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ProfileIdentity
 from nexusengine.profiles.geometry import DEFAULT_MODEL
 from nexusengine.profiles.learned import LearnedProfile
+from nexusengine.profiles.noise import Noise
 from nexusengine.recording.format import Worker
+from nexusengine.sim.speed import speed_of
 from nexusengine.sim.workload.recording import Recording
 
 _THIS, _ONE = "this", "this:"
 _FEWEST_STEPS = 100  # before measured over predicted time says something
 _NOT_A_PROFILE = ("instant",)
-_TYPICAL_QUEUE = 10.0  # percentile of the time to the first step at which hardly anybody waits for another's
+_SHORTEST_QUEUE = 2.0  # percentile of the time to the first step at which nobody waits for another's step
 
 
 def expand(devices: Sequence[str], recording: Recording | None) -> list[str]:
@@ -62,20 +64,43 @@ def device_of(name: str, recording: Recording | None) -> str:
 def profile_of(name: str, recording: Recording, load: Callable[[str, str], DeviceProfile]) -> DeviceProfile:
     """The profile of `this:WORKER`. Raises ConfigError."""
     worker = _worker(name, recording)
-    device = parse_device(worker.device)
-    emulated = device.profile or ""
-    if device.kind == "emulated" and emulated not in _NOT_A_PROFILE and not emulated.endswith(".json"):
+    emulated = _emulated(worker)
+    if emulated is not None:
         return _Holding(load(emulated, DEFAULT_MODEL), worker.kv_tokens)
     if worker.learned is None or not worker.learned.steps:
         raise ConfigError(
             f"{recording.name}: worker {worker.worker} on {worker.device} has learned nothing yet of its step times",
             param="devices",
         )
-    scale = worker.device_s / worker.predicted_s if worker.steps >= _FEWEST_STEPS and worker.predicted_s else 1.0
     identity = ProfileIdentity(
         worker.device, recording.server.model, recording.name, "resampled", worker.kv_tokens, weights_bytes=0
     )
-    return LearnedProfile(identity, worker.learned.snapshot, scale=min(max(scale, 0.5), 2.0))
+    snapshot, fit = worker.learned.snapshot, speed_of(worker, recording.steps.get(worker.worker, ()))
+    if fit is None:
+        whole = worker.device_s / worker.predicted_s if worker.steps >= _FEWEST_STEPS and worker.predicted_s else 1.0
+        return LearnedProfile(identity, snapshot, scale=(whole, whole))
+    return LearnedProfile(identity, snapshot, scale=fit.scale, noise=Noise(*fit.scatter))
+
+
+def changes_of_speed(names: Sequence[str], recording: Recording) -> tuple[str, ...]:
+    """What made recorded devices faster and slower over time, as faults of the devices of these names.
+
+    An emulated device is always as fast as its profile.
+    """
+    faults: list[str] = []
+    for i, name in enumerate(names):
+        if not name.startswith(_ONE) or _emulated(worker := _worker(name, recording)) is not None:
+            continue
+        speed = speed_of(worker, recording.steps.get(worker.worker, ()))
+        faults += [f"slow:{i}:{max(at_s, 0.0):.3f}:{factor:.6g}" for at_s, factor in speed.slowness] if speed else []
+    return tuple(faults)
+
+
+def _emulated(worker: Worker) -> str | None:
+    """The name of the profile of an emulated device that can be loaded by its name."""
+    device = parse_device(worker.device)
+    name = device.profile or ""
+    return None if device.kind != "emulated" or name in _NOT_A_PROFILE or name.endswith(".json") else name
 
 
 def host_s(recording: Recording) -> float:
@@ -89,7 +114,7 @@ def link_delay_s(recording: Recording, hops: int) -> float:
     queue_ms = [r.queue_ms for r in recording.requests if r.queue_ms is not None]
     if not queue_ms:
         return 0.0005
-    return min(float(np.percentile(queue_ms, _TYPICAL_QUEUE)) / 1e3, 0.1) / hops
+    return min(float(np.percentile(queue_ms, _SHORTEST_QUEUE)) / 1e3, 0.1) / hops
 
 
 def _worker(name: str, recording: Recording) -> Worker:

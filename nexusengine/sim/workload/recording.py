@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,7 @@ class Recording:
         requests: in order of arrival, `arrival_s` counted from the first.
         unread: requests that were turned away before their prompts were read: their lengths are not known.
         output_tokens: of each request; what those of its class had on average where it was cut short by the server.
+        steps: by worker, those that were sampled in the server's last start; times as those of the requests.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Recording:
     requests: tuple[lines.Request, ...]
     unread: int
     output_tokens: tuple[int, ...]
+    steps: Mapping[str, tuple[lines.Step, ...]]
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -105,8 +107,12 @@ def _read(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Recor
         )
     first_s = known[0].arrival_s
     known = [msgspec.structs.replace(line, arrival_s=line.arrival_s - first_s) for line in known]
-    newest = {w.worker: w for file in files for line in file.workers for w in line.workers}
-    newest = {name: w for name, w in newest.items() if name in _last_names(files)}
+    last = [file for file in files if file.header.recording == files[-1].header.recording]
+    newest = {w.worker: w for file in last for line in file.workers for w in line.workers}
+    shift_s = last[0].header.started_unix_s - began_s - first_s
+    steps: dict[str, list[lines.Step]] = {name: [] for name in newest}
+    for worker in (w for file in last for line in file.workers for w in line.workers):
+        steps[worker.worker] += [msgspec.structs.replace(s, at_s=s.at_s + shift_s) for s in worker.sampled]
     return Recording(
         paths[0].name,
         files[-1].header.server,
@@ -114,13 +120,8 @@ def _read(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Recor
         tuple(known),
         len(requests) - len(known),
         tuple(_output_tokens(known)),
+        {name: tuple(sorted(found, key=lambda step: step.at_s)) for name, found in steps.items()},
     )
-
-
-def _last_names(files: Sequence[_File]) -> set[str]:
-    """Workers of the server's last start."""
-    last = files[-1].header.recording
-    return {w.worker for f in files if f.header.recording == last for line in f.workers for w in line.workers}
 
 
 def _read_file(path: Path) -> _File:
