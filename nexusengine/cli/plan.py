@@ -134,7 +134,7 @@ def _of_the_server(recording: Recording | None) -> dict[str, Any]:
     if recording is None:
         return {}
     namespace = argparse.Namespace(**dict.fromkeys(_SETTINGS))
-    fill(namespace, recording, USUAL)
+    fill(namespace, recording, {option: USUAL[option] for option in _SETTINGS})
     return {name: cast(getattr(namespace, option)) for option, (name, cast) in _SETTINGS.items()}
 
 

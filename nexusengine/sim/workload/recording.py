@@ -90,7 +90,7 @@ def _read(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Recor
             raise ConfigError(f"{file.path} is the same part of a recording as {other}", param="trace")
     began_s = files[0].header.started_unix_s
     requests = [
-        msgspec.structs.replace(line, arrival_s=line.arrival_s + file.header.started_unix_s - began_s)
+        msgspec.structs.replace(line, arrival_s=line.arrival_s + (file.header.started_unix_s - began_s))
         for file in files
         for line in file.requests
     ]
