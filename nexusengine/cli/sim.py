@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beside = kinds.add_parser("compare", help="a recorded load: what the simulator says beside what the server did")
     _add_options(beside, rate=False)
     beside.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds from --seed on; means count (default 3)"
+    )
+    beside.add_argument(
         "--steady", action="store_true", help="without the changes of the devices' speed over time that were recorded"
     )
 
@@ -245,7 +248,7 @@ def _compare(args: argparse.Namespace) -> int:
     from nexusengine.sim.tables import print_comparison
 
     spec = _spec(args)
-    found = compare(spec, steady=args.steady)
+    found = compare(spec, seeds=seeds_of(args), steady=args.steady)
     if args.json:
         print(json.dumps(found | {"spec": asdict(spec)}))
     else:

@@ -203,4 +203,6 @@ def parse(row: dict[str, Any]) -> Line:
         if header.nexusengine_trace != VERSION:
             raise ValueError(f"a trace of version {header.nexusengine_trace}; this version reads {VERSION}")
         return header
-    return msgspec.convert(row, Workers if WORKERS_KEY in row else Request)
+    if WORKERS_KEY in row:
+        return msgspec.convert(row, Workers)
+    return msgspec.convert(row, Request)

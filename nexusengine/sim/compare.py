@@ -53,16 +53,17 @@ class Served:
     end_s: float
 
 
-def compare(spec: SimSpec, *, steady: bool = False) -> dict[str, Any]:
+def compare(spec: SimSpec, *, seeds: Sequence[int] = (0,), steady: bool = False) -> dict[str, Any]:
     """Simulate a recorded trace and set the result beside the record.
 
     Args:
         spec: its trace is a recording, at its own arrivals.
+        seeds: of the scatter of steps; the means of their figures are what is simulated.
         steady: leave out that the recorded devices were faster or slower at times, as their steps show.
 
     Returns:
-        recorded and simulated: the figures of each; difference: simulated less recorded, shares in points, the rest in
-        percent of what was recorded.
+        recorded and simulated: the figures of each; range_over_seeds: the lowest and highest of some; difference:
+        simulated less recorded, shares in points, the rest in percent of what was recorded.
 
     Raises:
         ConfigError: the trace was not recorded, or would not be offered as it was.
@@ -83,27 +84,27 @@ def compare(spec: SimSpec, *, steady: bool = False) -> dict[str, Any]:
             f"{spec.trace} was not recorded by nexusengine serve, so there is nothing to compare with", param="trace"
         )
     changes = () if steady else changes_of_speed(expand(parse_devices(spec.devices), recording), recording)
-    result = simulate(replace(spec, faults=(*spec.faults, *changes)), builder=builder)
-    count = len(result.outcomes)
-    pairs = [
-        (request, outcome)
-        for request, outcome in zip(recording.requests[:count], result.outcomes, strict=True)
-        if request.ended != "left"
-    ]
-    recorded = figures([_recorded(request) for request, _ in pairs])
-    simulated = figures([_simulated(outcome) for _, outcome in pairs])
+    results = [simulate(replace(spec, faults=(*spec.faults, *changes), seed=s), builder=builder) for s in seeds]
+    kept = [i for i, request in enumerate(recording.requests) if request.ended != "left"]
+    recorded = figures([_recorded(recording.requests[i]) for i in kept])
+    runs = [figures([_simulated(result.outcomes[i]) for i in kept]) for result in results]
+    simulated = _mean(runs)
     found = {
-        "requests": len(pairs),
-        "left_out": {"client_went_away": count - len(pairs), "turned_away_unread": recording.unread},
+        "requests": len(kept),
+        "left_out": {"client_went_away": len(recording.requests) - len(kept), "turned_away_unread": recording.unread},
         "recorded": recorded,
         "simulated": simulated,
         "difference": difference(recorded, simulated),
+        "range_over_seeds": {
+            "attainment": _range([run["attainment"] for run in runs]),
+            **{f"{name}_p50": _range([run[name]["p50"] for run in runs]) for name in _LATENCIES},
+        },
         "assumed": {
             "between_steps_ms": None if spec.scheduler_cost_s is None else 1e3 * spec.scheduler_cost_s,
             "link_delay_ms": 1e3 * spec.link_delay_s,
             "slowness_over_time": _range([float(fault.rpartition(":")[2]) for fault in changes]),
         },
-        "workload": result.metrics["workload"],
+        "workload": results[0].metrics["workload"],
     }
     rounded: dict[str, Any] = rounded_numbers(found)
     return rounded
@@ -205,6 +206,13 @@ def _simulated(outcome: Outcome) -> Served:
 
 def _range(values: Sequence[float]) -> list[float] | None:
     return [min(values), max(values)] if values else None
+
+
+def _mean(runs: Sequence[Any]) -> Any:
+    """Of the same figures of several runs; None where one has none."""
+    if isinstance(runs[0], dict):
+        return {key: _mean([run.get(key, 0) for run in runs]) for key in sorted({k for run in runs for k in run})}
+    return None if None in runs else sum(runs) / len(runs)
 
 
 def _number(value: float | None) -> float:

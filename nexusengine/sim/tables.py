@@ -146,7 +146,7 @@ def print_comparison(found: dict[str, Any]) -> None:
     for name, points in off["attainment_by_class_points"].items():
         share(f"  {name}", recorded["attainment_by_class"][name], simulated["attainment_by_class"][name], points)
     for name in ("completed", "refused"):
-        table.add_row(name, str(recorded[name]), str(simulated[name]), f"{off[name]:+d}")
+        table.add_row(name, _number(recorded[name]), _number(simulated[name]), f"{off[name]:+.4g}")
     for key in ("ttft", "tpot", "e2e"):
         for q in ("mean", "p50", "p90", "p99"):
             was, says = recorded[f"{key}_ms"][q], simulated[f"{key}_ms"][q]
@@ -155,7 +155,7 @@ def print_comparison(found: dict[str, Any]) -> None:
     number("output tokens/s", recorded[rate], simulated[rate], off[f"{rate}_percent"])
     for name, more in off["by_worker"].items():
         counts = recorded["by_worker"].get(name, 0), simulated["by_worker"].get(name, 0)
-        table.add_row(f"answered by {name}", *map(str, counts), f"{more:+d}")
+        table.add_row(f"answered by {name}", *map(_number, counts), f"{more:+.4g}")
     console, left, assumed = _console(), found["left_out"], found["assumed"]
     slowness = assumed["slowness_over_time"]
     console.print(table)
@@ -163,6 +163,9 @@ def print_comparison(found: dict[str, Any]) -> None:
         f"{found['requests']} requests; left out: {left['client_went_away']} whose client went away, "
         f"{left['turned_away_unread']} turned away before their prompt was read"
     )
+    ranges = found["range_over_seeds"]
+    low, high = ranges["attainment"]
+    console.print(f"simulated, lowest to highest of the seeds: attainment {_percent(low)} to {_percent(high)}")
     console.print(
         f"assumed: {_number(assumed['between_steps_ms'])} ms between steps, {_number(assumed['link_delay_ms'])} ms a "
         "message"

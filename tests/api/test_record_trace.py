@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from nexusengine.recording import files
 from nexusengine.recording.format import Header, Request, Workers, parse
 from tests.api.conftest import Running
 
@@ -136,7 +135,7 @@ def test_a_full_disk_fails_no_request_and_is_said_once(
         return real(descriptor, data[: len(data) // 2])
 
     with monkeypatch.context() as patched, caplog.at_level(logging.INFO, "nexusengine"):
-        patched.setattr(files.os, "write", full)
+        patched.setattr("nexusengine.recording.files.os.write", full)
         for _ in range(3):
             assert post(server, prompt="x" * 30).status_code == 200
         assert recorded(server, file) == []

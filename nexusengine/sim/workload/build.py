@@ -21,6 +21,7 @@ from nexusengine.sim.workload.recording import is_recording, read_recording
 from nexusengine.sim.workload.servegen import ServeGen, is_servegen
 from nexusengine.sim.workload.sessions import draw_sessions, fitting_scale, named_blocks
 from nexusengine.slo.classes import CLASSES, MIXED, SLOClass, load_classes
+from nexusengine.slo.resolve import NONE
 
 RECORDED = "recorded"
 """As SLO classes and as stated limit: what each request of a recorded trace had."""
@@ -37,7 +38,7 @@ class WorkloadSpec:
         rate_rps: requests (sessions for closed loops) a second; None: the trace's own.
         duration_s: None: the whole trace, or 600 s.
         speed: how many times as fast as in the trace its requests arrive, where no rate is given.
-        classes: a class, `mixed`, a TOML file, or `recorded`: the SLO that each request of the trace had.
+        classes: a class, `mixed`, a TOML file, `none`, or `recorded`: the SLO that each request of the trace had.
         max_tokens: longest prompt + output; longer ones are clipped.
         scale: lengths are divided by it; None: 1, or for closed loops what makes 99 % fit.
         stated_limit: max_tokens of the requests: "none", "exact" (what comes), a number of tokens or "recorded".
@@ -97,14 +98,14 @@ def _recorded(paths: tuple[str, ...]) -> Recorded:
 
 def read_classes(text: str) -> tuple[dict[str, SLOClass], dict[str, float]]:
     """Classes and their shares. Raises ConfigError."""
-    if text == RECORDED:
+    if text in (RECORDED, NONE):
         return {}, {}
     if text in CLASSES:
         return dict(CLASSES), {text: 1.0}
     if text == "mixed":
         return dict(CLASSES), dict(MIXED)
     if not text.endswith(".toml"):
-        known = f"{', '.join(CLASSES)}, mixed, a .toml file, or recorded for a trace that serve recorded"
+        known = f"{', '.join(CLASSES)}, mixed, none, a .toml file, or recorded for a trace that serve recorded"
         raise ConfigError(f"classes are {known}; got {text!r}", param="classes")
     classes, shares = load_classes(text)
     total = sum(shares.values())
@@ -180,7 +181,7 @@ class Builder:
         inputs = np.clip(drawn.input_tokens // scale, 1, LARGEST_COUNT).astype(np.int64)
         outputs = np.clip(drawn.output_tokens // scale, 1, LARGEST_COUNT).astype(np.int64)
         fitted_inputs, fitted_outputs = _clip(inputs, outputs, spec.max_tokens)
-        names = self._class_of(len(inputs)) if self._shares else [""] * len(inputs)
+        names = self._class_of(len(inputs))
         unchanged = (fitted_inputs == drawn.input_tokens) & (fitted_outputs == drawn.output_tokens)
         jobs = [
             self._job(f"r{i}", *row, *_recorded_of(drawn, i, row[1], bool(unchanged[i])))
@@ -204,6 +205,9 @@ class Builder:
         return jobs, duration_s, notes
 
     def _class_of(self, count: int) -> list[str]:
+        """The class of each request; "" for what has none, or has its own."""
+        if not self._shares:
+            return [""] * count
         names, shares = list(self._shares), np.cumsum(list(self._shares.values()))
         u = rng_for(self.spec.seed, Stream.CLASSES).random(count)
         return [names[min(k, len(names) - 1)] for k in np.searchsorted(shares, u, side="right").tolist()]
@@ -225,7 +229,7 @@ class Builder:
         if entry is not None and self.spec.classes == RECORDED:
             slo, slo_class = entry.slo, entry.slo_class
         else:
-            slo, slo_class = self._classes[name].slo(inputs), name
+            slo, slo_class = (self._classes[name].slo(inputs), name) if name else (None, None)
         return make_job(
             request_id,
             arrival_s,

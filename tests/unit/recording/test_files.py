@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nexusengine.errors import ConfigError
-from nexusengine.recording import files
 from nexusengine.recording.files import TraceFiles
 
 
@@ -74,7 +73,7 @@ def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return real(descriptor, data[:4])
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "write", full)
+        patched.setattr("nexusengine.recording.files.os.write", full)
         with pytest.raises(OSError, match="No space"):
             trace.write(b"never whole\n")
     assert trace.path.read_bytes() == b"part 0\nwhole\n"
