@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument(
         "--rate-factor", type=float, default=1.0, help="times the rate of every case, for slow machines"
     )
+    parser.add_argument("--engine", default="lens", help="engine policy")
+    parser.add_argument("--router", default="prism", help="placement policy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of the first round")
     parser.add_argument("--seeds", type=int, default=5, help="simulations of each recording")
@@ -96,6 +98,7 @@ def one(case: Case, file: Path, args: argparse.Namespace, seed: int) -> dict[str
     file.unlink(missing_ok=True)
     busy = [os.getloadavg()[0]]
     options = ["--devices", case.devices, "--record-trace", str(file), "--log-level", "warning", "--seed", str(seed)]
+    options += ["--scheduler", args.engine, "--router", args.router]
     with own_server(options) as url:
         info = ask(url)
         spec = WorkloadSpec(

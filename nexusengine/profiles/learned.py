@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -20,13 +21,22 @@ _QUANTILES, _TRIM = 101, 0.001
 _DECODE, _MIXED = StepFeatures(4, 4, 0, 0.0, 2048), StepFeatures(132, 5, 1, 8192.0, 2048)
 
 
+OCTAVES = 21
+_AS_IT_IS = (1.0,) * OCTAVES
+
+
+def octave(tokens: int) -> int:
+    """Which power of two a number of tokens is below: 0 of none, 1 of 1, 2 of 2 and 3, 3 of 4 to 7 ..."""
+    return min(tokens.bit_length(), OCTAVES - 1)
+
+
 class LearnedProfile:
     """A profile that answers what a performance model predicts.
 
     Args:
         identity: of the profile.
         snapshot: of the performance model.
-        scale: by what predictions are multiplied, of decode-only and of mixed steps.
+        scale: by what predictions are multiplied, of decode-only and of mixed steps, by `octave` of their tokens.
         noise: scatter of steps; None: log-normal, so that the model's upper bound is the 95 % quantile.
 
     Raises:
@@ -38,7 +48,7 @@ class LearnedProfile:
         identity: ProfileIdentity,
         snapshot: PerfSnapshot,
         *,
-        scale: tuple[float, float] = (1.0, 1.0),
+        scale: tuple[Sequence[float], Sequence[float]] = (_AS_IT_IS, _AS_IT_IS),
         noise: Noise | None = None,
     ) -> None:
         self.name, self.device, self.model = identity.name, identity.device, identity.model
@@ -49,13 +59,13 @@ class LearnedProfile:
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         features = StepFeatures.of(counts, contexts)
-        return self._scale[features.prefills > 0] * self._predictor.predict(features).mean_s
+        return self._scale[features.prefills > 0][octave(features.tokens)] * self._predictor.predict(features).mean_s
 
     def decode_run_s(self, contexts: I4, steps: int) -> F8:
         rows = float(len(contexts))
         kv = float(np.add.reduce(contexts)) + rows * np.arange(1, steps + 1, dtype=np.float64)
         ones, none = np.full(steps, rows), np.zeros(steps)
-        run: F8 = self._scale[0] * self._predictor.mean_s(ones, ones, none, none, kv)
+        run: F8 = self._scale[0][octave(len(contexts))] * self._predictor.mean_s(ones, ones, none, none, kv)
         return run
 
     def noise(self, u: F8, mixed: bool) -> F8:

@@ -191,8 +191,18 @@ def profiles_of(
 ) -> dict[str, DeviceProfile]:
     """The profile of each device, also of those that a trace was recorded on. Raises ConfigError."""
     load = load_profile or packaged_profile
+
+    def other(name: str) -> DeviceProfile:
+        try:
+            return load(name, model)
+        except ConfigError as error:
+            if recording is None or "/" in name:
+                raise
+            hint = f"; the trace was recorded with {recording.server.model}: name a model like it with --model"
+            raise ConfigError(error.message + hint, param="model") from None
+
     return {
-        name: profile_of(name, recording, load) if recording and name.startswith("this:") else load(name, model)
+        name: profile_of(name, recording, load) if recording and name.startswith("this:") else other(name)
         for name in names
     }
 

@@ -1,8 +1,8 @@
 """How fast a recorded device really was: its sampled steps against what its worker had learned by the end.
 
-A model is right on average of late; over a recording the device may have been slower for a while, because others used
-the same cores or because it was hot. So measured is compared with predicted, kind by kind for the level, and window by
-window for what changed with time.
+A model is right on average of late; over a recording the device may have been slower for a while, because others
+used the same cores or because it was hot. So measured is compared with predicted, by kind and size of step for the
+level, and window by window for what changed with time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nexusengine.arrays import F8
+from nexusengine.arrays import F8, I8, Bools
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import rebuild
 from nexusengine.profiles.fit import quantiles
+from nexusengine.profiles.learned import OCTAVES, octave
 from nexusengine.recording.format import Step, Worker
 
 _FEWEST, _FEWEST_OF_KIND, _FEWEST_OF_WINDOW = 50, 20, 8
@@ -28,12 +29,12 @@ class Speed:
     """Measured over predicted times of a device's steps.
 
     Attributes:
-        scale: over all decode-only and all mixed steps.
+        scale: of decode-only and of mixed steps, by octave of tokens (profiles.learned.octave).
         scatter: quantiles of what is left of each of the two, without what changed from window to window.
         slowness: (timestamp, factor): from then on, against `scale`.
     """
 
-    scale: tuple[float, float]
+    scale: tuple[tuple[float, ...], tuple[float, ...]]
     scatter: tuple[F8, F8]
     slowness: tuple[tuple[float, float], ...]
 
@@ -58,17 +59,31 @@ def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
     if sane.sum() < _FEWEST:
         return None
     measured_s, predicted_s, at_s, mixed = (column[sane] for column in (measured_s, predicted_s, at_s, mixed))
-    overall = float(measured_s.sum() / predicted_s.sum())
-    scale = [
-        float(measured_s[kind].sum() / predicted_s[kind].sum()) if kind.sum() >= _FEWEST_OF_KIND else overall
-        for kind in (~mixed, mixed)
-    ]
-    predicted_s = predicted_s * np.where(mixed, scale[1], scale[0])
+    octaves = np.array([octave(s.tokens) for s in steps])[sane]
+    scale = [_by_octave(octaves, measured_s, predicted_s, kind) for kind in (~mixed, mixed)]
+    predicted_s = predicted_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
     slowness = _windows(at_s, measured_s, predicted_s)
     local = np.array([_at(slowness, t) for t in at_s.tolist()])
     rest = measured_s / (predicted_s * local)
     scatter = [quantiles(rest[kind] if kind.sum() >= _FEWEST_OF_KIND else rest) for kind in (~mixed, mixed)]
     return Speed((scale[0], scale[1]), (scatter[0], scatter[1]), slowness)
+
+
+def _by_octave(octaves: I8, measured_s: F8, predicted_s: F8, kind: Bools) -> tuple[float, ...]:
+    """Measured over predicted time of the steps of a kind, of each octave that has enough.
+
+    Others have that of the nearest that has; a kind that has too few everywhere, that of all steps.
+    """
+    mine = kind if kind.sum() >= _FEWEST_OF_KIND else np.ones(len(kind), np.bool_)
+    overall = float(measured_s[mine].sum() / predicted_s[mine].sum())
+    known: dict[int, float] = {}
+    for number in sorted(set(octaves[mine].tolist())):
+        inside = mine & (octaves == number)
+        if kind is mine and inside.sum() >= _FEWEST_OF_KIND:
+            known[number] = float(measured_s[inside].sum() / predicted_s[inside].sum())
+    if not known:
+        return (overall,) * OCTAVES
+    return tuple(known[min(known, key=lambda k: (abs(k - number), k))] for number in range(OCTAVES))
 
 
 def _windows(at_s: F8, measured_s: F8, predicted_s: F8) -> tuple[tuple[float, float], ...]:

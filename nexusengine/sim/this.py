@@ -15,7 +15,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.composed import ProfileIdentity
 from nexusengine.profiles.geometry import DEFAULT_MODEL
-from nexusengine.profiles.learned import LearnedProfile
+from nexusengine.profiles.learned import OCTAVES, LearnedProfile
 from nexusengine.profiles.noise import Noise
 from nexusengine.recording.format import Worker
 from nexusengine.sim.speed import speed_of
@@ -78,7 +78,8 @@ def profile_of(name: str, recording: Recording, load: Callable[[str, str], Devic
     snapshot, fit = worker.learned.snapshot, speed_of(worker, recording.steps.get(worker.worker, ()))
     if fit is None:
         whole = worker.device_s / worker.predicted_s if worker.steps >= _FEWEST_STEPS and worker.predicted_s else 1.0
-        return LearnedProfile(identity, snapshot, scale=(whole, whole))
+        level = (min(max(whole, 0.5), 2.0),) * OCTAVES
+        return LearnedProfile(identity, snapshot, scale=(level, level))
     return LearnedProfile(identity, snapshot, scale=fit.scale, noise=Noise(*fit.scatter))
 
 
