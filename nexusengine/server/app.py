@@ -26,7 +26,7 @@ from nexusengine.errors import (
 from nexusengine.obs.logs import get_logger
 from nexusengine.server import completions, debug, info
 from nexusengine.server.errors import SERVER_FAILED, error_response
-from nexusengine.server.recorder import error_code, how_ended
+from nexusengine.server.recorded_request import error_code, how_ended
 from nexusengine.server.state import ServerState
 from nexusengine.server.verdict import missed_by
 

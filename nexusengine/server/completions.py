@@ -24,7 +24,7 @@ from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
 from nexusengine.server.pieces import JSONPieces, LoopYield
-from nexusengine.server.recorder import Generations, error_code, how_ended, tenant_of
+from nexusengine.server.recorded_request import Generations, error_code, how_ended, tenant_of
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -75,7 +75,7 @@ class Asked:
             priority=body.priority or 0,
             verdict=wants_verdict(request, state.config.nexus_verdict),
             stream=body.stream,
-            tenant=tenant_of(request, body, state.recorder),
+            tenant=tenant_of(request, body, state.recorder.keys if state.recorder else None),
         )
 
 

@@ -15,19 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
-from starlette.requests import Request
 
 from nexusengine import __version__
 from nexusengine.config import ServeConfig
-from nexusengine.errors import Cancelled, InternalError, NexusError
 from nexusengine.obs.logs import get_logger
 from nexusengine.recording import format as lines
 from nexusengine.recording.files import TraceFiles
 from nexusengine.recording.keys import Keys
-from nexusengine.server.schemas import Body
+from nexusengine.server.recorded_request import Generations
 from nexusengine.server.step_samples import StepSamples
 from nexusengine.slo.classes import SLOClass
-from nexusengine.types import SLO, Missed, RequestOutput
 from nexusengine.wire import Cluster, WorkerStatus
 
 _QUEUED, _QUEUED_TOKENS = 4096, 2**23
@@ -58,6 +55,7 @@ class Recorder:
         now: monotonic clock.
 
     Attributes:
+        keys: of the hashes.
         steps: samples of the workers' steps.
 
     Raises:
@@ -69,7 +67,7 @@ class Recorder:
         self._config, self._now = config, now
         self._began_s, self._started_unix_s = now(), time.time()
         self._recording = secrets.token_hex(8)
-        self._keys = Keys(config.record_trace_key)
+        self.keys = Keys(config.record_trace_key)
         self._files = TraceFiles(
             config.record_trace, config.record_trace_bytes, config.record_trace_files, self._header
         )
@@ -120,7 +118,7 @@ class Recorder:
             priority=priority,
             tenant=tenant,
         )
-        return Generations(self, base, prompts, slo)
+        return Generations(self.put, base, prompts, slo)
 
     def turned_away(self, arrival_s: float, ended: lines.Ended, error: str) -> None:
         """A request that came to its end before its prompt was read."""
@@ -134,12 +132,6 @@ class Recorder:
             error=error,
         )
         self.put(line, (), ())
-
-    def tenant(self, api_key: str | None, user: object) -> str | None:
-        """The keyed hash of the body's `user`, else of the API key; None if there is neither."""
-        if isinstance(user, str) and user:
-            return self._keys.tenant("user", user)
-        return None if api_key is None else self._keys.tenant("key", api_key)
 
     def put(self, line: lines.Request, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Queue a line; never waits."""
@@ -202,7 +194,7 @@ class Recorder:
     def _with_hashes(self, item: _Item, size: int) -> lines.Request:
         if len(item.prompt) + len(item.answer) < size:
             return item.line
-        ids, full = self._keys.blocks([*item.prompt, *item.answer], size), len(item.prompt) // size
+        ids, full = self.keys.blocks([*item.prompt, *item.answer], size), len(item.prompt) // size
         return replace(item.line, block_tokens=size, hash_ids=ids[:full], answer_hash_ids=ids[full:])
 
     def _append(self, data: bytes, requests: int) -> None:
@@ -267,7 +259,10 @@ class Recorder:
 def _worker(status: WorkerStatus) -> lines.Worker:
     info, load = status.info, status.load
     assert load is not None
-    counted = {name: round(load.counters.get(name, 0.0), 6) for name in ("device_s", "predicted_s", "host_s")}
+
+    def total(name: str) -> float:
+        return round(load.counters.get(name, 0.0), 6)
+
     return lines.Worker(
         worker=info.worker_id,
         device=info.device,
@@ -276,100 +271,9 @@ def _worker(status: WorkerStatus) -> lines.Worker:
         kv_tokens=info.kv_total_blocks * info.block_size,
         max_model_len=info.max_model_len,
         max_batch_tokens=info.max_batch_tokens,
-        steps=int(load.counters.get("steps", 0)),
+        steps=int(total("steps")),
         learned=None if load.perf is None else lines.Learned.of(load.perf),
-        **counted,
+        device_s=total("device_s"),
+        predicted_s=total("predicted_s"),
+        host_s=total("host_s"),
     )
-
-
-class Generations:
-    """The choices of one HTTP request, as they are recorded when they end."""
-
-    def __init__(
-        self, recorder: Recorder, base: lines.Request, prompts: Sequence[Sequence[int]], slo: SLOClass | None
-    ) -> None:
-        self._recorder, self._base, self._prompts, self._slo = recorder, base, prompts, slo
-        self._answers: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
-        self._cached = [0] * len(prompts)
-
-    def restarted(self, index: int) -> None:
-        """A choice is generated once more: its worker was lost."""
-        if index in self._answers:
-            self._answers[index] = []
-
-    def output(self, index: int, output: RequestOutput) -> None:
-        """A choice goes on."""
-        if index in self._answers:
-            self._answers[index] += output.token_ids
-            self._cached[index] = output.cached_tokens
-
-    def ended(self, index: int, output: RequestOutput, tokens: int) -> None:
-        """A choice is complete. tokens: generated, with one that ended it."""
-        t, service, verdict = output.timings, output.service, output.verdict
-        reason: lines.Ended = "stop" if output.finish_reason == "stop" else "length"
-        if output.finish_reason == "abort":
-            reason = "left"
-        self._put(
-            index,
-            output_tokens=tokens,
-            ended=reason,
-            worker=service.worker if service else None,
-            preemptions=output.preemptions,
-            queue_ms=_ms(t.queue_s if t else None),
-            ttft_ms=_ms(t.ttft_s if t else None),
-            tpot_ms=_ms(t.tpot_s if t else None),
-            e2e_ms=_ms(t.e2e_s if t else None),
-            met=verdict.met if verdict else None,
-            met_strict=verdict.strict_met if verdict else None,
-            missed=verdict.missed if verdict else None,
-        )
-
-    def broke_off(self, ended: lines.Ended, error: str | None) -> None:
-        """All that are not complete came to no end of their own."""
-        missed = None if self._slo is None else "unfinished" if ended == "left" else ended
-        met = None if self._slo is None else False
-        for index in list(self._answers):
-            self._put(
-                index,
-                output_tokens=len(self._answers[index]),
-                ended=ended,
-                error=error,
-                met=met,
-                met_strict=met,
-                missed=missed,
-            )
-
-    def _put(self, index: int, **fields: object) -> None:
-        answer, prompt = self._answers.pop(index), self._prompts[index]
-        slo = None if self._slo is None else _bounds(self._slo.slo(len(prompt)))
-        line = replace(self._base, input_tokens=len(prompt), slo=slo, cached_tokens=self._cached[index], **fields)
-        self._recorder.put(line, prompt, answer)
-
-
-def error_code(error: Exception) -> str:
-    """As the client is told, in OpenAI's form."""
-    return error.code if isinstance(error, NexusError) else InternalError.code
-
-
-def how_ended(missed: Missed, code: str | None) -> lines.Ended:
-    """How a request ended that came to no end of its own. code: of its error; None if its client left."""
-    if code is None or code == Cancelled.code:
-        return "left"
-    return missed if missed in ("refused", "unfinished") else "failed"
-
-
-def tenant_of(request: Request, body: Body, recorder: Recorder | None) -> str | None:
-    """The keyed hash of who asks; None where no trace is recorded, or nobody says who asks."""
-    if recorder is None:
-        return None
-    _, _, api_key = request.headers.get("authorization", "").partition(" ")
-    return recorder.tenant(api_key.strip() or None, (body.model_extra or {}).get("user"))
-
-
-def _bounds(slo: SLO) -> lines.Bounds:
-    e2e_ms = None if slo.e2e_s is None else round(1e3 * slo.e2e_s, 6)
-    return lines.Bounds(ttft_ms=round(1e3 * slo.ttft_s, 6), tpot_ms=round(1e3 * slo.tpot_s, 6), e2e_ms=e2e_ms)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(max(1e3 * seconds, 0.0), 3)

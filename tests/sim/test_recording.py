@@ -209,13 +209,9 @@ def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None
 )
 def test_a_broken_file_is_refused_with_its_name_and_line(tmp_path: Path, edit: Any, words: str) -> None:
     path = tmp_path / "load.jsonl"
-    rows = [
-        line.decode().rstrip()
-        for line in map(
-            lines.encode,
-            [header(), lines.Workers(at_s=1.0, workers=(worker(),)), request(0, block_tokens=16, hash_ids=(1, 2, 3))],
-        )
-    ]
+    content: list[lines.Line] = [header(), lines.Workers(at_s=1.0, workers=(worker(),))]
+    content.append(request(0, block_tokens=16, hash_ids=(1, 2, 3)))
+    rows = [lines.encode(line).decode().rstrip() for line in content]
     path.write_text("\n".join(edit(rows)) + "\n")
     with pytest.raises(ConfigError) as caught:
         workload(str(path))

@@ -11,7 +11,8 @@ from nexusengine.config import ServeConfig
 from nexusengine.errors import Cancelled, DeadlineExceeded, Overloaded, WorkerLost
 from nexusengine.recording.format import Header, Request, Step, Workers, parse
 from nexusengine.server import recorder as recorder_module
-from nexusengine.server.recorder import Recorder, error_code, how_ended
+from nexusengine.server.recorded_request import error_code, how_ended
+from nexusengine.server.recorder import Recorder
 from nexusengine.server.step_samples import StepSamples
 from nexusengine.server.verdict import missed_by
 from nexusengine.wire import Cluster, PerfSnapshot, StepRecord, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
