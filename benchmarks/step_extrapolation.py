@@ -67,8 +67,6 @@ def prior_as_worker(profile: DeviceProfile) -> Prior:
     """The prior of a worker on an emulated device of this profile."""
     name, weights_bytes = profile.identity.name, profile.identity.weights_bytes
     spec = ExecutorSpec(f"emulated:{name}", "bfloat16", 16, 2, 16, 16, 16, "", weights_bytes, 0)
-        f"emulated:{profile.identity.name}", "bfloat16", 16, 2, 16, 16, 16, "", profile.identity.weights_bytes, 0
-    )
     return prior_of(spec, None)
 
 

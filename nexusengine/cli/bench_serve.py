@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nexusengine.cli.recorded import TRACE_HELP, fill, recording_of, trace_of
 from nexusengine.config import ServeConfig, flag
 from nexusengine.config import add_arguments as add_settings
 from nexusengine.errors import ConfigError
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--url", metavar="URL", help="a server that runs; without it one is started with the settings")
     target.add_argument("--api-key", metavar="KEY", help="bearer token of that server")
     load = parser.add_argument_group("load")
-    load.add_argument("--trace", metavar="FILE", help="CSV or JSONL with input_tokens, output_tokens and arrival_s")
+    load.add_argument("--trace", nargs="+", metavar="FILE", help=TRACE_HELP)
     load.add_argument(
         "--lengths",
         metavar="L",
@@ -33,8 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--arrivals", default="trace", metavar="A", help="trace, poisson or gamma:CV")
     load.add_argument("--scale", type=float, metavar="F", help="divide all lengths by this, for small models")
     load.add_argument("--rate", type=float, metavar="R", help="requests a second; default: the trace's own")
-    load.add_argument("--duration", type=float, default=60.0, metavar="S", help="seconds in which requests are sent")
-    load.add_argument("--classes", default="interactive", metavar="C", help="a class, mixed, or a TOML file")
+    load.add_argument("--speed", type=float, default=1.0, metavar="F", help="times the trace's own rate (default: 1)")
+    load.add_argument(
+        "--duration",
+        type=float,
+        metavar="S",
+        help="seconds in which requests are sent (default: 60; of a recorded trace all)",
+    )
+    load.add_argument(
+        "--classes",
+        metavar="C",
+        help="a class, mixed, a TOML file, or recorded (default: recorded if they are, else interactive)",
+    )
     load.add_argument("--send-bounds", action="store_true", help="ask for SLOs in numbers, not by class")
     load.add_argument("--seed", type=int, default=0, help="seed of arrivals, lengths, classes and prompts")
     load.add_argument("--timeout", type=float, default=600.0, metavar="S", help="after which an answer is given up")
@@ -49,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from nexusengine.loadgen.run import offer
     from nexusengine.loadgen.server import ask
 
+    recording = None if args.trace is None else recording_of(trace_of(args.trace))
+    fill(args, recording, {"classes": "interactive", "duration": None if recording else 60.0})
     with _target_url(args) as url:
         target = Target(url, args.api_key)
         info = ask(url, args.api_key)
@@ -103,9 +116,10 @@ def _items(args: argparse.Namespace, max_tokens: int) -> list[Any]:
     if (args.trace is None) == (args.lengths is None):
         raise ConfigError("give either --trace FILE or --lengths input=DIST,output=DIST", param="trace")
     spec = WorkloadSpec(
-        trace=args.trace or f"lengths:{args.lengths}",
+        trace=f"lengths:{args.lengths}" if args.trace is None else trace_of(args.trace),
         arrivals=args.arrivals,
         rate_rps=args.rate,
+        speed=args.speed,
         duration_s=args.duration,
         classes=args.classes,
         seed=args.seed,
@@ -135,7 +149,7 @@ def _row(record: Any) -> dict[str, Any]:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("trace", "lengths", "arrivals", "rate", "duration", "scale", "classes", "seed")
+    names = ("trace", "lengths", "arrivals", "rate", "speed", "duration", "scale", "classes", "seed")
     return {name: getattr(args, name) for name in names}
 
 

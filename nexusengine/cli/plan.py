@@ -5,26 +5,52 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nexusengine.cli.recorded import TRACE_HELP, fill, recording_of, trace_of
+from nexusengine.cli.sim import USUAL
 from nexusengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from nexusengine.sim.plan import Plan
+    from nexusengine.sim.workload.recording import Recording
+
+_USUAL = {name: USUAL[name] for name in ("model", "engine", "router", "prefix_caching")} | {"classes": "mixed"}
+_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "perf": ("perf", str),
+    "scheduler_cost": ("scheduler_cost_s", float),
+    "max_batch_tokens": ("max_batch_tokens", int),
+    "max_running": ("max_running", int),
+    "max_waiting": ("max_waiting", int),
+    "block_size": ("block_size", int),
+    "max_model_len": ("max_model_len", int),
+    "link_delay": ("link_delay_s", float),
+    "snapshot_period": ("snapshot_period_s", float),
+    "request_timeout": ("request_timeout_s", float),
+    "stated_limit": ("stated_limit", str),
+}
+"""Options of `sim`, and the fields of SimSpec that they are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--trace", required=True, metavar="F", help="CSV or JSONL, gzipped or not, or lengths:input=DIST,output=DIST")
-    add("--candidates", required=True, metavar="LIST", help="e.g. '2xh100; h100+4xl4; 4xl40s'")
+    add("--trace", required=True, nargs="+", metavar="F", help=TRACE_HELP)
+    add(
+        "--candidates",
+        "--devices",
+        metavar="LIST",
+        help="e.g. '2xh100; h100+4xl4; 4xl40s'; of a recorded trace also: this, this:w0, this-w1, this+l4 (default "
+        "this)",
+    )
     add("--rate", type=float, metavar="R", help="requests a second to be served; default: the trace's")
+    add("--speed", type=float, default=1.0, metavar="F", help="times the trace's own rate instead (default 1)")
     add("--arrivals", default="trace", metavar="trace|poisson|gamma:CV", help="(default trace)")
     add("--duration", type=float, metavar="S", help="seconds to simulate; default: the trace's, or 600")
-    add("--model", default="llama-3.1-8b", metavar="M", help="model served (default llama-3.1-8b)")
-    add("--classes", default="mixed", metavar="NAME|mixed|FILE.toml", help="SLO classes (default mixed)")
+    add("--model", metavar="M", help="model served (default llama-3.1-8b)")
+    add("--classes", metavar="NAME|mixed|FILE.toml|recorded", help="SLO classes (default mixed; recorded, if they are)")
     add(
         "--slo",
         metavar="TTFT:TPOT[:PER_TOKEN]",
@@ -39,9 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="price",
         help="cheapest by dollars an hour (default), dollars a million tokens, or joules a token",
     )
-    add("--engine", default="lens", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
-    add("--router", default="prism", metavar="NAME", help="router policy (default prism)")
-    add("--prefix-caching", action="store_true", help="reuse KV of equal prompt beginnings, by the trace's block ids")
+    add("--engine", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
+    add("--router", metavar="NAME", help="router policy (default prism)")
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="reuse KV of equal prompt beginnings, by the trace's block ids",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     add("--seeds", type=int, default=1, metavar="N", help="seeds from --seed on; means count (default 1)")
     add("--head-room", action=argparse.BooleanOptionalAction, default=True, help="search for the highest rates")
@@ -60,14 +91,20 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         require_matplotlib()
-    candidates, targets = parse_candidates(args.candidates), _targets(args.targets)
+    trace = trace_of(args.trace)
+    recording = recording_of(trace)
+    if args.candidates is None and recording is None:
+        raise ConfigError("give --candidates, e.g. '2xh100; h100+4xl4'", param="candidates")
+    fill(args, recording, _USUAL)
+    candidates, targets = parse_candidates(args.candidates or "this"), _targets(args.targets)
     prices = read_costs(args.prices) if args.prices else usual_costs()
     with _classes(args) as classes, _Progress("planning") as bar:
         spec = SimSpec(
-            trace=args.trace,
+            trace=trace,
             devices=candidates[0],
             arrivals=args.arrivals,
             rate_rps=args.rate,
+            speed=args.speed,
             duration_s=args.duration,
             model=args.model,
             engine=args.engine,
@@ -75,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
             classes=classes,
             seed=args.seed,
             prefix_caching=args.prefix_caching,
+            **_of_the_server(recording),
         )
         made = plan(
             spec,
@@ -95,6 +133,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_plan(made)
     return 0
+
+
+def _of_the_server(recording: Recording | None) -> dict[str, Any]:
+    """Settings of a recorded server for which `plan` has no options."""
+    if recording is None:
+        return {}
+    namespace = argparse.Namespace(**dict.fromkeys(_SETTINGS))
+    fill(namespace, recording, {option: USUAL[option] for option in _SETTINGS})
+    return {name: cast(getattr(namespace, option)) for option, (name, cast) in _SETTINGS.items()}
 
 
 def _as_dict(made: Plan) -> dict[str, Any]:

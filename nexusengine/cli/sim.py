@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nexusengine.cli.recorded import TRACE_HELP, fill, recording_of, trace_of
 from nexusengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,26 @@ if TYPE_CHECKING:
     from nexusengine.sim.sweep import Point
 
 _REPLAY = "nexusengine.cli.sim_replay"
+USUAL = {
+    "classes": "interactive",
+    "model": "llama-3.1-8b",
+    "engine": "lens",
+    "router": "prism",
+    "perf": "online",
+    "scheduler_cost": "0",
+    "prefix_caching": False,
+    "max_batch_tokens": 2048,
+    "max_running": 256,
+    "max_waiting": 1024,
+    "block_size": 16,
+    "max_model_len": 131_072,
+    "link_delay": 0.0005,
+    "snapshot_period": 0.1,
+    "request_timeout": 600.0,
+    "stated_limit": "none",
+    "devices": None,
+}
+"""Values of options that are not given and that no recorded trace answers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     most.add_argument("--first-rate", type=float, metavar="R", help="where the search begins")
     most.add_argument("--plot", metavar="FILE.png", help="attainment against the rates that were tried")
 
+    beside = kinds.add_parser("compare", help="a recorded load: what the simulator says beside what the server did")
+    _add_options(beside, rate=False)
+    beside.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds from --seed on; means count (default 3)"
+    )
+    beside.add_argument(
+        "--steady", action="store_true", help="without the changes of the devices' speed over time that were recorded"
+    )
+
     if importlib.util.find_spec(_REPLAY) is not None:
         replay = kinds.add_parser("replay", help="a measured run of another engine, against its measurements")
         importlib.import_module(_REPLAY).add_arguments(replay)
@@ -59,41 +89,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.kind == "replay":
         return int(importlib.import_module(_REPLAY).run(args))
-    return {"run": _run_one, "sweep": _sweep, "goodput": _goodput}[args.kind](args)
+    return {"run": _run_one, "sweep": _sweep, "goodput": _goodput, "compare": _compare}[args.kind](args)
 
 
 def _add_options(parser: argparse.ArgumentParser, *, rate: bool) -> None:
     add = parser.add_argument
-    add("--trace", required=True, metavar="F", help="CSV or JSONL, gzipped or not, or lengths:input=DIST,output=DIST")
+    add("--trace", required=True, nargs="+", metavar="F", help=TRACE_HELP)
     add("--arrivals", default="trace", metavar="trace|poisson|gamma:CV", help="(default trace)")
     if rate:
         add("--rate", type=float, metavar="R", help="requests a second (closed loops: sessions); default: the trace's")
+        add("--speed", type=float, default=1.0, metavar="F", help="times the trace's own rate instead (default 1)")
     add("--duration", type=float, metavar="S", help="seconds in which requests arrive; default: the trace's, or 600")
-    add("--devices", required=True, metavar="LIST", help="e.g. h100,a100,2xl4 (see nexusengine profiles)")
-    add("--model", default="llama-3.1-8b", metavar="M", help="model served (default llama-3.1-8b)")
-    add("--engine", default="lens", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
-    add("--router", default="prism", metavar="NAME", help="router policy (default prism)")
-    add("--classes", default="interactive", metavar="NAME|mixed|FILE.toml", help="SLO classes (default interactive)")
+    add(
+        "--devices",
+        metavar="LIST",
+        help="e.g. h100,a100,2xl4 (see nexusengine profiles); of a recorded trace: this, this:w0, this-w1 (default "
+        "this)",
+    )
+    add("--model", metavar="M", help="model served (default llama-3.1-8b)")
+    add("--engine", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
+    add("--router", metavar="NAME", help="router policy (default prism)")
+    add("--classes", metavar="NAME|mixed|FILE.toml|recorded", help="SLO classes (default interactive)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    more = parser.add_argument_group("the engines")
+    more = parser.add_argument_group(
+        "the engines", "Defaults are those of a recorded trace's server, where the trace is one."
+    )
     add = more.add_argument
-    add("--perf", default="online", metavar="NAME|oracle|scaled:F", help="performance model (default online)")
+    add("--perf", metavar="NAME|oracle|scaled:F", help="performance model (default online)")
     add("--noise", action=argparse.BooleanOptionalAction, default=True, help="scatter of step times (default on)")
-    add("--scheduler-cost", default="0", metavar="measured|S", help="CPU seconds charged to each step (default 0)")
-    add("--prefix-caching", action="store_true", help="reuse KV of equal prompt beginnings, by the trace's block ids")
-    add("--max-batch-tokens", type=int, default=2048, metavar="N", help="tokens a step (default 2048)")
-    add("--max-running", type=int, default=256, metavar="N", help="sequences with KV in a worker (default 256)")
-    add("--max-waiting", type=int, default=1024, metavar="N", help="requests waiting in a worker (default 1024)")
-    add("--block-size", type=int, default=16, metavar="N", help="tokens in a KV block (default 16)")
+    add("--scheduler-cost", metavar="measured|S", help="CPU seconds charged to each step (default 0)")
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="reuse KV of equal prompt beginnings, by the trace's block ids",
+    )
+    add("--max-batch-tokens", type=int, metavar="N", help="tokens a step (default 2048)")
+    add("--max-running", type=int, metavar="N", help="sequences with KV in a worker (default 256)")
+    add("--max-waiting", type=int, metavar="N", help="requests waiting in a worker (default 1024)")
+    add("--block-size", type=int, metavar="N", help="tokens in a KV block (default 16)")
     add("--kv-tokens", type=int, metavar="N", help="KV capacity of each worker; default: the profile's")
-    add("--max-model-len", type=int, default=131_072, metavar="N", help="prompt + output (default 131072)")
+    add("--max-model-len", type=int, metavar="N", help="prompt + output (default 131072)")
     more = parser.add_argument_group("the rest of the server")
     add = more.add_argument
-    add("--link-delay", type=float, default=0.0005, metavar="S", help="of each message (default 0.0005)")
-    add("--snapshot-period", type=float, default=0.1, metavar="S", help="of workers' load reports (default 0.1)")
+    add("--link-delay", type=float, metavar="S", help="of each message (default 0.0005)")
+    add("--snapshot-period", type=float, metavar="S", help="of workers' load reports (default 0.1)")
     add("--loss", type=float, default=0.0, metavar="P", help="share of load reports lost (default 0)")
-    add("--request-timeout", type=float, default=600.0, metavar="S", help="requests are given up after (default 600)")
+    add("--request-timeout", type=float, metavar="S", help="requests are given up after (default 600)")
     add(
         "--fault",
         action="append",
@@ -107,12 +150,16 @@ def _add_options(parser: argparse.ArgumentParser, *, rate: bool) -> None:
         metavar="F",
         help="divide all lengths by F; default: 1, sessions: so that they fit",
     )
-    add("--stated-limit", default="none", metavar="none|exact|N", help="max_tokens that clients state (default none)")
+    add("--stated-limit", metavar="none|exact|N|recorded", help="max_tokens that clients state (default none)")
 
 
 def _spec(args: argparse.Namespace, **more: Any) -> SimSpec:
     from nexusengine.sim.api import SimSpec
 
+    trace = trace_of(args.trace)
+    fill(args, recording_of(trace), USUAL)
+    if args.devices is None:
+        raise ConfigError("give --devices, e.g. h100,2xl4; only a recorded trace has some of its own", param="devices")
     if args.scheduler_cost == "measured":
         cost_s = None
     else:
@@ -121,10 +168,11 @@ def _spec(args: argparse.Namespace, **more: Any) -> SimSpec:
         except ValueError:
             raise ConfigError(f"--scheduler-cost is measured or seconds, got {args.scheduler_cost!r}") from None
     return SimSpec(
-        trace=args.trace,
+        trace=trace,
         devices=args.devices,
         arrivals=args.arrivals,
         rate_rps=getattr(args, "rate", None),
+        speed=getattr(args, "speed", 1.0),
         duration_s=args.duration,
         model=args.model,
         engine=args.engine,
@@ -192,6 +240,19 @@ def _sweep(args: argparse.Namespace) -> int:
         print(json.dumps({"spec": asdict(spec), "points": [asdict(point) for point in points]}))
     else:
         print_points(points)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from nexusengine.sim.compare import compare
+    from nexusengine.sim.tables import print_comparison
+
+    spec = _spec(args)
+    found = compare(spec, seeds=seeds_of(args), steady=args.steady)
+    if args.json:
+        print(json.dumps(found | {"spec": asdict(spec)}))
+    else:
+        print_comparison(found)
     return 0
 
 

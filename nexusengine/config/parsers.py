@@ -85,3 +85,17 @@ def parse_origins(text: str) -> str:
     if wrong:
         raise ValueError(f"{wrong[0]!r} is no origin; write *, or scheme://host:port without a path")
     return ",".join(origins)
+
+
+def parse_trace_file(text: str) -> str:
+    """The name of a trace to be written: *.jsonl, by which those who read traces know what it is."""
+    if not str(text).endswith(".jsonl") or str(text).endswith("/.jsonl") or text == ".jsonl":
+        raise ValueError(f"{text!r} does not end in .jsonl, as the name of a trace does")
+    return str(text)
+
+
+def parse_secret(text: str) -> str:
+    """A secret that cannot be guessed by trying: at least 16 characters. Its value is in no message."""
+    if len(str(text)) < 16:
+        raise ValueError(f"a secret of {len(str(text))} characters could be guessed; take at least 16")
+    return str(text)

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nexusengine.config.parsers import one_of, parse_api_key, parse_bool, parse_bytes, parse_origins, seconds, whole
+from nexusengine.config.parsers import (
+    one_of,
+    parse_api_key,
+    parse_bool,
+    parse_bytes,
+    parse_origins,
+    parse_secret,
+    parse_trace_file,
+    seconds,
+    whole,
+)
 
 DEFAULT_MODEL = "smollm2-135m"
 Quantization = Literal["none", "bf16", "int8", "int4"]
@@ -187,6 +197,30 @@ class ServeConfig(EngineConfig):
         "put the nexus object (SLO, latencies, met or missed) into every reply, not only where asked for",
         parse=parse_bool,
         group="http",
+    )
+    record_trace: str | None = setting(
+        None,
+        "write a line for every request to FILE.jsonl, without text, for nexusengine sim, plan and bench serve (see "
+        "docs/planning.md)",
+        parse=parse_trace_file,
+        group="recording",
+        metavar="FILE",
+    )
+    record_trace_bytes: int = setting(
+        256 * 2**20,
+        "size at which that file is rotated, e.g. 64MiB",
+        parse=parse_bytes,
+        group="recording",
+    )
+    record_trace_files: int = setting(
+        8, "most files of it that are kept, with the newest", parse=whole(1, 100_000), group="recording", metavar="N"
+    )
+    record_trace_key: str | None = setting(
+        None,
+        "secret of the hashes in it, at least 16 characters, better given in the environment; default: drawn at each "
+        "start and never written, so that hashes can be compared within one recording only",
+        parse=parse_secret,
+        group="recording",
     )
     router: str = setting(
         "prism",

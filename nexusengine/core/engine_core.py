@@ -11,6 +11,7 @@ sockets nor tensors. Not thread-safe: one thread calls everything, except `load`
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ class EngineCore:
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
         self._first_tokens = FirstTokens()
         self._published = PublishedLoad(self.kv.total_blocks)
-        self._stepped_s = clock.now()
+        self._stepped_s, self._idle_since_s = clock.now(), math.inf  # idle: the device, while the core has work
         self._submitted = 0
 
     # ---- requests in and out -------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class EngineCore:
         self._by_id[request.request_id] = state
         if request.deadline_s is not None:
             self._timeouts.watch(request.deadline_s, request.request_id, self._by_id)
-        self._publish()
+        self.publish()
 
     def admissible(self, request: EngineRequest) -> int:
         """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
@@ -178,7 +179,7 @@ class EngineCore:
         self._expire(now)
         submitted = self._submit_next(now)
         if not self._in_flight:
-            self._publish(force=not self._by_id)
+            self.publish(force=not self._by_id)
         elif not (submitted and self.executor.spec.overlaps and len(self._in_flight) == 1):
             self._collect()
         return self._take_outbox()
@@ -212,6 +213,7 @@ class EngineCore:
         )
         if not self._in_flight:
             self._published.step_started(now)
+        stats.host_s += max(self.clock.now() - self._idle_since_s, 0.0)
         try:
             self.executor.submit(batch)
         except BaseException:
@@ -251,8 +253,8 @@ class EngineCore:
             self._in_flight.clear()
             self._published.step_started(None)
             raise
-        step = self._in_flight.popleft()
-        collected_s = time.perf_counter()
+        step, collected_s = self._in_flight.popleft(), time.perf_counter()
+        self._idle_since_s = math.inf if self._in_flight else self.clock.now()
         self._published.step_started(self.clock.now() if self._in_flight else None)
         self._apply(step, result)
         stats = self.scheduler.stats
@@ -260,7 +262,7 @@ class EngineCore:
         model = self.scheduler.model
         (model.observe_cold if step.cold else model.observe)(step.features, result.device_s)
         self._stepped_s = self.clock.now()
-        self._publish(force=not self._by_id)
+        self.publish(force=not self._by_id)
         if self._check_every_step:
             self.check()
         scheduler_s = step.planning_s + time.perf_counter() - collected_s
@@ -330,8 +332,7 @@ class EngineCore:
 
     def _finish(self, state: RequestState, end: End, *, discard: bool = False) -> None:
         """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
-        complete = end.reason in ("stop", "length")
-        self.scheduler.finish(state, output_tokens=state.output_tokens, complete=complete, discard=discard)
+        self.scheduler.finish(state, output_tokens=state.output_tokens, complete=end.complete, discard=discard)
         self._ended(state, end)
 
     def _fail(self, state: RequestState, code: str, message: str, *, discard: bool = False) -> None:
@@ -340,10 +341,10 @@ class EngineCore:
     def _ended(self, state: RequestState, end: End) -> None:
         """The scheduler has let go of it: send its last delta, and remember it."""
         del self._by_id[state.request.request_id]
+        self._idle_since_s = self._idle_since_s if self._by_id else math.inf
         self.scheduler.stats.finished(end.reason)
         now, service = self.clock.now(), self._service(state)
-        message = end.error.message if end.error else None
-        record = record_of(state, service, now, end.reason, message)
+        record = record_of(state, service, now, end.reason, end.error.message if end.error else None)
         self._history.ended(state.slot, state.serial, record)
         self._outbox.append(last_delta(state, service, now, end))
 
@@ -387,11 +388,8 @@ class EngineCore:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""
         return self._published.read(self.clock.now())
 
-    def publish(self) -> None:
-        """Renew the load that other threads see, after the performance model was taught from outside."""
-        self._publish(force=True)
-
-    def _publish(self, force: bool = False) -> None:
+    def publish(self, force: bool = False) -> None:
+        """Renew the load that other threads see. force: although it is hardly older than it may be."""
         self._published.publish(lambda: self.scheduler.load(self.last_dispatch_seq), self.clock.now(), force=force)
 
     def check(self) -> None:

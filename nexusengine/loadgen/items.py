@@ -15,7 +15,7 @@ class WorkItem:
     """send_at_s: from the beginning of the run. The answer is exactly output_tokens long.
 
     slo_class, slo: what is asked for, and by what the client judges. blocks: prompts whose first block ids are equal
-    begin with the same tokens.
+    begin with the same tokens. tenant: sent as `user`.
     """
 
     send_at_s: float
@@ -24,6 +24,7 @@ class WorkItem:
     slo: SLO | None = None
     slo_class: str | None = None
     blocks: TraceBlocks | None = None
+    tenant: str | None = None
 
 
 def items_of(workload: Workload) -> list[WorkItem]:
@@ -38,6 +39,7 @@ def items_of(workload: Workload) -> list[WorkItem]:
             job.request.slo,
             job.request.slo_class,
             job.blocks,
+            job.tenant,
         )
         for job in workload.jobs
     ]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.loadgen.items import WorkItem
+from nexusengine.slo.resolve import CUSTOM
 
 _FIRST_ID = 1000  # special tokens have low ids
 _PROMPTS, _BLOCKS = 0, 1
@@ -65,7 +66,9 @@ def _body(
     }
     if model is not None:
         body["model"] = model
-    if item.slo is not None and (bounds or item.slo_class is None):
+    if item.tenant is not None:
+        body["user"] = item.tenant
+    if item.slo is not None and (bounds or item.slo_class in (None, CUSTOM)):
         given = {"ttft_ms": item.slo.ttft_s, "tpot_ms": item.slo.tpot_s, "e2e_ms": item.slo.e2e_s}
         body["slo"] = {key: 1e3 * value for key, value in given.items() if value is not None}
     else:

@@ -19,6 +19,8 @@ class CoreStats:
     coverage: of measured <= upper bound. slow_steps: took more than 1.6 times what was predicted.
     lengths_told, lengths_within: answers that ended of which a length was expected, and those of them that were no
     longer than that (nine of ten, see scheduler.output_lengths).
+    predicted_s, host_s: what the steps were predicted to take, and the time from the end of a step to the beginning of
+    the next in a core that had work all the time: planning, bookkeeping, messages.
     plan_shortfalls: rows a plan held that found no KV blocks (its estimate of the prefix cache was stale).
     """
 
@@ -41,6 +43,8 @@ class CoreStats:
     finished_error: int = 0
     scheduler_s: float = 0.0
     device_s: float = 0.0
+    predicted_s: float = 0.0
+    host_s: float = 0.0
     prediction_error: float = 0.0
     prediction_bias: float = 0.0
     coverage: float = 0.0
@@ -56,6 +60,7 @@ class CoreStats:
         self.steps += 1
         self.computed_tokens += tokens
         self.device_s += device_s
+        self.predicted_s += predicted_s
         self.learn_prediction(predicted_s, upper_s, device_s)
 
     def finished(self, reason: FinishReason) -> None:

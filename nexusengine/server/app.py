@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 import uuid
 
 from starlette.applications import Starlette
@@ -25,7 +26,9 @@ from nexusengine.errors import (
 from nexusengine.obs.logs import get_logger
 from nexusengine.server import completions, debug, info
 from nexusengine.server.errors import SERVER_FAILED, error_response
+from nexusengine.server.recorded_request import error_code, how_ended
 from nexusengine.server.state import ServerState
+from nexusengine.server.verdict import missed_by
 
 _GENERATION = (completions.CHAT, completions.TEXT)
 _OPEN_TO_ALL = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
@@ -83,7 +86,7 @@ class Edge:
         scope["app"] = self._app
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        status = 0
+        status, arrival_s = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -104,11 +107,23 @@ class Edge:
                 log.exception("request %s to %s failed", request_id, scope["path"])
             if status == 0:
                 further = error.headers if isinstance(error, HTTPException) else None
+                if generation:
+                    self._record_turned_away(scope, arrival_s, error)
                 await error_response(refusal(error, scope, self._state), further)(scope, receive, send_with_id)
         finally:
             if generation:
                 self._state.in_progress -= 1
                 self._state.metrics.left(scope["path"], status or Cancelled.http_status)
+
+    def _record_turned_away(self, scope: Scope, arrival_s: float, error: Exception) -> None:
+        """Note in the trace a request that failed, by no fault of its own, before its prompt was read."""
+        recorder = self._state.recorder
+        if recorder is None or scope.get(completions.BEGUN) or isinstance(error, HTTPException):
+            return
+        missed = missed_by(error)
+        if missed is not None:
+            code = error_code(error)
+            recorder.turned_away(arrival_s, how_ended(missed, code), code)
 
     def _admit(self, scope: Scope, headers: Headers, generation: bool) -> None:
         """Raises Unauthorized or Overloaded."""

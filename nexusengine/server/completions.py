@@ -24,6 +24,7 @@ from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
 from nexusengine.server.heavy import LARGE
 from nexusengine.server.pieces import JSONPieces, LoopYield
+from nexusengine.server.recorded_request import Generations, error_code, how_ended, tenant_of
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
@@ -33,6 +34,8 @@ from nexusengine.slo.classes import SLOClass
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+BEGUN = "nexusengine.generation"
+"""Key in the scope of a request whose generation has begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Asked:
         n: choices a prompt.
         verdict: whether it wants the `nexus` object.
         stream: whether the client sees tokens as they come.
+        tenant: keyed hash of who asks, for the trace; None where none is recorded.
     """
 
     sampling: SamplingParams
@@ -53,6 +57,7 @@ class Asked:
     priority: int
     verdict: bool
     stream: bool
+    tenant: str | None = None
 
     @classmethod
     def of(cls, request: Request, body: ChatRequest | CompletionRequest) -> Asked:
@@ -70,6 +75,7 @@ class Asked:
             priority=body.priority or 0,
             verdict=wants_verdict(request, state.config.nexus_verdict),
             stream=body.stream,
+            tenant=tenant_of(request, body, state.recorder.keys if state.recorder else None),
         )
 
 
@@ -108,6 +114,16 @@ class Generation:
             else partial(_nothing, self.id, prompt)
             for i, (prompt, params) in enumerate(itertools.product(prompts, each))
         ]
+        self._recorded: Generations | None = None
+        if state.recorder is not None and asked.tokens != 0:
+            self._recorded = state.recorder.generation(
+                [prompt for prompt, _ in itertools.product(prompts, each)],
+                slo=asked.slo,
+                max_tokens=asked.tokens,
+                priority=asked.priority,
+                tenant=asked.tenant,
+                arrival_s=arrival_s,
+            )
         counted = [partial(self._counted, i, start) for i, start in enumerate(starts)]
         self._generations = [start() if asked.stream else retry_on_worker_loss(start) for start in counted]
         self._lengths = [0] * len(counted)
@@ -121,10 +137,15 @@ class Generation:
     ) -> AsyncGenerator[RequestOutput]:
         """The outputs of one choice, its tokens counted as they come, also those that nobody will see."""
         self._count_cut_off(index)  # what a worker that was lost had given
+        recorded = self._recorded
+        if recorded is not None:
+            recorded.restarted(index)
         async with aclosing(start()) as outputs:
             async for output in outputs:
                 self._lengths[index] += len(output.token_ids)
                 self._begun[index] = output
+                if recorded is not None:
+                    recorded.output(index, output)
                 yield output
 
     def _count_cut_off(self, index: int) -> None:
@@ -137,6 +158,7 @@ class Generation:
         """The outputs of every choice; counts usage and metrics as choices end."""
         left = len(self._generations)
         missed: Missed | None = "unfinished"  # if the client leaves
+        code: str | None = None
         try:
             async with fan_in(self._generations) as outputs:
                 async for index, output in outputs:
@@ -146,11 +168,13 @@ class Generation:
                         self._count(index, output, self._lengths[index])
                     yield index, output
         except Exception as error:
-            missed = missed_by(error)
+            missed, code = missed_by(error), error_code(error)
             raise
         finally:
             for index in list(self._begun):
                 self._count_cut_off(index)
+            if self._recorded is not None and missed is not None:
+                self._recorded.broke_off(how_ended(missed, code), code)
             if missed is not None:
                 for _ in range(left):
                     self.state.metrics.missed(self.asked.slo.name if self.asked.slo else None, missed)
@@ -165,6 +189,8 @@ class Generation:
         self._usage["output"] += tokens
         self.state.metrics.finished(len(output.prompt_token_ids), tokens, output.cached_tokens, output.timings)
         self.state.metrics.judged(output, tokens)
+        if self._recorded is not None:
+            self._recorded.ended(index, output, tokens)
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._usage["prompt"], self._usage["output"]
@@ -322,6 +348,7 @@ def _tokenised(
 async def _reply(request: Request, generation: Generation, body: ChatRequest | CompletionRequest) -> Response:
     headers = {"x-nexus-ignored": ", ".join(body.ignored)} if body.ignored else {}
     config = generation.state.config
+    request.scope[BEGUN] = True
     if body.stream:
         events = generation.events(body.include_usage)
         return EventStream(events, headers, stall_s=config.request_timeout, keepalive_s=config.sse_keepalive)

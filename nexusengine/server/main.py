@@ -41,6 +41,11 @@ def main() -> None:
     config = boot.config
     setup(config.log_level)
     try:
+        recorder = None
+        if config.record_trace is not None:
+            from nexusengine.server.recorder import Recorder
+
+            recorder = Recorder(config)
         listening = bind(config.host, config.port)
     except ConfigError as error:
         child.send(Failed(error.message))
@@ -49,7 +54,7 @@ def main() -> None:
 
     from nexusengine.server.process import run
 
-    run(config, boot.front, listening)
+    run(config, boot.front, listening, recorder)
 
 
 if __name__ == "__main__":

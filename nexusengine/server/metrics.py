@@ -52,6 +52,8 @@ SERVER_METRICS = (
     ServerMetric("prompt_tokens", "counter", "Prompt tokens of generations, from their first token on"),
     ServerMetric("output_tokens", "counter", "Output tokens of generations, also of those cut off"),
     ServerMetric("cached_prompt_tokens", "counter", "Prompt tokens found in the prefix cache"),
+    ServerMetric("recorded_requests", "counter", "Generations written to the trace (--record-trace)"),
+    ServerMetric("unrecorded_requests", "counter", "Generations left out of it: the disk is full, or it is too slow"),
     ServerMetric("ttft_seconds", "histogram", "Time from arrival to the first token", (), _LATENCY_BUCKETS_S),
     ServerMetric("tpot_seconds", "histogram", "Mean time per output token after the first", (), _TPOT_BUCKETS_S),
     ServerMetric("e2e_seconds", "histogram", "Time from arrival to the last token", (), _LATENCY_BUCKETS_S),
@@ -309,6 +311,11 @@ class Metrics:
         self._by_name["slo_requests"].labels(name, missed).inc()
         if name != NONE:
             self._window.add(name, False, False, self._now())
+
+    def recorded(self, written: int, dropped: int) -> None:
+        """Generations that were written to the trace, or left out of it. From any thread."""
+        self._by_name["recorded_requests"].inc(written)
+        self._by_name["unrecorded_requests"].inc(dropped)
 
     def _class_of(self, slo_class: str | None) -> str:
         if slo_class is None:

@@ -24,8 +24,10 @@ from nexusengine.process.control import Drain, Drained, Failed, Model, Phase, Re
 from nexusengine.process.event_loop import loop_factory
 from nexusengine.server.app import create_app
 from nexusengine.server.protocol import http_protocol
+from nexusengine.server.recorder import Recorder
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize import load_tokenizer
+from nexusengine.wire import DebugReply
 
 _LAST_WORDS_S = 0.8
 _LOOKED_AT_EVERY_S = 0.02
@@ -64,7 +66,9 @@ class Control:
         threading.Timer(_LAST_WORDS_S, self.leave).start()
 
     def leave(self) -> None:
-        """End this process, and before it those that render chat templates."""
+        """End this process, and before it those that render chat templates; write what was recorded."""
+        if self.state.recorder is not None:
+            self.state.recorder.close()
         if self.state.engine is not None:
             self.state.engine.tokenizer.close()
         os._exit(0)
@@ -93,7 +97,13 @@ class Control:
     async def _drain(self) -> None:
         while self.state.in_progress:
             await asyncio.sleep(_LOOKED_AT_EVERY_S)
+        if self.state.recorder is not None and self._client is not None:
+            await self.state.recorder.steps.look(self._newest_steps)
         child.send(Drained())
+
+    async def _newest_steps(self, count: int) -> list[DebugReply]:
+        assert self._client is not None
+        return await self._client.ask(last_steps=count)
 
     async def _load(self, model: Model) -> None:
         try:
@@ -111,6 +121,8 @@ class Control:
         await client.start()
         self.state.engine = AsyncEngine.from_client(client, tokenizer, files.config.vocab_size)
         self.state.model_name = model.name
+        if self.state.recorder is not None:
+            self._keep(self.state.recorder.steps.watch(self._newest_steps, lambda: self.state.in_progress > 0))
         gc.collect()
         gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
         child.send(Ready())
@@ -145,9 +157,9 @@ async def serve(state: ServerState, control: Control, listening: socket.socket) 
     await server.serve([listening])
 
 
-def run(config: ServeConfig, front: str, listening: socket.socket) -> None:
+def run(config: ServeConfig, front: str, listening: socket.socket, recorder: Recorder | None = None) -> None:
     """Until the supervisor closes this process's stdin. front: the router's endpoint for clients."""
-    state = ServerState(config, config.public_name)
+    state = ServerState(config, config.public_name, recorder=recorder)
     control = Control(state, front)
     child.listen(control.on_message, control.on_end)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -12,6 +12,7 @@ from nexusengine.errors import ModelNotFound, Unavailable
 from nexusengine.loading.sampling_defaults import SAMPLED
 from nexusengine.server.heavy import Heavy
 from nexusengine.server.metrics import Metrics
+from nexusengine.server.recorder import Recorder
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.slo.resolve import SLOClasses
 from nexusengine.types import SamplingParams
@@ -27,6 +28,7 @@ class ServerState:
     Attributes:
         engine: None until the tokenizer is loaded; requests are served once a worker is ready.
         body_bytes: of bodies that are being received or parsed.
+        recorder: None where no trace is recorded.
     """
 
     config: ServeConfig
@@ -38,6 +40,7 @@ class ServerState:
     was_ready: bool = False
     in_progress: int = 0
     body_bytes: int = 0
+    recorder: Recorder | None = None
     heavy: Heavy = field(default_factory=Heavy)
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
@@ -46,6 +49,8 @@ class ServerState:
     def __post_init__(self) -> None:
         self.classes = SLOClasses.configured(self.config.slo_classes, self.config.default_slo_class)
         self.metrics = Metrics(self.cluster, self.classes.by_name)
+        if self.recorder is not None:
+            self.recorder.start(self.cluster, self.metrics.recorded)
 
     def cluster(self) -> Cluster | None:
         return None if self.engine is None else self.engine.backend.status()

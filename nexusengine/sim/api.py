@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,11 @@ from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.faults import parse_fault
 from nexusengine.sim.models import make_sim_model
 from nexusengine.sim.report import report, rounded_numbers
+from nexusengine.sim.this import expand, profile_of
 from nexusengine.sim.timeline import Sample, Sampler
 from nexusengine.sim.workload.build import Builder, Workload, WorkloadSpec
 from nexusengine.sim.workload.draw import Stream, rng_for
+from nexusengine.sim.workload.recording import Recording
 
 _GRACE_S = 2.0
 _REPORTS_BEFORE_STALLED_S = 4.0
@@ -37,17 +39,19 @@ LoadProfile = Callable[[str, str], DeviceProfile]
 class SimSpec:
     """As the options of `nexusengine sim run`.
 
-    trace, arrivals, rate_rps, duration_s, classes, scale, stated_limit: see WorkloadSpec. devices: "h100,a100,2xl4".
+    trace, arrivals, rate_rps, speed, duration_s, classes, scale, stated_limit: see WorkloadSpec. devices:
+    "h100,a100,2xl4", or those of a recorded trace: see sim.this.
     perf: a performance model by name, oracle or scaled:F. scheduler_cost_s: CPU time of the scheduler in every step;
     None: as measured while simulating. request_timeout_s: after which a request is given up, as by the server: so
     every overload ends. max_model_len: longest prompt + output; a worker's KV capacity may allow less. faults: see
     faults.parse_fault. timeline: keep samples of the load.
     """
 
-    trace: str
+    trace: str | tuple[str, ...]
     devices: str
     arrivals: str = "trace"
     rate_rps: float | None = None
+    speed: float = 1.0
     duration_s: float | None = None
     model: str = "llama-3.1-8b"
     engine: str = "lens"
@@ -78,6 +82,7 @@ class SimSpec:
             trace=self.trace,
             arrivals=self.arrivals,
             rate_rps=self.rate_rps,
+            speed=self.speed,
             duration_s=self.duration_s,
             classes=self.classes,
             seed=self.seed,
@@ -138,9 +143,11 @@ def simulate(
         ConfigError: something is wrong with the specification.
     """
     _check(spec)
-    load = load_profile or packaged_profile
-    names = parse_devices(spec.devices)
-    profiles = {name: load(name, spec.model) for name in names}
+    workload_spec = spec.workload(spec.max_model_len)
+    builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
+    recording = getattr(builder.source, "recording", None)
+    names = expand(parse_devices(spec.devices), recording)
+    profiles = profiles_of(names, spec.model, recording, load_profile)
     settings = EngineSettings(
         max_running=spec.max_running,
         max_waiting=spec.max_waiting,
@@ -153,8 +160,7 @@ def simulate(
         answer_delay_s=HOPS * spec.link_delay_s,
     )
     longest = max(_longest(spec, p) for p in profiles.values())
-    workload_spec = spec.workload(longest)
-    builder = Builder(workload_spec) if builder is None else builder.with_spec(workload_spec)
+    builder = builder.with_spec(spec.workload(longest))
     workload = builder.build()
     if spec.prefix_caching:
         _check_blocks(workload, spec.block_size)
@@ -178,6 +184,27 @@ def simulate(
     metrics = report(cluster, outcomes, workload.duration_s)
     metrics["workload"] = rounded_numbers(workload.notes)
     return SimResult(spec, metrics, outcomes, workload, builder, sampler.samples if sampler else [])
+
+
+def profiles_of(
+    names: Iterable[str], model: str, recording: Recording | None, load_profile: LoadProfile | None
+) -> dict[str, DeviceProfile]:
+    """The profile of each device, also of those that a trace was recorded on. Raises ConfigError."""
+    load = load_profile or packaged_profile
+
+    def other(name: str) -> DeviceProfile:
+        try:
+            return load(name, model)
+        except ConfigError as error:
+            if recording is None or "/" in name:
+                raise
+            hint = f"; the trace was recorded with {recording.server.model}: name a model like it with --model"
+            raise ConfigError(error.message + hint, param="model") from None
+
+    return {
+        name: profile_of(name, recording, load) if recording and name.startswith("this:") else other(name)
+        for name in names
+    }
 
 
 class _Maker:

@@ -35,6 +35,7 @@ class Job:
 
     output_tokens: after how many it ends. blocks: names of the content of its prompt, and of its output where known.
     think_s, then: in a closed loop, the job that arrives `think_s` after this one has ended.
+    tenant: who asks, where a trace says so.
     """
 
     request: EngineRequest
@@ -42,6 +43,7 @@ class Job:
     blocks: TraceBlocks | None = None
     think_s: float = 0.0
     then: Job | None = None
+    tenant: str | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -87,6 +89,8 @@ def make_job(
     slo_class: str | None = None,
     blocks: TraceBlocks | None = None,
     max_tokens: int | Literal["exact"] | None = "exact",
+    priority: int = 0,
+    tenant: str | None = None,
 ) -> Job:
     """max_tokens: the limit that the client states, None for none; "exact": what comes, which a policy can then see."""
     request = EngineRequest(
@@ -96,5 +100,6 @@ def make_job(
         arrival_s=arrival_s,
         slo=slo,
         slo_class=slo_class,
+        priority=priority,
     )
-    return Job(request, output_tokens, blocks)
+    return Job(request, output_tokens, blocks, tenant=tenant)

@@ -16,6 +16,7 @@ from nexusengine.profiles.prices import DeviceCost, cost_of
 from nexusengine.sim.api import LoadProfile, SimSpec, parse_devices, simulate
 from nexusengine.sim.costs import NO_COSTS, Costs, costs_of
 from nexusengine.sim.goodput import goodput
+from nexusengine.sim.this import device_of, expand
 from nexusengine.sim.workload.build import Builder
 
 RANKS = {"price": "$/h", "tokens": "$/M tokens", "energy": "J/token"}
@@ -140,10 +141,12 @@ def plan(
             )
         progress(f"{devices}: {limit_rps:.3g} requests/s, to see what limits it")
         above = simulate(replace(mine, rate_rps=limit_rps, seed=seeds[0]), load_profile=load_profile, builder=builder)
+        recording = getattr(builder.source, "recording", None) if builder is not None else None
+        mix = expand(parse_devices(devices), recording)
         planned.append(
             Planned(
                 devices=devices,
-                price_per_hour=price_of(devices, prices),
+                price_per_hour=price_of(",".join(device_of(name, recording) for name in mix), prices),
                 attainment=fmean(m["attainment"] for m in results),
                 longest_decile=fmean(m["attainment_longest_decile"] for m in results),
                 goodput_rps=tuple(found),

@@ -140,6 +140,48 @@ def _cost(value: float | None, by: str) -> str:
     return "?" if value is None else f"{value:.2f}" if by == "price" else _number(value)
 
 
+def print_comparison(found: dict[str, Any]) -> None:
+    """See sim.compare."""
+    recorded, simulated, off = found["recorded"], found["simulated"], found["difference"]
+    table = Table("", "recorded", "simulated", "difference")
+
+    def share(name: str, was: float | None, says: float | None, points: float | None) -> None:
+        table.add_row(name, _percent(was), _percent(says), "-" if points is None else f"{points:+.1f} points")
+
+    def number(name: str, was: float | None, says: float | None, percent: float | None) -> None:
+        table.add_row(name, _number(was), _number(says), "-" if percent is None else f"{percent:+.1f} %")
+
+    share("attainment", recorded["attainment"], simulated["attainment"], off["attainment_points"])
+    for name, points in off["attainment_by_class_points"].items():
+        share(f"  {name}", recorded["attainment_by_class"][name], simulated["attainment_by_class"][name], points)
+    for name in ("completed", "refused"):
+        table.add_row(name, _number(recorded[name]), _number(simulated[name]), f"{off[name]:+.4g}")
+    for key in ("ttft", "tpot", "e2e"):
+        for q in ("mean", "p50", "p90", "p99"):
+            was, says = recorded[f"{key}_ms"][q], simulated[f"{key}_ms"][q]
+            number(f"{key.upper() if key != 'e2e' else 'end to end'} {q}, ms", was, says, off[f"{key}_percent"][q])
+    rate = "output_tokens_per_s"
+    number("output tokens/s", recorded[rate], simulated[rate], off[f"{rate}_percent"])
+    for name, more in off["by_worker"].items():
+        counts = recorded["by_worker"].get(name, 0), simulated["by_worker"].get(name, 0)
+        table.add_row(f"answered by {name}", *map(_number, counts), f"{more:+.4g}")
+    console, left, assumed = _console(), found["left_out"], found["assumed"]
+    slowness = assumed["slowness_over_time"]
+    console.print(table)
+    console.print(
+        f"{found['requests']} requests; left out: {left['client_went_away']} whose client went away, "
+        f"{left['turned_away_unread']} turned away before their prompt was read"
+    )
+    ranges = found["range_over_seeds"]
+    low, high = ranges["attainment"]
+    console.print(f"simulated, lowest to highest of the seeds: attainment {_percent(low)} to {_percent(high)}")
+    console.print(
+        f"assumed: {_number(assumed['between_steps_ms'])} ms between steps, {_number(assumed['link_delay_ms'])} ms a "
+        "message"
+        + ("" if slowness is None else f", devices {slowness[0]:.2f} to {slowness[1]:.2f} times as slow as on average")
+    )
+
+
 def _mix(devices: str) -> str:
     """As one writes it among candidates."""
     return devices.replace(",", "+")

@@ -11,6 +11,7 @@ from nexusengine.arrays import F8, I8, Bools
 from nexusengine.errors import ContextTooLong, Overloaded
 from nexusengine.sim.cluster import Outcome
 from nexusengine.slo.due import judge
+from nexusengine.slo.resolve import NONE
 from nexusengine.types import Missed, Verdict
 
 _REFUSED = {Overloaded.code, ContextTooLong.code}
@@ -56,6 +57,11 @@ class Table:
         return (self.last_s - self.first_s) / after
 
 
+def refused(outcome: Outcome) -> bool:
+    """Whether the server did not take it on."""
+    return outcome.error in _REFUSED
+
+
 def verdict(outcome: Outcome) -> Verdict:
     """Whether the promise of a request was kept. One without a promise is kept when it completes."""
     if outcome.error is not None:
@@ -96,7 +102,7 @@ def tabulate(outcomes: Sequence[Outcome], end_s: float) -> Table:
         met=np.array([v.met for v in verdicts], np.bool_),
         strict=np.array([v.strict_met for v in verdicts], np.bool_),
         missed=[v.missed or "" for v in verdicts],
-        slo_class=[o.job.request.slo_class or "" for o in outcomes],
+        slo_class=[o.job.request.slo_class or NONE for o in outcomes],
         preemptions=np.array([o.ended.preemptions if o.ended else 0 for o in outcomes], np.int64),
         relegated=np.array([o.ended is not None and o.ended.relegated for o in outcomes], np.bool_),
     )

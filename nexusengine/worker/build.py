@@ -84,7 +84,7 @@ def make_core(
     )
     if recorder is not None:
         core.on_step = recorder.write
-    core.publish()
+    core.publish(force=True)
     give_back_freed()
     return core
 

@@ -22,6 +22,7 @@ from nexusengine.loading.sampling_defaults import SamplingDefaults
 from nexusengine.perf.registry import make_model
 from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.server.process import http_config
+from nexusengine.server.recorder import Recorder
 from nexusengine.server.state import ServerState
 from nexusengine.tokenize.chat_template import ChatTemplate
 from nexusengine.tokenize.incremental import IncrementalDetokenizer
@@ -115,7 +116,8 @@ def start_server() -> Iterator[Callable[..., Running]]:
             max_waiting=256,
             check_every_step=True,
         )
-        state = ServerState(ServeConfig(**settings), MODEL)
+        config = ServeConfig(**settings)
+        state = ServerState(config, MODEL, recorder=Recorder(config) if config.record_trace else None)
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(http_config(state))
         backend = LocalBackend(core, MODEL)

@@ -108,7 +108,7 @@ def test_the_cheapest_that_serves_is_told() -> None:
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return parser.parse_args(["--trace", SPEC.trace, "--arrivals", "poisson", "--duration", "3", *words])
+    return parser.parse_args(["--trace", str(SPEC.trace), "--arrivals", "poisson", "--duration", "3", *words])
 
 
 def test_the_command_prints_json_and_takes_a_promise_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from nexusengine.arrays import F8, I8
+from nexusengine.sim.workload.entries import Entry
 
 
 class Stream(IntEnum):
@@ -33,6 +34,7 @@ class Drawn:
 
     Attributes:
         blocks: ids of the prompts' blocks of `block_tokens` tokens, or None.
+        entries: what was recorded of each beside its lengths, or None.
     """
 
     arrival_s: F8
@@ -40,6 +42,7 @@ class Drawn:
     output_tokens: I8
     blocks: Sequence[Sequence[int]] | None = None
     block_tokens: int = 0
+    entries: Sequence[Entry] | None = None
 
 
 class Source(Protocol):

@@ -13,13 +13,14 @@ import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.runs import Runs
+from nexusengine.types import SLO
 
 MOONCAKE_BLOCK_TOKENS, SESSION_BLOCK_TOKENS = 512, 64
 LARGEST_COUNT = 2**53
@@ -30,7 +31,14 @@ _OUTPUT = ("output_tokens", "output_length", "completion_tokens", "GeneratedToke
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request of a trace. arrival_s: None in a trace of lengths. block_ids: of its prompt, block_tokens each."""
+    """One request of a trace.
+
+    Attributes:
+        arrival_s: None in a trace of lengths.
+        block_ids: of its prompt, block_tokens each.
+        answer_ids: of the full blocks that follow, with its answer, where that is known.
+        slo, slo_class, max_tokens, priority, tenant: as the client asked, where that was recorded.
+    """
 
     input_tokens: int
     output_tokens: int
@@ -38,6 +46,12 @@ class Entry:
     block_ids: Sequence[int] = ()
     block_tokens: int = 0
     think_s: float = 0.0
+    answer_ids: Sequence[int] = ()
+    slo: SLO | None = None
+    slo_class: str | None = None
+    max_tokens: int | None = None
+    priority: int = 0
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ def open_text(path: str | Path) -> IO[str]:
 
 def _moved(entry: Entry, by_s: float) -> Entry:
     assert entry.arrival_s is not None
-    return Entry(entry.input_tokens, entry.output_tokens, entry.arrival_s + by_s, entry.block_ids, entry.block_tokens)
+    return replace(entry, arrival_s=entry.arrival_s + by_s)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -9,6 +9,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.sim.workload.arrivals import check_count
 from nexusengine.sim.workload.draw import Drawn, Stream, rng_for
 from nexusengine.sim.workload.entries import Trace
+from nexusengine.sim.workload.recording import Recording
 
 
 class Recorded:
@@ -20,8 +21,9 @@ class Recorded:
     trace is shorter it is repeated.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.name = trace.name
+    def __init__(self, trace: Trace, recording: Recording | None = None) -> None:
+        """recording: where a server of ours recorded it."""
+        self.name, self.recording = trace.name, recording
         self._trace = trace
         entries = trace.entries
         self._inputs = np.array([e.input_tokens for e in entries], np.int64)
@@ -61,9 +63,9 @@ class Recorded:
         return self._pick(inside % len(timestamps), all_timestamps[inside])
 
     def _pick(self, picked: I8, arrival_s: np.ndarray) -> Drawn:
-        blocks = None
+        blocks, entries = None, self._trace.entries
         if self._shares_prefixes:
-            entries = self._trace.entries
             blocks = [entries[i].block_ids for i in picked.tolist()]
-        block_tokens = max((e.block_tokens for e in self._trace.entries), default=0)
-        return Drawn(arrival_s, self._inputs[picked], self._outputs[picked], blocks, block_tokens)
+        block_tokens = max((e.block_tokens for e in entries), default=0)
+        recorded = None if self.recording is None else [entries[i] for i in picked.tolist()]
+        return Drawn(arrival_s, self._inputs[picked], self._outputs[picked], blocks, block_tokens, recorded)

@@ -1,0 +1,108 @@
+"""How fast a recorded device really was: its sampled steps against what its worker had learned by the end.
+
+A model is right on average of late; over a recording the device may have been slower for a while, because others
+used the same cores or because it was hot. So measured is compared with predicted, by kind and size of step for the
+level, and window by window for what changed with time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nexusengine.arrays import F8, I8, Bools
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.registry import rebuild
+from nexusengine.profiles.fit import quantiles
+from nexusengine.profiles.learned import OCTAVES, octave
+from nexusengine.recording.format import Step, Worker
+
+_FEWEST, _FEWEST_OF_KIND, _FEWEST_OF_WINDOW = 50, 20, 8
+_WINDOW_S = 5.0
+_MOST, _LEAST = 20.0, 0.05  # more or less of what was predicted is no step of this device
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Measured over predicted times of a device's steps.
+
+    Attributes:
+        scale: of decode-only and of mixed steps, by octave of tokens (profiles.learned.octave).
+        scatter: quantiles of what is left of each of the two, without what changed from window to window.
+        slowness: (timestamp, factor): from then on, against `scale`.
+    """
+
+    scale: tuple[tuple[float, ...], tuple[float, ...]]
+    scatter: tuple[F8, F8]
+    slowness: tuple[tuple[float, float], ...]
+
+
+def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
+    """From the sampled steps of a worker in order of time; None if they, or what it learned, are too few."""
+    if worker.learned is None or len(steps) < _FEWEST:
+        return None
+    predictor = rebuild(worker.learned.snapshot)
+    predicted_s = np.array(
+        [
+            predictor.predict(
+                StepFeatures(s.tokens, s.sequences, s.prefills, s.prefill_attention, s.decode_kv_tokens)
+            ).mean_s
+            for s in steps
+        ]
+    )
+    measured_s = np.array([s.ms / 1e3 for s in steps])
+    at_s, mixed = np.array([s.at_s for s in steps]), np.array([s.prefills > 0 for s in steps])
+    ratio = measured_s / predicted_s
+    sane = (ratio > _LEAST) & (ratio < _MOST)
+    if sane.sum() < _FEWEST:
+        return None
+    measured_s, predicted_s, at_s, mixed = (column[sane] for column in (measured_s, predicted_s, at_s, mixed))
+    octaves = np.array([octave(s.tokens) for s in steps])[sane]
+    scale = [_by_octave(octaves, measured_s, predicted_s, kind) for kind in (~mixed, mixed)]
+    predicted_s = predicted_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
+    slowness = _windows(at_s, measured_s, predicted_s)
+    local = np.array([_at(slowness, t) for t in at_s.tolist()])
+    rest = measured_s / (predicted_s * local)
+    scatter = [quantiles(rest[kind] if kind.sum() >= _FEWEST_OF_KIND else rest) for kind in (~mixed, mixed)]
+    return Speed((scale[0], scale[1]), (scatter[0], scatter[1]), slowness)
+
+
+def _by_octave(octaves: I8, measured_s: F8, predicted_s: F8, kind: Bools) -> tuple[float, ...]:
+    """Measured over predicted time of the steps of a kind, of each octave that has enough.
+
+    Others have that of the nearest that has; a kind that has too few everywhere, that of all steps.
+    """
+    mine = kind if kind.sum() >= _FEWEST_OF_KIND else np.ones(len(kind), np.bool_)
+    overall = float(measured_s[mine].sum() / predicted_s[mine].sum())
+    known: dict[int, float] = {}
+    for number in sorted(set(octaves[mine].tolist())):
+        inside = mine & (octaves == number)
+        if kind is mine and inside.sum() >= _FEWEST_OF_KIND:
+            known[number] = float(measured_s[inside].sum() / predicted_s[inside].sum())
+    if not known:
+        return (overall,) * OCTAVES
+    return tuple(known[min(known, key=lambda k: (abs(k - number), k))] for number in range(OCTAVES))
+
+
+def _windows(at_s: F8, measured_s: F8, predicted_s: F8) -> tuple[tuple[float, float], ...]:
+    """The factor of each window of five seconds, longer where steps are few."""
+    found: list[tuple[float, float]] = []
+    first = 0
+    for i in range(1, len(at_s) + 1):
+        if i < len(at_s) and (at_s[i] - at_s[first] < _WINDOW_S or i - first < _FEWEST_OF_WINDOW):
+            continue
+        if i - first >= _FEWEST_OF_WINDOW or not found:
+            found.append((float(at_s[first]), float(measured_s[first:i].sum() / predicted_s[first:i].sum())))
+        first = i
+    return tuple(found)
+
+
+def _at(slowness: Sequence[tuple[float, float]], at_s: float) -> float:
+    factor = slowness[0][1]
+    for begins_s, value in slowness:
+        if begins_s > at_s:
+            break
+        factor = value
+    return factor
