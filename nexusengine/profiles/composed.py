@@ -30,6 +30,15 @@ class ProfileIdentity:
         return f"{self.device}/{self.model}"
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The most tokens and sequences of a step, and the longest context, that were measured."""
+
+    tokens: int
+    sequences: int
+    context: int
+
+
 class ComposedProfile:
     """step = dense(tokens) + experts(tokens) + layers * attention(chunks, decodes) + head(sequences).
 
@@ -43,6 +52,7 @@ class ComposedProfile:
             engines compute them too.
         experts: of all layers, None if the model is dense.
         noise: scatter of steps.
+        measured: how far the measurements go.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class ComposedProfile:
         head: Curve,
         experts: Experts | None,
         noise: Noise,
+        measured: Measured,
     ) -> None:
         self.name, self.device, self.model = identity.name, identity.device, identity.model
         self.source, self.confidence = identity.source, identity.confidence
@@ -63,7 +74,13 @@ class ComposedProfile:
         self.layers, self.hidden, self.experts = layers, hidden, experts
         self.dense, self.attention, self.head = dense, attention, head
         self._by_tokens = dense if experts is None else dense.plus(experts.seconds())
-        self._noise = noise
+        self._noise, self.measured = noise, measured
+
+    def beyond_measured(self, counts: I4, contexts: I4) -> bool:
+        """Whether a step of `counts` and `contexts` (`[R]` each) has more of anything than was measured."""
+        most = self.measured
+        tokens, context = int(_sum(counts)), int(_max(contexts))
+        return tokens > most.tokens or len(counts) > most.sequences or context > most.context
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         rows, tokens = len(counts), int(_sum(counts))
