@@ -12,16 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nexusengine.profiles.base import Confidence, DeviceProfile
+from nexusengine.profiles.base import STEP_UNCERTAINTY, Confidence, DeviceProfile
 from nexusengine.profiles.composed import ComposedProfile
 from nexusengine.sim.replay import Replayed, figures, replay
 from nexusengine.sim.vllm_run import Sent, VllmSettings
 from nexusengine.sim.vllm_steps import AS_MEASURED, Factors
-
-KERNELS: dict[Confidence, float] = {"measured": 0.03, "composed": 0.06, "resampled": 0.03, "roofline": 0.3}
-"""Of everything but attention. Measured: the mean of three passes is known to 5 % (the data's authors), a step adds
-four large products. Composed: the deployments of the 16-bit and dense models that the profiles were compared with.
-Resampled: the error of the fit. Roofline: the devices' efficiencies differ by that."""
 
 ATTENTION: dict[Confidence, float] = {"measured": 0.05, "composed": 0.1, "resampled": 0.03, "roofline": 0.3}
 """Interpolation is 1.3 % off in the median, and half of what unequal contexts cost is doubtful."""
@@ -46,7 +41,7 @@ class Doubt:
 def doubts(profile: DeviceProfile, sent: Sequence[Sent], settings: VllmSettings) -> Iterator[Doubt]:
     """The parts that this run has."""
     level = profile.confidence
-    yield Doubt("kernels", Factors(dense=1.0 + KERNELS[level]), settings)
+    yield Doubt("kernels", Factors(dense=1.0 + STEP_UNCERTAINTY[level]), settings)
     if isinstance(profile, ComposedProfile):
         yield Doubt("attention", Factors(attention=1.0 + ATTENTION[level]), settings)
         if profile.experts is not None and settings.data_parallel_size > 1:
