@@ -52,7 +52,7 @@ def tabulated() -> list[tuple[dict[str, Any], Tables]]:
         e = entry(device, model, "joint", "measured", joint.SOURCE, joint.LICENCE)
         if shards_of(device) > 1:
             e |= {"shards": shards_of(device), "link": device.partition("-tp")[0], "confidence": "composed"}
-            e["source"] += "; one GPU's part, exchange between GPUs by latency and bandwidth"
+            e["source"] += "; one GPU's part, collectives as measured between two"
         out.append((e, joint.joint_tables(device, model)))
     for device, model in KERNELS:
         if kv_capacity_tokens(device, MODELS[model]) < 4096:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from nexusengine.arrays import F8, I4
@@ -10,6 +12,15 @@ from nexusengine.profiles.base import ProfileIdentity
 from nexusengine.profiles.curves import Curve
 from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The most tokens and sequences of a step, and the longest context, that were measured."""
+
+    tokens: int
+    sequences: int
+    context: int
 
 
 class ComposedProfile:
@@ -25,6 +36,7 @@ class ComposedProfile:
             engines compute them too.
         experts: of all layers, None if the model is dense.
         noise: scatter of steps.
+        measured: how far the measurements go.
 
     Attributes:
         by_tokens: everything that depends on the number of tokens alone, experts included.
@@ -41,12 +53,19 @@ class ComposedProfile:
         head: Curve,
         experts: Experts | None,
         noise: Noise,
+        measured: Measured,
     ) -> None:
         self.identity = identity
         self.layers, self.hidden, self.experts = layers, hidden, experts
         self.dense, self.attention, self.head = dense, attention, head
         self.by_tokens = dense if experts is None else dense.plus(experts.seconds())
-        self._noise = noise
+        self._noise, self.measured = noise, measured
+
+    def beyond_measured(self, counts: I4, contexts: I4) -> bool:
+        """Whether a step of `counts` and `contexts` (`[R]` each) has more of anything than was measured."""
+        most = self.measured
+        tokens, context = int(_sum(counts)), int(_max(contexts))
+        return tokens > most.tokens or len(counts) > most.sequences or context > most.context
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         rows, tokens = len(counts), int(_sum(counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -63,6 +63,21 @@ def print_run(result: SimResult) -> None:
 def _console() -> Console:
     """As wide as the terminal; wide enough for every column where there is none."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def print_ranges(ranges: dict[str, Any]) -> None:
+    """What `sim.ranges.ranges` found."""
+    table = Table("lowest and highest of five simulations", "", "mean", "p50", "p90", "p99")
+    for name, found in ranges.items():
+        if isinstance(found, dict):
+            table.add_row(name, "", *(_span(found[key], _number) for key in ("mean", "p50", "p90", "p99")))
+        else:
+            table.add_row(name, _span(found, _percent if name.startswith("attainment") else _number))
+    _console().print(table)
+
+
+def _span(found: Sequence[float] | None, text: Callable[[float], str]) -> str:
+    return "-" if found is None else " to ".join(text(value) for value in found)
 
 
 def print_points(points: Sequence[Point]) -> None:
