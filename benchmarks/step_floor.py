@@ -23,6 +23,8 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.cli.perf import load_steps
+from nexusengine.perf.basis import TERMS
+from nexusengine.perf.curve import Curve
 from nexusengine.perf.kinds import stratum
 from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.replay import MeasuredStep, figures, replay
@@ -34,13 +36,15 @@ def errors(predicted_s: F8, measured_s: F8) -> F8:
     return 100.0 * np.abs(predicted_s / measured_s - 1.0)
 
 
-def whole_log(steps: list[MeasuredStep]) -> OnlineModel:
+def whole_log(steps: list[MeasuredStep]) -> Curve:
+    """By the weights alone: what was so at the end of the log is not said of its other steps."""
     model = OnlineModel()
     for _ in range(3):
         for step in steps:
             if not step.warm_up:
                 model.observe(step.features, step.seconds)
-    return model
+    weights = model.snapshot().weights
+    return Curve(weights[:TERMS], weights[TERMS])
 
 
 def nearest(steps: list[MeasuredStep], predicted_s: F8, measured_s: F8) -> F8:
