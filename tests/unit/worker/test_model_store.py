@@ -19,6 +19,7 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.config import EngineConfig
+from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.model_config import ModelConfig
 from nexusengine.perf.features import StepFeatures
@@ -365,6 +366,25 @@ def test_the_folder_is_the_setting_or_in_the_cache_or_none(monkeypatch: pytest.M
     assert store_of(EngineConfig(step_times="none"), spec(), EIGHT_BILLION) is None
     assert store_of(EngineConfig(), spec(device="emulated:l4"), EIGHT_BILLION) is None
     assert store_of(EngineConfig(), spec(), EIGHT_BILLION) is not None
+
+
+def test_without_a_home_folder_nothing_is_kept_and_the_worker_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NEXUSENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", staticmethod(homeless))
+    with caplog.at_level(logging.INFO):
+        assert folder_of(None) is None
+    assert "no home folder" in caplog.text
+
+
+def test_a_folder_of_a_user_who_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"step_times is '~nobody-here/x'"):
+        folder_of("~nobody-here/x")
 
 
 def test_a_processor_is_called_as_the_kernel_calls_it(tmp_path: Path) -> None:
