@@ -178,7 +178,7 @@ def folder_of(setting: str | None) -> Path | None:
         return Path(setting).expanduser() if setting else cache_dir() / _FOLDER
     except RuntimeError:
         raise ConfigError(
-            f"step_times is {setting!r}, and that user's home folder is not known; name a folder by its whole path, or none",
+            f"step_times is {setting!r}, and that user's home folder is not known; name a whole path, or none",
             param="step_times",
         ) from None
     except ConfigError:
