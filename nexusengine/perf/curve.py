@@ -19,7 +19,7 @@ from nexusengine.perf.model import StepTime
 
 _MEAN_SHARE = 0.65  # of the mean time per token in the slope beyond, on a logarithmic scale; the rest is the octave's
 _NEAR_OCTAVE, _NEAR_MEAN, _MEASURED_SHARE = 0.9, 1.15, 2 / 3
-_WAITING, _COMPUTING = 0.65, 0.85  # octave over mean of a device that does not compute yet, and of one that does
+_WAITING, _COMPUTING = 0.68, 0.85  # octave over mean of a device that does not compute yet, and of one that does
 
 
 class _Tokens:
@@ -103,6 +103,7 @@ class Curve:
             ones a like share of it.
         offset_at_s: see offset_s.
         token_s: seconds for each token of steps far larger than seen, by the prior; 0: it says nothing.
+        level: how many times as long as that steps of all kinds take of late, > 0.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class Curve:
         offset_s: float = 0.0,
         offset_at_s: float = 1.0,
         token_s: float = 0.0,
+        level: float = 1.0,
     ) -> None:
-        self.weights, self.seen, self.token_s = tuple(weights), seen, token_s
+        self.weights, self.seen, self.token_s, self.level = tuple(weights), seen, token_s, level
         self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
         self.offset_s, self.offset_at_s = offset_s, offset_at_s
         steps = {0.0: weights[basis.MIXED]}
@@ -131,7 +133,7 @@ class Curve:
     def numbers(self) -> tuple[float, ...]:
         """The arguments it was made from, in that order."""
         factors = self.factor_decode, self.factor_mixed
-        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s, self.token_s)
+        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s, self.token_s, self.level)
 
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = self._mean_s(features)
@@ -146,10 +148,11 @@ class Curve:
                 mean_s += offset_s - self._mixed_s
         else:
             mean_s += offset_s
+        mean_s *= self.level
         return mean_s if mean_s > SHORTEST_S else SHORTEST_S
 
     def plain_s(self, f: StepFeatures) -> float:
-        """The mean by the weights alone, without the offset."""
+        """The mean by the weights alone, without offset and level."""
         if f.prefills:
             return (
                 self._mixed(f.tokens)
@@ -170,5 +173,5 @@ class Curve:
         )
         offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
         mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
-        result: F8 = np.maximum(mean_s, SHORTEST_S)
+        result: F8 = np.maximum(mean_s * self.level, SHORTEST_S)
         return result

@@ -21,7 +21,7 @@ from nexusengine.perf.kinds import DECODE_KINDS, STRATA, RecentError, RecentErro
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
-from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
+from nexusengine.perf.residual import Bound, Change, Drift, Level, Trend, is_off, is_spike
 from nexusengine.perf.state import BASIS, ModelState, decode_arrays, encode_arrays
 from nexusengine.wire import PerfSnapshot
 
@@ -75,7 +75,7 @@ class OnlineModel:
         self._gram, self._moment = np.zeros((STRATA, n, n)), np.zeros((STRATA, n))
         self._seen = np.zeros(STRATA, np.int64)
         self._bounds = (Bound(), Bound())
-        self._trend, self._drift = Trend(), Drift()
+        self._trend, self._level, self._drift = Trend(), Level(), Drift()
         self._errors = RecentErrors()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
@@ -141,6 +141,7 @@ class OnlineModel:
         for scale, log_ratio, learned in zip(self._scales, state.log_scales, known, strict=True):
             scale.log_ratio, scale.steps = log_ratio + math.log(slower), _SCALED_BY if learned else 0
         self._trend.reset()
+        self._level.reset()
         self._solve()
 
     # ---- learning ------------------------------------------------------------------------------------------------
@@ -196,8 +197,11 @@ class OnlineModel:
             self._renew()
 
     def _judge(self, curve: Curve, mixed: bool, seconds: float, predicted_s: float, plain_s: float) -> None:
-        """Learn the bound and, from decode-only steps, the offset."""
-        self._bounds[mixed].learn(math.log(seconds / predicted_s))
+        """Learn the bound, the level and, from decode-only steps, the offset."""
+        log_ratio = math.log(seconds / predicted_s)
+        self._bounds[mixed].learn(log_ratio)
+        self._level.learn(log_ratio + math.log(curve.level))
+        curve.level = self._level.factor
         curve.factor_decode, curve.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
         if not mixed:
             self._trend.learn(seconds - plain_s, plain_s)
@@ -224,6 +228,7 @@ class OnlineModel:
         self._gram *= (_KEEP_AT_DRIFT / slower**2)[:, None, None]
         self._moment *= (_KEEP_AT_DRIFT / slower)[:, None]
         self._trend.reset()
+        self._level.reset()
         self.epoch += 1
         self._solve()
 
@@ -248,7 +253,13 @@ class OnlineModel:
         decode, mixed = self._bounds
         factors, trend = (decode.factor, mixed.factor), self._trend
         self._curve = Curve(
-            self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s, self._token_s
+            self._weights.tolist(),
+            self._tokens_seen,
+            *factors,
+            trend.offset_s,
+            trend.at_s,
+            self._token_s,
+            self._level.factor,
         )
 
 
@@ -277,8 +288,8 @@ def rebuild_curve(weights: Sequence[float]) -> Curve:
         ValueError: they are not such weights.
     """
     n = basis.TERMS
-    if len(weights) != n + 6:
-        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 6} are needed")
+    if len(weights) != n + 7:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 7} are needed")
     if (
         not all(map(math.isfinite, weights))
         or min(weights[:n]) < 0.0
@@ -286,6 +297,7 @@ def rebuild_curve(weights: Sequence[float]) -> Curve:
         or min(weights[n + 1 : n + 3]) < 1.0
         or weights[n + 4] <= 0.0
         or weights[n + 5] < 0.0
+        or weights[n + 6] <= 0.0
     ):
         raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
     return Curve(weights[:n], *weights[n:])

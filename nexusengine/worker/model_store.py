@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from nexusengine.cgroup import usable_cpus
+from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.loading.cache import cache_dir
 from nexusengine.model_config import ModelConfig
@@ -166,14 +167,23 @@ class Saver:
 
 
 def folder_of(setting: str | None) -> Path | None:
-    """The folder that the setting `step_times` names; None if nothing is to be kept.
+    """The folder that the setting `step_times` names; None if nothing is to be kept, or there is no home folder.
 
     Raises:
-        ConfigError: the default is asked for, and there is no home folder.
+        ConfigError: it begins with the home folder of a user who is not known.
     """
     if setting == NONE:
         return None
-    return Path(setting).expanduser() if setting else cache_dir() / _FOLDER
+    try:
+        return Path(setting).expanduser() if setting else cache_dir() / _FOLDER
+    except RuntimeError:
+        raise ConfigError(
+            f"step_times is {setting!r}, and that user's home folder is not known; name a whole path, or none",
+            param="step_times",
+        ) from None
+    except ConfigError:
+        log.info("there is no home folder to keep step times in; --step-times names another")
+        return None
 
 
 def _read(path: Path) -> bytes:

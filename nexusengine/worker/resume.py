@@ -15,15 +15,16 @@ from nexusengine.worker.model_store import Remembered
 Measured = tuple[StepFeatures, float]
 _COUNTS_FOR = 32.0
 """Steps of each kind for which a model of just now counts; 32 new ones weigh as much."""
-_AGREES, _LIKE, _MOST_UNLIKE = math.log(1.5), math.log(2.0), 0.2
+_AGREES, _LIKE, _MOST_UNLIKE = math.log(3.0), math.log(2.0), 0.2
 log = get_logger("step times")
 
 
 def resumed(remembered: Remembered, prior: Prior, measured: Sequence[Measured]) -> OnlineModel | None:
     """The model that goes on from what is remembered and has observed what calibration measured.
 
-    It is believed if calibration took about as long as it says, 1.5 times as long or as short at the median, and if of
-    the single steps no more than a fifth are off by another factor of two; it is then made as slow as calibration was.
+    It is believed if calibration took as long as it says within a factor of 3 at the median, since neighbours may have
+    come or gone, and if of the single steps no more than a fifth are off by another factor of two. It is then made as
+    slow as calibration was.
 
     Args:
         measured: steps of calibration with their seconds; none: it is believed unseen.

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from nexusengine.model_config import ModelConfig
+from nexusengine.perf import basis
 from nexusengine.perf.devices import DATASHEETS, cpu_datasheet, datasheet_of
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.kinds import RecentErrors, stratum
@@ -178,15 +179,29 @@ def test_a_duration_that_is_no_duration_teaches_nothing(seconds: float) -> None:
     assert model.snapshot() == before
 
 
-def test_a_few_long_steps_are_spikes_and_change_no_mean() -> None:
+def test_a_few_long_steps_are_spikes_that_change_no_weight_and_are_forgotten_once_they_are_over() -> None:
     model = taught(500)
-    before_s = model.predict(DECODES).mean_s
-    for _ in range(7):
+    before, before_s = model.snapshot().weights[: basis.TERMS], model.predict(DECODES).mean_s
+    model.observe(DECODES, 5 * DEVICE.step_s(DECODES))
+    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.11), "one step says nothing of the next"
+    for _ in range(6):
         model.observe(DECODES, 5 * DEVICE.step_s(DECODES))
     assert (model.spikes, model.epoch) == (7, 0)
-    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.11)  # within what a trend may add
-    model.observe(DECODES, DEVICE.step_s(DECODES))
+    assert model.snapshot().weights[: basis.TERMS] == before
+    assert before_s < model.predict(DECODES).mean_s < 1.8 * before_s, "as long as it lasts it is followed"
+    for _ in range(12):
+        model.observe(DECODES, DEVICE.step_s(DECODES))
     assert model.epoch == 0
+    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.02)
+
+
+def test_what_slows_every_step_for_a_while_is_followed_for_every_kind_of_step() -> None:
+    model, rng, errors = taught(500), random.Random(11), []
+    for i in range(900):
+        step, busy = random_step(rng), 1.3 if i // 12 % 2 else 1.0  # a neighbour comes and goes
+        errors.append(abs(model.predict(step).mean_s / (busy * DEVICE.step_s(step)) - 1.0))
+        model.observe(step, busy * DEVICE.step_s(step) * rng.lognormvariate(0.0, 0.02))
+    assert sum(errors[300:]) / 600 < 0.08, "the mean of both is off by 13 %"
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.25, 2.0, 5.0])

@@ -19,6 +19,7 @@ import pytest
 
 from nexusengine.clock import VirtualClock
 from nexusengine.config import EngineConfig
+from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.model_config import ModelConfig
 from nexusengine.perf.features import StepFeatures
@@ -90,10 +91,11 @@ def test_what_calibration_did_not_reach_is_known_too(tmp_path: Path) -> None:
     assert after.predict(long).mean_s == pytest.approx(DEVICE.step_s(long), rel=0.05)
 
 
-def test_a_device_that_is_slower_than_before_is_taken_at_its_new_speed_at_once() -> None:
-    after = resumed(Remembered(taught().state(), 1.0), GENERIC, calibration(slower=1.3))
+@pytest.mark.parametrize("slower", [0.5, 1.3, 2.5])
+def test_a_device_that_is_slower_than_before_is_taken_at_its_new_speed_at_once(slower: float) -> None:
+    after = resumed(Remembered(taught().state(), 1.0), GENERIC, calibration(slower))
     assert after is not None
-    assert mean_error(after, slower=1.3) < 0.05
+    assert mean_error(after, slower) < 0.05
 
 
 def test_new_steps_soon_prevail_over_what_was_kept_and_sooner_over_what_is_old() -> None:
@@ -136,7 +138,7 @@ def test_a_state_that_was_resumed_and_saved_again_and_again_is_not_worn_out(tmp_
 # ---- what is not believed --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slower", [0.5, 2.0, 30.0])
+@pytest.mark.parametrize("slower", [0.2, 5.0, 30.0])
 def test_a_state_that_calibration_contradicts_is_not_used_and_that_is_logged(
     slower: float, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,6 +366,25 @@ def test_the_folder_is_the_setting_or_in_the_cache_or_none(monkeypatch: pytest.M
     assert store_of(EngineConfig(step_times="none"), spec(), EIGHT_BILLION) is None
     assert store_of(EngineConfig(), spec(device="emulated:l4"), EIGHT_BILLION) is None
     assert store_of(EngineConfig(), spec(), EIGHT_BILLION) is not None
+
+
+def test_without_a_home_folder_nothing_is_kept_and_the_worker_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NEXUSENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", staticmethod(homeless))
+    with caplog.at_level(logging.INFO):
+        assert folder_of(None) is None
+    assert "no home folder" in caplog.text
+
+
+def test_a_folder_of_a_user_who_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"step_times is '~nobody-here/x'"):
+        folder_of("~nobody-here/x")
 
 
 def test_a_processor_is_called_as_the_kernel_calls_it(tmp_path: Path) -> None:
