@@ -49,7 +49,7 @@ def test_where_nothing_was_told_there_is_no_error() -> None:
 
 
 def test_the_table_has_a_line_for_each_load_and_one_that_judges_the_server() -> None:
-    good = table([row(), row(load="burst 4 none")]).splitlines()
+    good = table([row(), row() | {"load": "burst 4 none"}]).splitlines()
     assert [line.split("  ")[0] for line in good[1:]] == ["cpu:1", "cpu:1", "cpu:1"]
     assert good[-1].endswith("within the goal")
     assert table([row(predicted_ttft_ms=120.0)]).endswith("beyond the goal")
