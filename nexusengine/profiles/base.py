@@ -13,7 +13,7 @@ fitted to a log of real steps; roofline: from a datasheet, nothing measured."""
 STEP_UNCERTAINTY: dict[Confidence, float] = {"measured": 0.03, "composed": 0.06, "resampled": 0.03, "roofline": 0.3}
 """How far off step times may be, as a share (a standard deviation, not a bound).
 
-measured: the mean of three passes of a kernel is known to 5 % (the tables' authors) and a step adds four large products.
+measured: the mean of three passes of a kernel is known to 5 % (the tables' authors), and a step adds four large ones.
 Of single steps of two real runs, those with a chunk are simulated 5 % too short and 3 % too long, others within 3 %.
 composed: as the 16-bit and the dense deployments that these profiles were compared with. resampled: the error of the
 fit. roofline: by that the efficiencies of measured devices differ.
