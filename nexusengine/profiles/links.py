@@ -46,7 +46,7 @@ class Link:
 
 LINKS: dict[str, Link] = {
     # Two of these cards on PCIe 5 without NVLink, NCCL in CUDA graphs, bf16: profiler/perf/RTXPRO6000/hardware.yaml of
-    # LLMServingSim at e08dc388 (MIT, KAIST CASYS), measured 2026-09-08. Three weeks later, with PCIe access control
+    # LLMServingSim at e08dc388 (MIT, KAIST CASYS), measured 2026-09-08. Later that month, with PCIe access control
     # switched off, the same machine took half as long for all but small messages: this is the machine as it was before.
     "rtxpro6000": Link(
         (10240, 40960, 139264, 327680, 557056, 1114112, 1310720, 2228224, 5242880, 8912896, 16777216, 20971520),

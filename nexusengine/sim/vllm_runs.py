@@ -43,7 +43,7 @@ def runs_in(folder: str | Path) -> list[Run]:
     """The runs of a folder that has DEVICE/MODEL/requests.jsonl[.gz] and workload_*.jsonl[.gz] in it, by name.
 
     Raises:
-        ConfigError: there is none, or its model has no profile's name.
+        ConfigError: there is none.
     """
     at = Path(folder)
     workloads = tuple(sorted(at.glob("workload_*.jsonl*")))
@@ -54,9 +54,6 @@ def runs_in(folder: str | Path) -> list[Run]:
 
 
 def _model_of(run: Path) -> str:
-    """The longest name of a known model that the folder's name begins with: some have a suffix."""
+    """The longest name of a known model that the folder's name begins with, for some have a suffix; or that name."""
     name = run.name.lower()
-    known = [model for model in MODELS if name.startswith(model)]
-    if not known:
-        raise ConfigError(f"{run}: {run.name} begins with no known model's name ({', '.join(MODELS)})", param="runs")
-    return max(known, key=len)
+    return max((model for model in MODELS if name.startswith(model)), key=len, default=name)
