@@ -24,23 +24,9 @@ from nexusengine.sim.vllm_run import (
     settings_of,
 )
 from nexusengine.sim.vllm_runs import Run, runs_in
-from nexusengine.sim.vllm_steps import Host
 from tests.conftest import ROOT
-from tests.sim.fakes import FormulaProfile
 
 RUNS = ROOT.parent / "shared" / "gpu_profiles" / "llmservingsim" / "measured_runs"
-NO_HOST = Host(0.0, 1.0)
-PROFILE = FormulaProfile()
-
-
-def step_s(*rows: tuple[int, int]) -> float:
-    """Of (count, context) rows."""
-    counts, contexts = (np.array(column, np.int32) for column in zip(*rows, strict=True))
-    return PROFILE.step_s(counts, contexts)
-
-
-def run(sent: list[Sent], **settings: Any) -> Measured:
-    return replay(PROFILE, sent, VllmSettings(**settings), NO_HOST).simulated
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
