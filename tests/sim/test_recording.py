@@ -144,6 +144,21 @@ def test_a_set_of_files_is_one_trace_in_whatever_order_it_is_given(tmp_path: Pat
         workload(files[0], files[1], files[0])
 
 
+def test_where_files_are_gone_nothing_is_read_of_which_only_a_part_is_known(tmp_path: Path) -> None:
+    parts = []
+    for part in range(4):
+        ended = [request(i, arrival_s=10.0 * part + i - 2.0) for i in range(1 if part == 0 else 0, 9)]
+        ended = [line for line in ended if line.arrival_s >= 0.0]
+        content = [header(part=part, opened_s=10.0 * part), *ended]
+        parts.append(write(tmp_path / f"p{part}.jsonl", content))
+    assert len(workload(*parts).jobs) == 7 + 3 * 9
+    kept = workload(*parts[2:]).jobs
+    assert len(kept) == 7 + 9
+    assert kept[0].request.arrival_s == 0.0
+    with pytest.raises(ConfigError, match=r"part 1 of the recording is missing between .*p0.jsonl .* and .*p2.jsonl"):
+        workload(parts[0], parts[2])
+
+
 def test_speed_and_rate_squeeze_time_and_nothing_else(tmp_path: Path) -> None:
     path = sample(tmp_path / "load.jsonl")
     own, fast = workload(path), workload(path, speed=2.0)
