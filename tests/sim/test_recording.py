@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexusengine.cli.main import main
+from nexusengine.cli.recorded import fill, recording_of
 from nexusengine.errors import ConfigError
 from nexusengine.loadgen.items import items_of
 from nexusengine.loadgen.prompts import Prompts, bodies
@@ -346,6 +348,28 @@ def test_sim_takes_a_recorded_trace_with_the_settings_of_its_server(
     )
     assert (changed["spec"]["engine"], changed["spec"]["prefix_caching"]) == ("lens", False)
     assert list(changed["attainment_by_class"]) == ["batch"]
+
+
+@pytest.mark.parametrize(
+    ("served", "device", "model"),
+    [
+        ("smollm2-135m", "cpu:1", "smollm2-135m"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "cuda:0", "llama-3.1-8b"),
+        ("Qwen3-30B-A3B-GGUF:Q4_K_M", "cuda:0", "qwen3-30b-a3b"),
+        ("smollm2-135m", "emulated:h100", "llama-3.1-8b"),
+        ("smollm2-135m", "emulated:h100/qwen3-32b", "qwen3-32b"),
+        ("/models/Mine", "cpu", "mine"),
+    ],
+)
+def test_other_devices_have_the_profile_of_the_model_that_was_served(
+    tmp_path: Path, served: str, device: str, model: str
+) -> None:
+    server = msgspec.structs.replace(SERVER, model=served)
+    workers = lines.Workers(at_s=0.0, workers=(worker("w0", device),))
+    path = write(tmp_path / "load.jsonl", [header(server=server), workers, request(0)])
+    args = Namespace(model=None)
+    fill(args, recording_of(path), {"model": "usual"})
+    assert args.model == model
 
 
 def test_compare_sets_both_sides_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
