@@ -177,6 +177,14 @@ def test_slos_can_be_overridden(tmp_path: Path) -> None:
     assert jobs[0].request.slo.tpot_s == 0.5
 
 
+def test_a_load_can_be_offered_without_slos(tmp_path: Path) -> None:
+    for trace in (sample(tmp_path / "load.jsonl"), "lengths:input=10,output=5"):
+        spec = WorkloadSpec(trace=trace, arrivals="poisson", rate_rps=5.0, duration_s=4.0, classes="none")
+        jobs = Builder(spec).build().jobs
+        assert jobs
+        assert all(job.request.slo is None and job.request.slo_class is None for job in jobs)
+
+
 def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None:
     known = [request(i, output_tokens=n, slo_class="a") for i, n in enumerate((10, 30))]
     cut = [
