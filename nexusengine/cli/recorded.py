@@ -68,10 +68,11 @@ def _recorded(recording: Recording) -> dict[str, Any]:
 
 
 def _model_of(recording: Recording) -> str:
-    """Of the profiles of other devices: that of the emulated ones, else by the last part of the served name."""
-    from nexusengine.profiles.geometry import DEFAULT_MODEL
+    """Of the profiles of other devices: that of the emulated ones, else the one whose name is in the served name."""
+    from nexusengine.profiles.geometry import DEFAULT_MODEL, MODELS
 
     for worker in recording.workers:
         if worker.device.startswith("emulated:"):
             return worker.device.partition("/")[2] or DEFAULT_MODEL
-    return recording.server.model.rpartition("/")[2].lower()
+    served = recording.server.model.rpartition("/")[2].lower()
+    return max((name for name in MODELS if name in served), key=len, default=served)

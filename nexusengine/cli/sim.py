@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beside = kinds.add_parser("compare", help="a recorded load: what the simulator says beside what the server did")
     _add_options(beside, rate=False)
     beside.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="seeds from --seed on; means count (default 3)"
+        "--seeds", type=int, default=5, metavar="N", help="seeds from --seed on; means count (default 5)"
     )
     beside.add_argument(
         "--steady", action="store_true", help="without the changes of the devices' speed over time that were recorded"

@@ -51,6 +51,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         nexusengine_trace: VERSION.
         recording: drawn at the start of the server; the same in all files of a set.
         part: number of the file in its set, from 0.
+        opened_s: when the file was begun, after the beginning of the recording. Every request that arrived later and
+            has ended is in it or in a later one.
         started_unix_s: wall-clock time at which the recording began; `arrival_s` counts from there in all its files.
         keyed_by: "random": hashes can only be compared within this recording; "setting": also with others that have
             the same --record-trace-key.
@@ -61,6 +63,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     part: _Count
     started_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]
     server: Server
+    opened_s: _Seconds = 0.0
     keyed_by: Literal["random", "setting"] = "random"
     version: _Name = ""
 

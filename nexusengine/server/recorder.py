@@ -237,6 +237,7 @@ class Recorder:
                 nexusengine_trace=lines.VERSION,
                 recording=self._recording,
                 part=part,
+                opened_s=self._since(self._now()) if part else 0.0,
                 started_unix_s=round(self._started_unix_s, 3),
                 server=server,
                 version=__version__,

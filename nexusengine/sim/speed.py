@@ -60,13 +60,21 @@ def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
         return None
     measured_s, predicted_s, at_s, mixed = (column[sane] for column in (measured_s, predicted_s, at_s, mixed))
     octaves = np.array([octave(s.tokens) for s in steps])[sane]
-    scale = [_by_octave(octaves, measured_s, predicted_s, kind) for kind in (~mixed, mixed)]
-    predicted_s = predicted_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
-    slowness = _windows(at_s, measured_s, predicted_s)
+
+    def level(base_s: F8) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return _by_octave(octaves, measured_s, base_s, ~mixed), _by_octave(octaves, measured_s, base_s, mixed)
+
+    def at_level(base_s: F8, scale: tuple[tuple[float, ...], tuple[float, ...]]) -> F8:
+        return base_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
+
+    slowness = _windows(at_s, measured_s / at_level(predicted_s, level(predicted_s)))
     local = np.array([_at(slowness, t) for t in at_s.tolist()])
-    rest = measured_s / (predicted_s * local)
+    mean = float((predicted_s * local).sum() / predicted_s.sum())
+    slowness, local = tuple((t, factor / mean) for t, factor in slowness), local / mean
+    scale = level(predicted_s * local)
+    rest = measured_s / at_level(predicted_s * local, scale)
     scatter = [quantiles(rest[kind] if kind.sum() >= _FEWEST_OF_KIND else rest) for kind in (~mixed, mixed)]
-    return Speed((scale[0], scale[1]), (scatter[0], scatter[1]), slowness)
+    return Speed(scale, (scatter[0], scatter[1]), slowness)
 
 
 def _by_octave(octaves: I8, measured_s: F8, predicted_s: F8, kind: Bools) -> tuple[float, ...]:
@@ -86,15 +94,18 @@ def _by_octave(octaves: I8, measured_s: F8, predicted_s: F8, kind: Bools) -> tup
     return tuple(known[min(known, key=lambda k: (abs(k - number), k))] for number in range(OCTAVES))
 
 
-def _windows(at_s: F8, measured_s: F8, predicted_s: F8) -> tuple[tuple[float, float], ...]:
-    """The factor of each window of five seconds, longer where steps are few."""
+def _windows(at_s: F8, ratio: F8) -> tuple[tuple[float, float], ...]:
+    """The median ratio of each window of five seconds, longer where steps are few.
+
+    A median: one long step by chance is not the machine's slowness, and would be held against all that follow.
+    """
     found: list[tuple[float, float]] = []
     first = 0
     for i in range(1, len(at_s) + 1):
         if i < len(at_s) and (at_s[i] - at_s[first] < _WINDOW_S or i - first < _FEWEST_OF_WINDOW):
             continue
         if i - first >= _FEWEST_OF_WINDOW or not found:
-            found.append((float(at_s[first]), float(measured_s[first:i].sum() / predicted_s[first:i].sum())))
+            found.append((float(at_s[first]), float(np.median(ratio[first:i]))))
         first = i
     return tuple(found)
 

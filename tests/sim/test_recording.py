@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexusengine.cli.main import main
+from nexusengine.cli.recorded import fill, recording_of
 from nexusengine.errors import ConfigError
 from nexusengine.loadgen.items import items_of
 from nexusengine.loadgen.prompts import Prompts, bodies
@@ -144,6 +146,21 @@ def test_a_set_of_files_is_one_trace_in_whatever_order_it_is_given(tmp_path: Pat
         workload(files[0], files[1], files[0])
 
 
+def test_where_files_are_gone_nothing_is_read_of_which_only_a_part_is_known(tmp_path: Path) -> None:
+    parts = []
+    for part in range(4):
+        ended = [request(i, arrival_s=10.0 * part + i - 2.0) for i in range(1 if part == 0 else 0, 9)]
+        ended = [line for line in ended if line.arrival_s >= 0.0]
+        content = [header(part=part, opened_s=10.0 * part), *ended]
+        parts.append(write(tmp_path / f"p{part}.jsonl", content))
+    assert len(workload(*parts).jobs) == 7 + 3 * 9
+    kept = workload(*parts[2:]).jobs
+    assert len(kept) == 7 + 9
+    assert kept[0].request.arrival_s == 0.0
+    with pytest.raises(ConfigError, match=r"part 1 of the recording is missing between .*p0.jsonl .* and .*p2.jsonl"):
+        workload(parts[0], parts[2])
+
+
 def test_speed_and_rate_squeeze_time_and_nothing_else(tmp_path: Path) -> None:
     path = sample(tmp_path / "load.jsonl")
     own, fast = workload(path), workload(path, speed=2.0)
@@ -158,6 +175,14 @@ def test_slos_can_be_overridden(tmp_path: Path) -> None:
     assert {job.request.slo_class for job in jobs} == {"batch"}
     assert jobs[0].request.slo is not None
     assert jobs[0].request.slo.tpot_s == 0.5
+
+
+def test_a_load_can_be_offered_without_slos(tmp_path: Path) -> None:
+    for trace in (sample(tmp_path / "load.jsonl"), "lengths:input=10,output=5"):
+        spec = WorkloadSpec(trace=trace, arrivals="poisson", rate_rps=5.0, duration_s=4.0, classes="none")
+        jobs = Builder(spec).build().jobs
+        assert jobs
+        assert all(job.request.slo is None and job.request.slo_class is None for job in jobs)
 
 
 def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None:
@@ -331,6 +356,28 @@ def test_sim_takes_a_recorded_trace_with_the_settings_of_its_server(
     )
     assert (changed["spec"]["engine"], changed["spec"]["prefix_caching"]) == ("lens", False)
     assert list(changed["attainment_by_class"]) == ["batch"]
+
+
+@pytest.mark.parametrize(
+    ("served", "device", "model"),
+    [
+        ("smollm2-135m", "cpu:1", "smollm2-135m"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "cuda:0", "llama-3.1-8b"),
+        ("Qwen3-30B-A3B-GGUF:Q4_K_M", "cuda:0", "qwen3-30b-a3b"),
+        ("smollm2-135m", "emulated:h100", "llama-3.1-8b"),
+        ("smollm2-135m", "emulated:h100/qwen3-32b", "qwen3-32b"),
+        ("/models/Mine", "cpu", "mine"),
+    ],
+)
+def test_other_devices_have_the_profile_of_the_model_that_was_served(
+    tmp_path: Path, served: str, device: str, model: str
+) -> None:
+    server = msgspec.structs.replace(SERVER, model=served)
+    workers = lines.Workers(at_s=0.0, workers=(worker("w0", device),))
+    path = write(tmp_path / "load.jsonl", [header(server=server), workers, request(0)])
+    args = Namespace(model=None)
+    fill(args, recording_of(path), {"model": "usual"})
+    assert args.model == model
 
 
 def test_compare_sets_both_sides_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

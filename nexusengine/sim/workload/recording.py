@@ -28,7 +28,8 @@ class Recording:
         name: of the first file.
         server: its settings; those of its last start.
         workers: as they were last seen, by name.
-        requests: in order of arrival, `arrival_s` counted from the first.
+        requests: in order of arrival, `arrival_s` counted from the first. Where the first files of a set are gone,
+            those that arrived before the first that is there are left out: of them only the longest are known.
         unread: requests that were turned away before their prompts were read: their lengths are not known.
         output_tokens: of each request; what those of its class had on average where it was cut short by the server.
         steps: by worker, those that were sampled in the server's last start; times as those of the requests.
@@ -83,16 +84,14 @@ def _stamp(path: Path) -> tuple[int, int]:
 @lru_cache(maxsize=2)
 def _read(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Recording:
     files = sorted(map(_read_file, paths), key=lambda f: (f.header.started_unix_s, f.header.part))
-    seen: dict[tuple[str, int], Path] = {}
-    for file in files:
-        other = seen.setdefault((file.header.recording, file.header.part), file.path)
-        if other is not file.path:
-            raise ConfigError(f"{file.path} is the same part of a recording as {other}", param="trace")
+    _check_parts(files)
     began_s = files[0].header.started_unix_s
+    complete_from_s = {f.header.recording: f.header.opened_s for f in reversed(files)}  # of the first file there is
     requests = [
         msgspec.structs.replace(line, arrival_s=line.arrival_s + (file.header.started_unix_s - began_s))
         for file in files
         for line in file.requests
+        if line.arrival_s >= complete_from_s[file.header.recording]
     ]
     requests.sort(key=lambda line: line.arrival_s)
     known = [line for line in requests if line.input_tokens is not None]
@@ -122,6 +121,23 @@ def _read(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> Recor
         tuple(_output_tokens(known)),
         {name: tuple(sorted(found, key=lambda step: step.at_s)) for name, found in steps.items()},
     )
+
+
+def _check_parts(files: Sequence[_File]) -> None:
+    """Raises ConfigError for a file that is there twice, and for one that is missing between others."""
+    last: dict[str, _File] = {}
+    for file in files:
+        before = last.get(file.header.recording)
+        if before is not None and file.header.part == before.header.part:
+            raise ConfigError(f"{file.path} is the same part of a recording as {before.path}", param="trace")
+        if before is not None and file.header.part != before.header.part + 1:
+            missing = before.header.part + 1
+            raise ConfigError(
+                f"part {missing} of the recording is missing between {before.path} (part {before.header.part}) and "
+                f"{file.path} (part {file.header.part}); give all its files",
+                param="trace",
+            )
+        last[file.header.recording] = file
 
 
 def _read_file(path: Path) -> _File:
