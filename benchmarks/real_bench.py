@@ -152,7 +152,8 @@ def _server_of(args: argparse.Namespace, system: System) -> contextlib.AbstractC
         port = free_port()
         settings = args.llama_settings[system.noise]
         options = real_llama.server_options(settings, args.gguf, args.max_tokens, port)
-        return llama_server(args.binaries / "llama-server", options, port)
+        environ = real_llama.environment(settings)
+        return llama_server(args.binaries / "llama-server", options, port, environ)
     return our_server(
         [
             *("--model", MODEL, "--devices", system.layout, "--quantization", QUANTIZATION[args.weights]),

@@ -25,14 +25,15 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "ubatch": (512, 2048),
     "unified": (False, True),
     "flash": ("auto", "off"),
-    "poll": (50, 0),
+    "wait": ("active", "passive"),
 }
 """What a sweep tries, the default first: threads (0: as many as physical cores), slots, most tokens in a step, and in
-one pass of the model, one KV buffer for all slots or one each, flash attention, how long threads spin for work.
+one pass of the model, one KV buffer for all slots or one each, flash attention, whether threads spin while they wait for each other (OMP_WAIT_POLICY).
 """
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
-BY_NOISE = {"quiet": DEFAULTS, "busy": DEFAULTS | {"threads": 1}}
-"""Threads of OpenMP wait for each other many times a layer: beside others one is far quicker than two."""
+BY_NOISE = {"quiet": DEFAULTS, "busy": DEFAULTS | {"wait": "passive"}}
+"""Threads of OpenMP wait for each other many times a layer. Those that spin meanwhile keep the cores from the one that they
+wait for: beside others a token took seconds, passively 0.1 s."""
 _TYPES = {"fp32": "f32", "int8": "q8_0"}
 
 
@@ -46,13 +47,19 @@ def server_options(settings: dict[str, Any], model: Path, max_tokens: int, port:
     threads = settings["threads"] or psutil.cpu_count(logical=False) or 1
     return [
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
-        *("--threads", str(threads), "--threads-batch", str(threads), "--poll", str(settings["poll"])),
+        *("--threads", str(threads), "--threads-batch", str(threads)),
         *("--parallel", str(settings["parallel"]), "--ctx-size", str(settings["parallel"] * max_tokens)),
         *("--batch-size", str(settings["batch"]), "--ubatch-size", str(min(settings["ubatch"], settings["batch"]))),
         "--kv-unified" if settings["unified"] else "--no-kv-unified",
         *("--flash-attn", settings["flash"], "--top-k", "1", "--no-cache-prompt", "--cache-ram", "0"),
         *("--no-ui", "--offline", "--log-disable"),
     ]
+
+
+def environment(settings: dict[str, Any]) -> dict[str, str]:
+    """Ours, without what would change how many threads it has, and with how they wait."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "LLAMA_"))}
+    return environ | ({"OMP_WAIT_POLICY": "passive"} if settings["wait"] == "passive" else {})
 
 
 def installed(folder: Path) -> Path:

@@ -7,7 +7,6 @@ anew for each run would take longer than the run, and an idle server still repor
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -117,9 +116,8 @@ def our_server(options: Sequence[str]) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def llama_server(binary: Path, options: Sequence[str], port: int) -> Iterator[Server]:
+def llama_server(binary: Path, options: Sequence[str], port: int, environ: dict[str, str]) -> Iterator[Server]:
     """Raises Unavailable if it ends or is not ready in time."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "LLAMA_"))}
     process = subprocess.Popen(
         [str(binary), *options],
         stdout=subprocess.DEVNULL,

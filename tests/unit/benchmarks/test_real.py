@@ -194,12 +194,18 @@ def test_llama_server_has_room_for_the_longest_request_in_every_slot() -> None:
     assert (given["--parallel"], given["--ctx-size"], given["--threads"]) == ("8", "8192", "3")
 
 
+def test_threads_of_llama_server_wait_as_its_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert not [k for k in real_llama.environment(real_llama.DEFAULTS) if k.startswith("OMP_")]
+    assert real_llama.environment(real_llama.BY_NOISE["busy"])["OMP_WAIT_POLICY"] == "passive"
+
+
 def test_a_sweep_puts_the_best_values_together_and_takes_what_kept_most() -> None:
     runs = []
     for settings in real_sweep.one_at_a_time():
-        better = settings["parallel"] == 16 or settings["poll"] == 0
+        better = settings["parallel"] == 16 or settings["wait"] == "passive"
         runs.append(run(json.dumps(settings), 0.9 if better else 0.6))
-    assert real_sweep.together(runs) == real_llama.DEFAULTS | {"parallel": 16, "poll": 0}
+    assert real_sweep.together(runs) == real_llama.DEFAULTS | {"parallel": 16, "wait": "passive"}
     best = run(json.dumps(real_sweep.together(runs)), 0.8)
     assert real_sweep.chosen([*runs, best])["parallel"] == 16
     assert real_sweep.chosen([*runs, best | {"attainment": 0.95}]) == real_sweep.together(runs)
