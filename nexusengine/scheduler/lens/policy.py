@@ -44,7 +44,8 @@ _INF = float("inf")
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
 _COSTS_EVERY = 16  # plans, after the first ones
 _HEADROOM_BLOCKS = 2  # left for each running sequence when one more starts, so that those who run can grow
-_LOOKAHEAD = 128  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
+_LOOKAHEAD = 112  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
+_LOOKAHEAD_PER_SLOT = 4  # more of them for each free running slot
 _FLOOR_TOKENS = 20  # up to which an answer's gain is spent before it is made, where almost all get there
 _BURST_MIXING = 30  # times what mixing costs: how much of that one step may spend
 _EARLY_DECODE = 2.0  # the limit of an early decode keeps this share of the error margin, divided by its tokens so far
@@ -208,13 +209,14 @@ class Lens:
         """Prompts that are not relegated, in the order to serve them; and the slots of those that are."""
         c, by_deadline = view.columns, bool(self.options.order)
         waiting, relegated = self._queue, self._queue[:0]
-        if len(waiting) > _LOOKAHEAD:
+        lookahead = _LOOKAHEAD + _LOOKAHEAD_PER_SLOT * step.free_running_slots
+        if len(waiting) > lookahead:
             step.reasons[waiting] = _WAIT_ORDER
             if view.over_share is not None:  # one tenant's queue must not hide the others
                 waiting = waiting[view.over_share[waiting].argsort(kind="stable")]
         if by_deadline:
             waiting, relegated = _without_relegated(view, waiting)
-        slots = waiting[:_LOOKAHEAD]
+        slots = waiting[:lookahead]
         if step.prompts:
             begun = np.array(step.prompts, np.int32)
             if by_deadline:
@@ -284,6 +286,8 @@ class Lens:
         have_slo = (selection.on_time.due_s < _INF).any() or len(selection.deferred)
         if not self.options.order or not have_slo:
             return slots[:0]
+        if len(slots) and due_s[slots[-1]] < _INF:  # they are at the end of the queue
+            slots = slots[:0]
         if step.prompts:
             slots = np.concatenate([np.array(step.prompts, np.int32), slots])
         overtaken: I4 = slots[np.isinf(due_s[slots]) & ~context.view.columns.relegated[slots]]
@@ -323,9 +327,8 @@ class Lens:
         step = fill.step
         if len(step.prompts) == 0:
             return
-        on_time = on_time[on_time.due_s < _INF]
         waits = step.reasons[on_time.slots]
-        lacking = np.nonzero((waits == _WAIT_BLOCKS) | (waits == _WAIT_RUNNING_SLOT))[0]
+        lacking = np.nonzero(((waits == _WAIT_BLOCKS) | (waits == _WAIT_RUNNING_SLOT)) & (on_time.due_s < _INF))[0]
         preempted_s = self._relegation.preempted_s
         victim = to_preempt_for(step, context.view, preempted_s, context.now) if len(lacking) else None
         if victim is not None:

@@ -105,8 +105,15 @@ class PrefillRate:
 
         In steps from right now on, or in the coalesced one and those that follow.
         """
-        eager_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
-        eager_s += np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
+        return self._work_until(slack_s, np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s))
+
+    def work_in_whole_steps(self, slack_s: F8) -> F8:
+        """The same if no step is ended early for those who are due soon, which costs throughput."""
+        return self._work_until(slack_s, np.where(slack_s >= self.step_s, self.prompts_s, 0.0))
+
+    def _work_until(self, slack_s: F8, first_s: F8) -> F8:
+        """first_s: `[N]`, work of the first step, if it is not coalesced."""
+        eager_s = first_s + np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
         rest_s = slack_s - self.first_s
         work_s: F8 = np.maximum(
             eager_s, np.where(rest_s >= 0.0, rest_s / self.slowdown + self.first_prompts_s, eager_s)

@@ -74,12 +74,14 @@ def _deferred(
         short = bool((needs_slot.cumsum() > slots).any())
     if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
         return prompts, prompts[:0]
+    if context.limit.slot >= 0:  # decodes make the best of the steps they allow
+        allowed_s = rate.work_in_whole_steps(slack_s)
     rank = 2 * c.priority[prompts.slots]
     if view.over_share is not None:
         rank = 2 * rank - 2 * view.over_share[prompts.slots]
     if guard is not None and guard.active:
         rank = rank + guard.protected(c.prompt_tokens[prompts.slots])
-    out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots)
+    out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots if short else None)
     return prompts[~out], prompts[out]
 
 
