@@ -12,6 +12,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.kv.digest import pack, short_hashes
 from nexusengine.router.breaker import FAULTS_TO_OPEN
 from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.prism import Prism
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.router.workers import SLOW_START_REQUESTS
 from nexusengine.types import SLO, EngineRequest, SamplingParams, Timings, TokenDelta
@@ -653,3 +654,41 @@ def test_what_a_worker_was_given_is_known_without_its_reports() -> None:
     assert given() == (1, 330, 0, 0.0)
     router.deltas("w0", TokenDelta("a", finish_reason="length"))
     assert given() == (0, 0, 0, 0.0)
+
+
+def test_on_a_saturated_cluster_who_waited_as_long_as_its_class_allows_is_refused_with_retry_after() -> None:
+    router = Router("w0", policy="prism")
+    router.ready("w0")
+    promised = {"a": SLO(1.0, 0.1, patience=1.5), "b": SLO(1.0, 0.1), "c": SLO(1.0, 0.1, patience=1.5)}
+    for name, slo in promised.items():
+        request = EngineRequest(name, [1] * 10, SamplingParams(seed=1, max_tokens=5), 0.0, slo=slo)
+        router.core.on_client(CLIENT, wire.Submit(request), 0.0)
+    router.deltas("w0", TokenDelta("c", (5,), timings=Timings(0.0)))
+    router.sent()
+    policy = router.core._placer._policy
+    assert isinstance(policy, Prism)
+    policy._admission.refuses(router.core.ledger.get("a").placement, 0.0, 1.0)  # type: ignore[union-attr]
+    for _ in range(60):
+        policy.observe(False)
+    router.core.on_timer(1.4)
+    assert router.finals() == {}
+    router.core.on_timer(1.6)
+    sent = router.sent()
+    assert [m for m in sent[identity_of("w0", "e1")] if isinstance(m, wire.Cancel)] == [wire.Cancel("a")]
+    (deltas,) = sent[CLIENT]
+    assert isinstance(deltas, wire.Deltas)
+    (delta,) = deltas.full
+    assert (delta.request_id, delta.error_code) == ("a", "overloaded")
+    assert delta.retry_after_s is not None
+    counters = router.core.cluster().counters
+    assert (counters["refused_late"], counters["refused_at_once"]) == (1, 0)
+
+
+def test_a_cluster_that_is_not_saturated_serves_late() -> None:
+    router = Router("w0", policy="prism")
+    router.ready("w0")
+    slo = SLO(1.0, 0.1, patience=1.5)
+    request = EngineRequest("a", [1] * 10, SamplingParams(seed=1, max_tokens=5), 0.0, slo=slo)
+    router.core.on_client(CLIENT, wire.Submit(request), 0.0)
+    router.core.on_timer(1.6)
+    assert router.finals() == {}
