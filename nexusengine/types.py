@@ -107,18 +107,25 @@ class SamplingParams:
 class SLO:
     """A latency promise: first token within `ttft_s` of arrival, then `tpot_s` a token on average.
 
+    Attributes:
+        patience: in TTFTs; a saturated cluster refuses the request rather than make it wait longer for its first token.
+            Infinite: it is served however late.
+
     Raises InvalidRequest naming the field.
     """
 
     ttft_s: float
     tpot_s: float
     e2e_s: float | None = None
+    patience: float = math.inf
 
     def __post_init__(self) -> None:
         _finite("slo.ttft_s", self.ttft_s, 0.001, 86_400.0)
         _finite("slo.tpot_s", self.tpot_s, 0.0001, 3_600.0)
         if self.e2e_s is not None:
             _finite("slo.e2e_s", self.e2e_s, 0.001, 86_400.0)
+        if self.patience != math.inf:
+            _finite("slo.patience", self.patience, 1.0, 1000.0)
 
 
 @dataclass(frozen=True, slots=True)

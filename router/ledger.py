@@ -38,6 +38,7 @@ class Entry:
         attempts: how often it was dispatched.
         placed_s: timestamp of its last dispatch.
         first_token_in_s: seconds to its first token, predicted then.
+        late: it was placed although it was predicted to miss its SLO, and nothing has shown yet whether it does.
         left_tokens: of its prompt, those that the worker's prefix cache was not believed to hold then.
         prefix: short hashes of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
         probe: it tests whether a worker's breaker may close.
@@ -52,6 +53,7 @@ class Entry:
     attempts: int = 0
     placed_s: float = 0.0
     first_token_in_s: float | None = None
+    late: bool = False
     left_tokens: int = 0
     prefix: dict[int, tuple[int, ...]] = field(default_factory=dict)
     probe: bool = False
@@ -111,6 +113,7 @@ class Ledger:
         self._held: dict[str, Entry] = {}
         self._shares: dict[bytes, Share] = {}
         self._deadlines: list[tuple[float, str]] = []
+        self._patience: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -146,11 +149,12 @@ class Ledger:
         )
         entry = Entry(request, placement, client)
         self._entries[request.request_id] = self._held[request.request_id] = entry
-        if deadline_s != NO_DEADLINE:
-            heapq.heappush(self._deadlines, (deadline_s, request.request_id))
-            if len(self._deadlines) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
-                self._deadlines = [d for d in self._deadlines if d[1] in self._entries]
-                heapq.heapify(self._deadlines)
+        for heap, at_s in ((self._deadlines, deadline_s), (self._patience, placement.gives_up_s)):
+            if at_s != NO_DEADLINE:
+                heapq.heappush(heap, (at_s, request.request_id))
+                if len(heap) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
+                    heap[:] = [d for d in heap if d[1] in self._entries]
+                    heapq.heapify(heap)
         return entry
 
     def dispatch(self, entry: Entry, identity: bytes, seq: int, cached_tokens: int = 0) -> None:
@@ -226,6 +230,16 @@ class Ledger:
             deadline_s, request_id = heapq.heappop(self._deadlines)
             entry = self._entries.get(request_id)
             if entry is not None and entry.placement.deadline_s == deadline_s:
+                found.append(entry)
+        return found
+
+    def impatient(self, now: float) -> list[Entry]:
+        """Entries that wait for their first token beyond what their class allows; each is returned once."""
+        found = []
+        while self._patience and self._patience[0][0] <= now:
+            gives_up_s, request_id = heapq.heappop(self._patience)
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.placement.gives_up_s == gives_up_s and entry.stage is not Stage.STREAMING:
                 found.append(entry)
         return found
 

@@ -71,6 +71,9 @@ class RouterStats:
     dispatches: int = 0
     redispatches: int = 0
     backpressure: int = 0
+    placed_late: int = 0
+    refused_at_once: int = 0
+    refused_late: int = 0
     faults: int = 0
     workers_lost: int = 0
     prefix_digests_lost: int = 0
@@ -88,7 +91,7 @@ class RouterStats:
 
 
 class FinishRate:
-    """Requests that finish in a second, as a moving mean."""
+    """Requests that are served in a second, as a moving mean."""
 
     def __init__(self) -> None:
         self._per_s = 0.0

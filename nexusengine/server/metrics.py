@@ -196,6 +196,9 @@ ROUTER_COUNTERS = {
     "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
     "router_failed_requests": ("requests_error", "Requests that ended with an error"),
     "router_backpressure": ("backpressure", "Requests that workers turned away because they had too much to do"),
+    "router_placed_late": ("placed_late", "Requests sent to a worker although they were predicted to miss their SLO"),
+    "router_refused_at_once": ("refused_at_once", "Requests refused on arrival: predicted late, as all others were"),
+    "router_refused_late": ("refused_late", "Requests refused when they had waited as long as their class allows"),
     "router_faults": (
         "faults",
         "Errors of workers that count against them: five in a row and the worker is ejected for 1 to 30 s",

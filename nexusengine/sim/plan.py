@@ -142,17 +142,17 @@ def plan(
         progress(f"{devices}: {limit_rps:.3g} requests/s, to see what limits it")
         above = simulate(replace(mine, rate_rps=limit_rps, seed=seeds[0]), load_profile=load_profile, builder=builder)
         recording = getattr(builder.source, "recording", None) if builder is not None else None
-        mix = expand(parse_devices(devices), recording)
+        mix = [device_of(name, recording) for name in expand(parse_devices(devices), recording)]
         planned.append(
             Planned(
                 devices=devices,
-                price_per_hour=price_of(",".join(device_of(name, recording) for name in mix), prices),
+                price_per_hour=price_of(",".join(mix), prices),
                 attainment=fmean(m["attainment"] for m in results),
                 longest_decile=fmean(m["attainment_longest_decile"] for m in results),
                 goodput_rps=tuple(found),
                 bottleneck=bottleneck(above.metrics),
                 metrics=results[0],
-                costs=costs_of(results[0], parse_devices(devices), prices),
+                costs=costs_of(results[0], mix, prices),
             )
         )
     return Plan(rate_rps, tuple(targets), longest_decile, tuple(planned), rank)

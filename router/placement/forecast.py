@@ -114,17 +114,23 @@ class Forecast:
     """A worker's future as far as it is decided, seen from its report.
 
     Attributes:
-        keys: `[N]`, of the prompts it can serve in time, as in Queue, not falling.
+        queue: the prompts it can serve in time, by their keys, from the timestamp start_s on.
         ahead_s: `[N + 1]`, service of the first i of them.
         slack_s: `[N + 1]`, by how much those from the i-th on can be delayed without any becoming late; infinite at
             the end.
         estimates: its numbers.
     """
 
-    keys: F8
+    queue: Queue
+    start_s: float
     ahead_s: F8
     slack_s: F8
     estimates: Estimates[float]
+
+    @property
+    def keys(self) -> F8:
+        """`[N]`, of the queue, not falling."""
+        return self.queue.keys
 
 
 def snapshot(view: WorkerView, now: float, perf: PerfSnapshot | None) -> Snapshot:
@@ -229,7 +235,7 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
         prompt_tokens=float(view.prompt_tokens),
         waiting_s=view.waiting_tokens * speed.per_token_s + view.waiting_pairs * speed.per_pair_s,
     )
-    return Forecast(queue.keys, ahead_s, queue.slack_s(ahead_s, base.start_s), estimates)
+    return Forecast(queue, base.start_s, ahead_s, queue.slack_s(ahead_s, base.start_s), estimates)
 
 
 def _dispatched(base: Snapshot, view: WorkerView) -> Queue:

@@ -21,6 +21,7 @@ class ForecastMatrix:
 
     Attributes:
         views: the views that the rows were made of.
+        forecasts: one a row; None before the first update.
         index: row by worker id.
         rows: `[W]`, 0 to W - 1.
         estimates: `[W]` each, as in Forecast.
@@ -94,7 +95,8 @@ class ForecastMatrix:
         known, before = self._snapshots[i], self.views[i]
         if known is None or known.load is not view.load or known.info is not view.info or known.perf is not perf:
             known = self._snapshots[i] = snapshot(view, now, perf)
-        self._write(i, forecast(known, view))
+        row = self.forecasts[i] = forecast(known, view)
+        self._write(i, row)
         self.accepts[i], self.slow_start[i] = view.accepts, view.slow_start
         self.shortest_first[i] = view.info.traits.order == "shortest"
         self.kinds[i] = self._kinds.setdefault(kind_of(view), len(self._kinds))
@@ -118,6 +120,7 @@ class ForecastMatrix:
     def _resize(self, count: int) -> None:
         self.views: list[WorkerView | None] = [None] * count
         self._snapshots: list[Snapshot | None] = [None] * count
+        self.forecasts: list[Forecast | None] = [None] * count
         self.index: dict[str, int] = {}
         self.rows = np.arange(count)
         self.count = np.zeros(count, np.intp)

@@ -14,6 +14,7 @@ import pytest
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import make_model
+from nexusengine.router.placement.candidates import ServesLate
 from nexusengine.router.placement.policy import Place, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.router.placement.registry import make_policy as make_router
 from nexusengine.scheduler.registry import make_policy
@@ -172,7 +173,7 @@ def test_conversations_go_back_to_where_their_beginning_is_cached() -> None:
     assert results["prism"][1] > 1.3 * results["least-requests"][1]
 
 
-class Split:
+class Split(ServesLate):
     """A placement by hand: so many requests to each worker, spread over the batch."""
 
     name = "split"

@@ -6,6 +6,7 @@ from typing import Any
 
 from nexusengine import wire
 from nexusengine.router.core import RouterCore
+from nexusengine.router.placement.policy import PlacementPolicy
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import EngineRequest, SamplingParams, TokenDelta
 from nexusengine.wire import identity_of
@@ -20,8 +21,9 @@ def info(worker: str, epoch: str = "e1", longest: int = 1000) -> wire.WorkerInfo
 class Router:
     """A core with its outgoing messages sorted by receiver."""
 
-    def __init__(self, *workers: str, policy: str = "least-requests", **options: Any) -> None:
-        self.core = RouterCore(make_policy(policy), [info(w, "") for w in workers], epoch="r", **options)
+    def __init__(self, *workers: str, policy: str | PlacementPolicy = "least-requests", **options: Any) -> None:
+        chosen = make_policy(policy) if isinstance(policy, str) else policy
+        self.core = RouterCore(chosen, [info(w, "") for w in workers], epoch="r", **options)
         self.now = 0.0
 
     def ready(self, worker: str, epoch: str = "e1") -> None:

@@ -34,7 +34,7 @@ LOADED = WorkerStatus(
     load=with_memory(
         lambda: WorkerLoad(
             0,
-            perf=PerfSnapshot("online-1", (), 1.1, 7, epoch=1),
+            perf=PerfSnapshot("online-2", (), 1.1, 7, epoch=1),
             counters=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).counters()
             | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).counters(),
         )
