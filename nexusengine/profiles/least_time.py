@@ -147,9 +147,9 @@ class _Steps:
     """
 
     def __init__(self, dense_s: F8, head_s: F8, parts: Parts, layers: int, limits: StepLimits) -> None:
-        rows = np.arange(1, len(head_s) + 1)
+        rows = np.arange(1.0, len(head_s) + 1)
         head = max(_lines(rows, head_s), key=lambda line: line[0] + line[1] * 0.5 * len(rows))
-        self._lines = [(a + head[0], b, head[1]) for a, b in _lines(np.arange(1, len(dense_s) + 1), dense_s)]
+        self._lines = [(a + head[0], b, head[1]) for a, b in _lines(np.arange(1.0, len(dense_s) + 1), dense_s)]
         self._per_token_s = float((dense_s / np.arange(1, len(dense_s) + 1)).min())
         self._floor_s = float(dense_s.min() + head_s.min())
         self._layers, self._parts = layers, parts
