@@ -105,6 +105,7 @@ def run(case: Case, policies: Sequence[str], done: set[str]) -> Iterator[dict[st
         bound = bound or bound_of(case.spec, result.workload)
         outcomes = tabulate(result.outcomes, 0.0)
         met, done_s = outcomes.met, bound.least_s[~np.isnan(outcomes.last_s)]
+        alike = len(set(parse_devices(case.spec.devices))) == 1
         busy_s = result.metrics["simulated_s"] * sum(w["busy"] for w in result.metrics["workers"])
         yield {
             **keys,
@@ -114,7 +115,7 @@ def run(case: Case, policies: Sequence[str], done: set[str]) -> Iterator[dict[st
             "attainment": float(met.mean()),
             "bound": bound.share,
             "bound_work_only": bound.work_only,
-            "accounted": float(done_s[np.isfinite(done_s)].sum()) / busy_s,
+            "accounted": float(done_s[np.isfinite(done_s)].sum()) / busy_s if alike else None,
             "by_class": by_class(result.workload, met, bound),
             "by_tenth": by_tenth(result.workload, met, bound),
             "missed": result.metrics["missed"],
@@ -177,9 +178,10 @@ def gaps(rows: Sequence[dict[str, Any]], policy: str) -> str:
         tenths = " ".join(f"{100 * a:.0f}/{100 * b:.0f}" for a, b in row["by_tenth"])
         busy = " ".join(f"{100 * b:.0f}" for b in row["busy"])
         missed = ", ".join(f"{count} {why}" for why, count in row["missed"].items())
+        accounted = "" if row["accounted"] is None else f" (it accounts for {100 * row['accounted']:.0f} of busy time)"
         lines.append(
             f"{row['case']} x {row['load']:g}, seed {row['seed']}: {100 * row['attainment']:.1f} of "
-            f"{100 * row['bound']:.1f}, which accounts for {100 * row['accounted']:.0f} of device time; {classes}; "
+            f"{100 * row['bound']:.1f}{accounted}; {classes}; "
             f"by prompt length {tenths}; busy {busy}; missed: {missed}"
         )
     return "\n".join(lines)
