@@ -28,12 +28,12 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "wait": ("active", "passive"),
 }
 """What a sweep tries, the default first: threads (0: as many as physical cores), slots, most tokens in a step, and in
-one pass of the model, one KV buffer for all slots or one each, flash attention, whether threads spin while they wait for each other (OMP_WAIT_POLICY).
+one pass of the model, one KV buffer for all slots or one each, flash attention, whether threads spin while they wait.
 """
 DEFAULTS = {name: values[0] for name, values in SETTINGS.items()}
 BY_NOISE = {"quiet": DEFAULTS, "busy": DEFAULTS | {"wait": "passive"}}
-"""Threads of OpenMP wait for each other many times a layer. Those that spin meanwhile keep the cores from the one that they
-wait for: beside others a token took seconds, passively 0.1 s."""
+"""Threads of OpenMP wait for each other many times a layer. Those that spin meanwhile keep the cores from the one that
+they wait for: beside others a token took seconds, passively 0.1 s."""
 _TYPES = {"fp32": "f32", "int8": "q8_0"}
 
 
