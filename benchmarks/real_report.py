@@ -162,7 +162,8 @@ def _made(result: dict[str, Any]) -> str:
         f"{result['date']}, {machine['cpu']}, {machine['cores']} cores; nexusengine {versions['nexusengine']}, "
         f"llama-server {versions['llama-server']} with {settings['llama_settings']}; weights {settings['weights']}; "
         f"lengths divided by {settings['scale']:g}. Promise: TTFT {1e3 * promise['ttft_s']:.0f} ms, "
-        f"{1e3 * promise['ttft_per_token_s']:.2f} ms more for each prompt token beyond {promise['short_tokens']}; TPOT {1e3 * promise['tpot_s']:.1f} ms. "
+        f"{1e3 * promise['ttft_per_token_s']:.2f} ms more for each prompt token beyond {promise['short_tokens']}; "
+        f"TPOT {1e3 * promise['tpot_s']:.1f} ms. "
         f"{settings['rounds']} rounds of {settings['duration']:.0f} s at {', '.join(f'{load:g}' for load in loads)} of "
         f"the capacity ({capacity} requests a second); took {result['took_s'] / 60:.0f} minutes."
     )

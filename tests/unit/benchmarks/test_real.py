@@ -201,14 +201,17 @@ def test_threads_of_llama_server_wait_as_its_settings_say(monkeypatch: pytest.Mo
 
 
 def test_a_sweep_puts_the_best_values_together_and_takes_what_kept_most() -> None:
-    runs = []
-    for settings in real_sweep.one_at_a_time():
+    runs, base = [], real_llama.DEFAULTS
+    for settings in real_sweep.one_at_a_time(base):
         better = settings["parallel"] == 16 or settings["wait"] == "passive"
         runs.append(run(json.dumps(settings), 0.9 if better else 0.6))
-    assert real_sweep.together(runs) == real_llama.DEFAULTS | {"parallel": 16, "wait": "passive"}
-    best = run(json.dumps(real_sweep.together(runs)), 0.8)
+    assert real_sweep.together(base, runs) == real_llama.DEFAULTS | {"parallel": 16, "wait": "passive"}
+    best = run(json.dumps(real_sweep.together(base, runs)), 0.8)
     assert real_sweep.chosen([*runs, best])["parallel"] == 16
-    assert real_sweep.chosen([*runs, best | {"attainment": 0.95}]) == real_sweep.together(runs)
+    beside_others = real_sweep.one_at_a_time(real_llama.BY_NOISE["busy"])
+    assert [s["wait"] for s in beside_others].count("active") == 1
+    assert len(beside_others) == len(real_sweep.one_at_a_time(base))
+    assert real_sweep.chosen([*runs, best | {"attainment": 0.95}]) == real_sweep.together(base, runs)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
