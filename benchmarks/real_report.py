@@ -38,21 +38,22 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """The bounds for a prompt of n tokens: TTFT ttft_s + n * ttft_per_token_s, TPOT tpot_s."""
+    """TTFT within ttft_s, and ttft_per_token_s more for each prompt token beyond short_tokens; TPOT within tpot_s."""
 
+    short_tokens: int
     ttft_s: float
     ttft_per_token_s: float
     tpot_s: float
 
     def slo(self, prompt_tokens: int) -> SLO:
-        return SLO(self.ttft_s + prompt_tokens * self.ttft_per_token_s, self.tpot_s)
+        beyond = max(prompt_tokens - self.short_tokens, 0)
+        return SLO(self.ttft_s + beyond * self.ttft_per_token_s, self.tpot_s)
 
 
 def promise_of(idle: Idle, ttft_factor: float, tpot_factor: float) -> Promise:
     """The idle latencies times the factors; TTFT is a straight line through the two prompts, never falling."""
     slope = max((idle.long_ttft_s - idle.short_ttft_s) / (idle.long_tokens - idle.short_tokens), 0.0)
-    base = max(idle.short_ttft_s - slope * idle.short_tokens, 0.0)
-    return Promise(ttft_factor * base, ttft_factor * slope, tpot_factor * idle.tpot_s)
+    return Promise(idle.short_tokens, ttft_factor * idle.short_ttft_s, ttft_factor * slope, tpot_factor * idle.tpot_s)
 
 
 def promised(items: Sequence[WorkItem], promise: Promise) -> list[WorkItem]:
@@ -160,8 +161,9 @@ def _made(result: dict[str, Any]) -> str:
     return (
         f"{result['date']}, {machine['cpu']}, {machine['cores']} cores; nexusengine {versions['nexusengine']}, "
         f"llama-server {versions['llama-server']} with {settings['llama_settings']}; weights {settings['weights']}; "
-        f"lengths divided by {settings['scale']:g}. Promise: TTFT {1e3 * promise['ttft_s']:.0f} ms and "
-        f"{1e3 * promise['ttft_per_token_s']:.2f} ms a prompt token, TPOT {1e3 * promise['tpot_s']:.1f} ms. "
+        f"lengths divided by {settings['scale']:g}. Promise: TTFT {1e3 * promise['ttft_s']:.0f} ms, "
+        f"{1e3 * promise['ttft_per_token_s']:.2f} ms more for each prompt token beyond {promise['short_tokens']}; "
+        f"TPOT {1e3 * promise['tpot_s']:.1f} ms. "
         f"{settings['rounds']} rounds of {settings['duration']:.0f} s at {', '.join(f'{load:g}' for load in loads)} of "
         f"the capacity ({capacity} requests a second); took {result['took_s'] / 60:.0f} minutes."
     )

@@ -1,11 +1,15 @@
 """What a kept step-time model is worth: errors of the first steps after a restart, with and without it.
 
     python -m benchmarks.step_times_restart [--devices cpu:1] [--rounds 6] [--teach 40] [--steps 50] [--no-calibrate]
+    python -m benchmarks.step_times_restart --logs LOG.jsonl.gz ...
 
 On one real executor. A first core serves random requests for `--teach` seconds, and its model is kept as a worker keeps
 it. Then cores begin as a restarted worker's does, in turn without and with what was kept, calibrate, and serve the same
 random requests for `--steps` steps. Printed are the errors of the predictions that the scheduler had, in percent of the
 measured time, over the first 10 and over all steps, of all rounds.
+
+With step logs instead of a device, six restarts in each log: the state of a model that has seen the log so far,
+resumed, beside a new model, neither of them calibrated, on the next `--steps` steps.
 """
 
 from __future__ import annotations
@@ -19,15 +23,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nexusengine.cli.perf import load_steps
 from nexusengine.clock import MonotonicClock
 from nexusengine.config import EngineConfig, load, parse_devices
 from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.perf.online import OnlineModel
+from nexusengine.perf.prior import GENERIC
+from nexusengine.perf.replay import MeasuredStep
 from nexusengine.types import EngineRequest, SamplingParams
 from nexusengine.wire import StepRecord
 from nexusengine.worker.build import executor_options, make_core
-from nexusengine.worker.model_store import ModelStore
+from nexusengine.worker.model_store import ModelStore, Remembered
+from nexusengine.worker.resume import resumed
 
 if TYPE_CHECKING:
     from nexusengine.core.engine_core import EngineCore
@@ -62,6 +70,32 @@ def serve(core: EngineCore, rng: random.Random, vocabulary: int, seconds: float,
     return errors
 
 
+def first_errors(model: OnlineModel, steps: list[MeasuredStep]) -> list[float]:
+    errors = []
+    for step in steps:
+        errors.append(100.0 * abs(model.predict(step.features).mean_s / step.seconds - 1.0))
+        model.observe(step.features, step.seconds)
+    return errors
+
+
+def of_log(log: str, count: int) -> None:
+    """Prints means of the errors after restarts at six places in the first 3,000 steps of a log."""
+    steps = load_steps(log)[1:3000]
+    errors: dict[str, list[list[float]]] = {"without": [], "with": []}
+    model, at = OnlineModel(), 0
+    for place in np.linspace(0.3 * len(steps), len(steps) - count, 6).astype(int).tolist():
+        for step in steps[at:place]:
+            model.observe(step.features, step.seconds)
+        at, following = place, steps[place : place + count]
+        again = resumed(Remembered(model.state(), 1.0), GENERIC, [])
+        assert again is not None
+        errors["without"].append(first_errors(OnlineModel(), following))
+        errors["with"].append(first_errors(again, following))
+    for how, rounds in errors.items():
+        means = [np.mean([r[:first] for r in rounds]) for first in (10, count)]
+        print(f"{Path(log).name:42} {how:8} first 10: {means[0]:5.1f} %, first {count}: {means[1]:5.1f} %")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="cpu:1")
@@ -69,7 +103,12 @@ def main() -> None:
     parser.add_argument("--teach", type=float, default=40.0)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--no-calibrate", action="store_true")
+    parser.add_argument("--logs", nargs="+", default=[], metavar="LOG")
     args = parser.parse_args()
+    for log in args.logs:
+        of_log(log, args.steps)
+    if args.logs:
+        return
     config = load(EngineConfig, {"devices": args.devices, "calibrate": not args.no_calibrate})
     files = resolve_model(config.model)
     executor = make_executor(files, parse_devices(config.devices)[0], executor_options(config))

@@ -13,8 +13,8 @@ from nexusengine.perf.prior import Prior
 from nexusengine.worker.model_store import Remembered
 
 Measured = tuple[StepFeatures, float]
-_COUNTS_FOR = 32.0
-"""Steps of each kind for which a model of just now counts; 32 new ones weigh as much."""
+_COUNTS_FOR = 16.0
+"""Steps of each kind for which a model of just now counts; 16 new ones weigh as much."""
 _AGREES, _LIKE, _MOST_UNLIKE = math.log(3.0), math.log(2.0), 0.2
 log = get_logger("step times")
 

@@ -38,7 +38,7 @@ from nexusengine.loadgen.prompts import Prompts, bodies
 from nexusengine.loadgen.record import Record
 from nexusengine.loadgen.report import verdict
 
-PROMISE = Promise(0.1, 0.001, 0.05)
+PROMISE = Promise(16, 0.116, 0.001, 0.05)
 
 
 # ---- promises -------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_the_promise_is_the_idle_latency_times_its_factors_at_both_prompts() -> 
 
 def test_the_promised_ttft_never_falls_with_the_prompt_nor_below_nothing() -> None:
     assert promise_of(Idle(16, 0.2, 512, 0.1, 0.01), 5.0, 3.0).slo(1000).ttft_s == pytest.approx(1.0)
-    assert promise_of(Idle(16, 0.001, 512, 5.0, 0.01), 1.0, 1.0).ttft_s == 0.0
+    assert promise_of(Idle(16, 0.001, 512, 5.0, 0.01), 5.0, 3.0).slo(1).ttft_s == pytest.approx(0.005)
 
 
 def test_a_server_that_is_told_no_slo_is_judged_by_the_same_promise() -> None:
@@ -129,7 +129,7 @@ RESULT = {
     "machine": {"cpu": "a CPU", "cores": 2},
     "versions": {"nexusengine": "1", "llama-server": "build 2"},
     "settings": {"llama_settings": {}, "weights": "fp32", "scale": 8.0, "rounds": 1, "duration": 10.0},
-    "promise": {"ttft_s": 0.1, "ttft_per_token_s": 0.001, "tpot_s": 0.05},
+    "promise": {"short_tokens": 16, "ttft_s": 0.1, "ttft_per_token_s": 0.001, "tpot_s": 0.05},
     "capacity_rps": {"quiet": 2.0},
     "took_s": 120.0,
 }
@@ -201,14 +201,17 @@ def test_threads_of_llama_server_wait_as_its_settings_say(monkeypatch: pytest.Mo
 
 
 def test_a_sweep_puts_the_best_values_together_and_takes_what_kept_most() -> None:
-    runs = []
-    for settings in real_sweep.one_at_a_time():
+    runs, base = [], real_llama.DEFAULTS
+    for settings in real_sweep.one_at_a_time(base):
         better = settings["parallel"] == 16 or settings["wait"] == "passive"
         runs.append(run(json.dumps(settings), 0.9 if better else 0.6))
-    assert real_sweep.together(runs) == real_llama.DEFAULTS | {"parallel": 16, "wait": "passive"}
-    best = run(json.dumps(real_sweep.together(runs)), 0.8)
+    assert real_sweep.together(base, runs) == real_llama.DEFAULTS | {"parallel": 16, "wait": "passive"}
+    best = run(json.dumps(real_sweep.together(base, runs)), 0.8)
     assert real_sweep.chosen([*runs, best])["parallel"] == 16
-    assert real_sweep.chosen([*runs, best | {"attainment": 0.95}]) == real_sweep.together(runs)
+    beside_others = real_sweep.one_at_a_time(real_llama.BY_NOISE["busy"])
+    assert [s["wait"] for s in beside_others].count("active") == 1
+    assert len(beside_others) == len(real_sweep.one_at_a_time(base))
+    assert real_sweep.chosen([*runs, best | {"attainment": 0.95}]) == real_sweep.together(base, runs)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
