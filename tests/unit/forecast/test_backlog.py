@@ -7,9 +7,11 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nexusengine.forecast.backlog import Prompts, first_tokens_in_s
-from nexusengine.forecast.speed import predict_speed
+from nexusengine.forecast.speed import predict_speed, predictor_of
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import StepFeatures
@@ -92,6 +94,44 @@ def replace_relegates(traits: PolicyTraits) -> PolicyTraits:
 def test_who_was_relegated_comes_last_in_the_order_given() -> None:
     times = foretold([(0, 600)] * 4, [], relegated=[True, False, True, False])
     assert sorted(times) == [times[1], times[3], times[0], times[2]]
+
+
+PROMPT = st.tuples(st.floats(0.0, 1e4) | st.just(INF), st.integers(1, 100_000), st.integers(0, 100_000), st.booleans())
+ANY_TRAITS = st.builds(
+    PolicyTraits,
+    order=st.sampled_from(["deadline", "arrival", "shortest"]),
+    relegates=st.booleans(),
+    step_tokens=st.integers(0, 4096),
+    step_s=st.floats(1e-6, 1e3) | st.just(INF),
+    by_tpot=st.booleans(),
+)
+
+
+@given(
+    st.lists(PROMPT, min_size=1, max_size=30),
+    ANY_TRAITS,
+    st.integers(0, 300),
+    st.floats(1e-4, 10.0) | st.just(INF),
+    st.integers(1, 4096),
+    st.booleans(),
+)
+def test_whatever_waits_each_prompt_has_a_time_that_is_possible(
+    prompts: list[tuple[float, int, int, bool]],
+    traits: PolicyTraits,
+    decodes: int,
+    tpot_s: float,
+    limit: int,
+    unfitted: bool,
+) -> None:
+    """Finite, after the step under way, and the last not before all that waits is computed at the best rate."""
+    due_s, left, done = (np.array(x, np.float64) for x in list(zip(*prompts, strict=True))[:3])
+    model = predictor_of(None) if unfitted else MODEL
+    speed = predict_speed(model, 1.2, decodes, 100.0 * decodes, tpot_s, limit, traits)
+    relegated = np.array([p[3] for p in prompts])
+    in_s = first_tokens_in_s(Prompts(due_s, left, done), relegated, speed, traits, 0.5, 100.0)
+    assert np.isfinite(in_s).all()
+    assert (in_s > 0.5).all()
+    assert in_s.max() >= 0.5 + 0.999 * float(speed.service_s(left, done).sum() - speed.first_step_s)
 
 
 def test_nothing_is_foretold_where_nothing_waits() -> None:
