@@ -28,8 +28,11 @@ def prompts_s(
     room = float(max(max_batch_tokens - decodes, 1))
     steps = np.ceil(tokens / room)
     last = tokens - (steps - 1.0) * room
-    chunk = np.concatenate([np.full(len(tokens), room), last])
     of_a_step = np.maximum(prompts / steps, 1.0)
+    if not np.count_nonzero(steps > 1.0):  # as is usual
+        kv = np.full(len(last), kv_tokens)
+        return model.mean_s(last + decodes, of_a_step + decodes, of_a_step, last * (attention / tokens), kv)
+    chunk = np.concatenate([np.full(len(tokens), room), last])
     times_s = model.mean_s(
         chunk + decodes,
         np.tile(of_a_step, 2) + decodes,
