@@ -21,9 +21,12 @@ def prompts_s(model: Predictor, max_batch_tokens: int, prompt_tokens: F8) -> F8:
     """
     steps = np.ceil(prompt_tokens / max_batch_tokens)
     last = prompt_tokens - (steps - 1.0) * max_batch_tokens
-    chunk = np.concatenate([np.full(len(prompt_tokens), float(max_batch_tokens)), last])
-    one = np.ones(len(chunk))
-    times_s = model.mean_s(chunk, one, one, chunk * np.tile(0.5 * prompt_tokens, 2), 0.0 * one)
+    one = np.ones(len(last))
+    if not np.count_nonzero(steps > 1.0):  # as is usual
+        return model.mean_s(last, one, one, last * 0.5 * prompt_tokens, 0.0 * one)
+    chunk = np.concatenate([np.full(len(last), float(max_batch_tokens)), last])
+    ones = np.tile(one, 2)
+    times_s = model.mean_s(chunk, ones, ones, chunk * np.tile(0.5 * prompt_tokens, 2), 0.0 * ones)
     full_s, last_s = np.split(times_s, 2)
     took_s: F8 = (steps - 1.0) * full_s + last_s
     return took_s
