@@ -151,7 +151,7 @@ def test_where_files_are_gone_nothing_is_read_of_which_only_a_part_is_known(tmp_
     for part in range(4):
         ended = [request(i, arrival_s=10.0 * part + i - 2.0) for i in range(1 if part == 0 else 0, 9)]
         ended = [line for line in ended if line.arrival_s >= 0.0]
-        content = [header(part=part, opened_s=10.0 * part), *ended]
+        content: list[lines.Line] = [header(part=part, opened_s=10.0 * part), *ended]
         parts.append(write(tmp_path / f"p{part}.jsonl", content))
     assert len(workload(*parts).jobs) == 7 + 3 * 9
     kept = workload(*parts[2:]).jobs
