@@ -229,6 +229,8 @@ def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None
             "$.ended",
         ),
         (lambda rows: [rows[0], rows[1].replace('"online-1"', '"other"'), *rows[2:]], "line 2"),
+        (lambda rows: [rows[0], rows[1].replace('"cpu:1"', '"gpu?"'), *rows[2:]], "line 2"),
+        (lambda rows: [rows[0], rows[1].replace('"kv_tokens":16000', '"kv_tokens":0'), *rows[2:]], "kv_tokens"),
         (lambda rows: [*rows, rows[2].replace("{", '{"block_tokens":32,', 1).replace('"block_tokens":16,', "")], "32"),
     ],
 )
@@ -405,6 +407,9 @@ def test_plan_answers_with_and_without_a_device(tmp_path: Path, capsys: pytest.C
     assert [c["devices"] for c in made["candidates"]] == ["this", "this-w1", "this:w0,l4"]
     assert [len(c["metrics"]["workers"]) for c in made["candidates"]] == [2, 1, 2]
     assert made["spec"]["scheduler_cost_s"] == pytest.approx(0.002)
+    lone = write(tmp_path / "lone.jsonl", [header(), lines.Workers(at_s=0.0, workers=(worker(),)), request(0)])
+    assert main(["plan", "--trace", lone]) == 1
+    assert "no rate" in capsys.readouterr().err
     assert main(["plan", "--trace", path, "--devices", "this:w9", "--no-head-room"]) == 1
     assert "w0, w1" in capsys.readouterr().err
 
