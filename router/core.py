@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 
 from nexusengine.errors import (
-    DeadlineExceeded,
     InternalError,
     InvalidRequest,
     NexusError,
     Overloaded,
     Unavailable,
-    WorkerLost,
     error_from_code,
 )
 from nexusengine.router import checks
@@ -150,7 +148,8 @@ class RouterCore:
         if refusal is not None:
             self._outbox.deltas({client: [TokenDelta.failed(request.request_id, refusal)]})
         else:
-            self._place(self.ledger.add(request, client), now)
+            entry = self.ledger.add(request, client)
+            self._carry_out(entry, self._placer.place(entry, now))
 
     def _refusal(self, request: EngineRequest) -> NexusError | None:
         """Why a request is not taken; None if it is."""
@@ -258,8 +257,7 @@ class RouterCore:
             if entry.stage is Stage.DISPATCHED and entry.attempts < MAX_ATTEMPTS:
                 self._redispatch(entry, now)
             else:
-                when = "while its answer was streamed" if entry.stage is Stage.STREAMING else "twice"
-                self._fail(entry, WorkerLost(f"the worker was lost {when}" + (f": {cause}" if cause else "")))
+                self._fail(entry, entry.lost(cause))
 
     def _move_from_stalled(self, identity: bytes, now: float) -> None:
         """Move what nobody has seen a token of from a worker that makes no progress, if another accepts requests."""
@@ -273,7 +271,7 @@ class RouterCore:
     def _redispatch(self, entry: Entry, now: float) -> None:
         self.stats.redispatches += 1
         self.ledger.hold(entry)
-        self._place(entry, now)
+        self._carry_out(entry, self._placer.place(entry, now))
 
     def _forward(self, worker: Worker, identity: bytes, message: WorkerDeltas, now: float) -> None:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
@@ -343,8 +341,7 @@ class RouterCore:
             self._move_from_stalled(identity, now)
         for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
             self._cancel(entry, now)
-            limit_s = entry.placement.deadline_s - entry.placement.arrival_s
-            self._fail(entry, DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival"))
+            self._fail(entry, entry.expired())
         self._give_up_late(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
@@ -355,19 +352,10 @@ class RouterCore:
 
     def _give_up_late(self, now: float) -> None:
         """Refuse those who wait beyond what their class allows, while waiting is of no use."""
-        impatient = self.ledger.impatient(now)
-        for entry in impatient:
-            self._placer.first_token(entry, False)
-        if not self._placer.saturated(now):
-            return
-        for entry in impatient:
+        for entry, error in self._placer.give_up(now):
             self.stats.refused_late += 1
-            waited_s = now - entry.placement.arrival_s
-            error = Overloaded(
-                f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either",
-                retry_after_s=self._finish_rate.drain_s(len(self.ledger)),
-            )
             self._cancel(entry, now)
+            error.retry_after_s = self._finish_rate.drain_s(len(self.ledger))
             self._fail(entry, error)
 
     # ---- placement -----------------------------------------------------------------------------------------------
@@ -375,9 +363,6 @@ class RouterCore:
     def _place_held(self, now: float) -> None:
         for entry, decision in self._placer.place_held(now):
             self._carry_out(entry, decision)
-
-    def _place(self, entry: Entry, now: float) -> None:
-        self._carry_out(entry, self._placer.place(entry, now))
 
     def _carry_out(self, entry: Entry, decision: Decision) -> None:
         if isinstance(decision, Refuse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from nexusengine.errors import Overloaded
 from nexusengine.kv.digest import short_hashes
 from nexusengine.router.ledger import Entry, Ledger
 from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementPolicy, PlacementRequest
@@ -75,9 +76,19 @@ class Placer:
             entry.late = False
             self._policy.observe(in_time)
 
-    def saturated(self, now: float) -> bool:
-        """Whether the policy finds that what is late is not worth waiting for."""
-        return self._policy.saturated(now)
+    def give_up(self, now: float) -> Iterator[tuple[Entry, Overloaded]]:
+        """Those who have waited as long as their class allows, with why, while the policy finds waiting of no use."""
+        impatient = self._ledger.impatient(now)
+        for entry in impatient:
+            self.first_token(entry, False)
+        for entry in impatient if self._policy.saturated(now) else ():
+            waited_s = now - entry.placement.arrival_s
+            yield (
+                entry,
+                Overloaded(
+                    f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either"
+                ),
+            )
 
     def place_held(self, now: float) -> Iterator[tuple[Entry, Decision]]:
         """Try to place the held requests, the first due first, until all others would be held too."""

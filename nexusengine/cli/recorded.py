@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 TRACE_HELP = (
     "CSV or JSONL, gzipped or not, or lengths:input=DIST,output=DIST; or the files that serve --record-trace wrote"
 )
-_LEAST_TIMEOUT_S = 1.0
+_LEAST_TIMEOUT_S, _LONGEST_PERIOD_S = 1.0, 4.0  # of a simulation; servers allow a little more
 
 
 def trace_of(words: Sequence[str]) -> str | tuple[str, ...]:
@@ -56,7 +56,7 @@ def _recorded(recording: Recording) -> dict[str, Any]:
         "max_batch_tokens": server.max_batch_tokens,
         "max_running": server.max_running,
         "max_waiting": server.max_waiting,
-        "snapshot_period": server.snapshot_period,
+        "snapshot_period": min(server.snapshot_period, _LONGEST_PERIOD_S),
         "request_timeout": max(server.request_timeout, _LEAST_TIMEOUT_S),
         "scheduler_cost": f"{host_s(recording):.9f}",
         "link_delay": link_delay_s(recording, HOPS),

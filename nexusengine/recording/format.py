@@ -117,10 +117,10 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     worker: _Name
     device: _Name
     dtype: _Name = ""
-    block_tokens: Annotated[int, Meta(ge=1, le=2**20)]
-    kv_tokens: _Count
-    max_model_len: _Tokens
-    max_batch_tokens: _Tokens
+    block_tokens: Annotated[int, Meta(ge=1, le=1024)]
+    kv_tokens: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
+    max_model_len: Annotated[int, Meta(ge=1, le=2**31)]
+    max_batch_tokens: Annotated[int, Meta(ge=1, le=2**31)]
     steps: _Count = 0
     device_s: _Seconds = 0.0
     predicted_s: _Seconds = 0.0
@@ -185,7 +185,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     met_strict: bool | None = None
     missed: _Name | None = None
     error: _Name | None = None
-    block_tokens: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    block_tokens: Annotated[int, Meta(ge=0, le=1024)] = 0
     hash_ids: tuple[_Count, ...] = ()
     answer_hash_ids: tuple[_Count, ...] = ()
 

@@ -132,6 +132,8 @@ def plan(
             result = simulate(replace(mine, seed=seed), load_profile=load_profile, builder=builder)
             builder = result.builder
             results.append(result.metrics)
+        if not rate_rps and results[0]["offered_rps"] is None:
+            raise ConfigError("all requests of the trace arrive at the same time: they have no rate", param="trace")
         rate_rps = rate_rps or float(results[0]["offered_rps"])
         found: list[float | None] = [None] * len(targets)
         limit_rps = _ABOVE * rate_rps

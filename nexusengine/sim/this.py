@@ -23,6 +23,7 @@ from nexusengine.sim.workload.recording import Recording
 
 _THIS, _ONE = "this", "this:"
 _FEWEST_STEPS = 100  # before measured over predicted time says something
+_MOST_HOST_S = 1.0
 _NOT_A_PROFILE = ("instant",)
 _SHORTEST_QUEUE = 2.0  # percentile of the time to the first step at which nobody waits for another's step
 
@@ -107,7 +108,7 @@ def _emulated(worker: Worker) -> str | None:
 def host_s(recording: Recording) -> float:
     """Mean seconds between steps of the recorded workers."""
     steps = sum(w.steps for w in recording.workers)
-    return sum(w.host_s for w in recording.workers) / steps if steps else 0.0
+    return min(sum(w.host_s for w in recording.workers) / steps, _MOST_HOST_S) if steps else 0.0
 
 
 def link_delay_s(recording: Recording, hops: int) -> float:

@@ -10,6 +10,7 @@ from statistics import fmean
 
 import msgspec
 
+from nexusengine.config import parse_device
 from nexusengine.errors import ConfigError
 from nexusengine.perf.registry import rebuild
 from nexusengine.recording import format as lines
@@ -147,9 +148,10 @@ def _read_file(path: Path) -> _File:
         try:
             line = lines.parse(row)
             for worker in line.workers if isinstance(line, lines.Workers) else ():
+                parse_device(worker.device)
                 if worker.learned is not None:
                     rebuild(worker.learned.snapshot)
-        except (ValueError, IndexError) as error:  # msgspec's are ValueErrors
+        except (ValueError, IndexError, ConfigError) as error:  # msgspec's are ValueErrors
             raise ConfigError(f"{where}: not a line of a recorded trace: {error}", param="trace") from None
         if isinstance(line, lines.Header):
             if file is not None:

@@ -59,7 +59,9 @@ def test_after_its_end_nothing_is_taken_any_more(tmp_path: Path) -> None:
 
 
 def test_every_file_of_a_set_has_a_header_and_the_workers(tmp_path: Path) -> None:
-    info = WorkerInfo("w0", "e", 1, "cpu:1", "m", block_size=16, kv_total_blocks=10, max_model_len=160)
+    info = WorkerInfo(
+        "w0", "e", 1, "cpu:1", "m", block_size=16, kv_total_blocks=10, max_model_len=160, max_batch_tokens=64
+    )
     load = WorkerLoad(0, perf=PerfSnapshot("line", (0.001, 0.01, 0.0), 1.2, 9), counters={"steps": 9.0, "host_s": 0.5})
     cluster = Cluster("r", (WorkerStatus(info, WorkerState.READY, "ready", 1.0, 0, load),))
     recorder = made(tmp_path, record_trace_bytes=3000, record_trace_files=100)
