@@ -63,7 +63,7 @@ class Deadlines:
     def update(self, view: EngineView, slots: I4) -> I4:
         """Bring the rows of `slots` up to date; returns those of them that are new."""
         c = view.columns
-        new = slots[self._arrival_s[slots] != c.arrival_s[slots]]
+        new: I4 = slots[self._arrival_s[slots] != c.arrival_s[slots]]
         if len(new):
             self._enter(view, new)
         resumed = slots[c.generated_tokens[slots] > 0]

@@ -47,6 +47,7 @@ _HEADROOM_BLOCKS = 2  # left for each running sequence when one more starts, so 
 _LOOKAHEAD = 112  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
 _LOOKAHEAD_PER_SLOT = 4  # more of them for each free running slot
 _FLOOR_TOKENS = 20  # up to which an answer's gain is spent before it is made, where almost all get there
+_CALM_LOAD = 0.5  # of prompts with an SLO, below which they are served as they came where all can be in time
 _BURST_MIXING = 30  # times what mixing costs: how much of that one step may spend
 _EARLY_DECODE = 2.0  # the limit of an early decode keeps this share of the error margin, divided by its tokens so far
 
@@ -97,7 +98,8 @@ class Lens:
             return self._finish_without_prompts(view, step, limit, decode_s)
         prompts, relegated = self._prompts(view, step, costs)
         rate, limit = self._prefill_rate(view, step, limit, decode_s, may_burst=not len(relegated))
-        context = PlanContext(view, now, deadlines, costs, limit, rate)
+        calm = not len(relegated) and self._step_cap.load < _CALM_LOAD
+        context = PlanContext(view, now, deadlines, costs, limit, rate, calm)
         can_serve = step.free_running_slots > 0 or len(step.prompts) > 0
         selection = self._select(context, step, prompts, relegated, can_serve)
         coalesce = can_serve and rate.coalesces and not step.empty and can_wait(context, selection)
