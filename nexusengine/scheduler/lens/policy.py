@@ -31,7 +31,7 @@ from nexusengine.scheduler.lens.prefill_rate import (
     mixing_cost_s,
     prefill_rate,
 )
-from nexusengine.scheduler.lens.relegation import RelegationQueue
+from nexusengine.scheduler.lens.relegation import RelegationQueue, waits_for_decodes
 from nexusengine.scheduler.lens.select import RESPONSE_MARGIN_S, can_wait, in_order, select
 from nexusengine.scheduler.lens.step_cap import StepCap
 from nexusengine.scheduler.lens.step_limit import StepLimit, step_limit
@@ -53,7 +53,7 @@ _EARLY_DECODE = 2.0  # the limit of an early decode keeps this share of the erro
 
 _NONE = Reason.NONE  # members of an enum are slow to look up
 _WAIT_BLOCKS, _WAIT_RUNNING_SLOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_RUNNING_SLOT)
-_WAIT_TIME, _WAIT_ORDER, _WAIT_TPOT = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER), int(Reason.WAIT_TPOT)
+_WAIT_TIME, _WAIT_ORDER = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER)
 _WAIT_COALESCE, _DEFERRED = int(Reason.WAIT_COALESCE), int(Reason.DEFERRED)
 _RELEGATED, _AGED = int(Reason.RELEGATED), int(Reason.AGED)
 
@@ -267,7 +267,7 @@ class Lens:
             self._preempt_relegated(fill, context, on_time)
         if fill.open and len(deferred):
             self._serve(fill, deferred, may_start)
-        if fill.open and len(relegated) and not _waits_for_decodes(step, on_time):
+        if fill.open and len(relegated) and not waits_for_decodes(step, on_time):
             self._relegation.backfill(fill, view, relegated, may_start)
         if step.empty:
             force(step, [*on_time.slots.tolist(), *deferred.slots.tolist(), *relegated.tolist()])
@@ -382,12 +382,6 @@ def _without_relegated(view: EngineView, slots: I4) -> tuple[I4, I4]:
     if not np.count_nonzero(relegated):
         return slots, slots[:0]
     return slots[~relegated], slots[relegated]
-
-
-def _waits_for_decodes(step: Step, on_time: Prompts) -> bool:
-    """Whether one who is to be on time waits for decodes to end: then the step had better be short."""
-    waits = step.reasons[on_time.slots[on_time.due_s < _INF]]
-    return bool(((waits == _WAIT_RUNNING_SLOT) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
 
 
 def _resumed(view: EngineView, step: Step, limit: StepLimit) -> tuple[int, ...]:
