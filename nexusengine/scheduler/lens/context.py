@@ -23,6 +23,7 @@ class PlanContext:
         costs: at the margin of this step.
         limit: how long the step may take for the sake of running requests.
         rate: how fast prompts can be served under that limit.
+        calm: nobody is relegated, and little work arrives for the time there is.
     """
 
     view: EngineView
@@ -31,6 +32,7 @@ class PlanContext:
     costs: MarginalCosts
     limit: StepLimit
     rate: PrefillRate
+    calm: bool = False
 
 
 @dataclass(frozen=True, slots=True)

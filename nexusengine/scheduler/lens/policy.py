@@ -31,7 +31,7 @@ from nexusengine.scheduler.lens.prefill_rate import (
     mixing_cost_s,
     prefill_rate,
 )
-from nexusengine.scheduler.lens.relegation import RelegationQueue, resumed
+from nexusengine.scheduler.lens.relegation import RelegationQueue, resumed, waits_for_decodes
 from nexusengine.scheduler.lens.select import RESPONSE_MARGIN_S, can_wait, in_order, precedence, select
 from nexusengine.scheduler.lens.step_cap import StepCap
 from nexusengine.scheduler.lens.step_limit import StepLimit, step_limit
@@ -47,12 +47,13 @@ _HEADROOM_BLOCKS = 2  # left for each running sequence when one more starts, so 
 _LOOKAHEAD = 112  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
 _LOOKAHEAD_PER_SLOT = 4  # more of them for each free running slot
 _FLOOR_TOKENS = 20  # up to which an answer's gain is spent before it is made, where almost all get there
+_CALM_LOAD = 0.5  # of prompts with an SLO, below which they are served as they came where all can be in time
 _BURST_MIXING = 30  # times what mixing costs: how much of that one step may spend
 _EARLY_DECODE = 2.0  # the limit of an early decode keeps this share of the error margin, divided by its tokens so far
 
 _NONE = Reason.NONE  # members of an enum are slow to look up
 _WAIT_BLOCKS, _WAIT_RUNNING_SLOT = int(Reason.WAIT_BLOCKS), int(Reason.WAIT_RUNNING_SLOT)
-_WAIT_TIME, _WAIT_ORDER, _WAIT_TPOT = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER), int(Reason.WAIT_TPOT)
+_WAIT_TIME, _WAIT_ORDER = int(Reason.WAIT_TIME), int(Reason.WAIT_ORDER)
 _WAIT_COALESCE, _DEFERRED = int(Reason.WAIT_COALESCE), int(Reason.DEFERRED)
 _RELEGATED, _AGED = int(Reason.RELEGATED), int(Reason.AGED)
 
@@ -98,7 +99,8 @@ class Lens:
             return self._finish_without_prompts(view, step, limit, decode_s)
         prompts, relegated = self._prompts(view, step, costs)
         rate, limit = self._prefill_rate(view, step, limit, decode_s, may_burst=not len(relegated))
-        context = PlanContext(view, now, deadlines, costs, limit, rate)
+        calm = not len(relegated) and self._step_cap.load < _CALM_LOAD
+        context = PlanContext(view, now, deadlines, costs, limit, rate, calm)
         can_serve = step.free_running_slots > 0 or len(step.prompts) > 0
         selection = self._select(context, step, prompts, relegated, can_serve)
         coalesce = can_serve and rate.coalesces and not step.empty and can_wait(context, selection)
@@ -268,7 +270,7 @@ class Lens:
             self._preempt_relegated(fill, context, on_time)
         if fill.open and len(deferred):
             self._serve(fill, deferred, may_start)
-        if fill.open and len(relegated) and not _waits_for_decodes(step, on_time):
+        if fill.open and len(relegated) and not waits_for_decodes(step, on_time):
             self._relegation.backfill(fill, view, relegated, may_start)
         if step.empty:
             force(step, [*on_time.slots.tolist(), *deferred.slots.tolist(), *relegated.tolist()])
@@ -382,12 +384,6 @@ def _without_relegated(view: EngineView, slots: I4) -> tuple[I4, I4]:
     if not np.count_nonzero(relegated):
         return slots, slots[:0]
     return slots[~relegated], slots[relegated]
-
-
-def _waits_for_decodes(step: Step, on_time: Prompts) -> bool:
-    """Whether one who is to be on time waits for decodes to end: then the step had better be short."""
-    waits = step.reasons[on_time.slots[on_time.due_s < _INF]]
-    return bool(((waits == _WAIT_RUNNING_SLOT) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
 
 
 def _notes(limit: StepLimit, decode_s: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
-from nexusengine.scheduler.lens.context import PlanContext
+from nexusengine.scheduler.lens.context import PlanContext, Prompts
 from nexusengine.scheduler.lens.fill import SPARE, Fill
 from nexusengine.scheduler.lens.step_limit import StepLimit
 from nexusengine.scheduler.plan import Reason
@@ -21,6 +21,7 @@ _RELEGATED = int(Reason.RELEGATED)
 _BUSY = [
     int(r) for r in (Reason.DECODE, Reason.PREFILL, Reason.ADMITTED, Reason.AGED, Reason.BACKFILL, Reason.PREEMPTED)
 ]
+_FOR_SLOT, _FOR_BLOCKS, _FOR_TPOT = int(Reason.WAIT_RUNNING_SLOT), int(Reason.WAIT_BLOCKS), int(Reason.WAIT_TPOT)
 _PATIENCE_S = 20.0  # past its turn (see deadlines.turn_s) after which a request gets from the share
 _RESTORABLE = 1.2  # times its work must fit into its slack: restored at the first hope, it would be relegated again
 _LOOK_EVERY_S = 0.1
@@ -178,3 +179,9 @@ def resumed(view: EngineView, step: Step, limit: StepLimit) -> tuple[int, ...]:
     if not np.count_nonzero(again):
         return ()
     return tuple(decodes[again & ~limit.slo_missed & (c.generated_tokens[decodes] > 0)].tolist())
+
+
+def waits_for_decodes(step: Step, on_time: Prompts) -> bool:
+    """Whether one who is to be on time waits for decodes to end: then the step had better be short."""
+    waits = step.reasons[on_time.slots[on_time.due_s < _INF]]
+    return bool(((waits == _FOR_SLOT) | (waits == _FOR_BLOCKS) | (waits == _FOR_TPOT)).any())

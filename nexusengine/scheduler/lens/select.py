@@ -14,6 +14,7 @@ from nexusengine.scheduler.view import EngineView
 _INF = float("inf")
 RESPONSE_MARGIN_S = 0.003
 """For the way back to the client."""
+_ARRIVAL_SHARE = 0.5  # of the time allowed to each that serving in order of arrival may take; the rest is for others
 _SLOT_SHARE = 0.5  # of the running slots expected to come free in time that waiting requests count on
 
 
@@ -73,7 +74,7 @@ def _deferred(
         slots = slot_releases.slots_within(_SLOT_SHARE * start_s, free_running_slots, view.max_running)
         short = bool((needs_slot.cumsum() > slots).any())
     if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
-        return prompts, prompts[:0]
+        return (_as_they_came(context, prompts, allowed_s) if context.calm else prompts), prompts[:0]
     if context.limit.slot >= 0:  # decodes make the best of the steps they allow
         allowed_s = rate.work_in_whole_steps(slack_s)
     rank = 2 * c.priority[prompts.slots]
@@ -83,6 +84,19 @@ def _deferred(
         rank = rank + guard.protected(c.prompt_tokens[prompts.slots])
     out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots if short else None)
     return prompts[~out], prompts[out]
+
+
+def _as_they_came(context: PlanContext, prompts: Prompts, allowed_s: F8) -> Prompts:
+    """In order of arrival where that leaves everyone enough of the time allowed; else as they are, by deadline.
+
+    By deadline, long prompts would let later ones pass that have time to spare.
+    """
+    c = context.view.columns
+    if len(prompts) < 2 or np.count_nonzero(c.priority[prompts.slots]):
+        return prompts
+    order = c.arrival_s[prompts.slots].argsort(kind="stable")
+    late = prompts.work_s[order].cumsum() > _ARRIVAL_SHARE * allowed_s[order]
+    return prompts if np.count_nonzero(late) else prompts[order]
 
 
 def can_wait(context: PlanContext, selection: Selection) -> bool:

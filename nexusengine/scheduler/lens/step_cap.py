@@ -25,12 +25,17 @@ _ONES, _ZEROS = np.ones(len(_SHARES)), np.zeros(len(_SHARES))
 
 
 class StepCap:
-    """Learns which requests with an SLO arrive: how often, how much work they are, and how much slack they have."""
+    """Learns which requests with an SLO arrive: how often, how much work they are, and how much slack they have.
+
+    Attributes:
+        load: seconds of their prompts' work that arrive a second, when the cap was asked for last.
+    """
 
     def __init__(self) -> None:
         self._at_s = np.full(_MEMORY, -_INF)
         self._slack_s, self._work_s = np.zeros(_MEMORY), np.zeros(_MEMORY)
         self._next = 0
+        self.load = 0.0
 
     def arrived(self, now: float, slack_s: F8, work_s: F8) -> None:
         """Requests with an SLO have come.
@@ -52,15 +57,16 @@ class StepCap:
         """
         lately = self._at_s > now - _MEMORY_S
         if not np.count_nonzero(lately):
+            self.load = 0.0
             return _INF
         slack_s = _WAIT_SHARE * self._slack_s[lately]
         since_s = max(now - float(self._at_s[lately].min()), _LEAST_SINCE_S)
-        load = min(float(self._work_s[lately].sum()) / since_s, 1.0)
+        self.load = min(float(self._work_s[lately].sum()) / since_s, 1.0)
         tokens = _SHARES * max_batch_tokens
         step_s = model.mean_s(tokens, _ONES, _ONES, _ZEROS, _ZEROS)
         efficiency = tokens / step_s
         efficiency /= efficiency.max()
         late = np.maximum(1.0 - slack_s / step_s[:, None], 0.0).mean(axis=1)
-        loss = 1.0 - efficiency + _PROMISE_WEIGHT * load * late
+        loss = 1.0 - efficiency + _PROMISE_WEIGHT * self.load * late
         loss[efficiency < _LEAST_EFFICIENCY] = _INF
         return max(float(step_s[loss.argmin()]), float(slack_s.min()))
