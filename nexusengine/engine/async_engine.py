@@ -233,6 +233,7 @@ class AsyncEngine:
         request_id: str | None = None,
         slo: SLOLike = None,
         priority: int = 0,
+        tenant: str | None = None,
         timeout_s: float | None = None,
         arrival_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
@@ -242,6 +243,7 @@ class AsyncEngine:
 
         Args:
             slo, priority: as in Engine.generate.
+            tenant: whose it is; the engine is shared fairly between tenants that wait.
             timeout_s: after arrival; None waits without limit.
             arrival_s: monotonic timestamp; None for now.
 
@@ -258,6 +260,7 @@ class AsyncEngine:
             request_id=request_id,
             slo=self._classes.in_python(slo),
             priority=priority,
+            tenant=tenant,
         )
         check_length(request, self.max_model_len, self._vocab_size)
         async with aclosing(self.stream(request, prompt)) as outputs:

@@ -46,6 +46,7 @@ def make_request(
     request_id: str | None = None,
     slo: SLOClass | None = None,
     priority: int = 0,
+    tenant: str | None = None,
 ) -> EngineRequest:
     """Tokenise, draw a seed if there is none, and set the SLO for this prompt's length. Raises InvalidRequest."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -76,6 +77,7 @@ def make_request(
         slo=None if slo is None else slo.slo(len(token_ids)),
         slo_class=None if slo is None else slo.name,
         priority=priority,
+        tenant=tenant,
         deadline_s=None if timeout_s is None else arrival_s + timeout_s,
     )
 

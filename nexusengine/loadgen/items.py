@@ -39,7 +39,7 @@ def items_of(workload: Workload) -> list[WorkItem]:
             job.request.slo,
             job.request.slo_class,
             job.blocks,
-            job.tenant,
+            job.request.tenant,
         )
         for job in workload.jobs
     ]

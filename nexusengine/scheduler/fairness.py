@@ -1,7 +1,6 @@
 """Fairness between tenants: who has had more than its share of the engine while others wait. PURE.
 
-Each tenant has a counter of the service it got: tokens computed, output tokens counted twice more, divided by its
-weight. While several tenants have requests that wait, those whose counter is far above the least are over their share.
+Each tenant has a counter of the service it got: tokens computed, output tokens counted twice more. While several tenants have requests that wait, those whose counter is far above the least are over their share.
 One that had nothing waiting comes back with the least counter of those that do, so that nobody saves up service.
 
 Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024): the virtual token counter.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -30,14 +28,12 @@ class TenantShares:
 
     Args:
         gap_s: a counter is over its share if it is above the least by what an even share of the engine is in this time.
-        weights: shares of tenants beside the others' 1.0, by name.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None, gap_s: float = GAP_S) -> None:
-        self._gap_s, self._weights = gap_s, weights or {}
+    def __init__(self, gap_s: float = GAP_S) -> None:
+        self._gap_s = gap_s
         self._numbers: OrderedDict[str | None, int] = OrderedDict({None: 0})  # used last at the end
         self._service: F8 = np.zeros(1)
-        self._weight: F8 = np.ones(1)
         self._waits: Bools = np.zeros(1, np.bool_)  # who had requests waiting at the last look
         self._rate_tokens, self._rate_s, self._looked_s = 0.0, 0.0, math.nan  # service of late, and in how long
         self._least = 0.0  # counter of those that waited when somebody did
@@ -55,10 +51,9 @@ class TenantShares:
             if number == _MAX_TENANTS:
                 number = self._numbers.popitem(last=False)[1]
             else:
-                self._service, self._weight = np.append(self._service, 0.0), np.append(self._weight, 1.0)
+                self._service = np.append(self._service, 0.0)
                 self._waits = np.append(self._waits, False)
             self._service[number], self._waits[number] = 0.0, False
-            self._weight[number] = self._weights.get(tenant or "", 1.0)
         self._numbers[tenant] = number
         self._numbers.move_to_end(tenant)
         return number
@@ -73,7 +68,7 @@ class TenantShares:
         """
         size = len(self._service)
         tokens = np.bincount(tenants, counts, size) + OUTPUT_WEIGHT * np.bincount(sampled, minlength=size)
-        self._service += tokens / self._weight
+        self._service += tokens
         self._rate_tokens += float(tokens.sum())
 
     def over_share(self, tenants: I4, waiting: I4, now: float) -> Bools | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -63,7 +62,6 @@ class Scheduler(Generic[R]):
         kv: block accounting for `max_running + max_waiting` slots.
         max_running, max_waiting: requests that hold KV, and that wait for it.
         max_batch_tokens: tokens that a step may compute.
-        tenant_weights: see TenantShares.
 
     Attributes:
         running, waiting: slots in order of admission and of service; `ending`: slots whose last token is being
@@ -82,7 +80,6 @@ class Scheduler(Generic[R]):
         max_running: int,
         max_waiting: int,
         max_batch_tokens: int,
-        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.policy, self.model, self.kv = policy, model, kv
         self.max_running, self.max_waiting, self.max_batch_tokens = max_running, max_waiting, max_batch_tokens
@@ -95,7 +92,7 @@ class Scheduler(Generic[R]):
         self.ending: dict[int, None] = {}
         self.stats = CoreStats(kv_total_blocks=kv.total_blocks)
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._tenants = TenantShares(tenant_weights)
+        self._tenants = TenantShares()
         self._over_share: Bools | None = None
         self._lengths = ExpectedLengths(self.columns)
         self._arrivals = 0

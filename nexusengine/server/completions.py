@@ -47,7 +47,7 @@ class Asked:
         n: choices a prompt.
         verdict: whether it wants the `nexus` object.
         stream: whether the client sees tokens as they come.
-        tenant: keyed hash of who asks, for the trace; None where none is recorded.
+        tenant: keyed hash of who asks, for fairness and the trace; None if it does not say.
     """
 
     sampling: SamplingParams
@@ -75,7 +75,7 @@ class Asked:
             priority=body.priority or 0,
             verdict=wants_verdict(request, state.config.nexus_verdict),
             stream=body.stream,
-            tenant=tenant_of(request, body, state.recorder.keys if state.recorder else None),
+            tenant=tenant_of(request, body.user, state.keys),
         )
 
 
@@ -107,6 +107,7 @@ class Generation:
                 request_id=self.id if i == 0 else f"{self.id}.{i}",
                 slo=asked.slo,
                 priority=asked.priority,
+                tenant=asked.tenant,
                 timeout_s=state.config.request_timeout,
                 arrival_s=arrival_s,
             )

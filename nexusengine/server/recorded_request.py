@@ -10,7 +10,6 @@ from starlette.requests import Request
 from nexusengine.errors import Cancelled, InternalError, NexusError
 from nexusengine.recording import format as lines
 from nexusengine.recording.keys import Keys
-from nexusengine.server.schemas import Body
 from nexusengine.slo.classes import SLOClass
 from nexusengine.types import SLO, Missed, RequestOutput
 
@@ -96,12 +95,9 @@ def how_ended(missed: Missed, code: str | None) -> lines.Ended:
     return missed if missed in ("refused", "unfinished") else "failed"
 
 
-def tenant_of(request: Request, body: Body, keys: Keys | None) -> str | None:
-    """The keyed hash of the body's `user`, else of the API key; None without keys, or if there is neither."""
-    if keys is None:
-        return None
-    user = (body.model_extra or {}).get("user")
-    if isinstance(user, str) and user:
+def tenant_of(request: Request, user: str | None, keys: Keys) -> str | None:
+    """The keyed hash of the body's `user`, else of the API key; None if there is neither."""
+    if user:
         return keys.tenant("user", user)
     _, _, api_key = request.headers.get("authorization", "").partition(" ")
     return keys.tenant("key", api_key.strip()) if api_key.strip() else None

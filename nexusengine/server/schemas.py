@@ -87,6 +87,7 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     slo: Any = None  # read by slo_classes.SLOClasses
     priority: Annotated[Int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    user: str | None = None  # a tenant, see recorded_request.tenant_of
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest naming the field."""

@@ -10,6 +10,7 @@ from nexusengine.config import ServeConfig
 from nexusengine.engine.async_engine import AsyncEngine
 from nexusengine.errors import ModelNotFound, Unavailable
 from nexusengine.loading.sampling_defaults import SAMPLED
+from nexusengine.recording.keys import Keys
 from nexusengine.server.heavy import Heavy
 from nexusengine.server.metrics import Metrics
 from nexusengine.server.recorder import Recorder
@@ -29,6 +30,7 @@ class ServerState:
         engine: None until the tokenizer is loaded; requests are served once a worker is ready.
         body_bytes: of bodies that are being received or parsed.
         recorder: None where no trace is recorded.
+        keys: of the hashes that stand for tenants.
     """
 
     config: ServeConfig
@@ -45,11 +47,13 @@ class ServerState:
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
     classes: SLOClasses = field(init=False)
+    keys: Keys = field(default_factory=Keys)
 
     def __post_init__(self) -> None:
         self.classes = SLOClasses.configured(self.config.slo_classes, self.config.default_slo_class)
         self.metrics = Metrics(self.cluster, self.classes.by_name)
         if self.recorder is not None:
+            self.keys = self.recorder.keys
             self.recorder.start(self.cluster, self.metrics.recorded)
 
     def cluster(self) -> Cluster | None:

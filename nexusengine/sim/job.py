@@ -35,7 +35,6 @@ class Job:
 
     output_tokens: after how many it ends. blocks: names of the content of its prompt, and of its output where known.
     think_s, then: in a closed loop, the job that arrives `think_s` after this one has ended.
-    tenant: who asks, where a trace says so.
     """
 
     request: EngineRequest
@@ -43,7 +42,6 @@ class Job:
     blocks: TraceBlocks | None = None
     think_s: float = 0.0
     then: Job | None = None
-    tenant: str | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -101,5 +99,6 @@ def make_job(
         slo=slo,
         slo_class=slo_class,
         priority=priority,
+        tenant=tenant,
     )
-    return Job(request, output_tokens, blocks, tenant=tenant)
+    return Job(request, output_tokens, blocks)

@@ -165,7 +165,7 @@ def test_fields_without_effect_are_named_in_a_header(server: Running) -> None:
     body = {"prompt": "x", "max_tokens": 1, "user": "me", "flavour": "sweet", "presence_penalty": 0}
     reply = httpx.post(server.url + TEXT, json=body)
     assert reply.status_code == 200
-    assert reply.headers["x-nexus-ignored"] == "flavour, user"
+    assert reply.headers["x-nexus-ignored"] == "flavour"
     body = {"prompt": "x", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True, "frosting": 1}}
     assert httpx.post(server.url + TEXT, json=body).headers["x-nexus-ignored"] == "stream_options.frosting"
 

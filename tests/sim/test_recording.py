@@ -71,7 +71,7 @@ def test_what_is_read_is_what_was_written(
         assert asked.arrival_s == pytest.approx(line.arrival_s - first_s, abs=1e-6)
         assert (job.prompt_tokens, job.output_tokens) == (line.input_tokens, line.output_tokens)
         assert (asked.sampling.max_tokens, asked.priority) == (line.max_tokens, line.priority)
-        assert (asked.slo_class, job.tenant) == (line.slo_class, line.tenant)
+        assert (asked.slo_class, job.request.tenant) == (line.slo_class, line.tenant)
         if line.slo is None:
             assert asked.slo is None
         else:

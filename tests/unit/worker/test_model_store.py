@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 
 from nexusengine.clock import VirtualClock
+from nexusengine.config import EngineConfig
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.prior import GENERIC
 from nexusengine.perf.state import ModelState
+from nexusengine.worker.build import make_core
 from nexusengine.worker.model_store import ModelStore, Remembered, SavedModel, Saver
 from nexusengine.worker.resume import Measured, resumed
 from tests.support.devices import Roofline, random_step
+from tests.support.fakes import FakeExecutor
 
 DEVICE = Roofline()
 KIND = {"device": "NVIDIA L4", "model": "m"}
@@ -322,3 +325,29 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, caplo
             assert not saver._thread.is_alive()
     assert len(caplog.records) == 1
     assert "cannot keep step times" in caplog.text
+
+
+# ---- a worker --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_core_begins_with_what_was_kept(calibrate: bool, tmp_path: Path) -> None:
+    executor = FakeExecutor(num_blocks=400, max_model_len=512)
+    executor.cache[:] = 5  # what calibration reads was written by nobody
+    config = EngineConfig(max_running=8, max_waiting=8, calibrate=calibrate)
+    first = make_core(executor, config, VirtualClock()).scheduler.model
+    assert isinstance(first, OnlineModel)
+    for _ in range(100):
+        first.observe(DECODES, 0.01)
+    kept = ModelStore(tmp_path, KIND)
+    kept.save(first.state())
+    second = make_core(executor, config, VirtualClock(), store=kept).scheduler.model
+    assert second.predict(DECODES).mean_s == pytest.approx(first.predict(DECODES).mean_s, rel=0.1)
+
+
+def test_another_performance_model_than_the_online_one_is_made_without_the_file(tmp_path: Path) -> None:
+    config = EngineConfig(max_running=8, max_waiting=8, calibrate=False, performance_model="line")
+    kept = ModelStore(tmp_path, KIND)
+    kept.save(taught(50).state())
+    core = make_core(FakeExecutor(), config, VirtualClock(), store=kept)
+    assert not isinstance(core.scheduler.model, OnlineModel)

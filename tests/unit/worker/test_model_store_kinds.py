@@ -1,4 +1,4 @@
-"""Which file a worker's step times are kept in, and that a worker begins with what is in it."""
+"""Which file a worker keeps its step times in, and whether it keeps any."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nexusengine.clock import VirtualClock
 from nexusengine.config import EngineConfig
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.model_config import ModelConfig
-from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.prior import EIGHT_BILLION, GENERIC
-from nexusengine.worker.build import make_core, store_of
+from nexusengine.worker.build import store_of
 from nexusengine.worker.model_store import ModelStore, folder_of, kind_of, processor
-from tests.support.fakes import FakeExecutor
-
-KIND = {"device": "NVIDIA L4", "model": "m"}
-DECODES = StepFeatures(16, 16, 0, 0.0, 16 * 800)
-
-
-# ---- which file ------------------------------------------------------------------------------------------------------
 
 
 def spec(**changes: object) -> ExecutorSpec:
@@ -85,29 +75,3 @@ def test_a_processor_is_called_as_the_kernel_calls_it(tmp_path: Path) -> None:
     info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
     assert processor(info) == "Some CPU @ 2 GHz"
     assert processor(tmp_path / "none") == "cpu"
-
-
-# ---- a worker --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("calibrate", [False, True])
-def test_a_core_begins_with_what_was_kept(calibrate: bool, tmp_path: Path) -> None:
-    executor = FakeExecutor(num_blocks=400, max_model_len=512)
-    executor.cache[:] = 5  # what calibration reads was written by nobody
-    config = EngineConfig(max_running=8, max_waiting=8, calibrate=calibrate)
-    first = make_core(executor, config, VirtualClock()).scheduler.model
-    assert isinstance(first, OnlineModel)
-    for _ in range(100):
-        first.observe(DECODES, 0.01)
-    kept = ModelStore(tmp_path, KIND)
-    kept.save(first.state())
-    second = make_core(executor, config, VirtualClock(), store=kept).scheduler.model
-    assert second.predict(DECODES).mean_s == pytest.approx(first.predict(DECODES).mean_s, rel=0.1)
-
-
-def test_another_performance_model_than_the_online_one_is_made_without_the_file(tmp_path: Path) -> None:
-    config = EngineConfig(max_running=8, max_waiting=8, calibrate=False, performance_model="line")
-    kept = ModelStore(tmp_path, KIND)
-    kept.save(OnlineModel().state())
-    core = make_core(FakeExecutor(), config, VirtualClock(), store=kept)
-    assert not isinstance(core.scheduler.model, OnlineModel)
