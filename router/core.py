@@ -361,8 +361,8 @@ class RouterCore:
 
     def _give_up_late(self, now: float) -> None:
         """Refuse those who wait beyond what their class allows, while waiting is of no use."""
-        impatient = self.ledger.impatient(now)
-        for entry in impatient:
+        due, impatient = self.ledger.overdue(now)
+        for entry in due:
             self._placer.first_token(entry, False)
         if not self._placer.saturated(now):
             return

@@ -50,7 +50,7 @@ def test_how_long_a_request_may_wait_is_asked_for_like_a_bound() -> None:
         wanted({"class": "batch", "patience": 0.5})
     with pytest.raises(InvalidRequest, match="x-slo-patience must be a number of TTFTs, got 'long'"):
         wanted(None, x_slo_patience="long")
-    assert wanted({"class": "none", "ttft_ms": 100, "tpot_ms": 9}).slo(1).patience == float("inf")
+    assert wanted({"class": "none", "ttft_ms": 100, "tpot_ms": 9}) == SLOClass("custom", 0.1, 0.009)
 
 
 def test_none_is_no_promise_and_a_bound_in_null_is_no_bound() -> None:
