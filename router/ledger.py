@@ -124,6 +124,7 @@ class Ledger:
         self._held: dict[str, Entry] = {}
         self._shares: dict[bytes, Share] = {}
         self._deadlines: list[tuple[float, str]] = []
+        self._due: list[tuple[float, str]] = []
         self._patience: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -160,7 +161,11 @@ class Ledger:
         )
         entry = Entry(request, placement, client)
         self._entries[request.request_id] = self._held[request.request_id] = entry
-        for heap, at_s in ((self._deadlines, deadline_s), (self._patience, placement.gives_up_s)):
+        for heap, at_s in (
+            (self._deadlines, deadline_s),
+            (self._due, placement.first_token_due_s),
+            (self._patience, placement.gives_up_s),
+        ):
             if at_s != NO_DEADLINE:
                 heapq.heappush(heap, (at_s, request.request_id))
                 if len(heap) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
@@ -244,13 +249,20 @@ class Ledger:
                 found.append(entry)
         return found
 
-    def impatient(self, now: float) -> list[Entry]:
-        """Entries that wait for their first token beyond what their class allows; each is returned once."""
+    def overdue(self, now: float) -> tuple[list[Entry], list[Entry]]:
+        """Entries whose client has seen no token.
+
+        Returns:
+            Those whose first token was due, and those that waited for it as long as their class allows; each is
+            returned once.
+        """
+        return self._waiting(self._due, now), self._waiting(self._patience, now)
+
+    def _waiting(self, heap: list[tuple[float, str]], now: float) -> list[Entry]:
         found = []
-        while self._patience and self._patience[0][0] <= now:
-            gives_up_s, request_id = heapq.heappop(self._patience)
-            entry = self._entries.get(request_id)
-            if entry is not None and entry.placement.gives_up_s == gives_up_s and entry.stage is not Stage.STREAMING:
+        while heap and heap[0][0] <= now:
+            entry = self._entries.get(heapq.heappop(heap)[1])
+            if entry is not None and entry.stage is not Stage.STREAMING:
                 found.append(entry)
         return found
 

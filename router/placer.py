@@ -78,8 +78,8 @@ class Placer:
 
     def give_up(self, now: float) -> Iterator[tuple[Entry, Overloaded]]:
         """Those who have waited as long as their class allows, with why, while the policy finds waiting of no use."""
-        impatient = self._ledger.impatient(now)
-        for entry in impatient:
+        due, impatient = self._ledger.overdue(now)
+        for entry in due:
             self.first_token(entry, False)
         for entry in impatient if self._policy.saturated(now) else ():
             waited_s = now - entry.placement.arrival_s

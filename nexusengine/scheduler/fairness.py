@@ -1,8 +1,8 @@
 """Fairness between tenants: who has had more than its share of the engine while others wait. PURE.
 
-Each tenant has a counter of the service it got: tokens computed, output tokens counted twice more. While several tenants
-have requests that wait, those whose counter is far above the least are over their share. One that had nothing waiting
-comes back with the least counter of those that do, so that nobody saves up service.
+Each tenant has a counter of the service it got: tokens computed, output tokens counted twice more. While several
+tenants have requests that wait, those whose counter is far above the least are over their share. One that had nothing
+waiting comes back with the least counter of those that do, so that nobody saves up service.
 
 Source: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024): the virtual token counter.
 """

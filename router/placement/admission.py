@@ -18,6 +18,8 @@ _WEIGHT = 1.0 / 32.0
 _HOPE, _SATURATED, _RECOVERED = 0.4, 0.1, 0.2
 _FORGOTTEN_S = 60.0
 _PROBE_EVERY = 16
+_SHORTER = 0.75
+"""Of the one it makes late: each such placement is another refusal later."""
 _LATE_SHARE = 0.03
 """Of the time for prompts that late requests get beside all others; see LENS's share for aged requests."""
 
@@ -78,4 +80,4 @@ def displaces(forecast: Forecast, request: PlacementRequest, service_s: float, n
     work_s = np.insert(queue.service_s, place, service_s)
     allowed_s = np.insert(queue.limit_s, place, due_s) - max(forecast.start_s, now)
     deferred: Bools = defer(work_s, allowed_s)
-    return not deferred[place]
+    return not deferred[place] and (not deferred.any() or service_s <= _SHORTER * float(work_s[deferred].max()))

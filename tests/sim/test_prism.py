@@ -249,3 +249,35 @@ def test_requests_without_a_promise_do_no_harm_to_those_with_one() -> None:
     alone = simulated((1.0, 1.0, 0.5), "prism", promised)
     assert attainment([o for o in outcomes if o.job.request.slo is not None]) >= alone - 0.02
     assert all(o.error is None for o in outcomes if o.job.request.slo is None)
+
+
+def impatient(jobs: Sequence[Job], patience: float) -> list[Job]:
+    """The same jobs, of classes that may wait so many TTFTs on a saturated cluster."""
+    return [
+        replace(job, request=replace(job.request, slo=replace(job.request.slo, patience=patience)))
+        for job in jobs
+        if job.request.slo is not None
+    ]
+
+
+def test_far_beyond_capacity_most_are_soon_refused_on_arrival_and_those_taken_in_are_in_time() -> None:
+    jobs = make_jobs(rate=500.0, count=2000)
+    late = make_cluster((1.0, 1.0), "prism").run(jobs)
+    cluster = make_cluster((1.0, 1.0), "prism")
+    outcomes = cluster.run(impatient(jobs, 1.0))
+    later = [o for o in outcomes if o.job.request.arrival_s > 2.0]
+    refused, admitted = ([o for o in later if (o.error is None) == taken] for taken in (False, True))
+    assert {o.error for o in refused} == {"overloaded"}
+    assert np.median([o.last_s - o.job.request.arrival_s for o in refused]) < 0.05
+    assert attainment(admitted) >= 0.95
+    assert attainment(outcomes) >= attainment(late) - 0.03
+    counters = cluster.core.cluster().counters
+    assert counters["refused_at_once"] + counters["refused_late"] == sum(o.error is not None for o in outcomes)
+
+
+def test_a_little_beyond_capacity_nobody_is_refused_who_would_have_been_served() -> None:
+    jobs = make_jobs(rate=170.0, count=400)
+    late = make_cluster((1.0, 1.0), "prism").run(jobs)
+    assert attainment(late) < 0.97
+    outcomes = make_cluster((1.0, 1.0), "prism").run(impatient(jobs, 1.5))
+    assert attainment(outcomes) == attainment(late)
