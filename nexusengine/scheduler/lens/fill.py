@@ -50,6 +50,7 @@ class Fill:
     ) -> None:
         self.step, self.limit_s = step, limit_s
         self.open = True
+        self._step_s = 0.0  # predicted, with the newest chunk whole
         self._costs, self._decode_s, self._tightest_tpot_s = costs, started_s, tightest_tpot_s
         self._largest = int(_FURTHEST * seen_tokens) if limit_s < _INF else step.view.max_batch_tokens
 
@@ -58,8 +59,10 @@ class Fill:
 
         If the step is longer already, it is late anyway.
         """
-        if time_s < self.limit_s and self.step.view.model.predict(self.step.features).mean_s <= time_s:
-            self.limit_s = time_s
+        if time_s < self.limit_s:
+            unknown = self.limit_s == _INF
+            step_s = self.step.view.model.predict(self.step.features).mean_s if unknown else self._step_s
+            self.limit_s = time_s if step_s <= time_s else self.limit_s
 
     def resume(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
         """The next chunk of a partially prefilled prompt; its tokens."""
@@ -109,7 +112,10 @@ class Fill:
         wanted = min(left, _MAX_CHUNK_TOKENS, at_most)
         count = most = min(wanted, step.tokens, self._largest - step.taken)
         if most > 0 and self.limit_s < _INF:
-            count = largest_chunk(step.view.model, self.limit_s, step.features, context, most)
+            base, model = step.features, step.view.model
+            self._step_s = model.predict(base.with_chunk(most, context)).mean_s
+            if self._step_s > self.limit_s:
+                count = largest_chunk(model, self.limit_s, base, context, most)
         if count == left:
             return count
         if count < wanted:
