@@ -74,7 +74,7 @@ class Scorer:
     def log_probabilities(self, window: list[int]) -> torch.Tensor:
         """float32 `[len(window), V]`: at each position, of the token that follows."""
         executor = self._executor
-        kv = executor._kv
+        kv = executor.kv
         assert kv is not None
         inputs = executor._inputs(self._batch([0], [window]), np.arange(1))
         everywhere = dataclasses.replace(inputs, last=torch.arange(len(window)))

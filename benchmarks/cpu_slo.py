@@ -1,6 +1,6 @@
 """Two schedulers on the real CPU engine, past its capacity: how many promises does each keep?
 
-    python benchmarks/cpu_slo.py --schedulers lens,fcfs --runs 3 --output cpu_slo.json
+    python -m benchmarks.cpu_slo --schedulers lens,fcfs --runs 3 --output cpu_slo.json
 
 SmolLM2-135M behind `nexusengine serve`, two classes, open-loop Poisson arrivals at `--overload` times the capacity. The
 classes are the built-in `interactive` and `batch` in units of this device, so that a slow machine is asked for as much
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_report import ended_rps
 from nexusengine.errors import ConfigError, Unavailable
 from nexusengine.loadgen.http import Target
 from nexusengine.loadgen.items import WorkItem, items_of
@@ -42,7 +43,6 @@ BUILT_IN = {"interactive": (0.5, 0.001, 0.05), "batch": (30.0, 0.004, 0.5)}
 """TTFT, TTFT a prompt token and TPOT in seconds."""
 PROBE_SEED = 987_654
 _PROBE_RUNNING = 16
-_SETTLED, _EMPTYING = 0.15, 0.85
 FIGURES = (
     "attainment",
     "attainment_strict",
@@ -218,13 +218,6 @@ def _probe_capacity_rps(args: argparse.Namespace, scheduler: str) -> float:
         records = offer(target, crowd, info, seed=PROBE_SEED).records
     _all_answered(records)
     return ended_rps([r.ended_s for r in records])
-
-
-def ended_rps(ended_s: Sequence[float]) -> float:
-    """Of a crowd: ends a second, without the beginning, when nothing can have ended, and the end, when little runs."""
-    order = sorted(ended_s)
-    first, last = int(_SETTLED * len(order)), int(_EMPTYING * len(order))
-    return (last - first) / (order[last] - order[first])
 
 
 def _all_answered(records: Sequence[Record]) -> None:

@@ -76,6 +76,12 @@ class Stopwatch:
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
         self._policy.prepare(workers, now)
 
+    def observe(self, in_time: bool) -> None:
+        self._policy.observe(in_time)
+
+    def saturated(self, now: float) -> bool:
+        return self._policy.saturated(now)
+
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
         began_s = time.perf_counter()
         decision = self._policy.place(request, workers, now)

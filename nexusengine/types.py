@@ -107,18 +107,25 @@ class SamplingParams:
 class SLO:
     """A latency promise: first token within `ttft_s` of arrival, then `tpot_s` a token on average.
 
+    Attributes:
+        patience: in TTFTs; a saturated cluster refuses the request rather than make it wait longer for its first token.
+            Infinite: it is served however late.
+
     Raises InvalidRequest naming the field.
     """
 
     ttft_s: float
     tpot_s: float
     e2e_s: float | None = None
+    patience: float = math.inf
 
     def __post_init__(self) -> None:
         _finite("slo.ttft_s", self.ttft_s, 0.001, 86_400.0)
         _finite("slo.tpot_s", self.tpot_s, 0.0001, 3_600.0)
         if self.e2e_s is not None:
             _finite("slo.e2e_s", self.e2e_s, 0.001, 86_400.0)
+        if self.patience != math.inf:
+            _finite("slo.patience", self.patience, 1.0, 1000.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,7 @@ class EngineRequest:
     eos_token_ids: ids that end it unless sampling.ignore_eos.
     slo_class: name of the configured class the SLO is of, "custom" where it was given in numbers, None without one.
     priority: -MAX_PRIORITY to MAX_PRIORITY; higher goes first within a class.
+    tenant: whose it is, for fairness between them; all without one are one tenant.
     """
 
     request_id: str
@@ -154,6 +162,7 @@ class EngineRequest:
     slo_class: str | None = None
     priority: int = 0
     deadline_s: float | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +209,14 @@ class Service:
     """What a worker knows of how it serves a request.
 
     Attributes:
-        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in.
-        unattainable: the device cannot meet the SLO even when it serves nothing else.
+        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in; None where its
+            performance model was not trustworthy then.
+        unattainable: the device surely cannot meet the SLO even when it serves nothing else.
         strict: every token so far came in time by the strict contract.
     """
 
     worker: str
-    predicted_ttft_s: float
+    predicted_ttft_s: float | None
     unattainable: bool = False
     strict: bool = True
 

@@ -14,7 +14,7 @@ from nexusengine import wire
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.process import child
-from nexusengine.process.control import Drain, DrainWorker, Listening, RouterBoot, ToChild, WorkerExited
+from nexusengine.process.control import Drain, Listening, RouterBoot, ToChild, WorkerExited
 from nexusengine.router.core import RouterCore
 from nexusengine.router.outbox import Outgoing
 from nexusengine.router.placement.registry import make_policy
@@ -120,9 +120,6 @@ class Broker:
                 )
             case Drain():
                 self.core.draining = True
-            case DrainWorker():
-                if not self.core.drain_worker(message.worker_id):
-                    log.warning("asked to drain %r, which is no worker", message.worker_id)
 
     def _flush(self) -> None:
         """Send what is to be sent.

@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from msgspec.structs import astuple
 
+from nexusengine.forecast.speed import REFERENCE_STEP, predictor_of
 from nexusengine.kv.digest import Batch
-from nexusengine.router.placement.speed import REFERENCE_STEP, predictor_of
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
     MAX_DIGEST_BYTES,
@@ -47,8 +47,8 @@ def check_info(info: WorkerInfo) -> None:
             raise ProtocolError(f"{name} of a worker has {len(value)} characters")
         if isinstance(value, int | float) and not 0 <= value <= 2**53:
             raise ProtocolError(f"{name} of a worker is {value}")
-    if not (info.traits.step_s > 0.0 and info.traits.single_steps >= 0.0):
-        raise ProtocolError(f"a worker's steps are limited to {info.traits.step_s} s or {info.traits.single_steps}")
+    if not info.traits.step_s > 0.0:
+        raise ProtocolError(f"a worker's steps are limited to {info.traits.step_s} s")
 
 
 def check_load(load: WorkerLoad) -> None:

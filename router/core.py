@@ -252,12 +252,6 @@ class RouterCore:
             self.prefixes.forget(info.worker_id)
             self._outbox.to_worker(identity, RepeatPrefixes())
 
-    def drain_worker(self, worker_id: str) -> bool:
-        """Send the worker no new requests; it finishes what it has. False if there is no such worker."""
-        known = self.workers.drain(worker_id)
-        self._push_cluster()
-        return known
-
     def _recover(self, identity: bytes, cause: str | None, now: float) -> None:
         """Place the requests of a lost process elsewhere, or fail them."""
         for entry in self.ledger.at(identity):
@@ -321,6 +315,8 @@ class RouterCore:
 
     def _first_token(self, entry: Entry, worker: Worker, delta: TokenDelta, now: float) -> None:
         self.ledger.streams(entry)
+        in_time = now <= entry.placement.first_token_due_s
+        self._placer.first_token(entry, bool(delta.token_ids) and in_time)
         if not delta.token_ids:
             return
         self.stats.errors.observe_first_token(entry, now)
@@ -349,12 +345,30 @@ class RouterCore:
             self._cancel(entry, now)
             limit_s = entry.placement.deadline_s - entry.placement.arrival_s
             self._fail(entry, DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival"))
+        self._give_up_late(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
         if self.ledger.held:
             self._place_held(now)
         self._finish_rate.update(now)
         self._push_cluster()
+
+    def _give_up_late(self, now: float) -> None:
+        """Refuse those who wait beyond what their class allows, while waiting is of no use."""
+        impatient = self.ledger.impatient(now)
+        for entry in impatient:
+            self._placer.first_token(entry, False)
+        if not self._placer.saturated(now):
+            return
+        for entry in impatient:
+            self.stats.refused_late += 1
+            waited_s = now - entry.placement.arrival_s
+            error = Overloaded(
+                f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either",
+                retry_after_s=self._finish_rate.drain_s(len(self.ledger)),
+            )
+            self._cancel(entry, now)
+            self._fail(entry, error)
 
     # ---- placement -----------------------------------------------------------------------------------------------
 
@@ -367,9 +381,11 @@ class RouterCore:
 
     def _carry_out(self, entry: Entry, decision: Decision) -> None:
         if isinstance(decision, Refuse):
+            self.stats.refused_at_once += decision.code == Overloaded.code
             self._fail(entry, error_from_code(decision.code, decision.reason, retry_after_s=decision.retry_after_s))
         elif isinstance(decision, Place) and entry.identity is not None:
             self.stats.dispatches += 1
+            self.stats.placed_late += decision.late
             self._outbox.to_worker(entry.identity, Dispatch(entry.seq, entry.request))
 
     # ---- answers -------------------------------------------------------------------------------------------------
@@ -397,4 +413,5 @@ class RouterCore:
     def _count_end(self, delta: TokenDelta) -> None:
         if delta.finish_reason is not None:
             self.stats.count_end(delta.finish_reason)
-            self._finish_rate.add()
+            if delta.finish_reason != "error":
+                self._finish_rate.add()

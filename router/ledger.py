@@ -38,6 +38,8 @@ class Entry:
         attempts: how often it was dispatched.
         placed_s: timestamp of its last dispatch.
         first_token_in_s: seconds to its first token, predicted then.
+        late: it was placed although it was predicted to miss its SLO, and nothing has shown yet whether it does.
+        left_tokens: of its prompt, those that the worker's prefix cache was not believed to hold then.
         prefix: short hashes of its prompt's blocks (see kv.digest) by block size, as far as they were needed.
         probe: it tests whether a worker's breaker may close.
     """
@@ -51,6 +53,8 @@ class Entry:
     attempts: int = 0
     placed_s: float = 0.0
     first_token_in_s: float | None = None
+    late: bool = False
+    left_tokens: int = 0
     prefix: dict[int, tuple[int, ...]] = field(default_factory=dict)
     probe: bool = False
 
@@ -58,6 +62,11 @@ class Entry:
     def tokens(self) -> int:
         """Prompt and output tokens at most."""
         return self.placement.prompt_tokens + self.placement.max_tokens
+
+    @property
+    def left_pairs(self) -> float:
+        """Query-key pairs of prefill attention of the tokens left."""
+        return self.left_tokens * (self.placement.prompt_tokens - 0.5 * self.left_tokens)
 
 
 @dataclass(slots=True)
@@ -67,13 +76,30 @@ class Share:
     Attributes:
         unreported: entries that the worker's last report does not include yet.
         tokens: prompt and output tokens of all entries.
+        prompt_tokens: prompt tokens of all entries.
+        waiting_tokens, waiting_pairs: prompt tokens to compute, and pairs, of entries whose client has seen no token.
         version: rises with every change.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     unreported: dict[str, Entry] = field(default_factory=dict)
     tokens: int = 0
+    prompt_tokens: int = 0
+    waiting_tokens: int = 0
+    waiting_pairs: float = 0.0
     version: int = 0
+
+    def count(self, entry: Entry, sign: int) -> None:
+        """Add an entry's tokens to the sums (sign 1), or take them off (-1)."""
+        self.tokens += sign * entry.tokens
+        self.prompt_tokens += sign * entry.placement.prompt_tokens
+        self.count_waiting(entry, sign)
+
+    def count_waiting(self, entry: Entry, sign: int) -> None:
+        """As `count`, what waits for its first token alone."""
+        if entry.stage is Stage.DISPATCHED:
+            self.waiting_tokens += sign * entry.left_tokens
+            self.waiting_pairs += sign * entry.left_pairs
 
 
 NOTHING = Share()
@@ -87,6 +113,7 @@ class Ledger:
         self._held: dict[str, Entry] = {}
         self._shares: dict[bytes, Share] = {}
         self._deadlines: list[tuple[float, str]] = []
+        self._patience: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -122,31 +149,38 @@ class Ledger:
         )
         entry = Entry(request, placement, client)
         self._entries[request.request_id] = self._held[request.request_id] = entry
-        if deadline_s != NO_DEADLINE:
-            heapq.heappush(self._deadlines, (deadline_s, request.request_id))
-            if len(self._deadlines) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
-                self._deadlines = [d for d in self._deadlines if d[1] in self._entries]
-                heapq.heapify(self._deadlines)
+        for heap, at_s in ((self._deadlines, deadline_s), (self._patience, placement.gives_up_s)):
+            if at_s != NO_DEADLINE:
+                heapq.heappush(heap, (at_s, request.request_id))
+                if len(heap) > 2 * len(self._entries) + 1000:  # most are of requests that have ended
+                    heap[:] = [d for d in heap if d[1] in self._entries]
+                    heapq.heapify(heap)
         return entry
 
-    def dispatch(self, entry: Entry, identity: bytes, seq: int) -> None:
-        """Move the entry to a worker process; seq must be above that of every dispatch to it before."""
+    def dispatch(self, entry: Entry, identity: bytes, seq: int, cached_tokens: int = 0) -> None:
+        """Move the entry to a worker process.
+
+        Args:
+            seq: must be above that of every dispatch to it before.
+            cached_tokens: of its prompt, believed to be in the worker's prefix cache.
+        """
         self._leave(entry)
         entry.stage, entry.identity, entry.seq = Stage.DISPATCHED, identity, seq
+        entry.left_tokens = max(entry.placement.prompt_tokens - cached_tokens, 1)
         entry.attempts += 1
         share = self._shares.setdefault(identity, Share())
         share.entries[entry.request.request_id] = share.unreported[entry.request.request_id] = entry
-        share.tokens += entry.tokens
+        share.count(entry, 1)
         share.version += 1
 
     def streams(self, entry: Entry) -> None:
         """Note that the entry's client sees a token."""
         if entry.stage is Stage.STREAMING or entry.identity is None:
             return
-        entry.stage = Stage.STREAMING
         share = self._shares[entry.identity]
-        if entry.request.request_id in share.unreported:
-            share.version += 1
+        share.count_waiting(entry, -1)
+        entry.stage = Stage.STREAMING
+        share.version += 1
 
     def reported(self, identity: bytes, last_dispatch_seq: int) -> None:
         """Note that a worker process has reported a load that includes its dispatches up to last_dispatch_seq."""
@@ -199,6 +233,16 @@ class Ledger:
                 found.append(entry)
         return found
 
+    def impatient(self, now: float) -> list[Entry]:
+        """Entries that wait for their first token beyond what their class allows; each is returned once."""
+        found = []
+        while self._patience and self._patience[0][0] <= now:
+            gives_up_s, request_id = heapq.heappop(self._patience)
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.placement.gives_up_s == gives_up_s and entry.stage is not Stage.STREAMING:
+                found.append(entry)
+        return found
+
     def _leave(self, entry: Entry) -> None:
         request_id = entry.request.request_id
         self._held.pop(request_id, None)
@@ -207,7 +251,7 @@ class Ledger:
         share = self._shares[entry.identity]
         del share.entries[request_id]
         share.unreported.pop(request_id, None)
-        share.tokens -= entry.tokens
+        share.count(entry, -1)
         share.version += 1
         if not share.entries:
             del self._shares[entry.identity]

@@ -64,9 +64,20 @@ class Placer:
                     f"policy {self._policy.name!r} placed a request on {decision.worker_id}, which is gone"
                 )
             seq, entry.probe = self._workers.dispatched(worker)
-            entry.placed_s, entry.first_token_in_s = now, decision.first_token_in_s
-            self._ledger.dispatch(entry, worker.identity, seq)
+            entry.placed_s, entry.first_token_in_s, entry.late = now, decision.first_token_in_s, decision.late
+            cached_tokens = entry.placement.cached_tokens.get(decision.worker_id, 0)
+            self._ledger.dispatch(entry, worker.identity, seq, cached_tokens)
         return decision
+
+    def first_token(self, entry: Entry, in_time: bool) -> None:
+        """Tell the policy, once, what became of a request that was predicted late."""
+        if entry.late:
+            entry.late = False
+            self._policy.observe(in_time)
+
+    def saturated(self, now: float) -> bool:
+        """Whether the policy finds that what is late is not worth waiting for."""
+        return self._policy.saturated(now)
 
     def place_held(self, now: float) -> Iterator[tuple[Entry, Decision]]:
         """Try to place the held requests, the first due first, until all others would be held too."""

@@ -18,7 +18,9 @@ class PredictionErrors:
     Attributes:
         first_tokens_predicted: first tokens of which the policy said when they come.
         first_token_s: seconds from dispatch to these, summed.
-        first_token_error_s: seconds by which the predictions were off, summed.
+        first_token_error_s: seconds by which the predictions were off, summed; each counts for no more than the time
+            that it was for, so that a single one cannot drown the others.
+        first_tokens_off_by_15, first_tokens_off_by_50: how many were off by more than so many percent of that time.
         prefix_prompt_tokens: prompt tokens of requests whose prefix was looked up.
         prefix_predicted_tokens: of those, tokens believed to be cached at the worker.
         prefix_hit_tokens: of those, tokens that were.
@@ -28,6 +30,8 @@ class PredictionErrors:
     first_tokens_predicted: int = 0
     first_token_s: float = 0.0
     first_token_error_s: float = 0.0
+    first_tokens_off_by_15: int = 0
+    first_tokens_off_by_50: int = 0
     prefix_prompt_tokens: int = 0
     prefix_predicted_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -37,9 +41,13 @@ class PredictionErrors:
         """The first token of a request came at the timestamp `now`."""
         if entry.first_token_in_s is None:
             return
+        took_s = now - entry.placed_s
+        off_s = abs(took_s - entry.first_token_in_s)
         self.first_tokens_predicted += 1
-        self.first_token_s += now - entry.placed_s
-        self.first_token_error_s += abs(now - entry.placed_s - entry.first_token_in_s)
+        self.first_token_s += took_s
+        self.first_token_error_s += min(off_s, took_s)
+        self.first_tokens_off_by_15 += off_s > 0.15 * took_s
+        self.first_tokens_off_by_50 += off_s > 0.50 * took_s
 
     def observe_prefix(self, entry: Entry, worker_id: str, cached_tokens: int) -> None:
         """The worker found so many tokens of a request's prompt in its cache."""
@@ -63,6 +71,9 @@ class RouterStats:
     dispatches: int = 0
     redispatches: int = 0
     backpressure: int = 0
+    placed_late: int = 0
+    refused_at_once: int = 0
+    refused_late: int = 0
     faults: int = 0
     workers_lost: int = 0
     prefix_digests_lost: int = 0
@@ -80,7 +91,7 @@ class RouterStats:
 
 
 class FinishRate:
-    """Requests that finish in a second, as a moving mean."""
+    """Requests that are served in a second, as a moving mean."""
 
     def __init__(self) -> None:
         self._per_s = 0.0

@@ -47,7 +47,6 @@ class Worker:
     last_seen_s: float = 0.0
     restarts: int = 0
     cause: str | None = None
-    draining: bool = False
     ready_s: float = float("-inf")
     full_until_s: float = float("-inf")
     full: bool = False
@@ -90,7 +89,7 @@ class WorkerTable:
 
     def identities(self) -> list[bytes]:
         """The processes that serve now."""
-        serving = (WorkerState.READY, WorkerState.STALLED, WorkerState.DRAINING)
+        serving = (WorkerState.READY, WorkerState.STALLED)
         return [w.identity for w in self.by_id.values() if w.identity is not None and w.state in serving]
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ class WorkerTable:
             worker.load, worker.reported_s, worker.report_seq = None, float("-inf"), -1
             if identity != worker.last_identity:  # else: the same process, which was thought gone
                 worker.dispatch_seq = 0
-            worker.breaker, worker.ejected, worker.draining = Breaker(), None, False
+            worker.breaker, worker.ejected = Breaker(), None
             worker.full_until_s, worker.full = float("-inf"), False
         worker.identity = worker.last_identity = identity
         worker.info, worker.last_seen_s = info, now
@@ -146,21 +145,10 @@ class WorkerTable:
         worker.dispatch_seq = max(worker.dispatch_seq, last_dispatch_seq)
         if worker.state is not WorkerState.READY:
             worker.ready_s = now
-        worker.state = WorkerState.DRAINING if worker.draining else WorkerState.READY
+        worker.state = WorkerState.READY
         worker.phase, worker.fraction, worker.cause = "ready", 1.0, None
         worker.version += 1
         self._update_slow_start(now)
-
-    def drain(self, worker_id: str) -> bool:
-        """Send it no more requests; what it has is finished. False if there is no such worker."""
-        worker = self.by_id.get(worker_id)
-        if worker is None:
-            return False
-        worker.draining = True
-        if worker.state in (WorkerState.READY, WorkerState.STALLED):
-            worker.state = WorkerState.DRAINING
-        worker.version += 1
-        return True
 
     def disconnect(self, identity: bytes, cause: str | None) -> Worker | None:
         """Note that the process is gone; its worker is without one until the next connects."""
@@ -313,6 +301,9 @@ def view_of(worker: Worker, share: Share = NOTHING) -> WorkerView:
         state=worker.state,
         outstanding=len(share.entries),
         outstanding_tokens=share.tokens,
+        prompt_tokens=share.prompt_tokens,
+        waiting_tokens=share.waiting_tokens,
+        waiting_pairs=share.waiting_pairs,
         load=worker.load,
         unreported=tuple(unreported),
         started=tuple(started),

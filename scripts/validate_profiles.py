@@ -23,8 +23,7 @@ from profile_sources.logs import logs_of
 from nexusengine.perf.registry import make_model
 from nexusengine.perf.step_log import read_steps
 from nexusengine.profiles.assemble import SAME, assemble
-from nexusengine.profiles.base import DeviceProfile
-from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.base import DeviceProfile, ProfileIdentity
 from nexusengine.profiles.geometry import MODELS, Geometry, kv_capacity_tokens
 from nexusengine.profiles.noise import Noise
 from nexusengine.scheduler.registry import make_policy
@@ -153,7 +152,7 @@ def main() -> None:
         if key not in profiles:
             profiles[key] = profile_of(*key)
         profile = profiles[key]
-        if p["requests"] * (p["prompt"] + p["output"]) > profile.kv_capacity_tokens:
+        if p["requests"] * (p["prompt"] + p["output"]) > profile.identity.kv_capacity_tokens:
             continue  # they waited for one another; that is not what is compared
         ttft, tpot = closed_loop(profile, p["requests"], p["prompt"], p["output"])
         calibrated = (p["device"], p["model"], p["fp8"]) == CALIBRATED and not p["number"] % 2

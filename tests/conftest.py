@@ -25,6 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell without job 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("NEXUSENGINE_NATIVE_ISA", "all")  # the kernels' tests switch between them; servers take the best
 
+os.environ.setdefault("NEXUSENGINE_STEP_TIMES", "none")  # a test's worker neither learns from others nor teaches them
+
 
 def free_port() -> int:
     with socket.socket() as s:

@@ -79,7 +79,7 @@ class SdpaBackend:
 
     def plan(self, meta: AttentionMeta) -> None:
         size, device, first = self._spec.block_size, self._spec.device, meta.num_decodes
-        self._decodes = [self._group(rows, meta) for rows in _alike(meta.seq_lens_host[:first])]
+        self._decodes = [self._group(rows, meta) for rows in groups_of_like_lengths(meta.seq_lens_host[:first])]
         self._chunks, start = [], first
         for row in range(first, len(meta.seq_lens_host)):
             total, end = meta.seq_lens_host[row], start + meta.query_lens_host[row]
@@ -172,7 +172,7 @@ def _gather(
     return tokens if padding is None else tokens.index_fill_(0, padding, 0.0)
 
 
-def _alike(lengths: list[int]) -> Iterator[list[int]]:
+def groups_of_like_lengths(lengths: list[int]) -> Iterator[list[int]]:
     """Indices grouped so that padding to the longest of a group wastes little."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):

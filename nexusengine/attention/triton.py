@@ -64,10 +64,10 @@ class TritonBackend:
             spec.soft_cap or 0.0,
         )
         self._capability = launch.capability(spec.device)
-        self._num_splits = 1
+        self.num_splits = 1
 
     def plan(self, meta: AttentionMeta) -> None:
-        self._num_splits = max(-(-meta.max_seq_len // _SPLIT_TOKENS), 1)
+        self.num_splits = max(-(-meta.max_seq_len // _SPLIT_TOKENS), 1)
 
     def store(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
@@ -92,7 +92,7 @@ class TritonBackend:
         if ones:
             decode_attention.decode(
                 q[:ones], k_cache, v_cache, meta.block_table[:ones], meta.seq_lens[:ones], out[:ones], self._shape,
-                self._num_splits, _SPLIT_TOKENS, self._capability,
+                self.num_splits, _SPLIT_TOKENS, self._capability,
             )  # fmt: skip
         if len(meta.seq_lens) > ones:
             prefill_attention.prefill(

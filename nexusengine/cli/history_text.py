@@ -38,18 +38,18 @@ def request_lines(history: Mapping[str, Any]) -> list[str]:
 
 
 def _who(h: Mapping[str, Any]) -> str:
-    promise, slo = "nothing was promised", h["slo"]
+    wanted, slo = "nothing was promised", h["slo"]
     if slo is not None:
-        promise = f"class {h['class']}: first token within {_ms(slo['ttft_ms'])}, {_ms(slo['tpot_ms'])} a token"
+        wanted = f"class {h['class']}: first token within {_ms(slo['ttft_ms'])}, {_ms(slo['tpot_ms'])} a token"
         if slo["e2e_ms"] is not None:
-            promise += f", all within {_ms(slo['e2e_ms'])}"
+            wanted += f", all within {_ms(slo['e2e_ms'])}"
     priority = f", priority {h['priority']}" if h["priority"] else ""
     cached = f", {h['cached_tokens']} of them in the prefix cache" if h["cached_tokens"] else ""
-    return f"{h['request_id']} on {h['worker']}: {h['prompt_tokens']} prompt tokens{cached}; {promise}{priority}."
+    return f"{h['request_id']} on {h['worker']}: {h['prompt_tokens']} prompt tokens{cached}; {wanted}{priority}."
 
 
 def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
-    yield _at(0.0, f"arrives; its first token is expected after {_ms(h['predicted_ttft_ms'])}")
+    yield _at(0.0, f"arrives; {_expected(h['predicted_ttft_ms'])}")
     if h["unattainable"]:
         expected = "by the predictions so far its promise cannot be kept here even if nothing else is served"
         yield _at(0.0, f"{expected}; it is served best effort")
@@ -64,6 +64,12 @@ def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
         yield _at(change["at_ms"], f"step {change['step']}: {_words(change['reason'])}{_of_step(change)}")
     if not shown:
         yield _at(first_ms, "its first token is there")
+
+
+def _expected(predicted_ttft_ms: float | None) -> str:
+    if predicted_ttft_ms is None:
+        return "nothing is predicted of its first token: the worker knows too little of such steps yet"
+    return f"its first token is expected after {_ms(predicted_ttft_ms)}"
 
 
 def _of_step(change: Mapping[str, Any]) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexusengine.cli.recorded import TRACE_HELP, fill, recording_of, trace_of
@@ -60,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--targets", default="0.9,0.99", metavar="A,...", help="shares of promises to be kept (default 0.9,0.99)")
     add("--longest-decile", type=float, default=0.75, metavar="A", help="and of the longest tenth (default 0.75)")
-    add("--prices", metavar="NAME=P,...|FILE.toml", help="dollars an hour; default: an indicative list")
+    add("--prices", metavar="NAME=P,...|FILE.toml", help="dollars an hour, and watts; default: an indicative list")
+    add(
+        "--rank",
+        choices=("price", "tokens", "energy"),
+        default="price",
+        help="cheapest by dollars an hour (default), dollars a million tokens, or joules a token",
+    )
     add("--engine", metavar="NAME[:key=value,...]", help="engine policy (default lens)")
     add("--router", metavar="NAME", help="router policy (default prism)")
     add(
@@ -79,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nexusengine.cli.sim import _Progress, seeds_of
+    from nexusengine.profiles.prices import read_costs, usual_costs
     from nexusengine.sim.api import SimSpec
     from nexusengine.sim.plan import parse_candidates, plan
     from nexusengine.sim.plots import plot_plan, require_matplotlib
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give --candidates, e.g. '2xh100; h100+4xl4'", param="candidates")
     fill(args, recording, _USUAL)
     candidates, targets = parse_candidates(args.candidates or "this"), _targets(args.targets)
-    prices = _prices(args.prices)
+    prices = read_costs(args.prices) if args.prices else usual_costs()
     with _classes(args) as classes, _Progress("planning") as bar:
         spec = SimSpec(
             trace=trace,
@@ -116,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
             longest_decile=args.longest_decile,
             seeds=seeds_of(args),
             prices=prices,
+            rank=args.rank,
             head_room=args.head_room,
             precision=args.precision,
             progress=bar.say,
@@ -154,32 +160,6 @@ def _targets(text: str) -> list[float]:
     if not targets or not all(0.0 < t <= 1.0 for t in targets):
         raise ConfigError(f"targets are shares such as 0.9,0.99, got {text!r}", param="targets")
     return targets
-
-
-def _prices(text: str | None) -> dict[str, float]:
-    """The list that is shipped, with what the user says over it. Raises ConfigError."""
-    from nexusengine.profiles.prices import PRICES_PER_HOUR
-
-    if text is None:
-        return dict(PRICES_PER_HOUR)
-    if text.endswith(".toml"):
-        try:
-            given: dict[str, Any] = tomllib.loads(Path(text).read_text("utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {text}: {error.strerror}", param="prices") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{text} is not TOML: {error}", param="prices") from None
-    else:
-        given = dict(item.partition("=")[::2] for item in text.split(",") if item.strip())
-    prices = dict(PRICES_PER_HOUR)
-    for device, price in given.items():
-        try:
-            prices[device.strip()] = float(price)
-        except (TypeError, ValueError):
-            raise ConfigError(f"the price of {device} must be a number, got {price!r}", param="prices") from None
-        if not 0.0 <= prices[device.strip()] < 1e6:
-            raise ConfigError(f"the price of {device} must be 0 or more, got {price!r}", param="prices")
-    return prices
 
 
 @contextmanager

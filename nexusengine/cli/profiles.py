@@ -48,17 +48,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_dict(info: ProfileInfo) -> dict[str, Any]:
-    out = {"name": info.name, **dataclasses.asdict(info)}
-    out["step_ms"] = {key: round(value, 3) for key, value in info.step_ms.items()}
-    return out
+    return {
+        "name": info.identity.name,
+        **dataclasses.asdict(info.identity),
+        "licence": info.licence,
+        "noise": info.noise,
+        "step_ms": {key: round(value, 3) for key, value in info.step_ms.items()},
+    }
 
 
 def _print_table(infos: list[ProfileInfo]) -> None:
     rows = [["profile", "confidence", "KV tokens", *_COLUMNS]]
-    rows += [
-        [info.name, info.confidence, f"{info.kv_capacity_tokens:,}", *(f"{info.step_ms[c]:.1f}" for c in _COLUMNS)]
-        for info in infos
-    ]
+    for info in infos:
+        of, steps = info.identity, [f"{info.step_ms[c]:.1f}" for c in _COLUMNS]
+        rows.append([of.name, of.confidence, f"{of.kv_capacity_tokens:,}", *steps])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True))

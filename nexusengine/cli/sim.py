@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_one = kinds.add_parser("run", help="one simulation")
     _add_options(run_one, rate=True)
     run_one.add_argument("--plot", metavar="FILE.png", help="CDFs of TTFT and TPOT, and the load over time")
+    run_one.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="simulate four times more, for the range of each figure: slower and faster devices, other seeds",
+    )
 
     many = kinds.add_parser("sweep", help="every engine policy with every router policy at every rate")
     _add_options(many, rate=False)
@@ -203,18 +208,22 @@ def _spec(args: argparse.Namespace, **more: Any) -> SimSpec:
 def _run_one(args: argparse.Namespace) -> int:
     from nexusengine.sim.api import simulate
     from nexusengine.sim.plots import plot_run, require_matplotlib
-    from nexusengine.sim.tables import print_run
+    from nexusengine.sim.ranges import ranges
+    from nexusengine.sim.tables import print_ranges, print_run
 
     if args.plot:
         require_matplotlib()
     with _Progress("simulating") as bar:
         result = simulate(_spec(args, timeline=bool(args.plot)), progress=bar.virtual_time)
+        found = ranges(result) if args.uncertainty else None
     if args.plot:
         plot_run(result, args.plot)
     if args.json:
-        print(json.dumps(result.metrics | {"spec": asdict(result.spec)}))
+        print(json.dumps(result.metrics | {"spec": asdict(result.spec)} | ({"ranges": found} if found else {})))
     else:
         print_run(result)
+        if found:
+            print_ranges(found)
     return 0
 
 

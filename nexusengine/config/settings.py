@@ -122,6 +122,13 @@ class EngineConfig:
     calibrate: bool = setting(
         True, "measure a few made-up steps at the start, for up to two seconds", parse=parse_bool, group="scheduling"
     )
+    step_times: str | None = setting(
+        None,
+        "folder where workers keep what they learn of step times, for their next start; none: keep nothing; default: "
+        "step-times in the cache folder",
+        group="scheduling",
+        metavar="DIR",
+    )
     step_log: str | None = setting(
         None,
         "append the composition and duration of every step to FILE.jsonl.gz, with several workers one file each",

@@ -1,22 +1,17 @@
-"""What can be said of a request the moment it arrives.
-
-Whether it can be served, when its first token is due to come, and whether its SLO can be met at all; the last two from
-the performance model's means.
-"""
+"""What can be said of a request the moment it arrives: whether it can be served, and whether its SLO can be met."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from nexusengine.core.request import RequestState
 from nexusengine.errors import InvalidRequest
+from nexusengine.forecast.trust import is_trustworthy
+from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import PerformanceModel
 from nexusengine.request_limits import check_fits, check_token_ids
-from nexusengine.scheduler.attainable import attainable, prompts_s
-from nexusengine.scheduler.plan import StepPlan
-from nexusengine.scheduler.view import EngineView
+from nexusengine.scheduler.attainable import prompts_s
+from nexusengine.scheduler.scheduler import Scheduler
 from nexusengine.types import SLO, EngineRequest
 
 
@@ -34,72 +29,36 @@ def longest_output(request: EngineRequest, vocab_size: int, max_model_len: int) 
     return wanted or max_model_len - len(ids)
 
 
-def first_token_in_s(view: EngineView, prompt_tokens: int) -> float:
-    """Seconds from now until a prompt that arrives now has its first token, if what is there goes first.
+def is_unattainable(scheduler: Scheduler[RequestState], state: RequestState) -> bool:
+    """Whether a request that has just arrived has an SLO that is out of reach; see `unattainable`."""
+    slo, kv = state.request.slo, scheduler.kv
+    if slo is None:
+        return False
+    cached = kv.lookup(state.block_hashes, state.known - 1).tokens if kv.prefix_caching else 0
+    return unattainable(scheduler.model, scheduler.max_batch_tokens, state.known - cached, slo)
 
-    That is the prompts that wait or are partially prefilled and are not relegated, in full steps beside one token of
-    each decode. No policy is asked: one that lets a new request overtake others will beat this, one that makes it wait
-    for the sake of decodes will not.
+
+def unattainable(model: PerformanceModel, max_batch_tokens: int, prompt_tokens: int, slo: SLO) -> bool:
+    """Whether the device would surely miss the SLO even if it served nothing else.
+
+    It would if the prompt took longer than TTFT, or a decode after it longer than TPOT, even at the lower bound of
+    their time: as far below the mean as the upper bound is above it. Nothing is sure of a kind of step of which the
+    model is not trustworthy. The whole response may not take longer than its bound either.
 
     Args:
-        view: the engine without it.
-        prompt_tokens: those to compute, without a cached prefix.
+        prompt_tokens: those to compute, without a cached prefix; at least 1.
     """
-    c, running = view.columns, view.running
-    left = c.known_tokens[running] - c.computed_tokens[running]
-    decodes = running[left == 1]
-    ahead = np.concatenate([running[left > 1], view.waiting])
-    ahead = ahead[~c.relegated[ahead]]
-    computed = c.context_tokens(ahead)
-    q = (c.known_tokens[ahead] - computed).astype(np.float64)
-    took_s = prompts_s(
-        view.model,
-        view.max_batch_tokens,
-        np.array([float(q.sum()) + prompt_tokens]),
-        np.array([float((q * (computed + 0.5 * q)).sum()) + 0.5 * float(prompt_tokens) ** 2]),
-        np.array([len(ahead) + 1.0]),
-        decodes=len(decodes),
-        kv_tokens=float(c.computed_tokens[decodes].sum()) + len(decodes),
-    )
-    return float(took_s[0])
-
-
-def unattainable(view: EngineView, prompt_tokens: int, slo: SLO) -> bool:
-    """Whether the device would miss the SLO even if it served nothing else (see scheduler.attainable).
-
-    The whole response may not take longer than its bound either.
-    """
+    chunk = min(prompt_tokens, max_batch_tokens)
+    prompt = StepFeatures(chunk, 1, int(chunk > 1), 0.5 * chunk * chunk, int(chunk == 1))
+    decode = StepFeatures(1, 1, 0, 0.0, prompt_tokens + 1)
+    prompt_s = float(prompts_s(model, max_batch_tokens, np.array([float(prompt_tokens)]))[0])
     ttft_s = min(slo.ttft_s, slo.e2e_s or slo.ttft_s)
-    met = attainable(
-        view.model, view.max_batch_tokens, np.array([float(prompt_tokens)]), np.array([ttft_s]), np.array([slo.tpot_s])
+    return _surely_exceeds(model, prompt, prompt_s, ttft_s) or _surely_exceeds(
+        model, decode, model.predict(decode).mean_s, slo.tpot_s
     )
-    return not met[0]
 
 
-class NewArrivals:
-    """Requests that no plan has seen yet, and when their first token is expected."""
-
-    def __init__(self) -> None:
-        self._states: list[RequestState] = []
-
-    def add(self, state: RequestState, view: EngineView, cached_tokens: int, now: float) -> None:
-        """Predict a request's TTFT, and whether its SLO can be met, before it is one of those that wait.
-
-        Args:
-            view: the engine without it.
-            cached_tokens: of its prompt, in the prefix cache.
-            now: timestamp, seconds.
-        """
-        request, prompt_tokens = state.request, state.known - cached_tokens
-        waited_s = max(now - request.arrival_s, 0.0)
-        state.predicted_ttft_s = waited_s + first_token_in_s(view, prompt_tokens)
-        state.unattainable = request.slo is not None and unattainable(view, prompt_tokens, request.slo)
-        self._states.append(state)
-
-    def planned(self, plan: StepPlan, requests: Mapping[int, RequestState]) -> None:
-        """The policy knows better when first tokens come, where it expects to meet the SLO. requests: by slot."""
-        for state in self._states if plan.first_token_s is not None else ():
-            at_s = float(plan.first_token_s[state.slot])  # type: ignore[index]
-            if math.isfinite(at_s) and requests.get(state.slot) is state:
-                state.predicted_ttft_s = max(at_s - state.request.arrival_s, 0.0)
-        self._states.clear()
+def _surely_exceeds(model: PerformanceModel, step: StepFeatures, mean_s: float, bound_s: float) -> bool:
+    """Whether steps like this one that take mean_s in the mean exceed a bound even at the lower bound of their time."""
+    time = model.predict(step)
+    return mean_s * time.mean_s / time.upper_s > bound_s and is_trustworthy(model, [step])

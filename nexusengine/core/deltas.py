@@ -28,6 +28,11 @@ class End(NamedTuple):
     stop_reason: int | None = None
     error: Error | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether the answer ended by itself or at its longest."""
+        return self.reason in ("stop", "length")
+
 
 def first_delta(state: RequestState, service: Service, token: int, logprobs: Logprobs) -> TokenDelta:
     return TokenDelta(

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nexusengine.clock import Clock
-from nexusengine.core.admission import NewArrivals, longest_output
+from nexusengine.core.admission import is_unattainable, longest_output
 from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
+from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.invariants import check_requests
@@ -103,7 +104,7 @@ class EngineCore:
         self._in_flight: deque[InFlightStep] = deque()  # oldest first; two at most, and only while `step` runs
         self._timeouts = Timeouts(2 * slots)
         self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
-        self._new_arrivals = NewArrivals()
+        self._first_tokens = FirstTokens()
         self._published = PublishedLoad(self.kv.total_blocks)
         self._stepped_s, self._idle_since_s = clock.now(), math.inf  # idle: the device, while the core has work
         self._submitted = 0
@@ -133,7 +134,8 @@ class EngineCore:
             )
         if self.kv.prefix_caching:
             state.block_hashes = block_hashes(state.tokens, self.kv.block_size, self._hash_key)
-        self._new_arrivals.add(state, self.scheduler.view(), self._cached_tokens(state), self.clock.now())
+        state.unattainable = is_unattainable(self.scheduler, state)
+        self._first_tokens.arrived(state)
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
         state.serial = self._history.arrived(state.slot)
@@ -141,16 +143,13 @@ class EngineCore:
         self._by_id[request.request_id] = state
         if request.deadline_s is not None:
             self._timeouts.watch(request.deadline_s, request.request_id, self._by_id)
-        self._publish()
+        self.publish()
 
     def admissible(self, request: EngineRequest) -> int:
         """The number of output tokens at which the request ends. Raises InvalidRequest or ContextTooLong."""
         if request.request_id in self._by_id:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         return longest_output(request, self.executor.spec.vocab_size, self.max_model_len)
-
-    def _cached_tokens(self, state: RequestState) -> int:
-        return self.kv.lookup(state.block_hashes, state.known - 1).tokens if self.kv.prefix_caching else 0
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """End a request in whatever state it is; None if there is no such request."""
@@ -180,7 +179,7 @@ class EngineCore:
         self._expire(now)
         submitted = self._submit_next(now)
         if not self._in_flight:
-            self._publish(force=not self._by_id)
+            self.publish(force=not self._by_id)
         elif not (submitted and self.executor.spec.overlaps and len(self._in_flight) == 1):
             self._collect()
         return self._take_outbox()
@@ -193,7 +192,7 @@ class EngineCore:
         preemptions = stats.preemptions
         scheduled = self.scheduler.schedule(now, in_flight=bool(self._in_flight))
         self._refuse(scheduled.refused)
-        self._new_arrivals.planned(scheduled.plan, self.scheduler.requests)
+        self._first_tokens.planned(self.scheduler, scheduled, self._in_flight, now)
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
@@ -236,7 +235,7 @@ class EngineCore:
         """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
         c, batch = self.scheduler.columns, step.batch
         sampled = self.scheduler.advance(batch.slots, batch.counts)
-        expected_s = step.started_s + step.plan.predicted_s
+        expected_s = step.expected_end_s
         # until the tokens are there, so that a policy has something to go by
         c.first_token_s[sampled[c.generated_tokens[sampled] == 1]] = expected_s
         c.last_token_s[sampled] = expected_s
@@ -263,7 +262,7 @@ class EngineCore:
         model = self.scheduler.model
         (model.observe_cold if step.cold else model.observe)(step.features, result.device_s)
         self._stepped_s = self.clock.now()
-        self._publish(force=not self._by_id)
+        self.publish(force=not self._by_id)
         if self._check_every_step:
             self.check()
         scheduler_s = step.planning_s + time.perf_counter() - collected_s
@@ -304,6 +303,7 @@ class EngineCore:
         state.output_tokens += 1
         if state.first_token_s is None:
             state.first_token_s = c.first_token_s[slot] = now
+            self._first_tokens.came(state, now)
         if token in state.end_ids:
             stop_reason = token if token in state.request.sampling.stop_token_ids else None
             self._finish(state, End("stop", stop_reason=stop_reason))
@@ -332,7 +332,7 @@ class EngineCore:
 
     def _finish(self, state: RequestState, end: End, *, discard: bool = False) -> None:
         """End a request and put its last delta into the outbox. discard: what it computed may be wrong."""
-        self.scheduler.finish(state, output_tokens=state.output_tokens, discard=discard)
+        self.scheduler.finish(state, output_tokens=state.output_tokens, complete=end.complete, discard=discard)
         self._ended(state, end)
 
     def _fail(self, state: RequestState, code: str, message: str, *, discard: bool = False) -> None:
@@ -344,8 +344,7 @@ class EngineCore:
         self._idle_since_s = self._idle_since_s if self._by_id else math.inf
         self.scheduler.stats.finished(end.reason)
         now, service = self.clock.now(), self._service(state)
-        message = end.error.message if end.error else None
-        record = record_of(state, service, now, end.reason, message)
+        record = record_of(state, service, now, end.reason, end.error.message if end.error else None)
         self._history.ended(state.slot, state.serial, record)
         self._outbox.append(last_delta(state, service, now, end))
 
@@ -389,7 +388,8 @@ class EngineCore:
         """The newest published picture, at most about 20 ms older than the last step. Safe from any thread."""
         return self._published.read(self.clock.now())
 
-    def _publish(self, force: bool = False) -> None:
+    def publish(self, force: bool = False) -> None:
+        """Renew the load that other threads see. force: although it is hardly older than it may be."""
         self._published.publish(lambda: self.scheduler.load(self.last_dispatch_seq), self.clock.now(), force=force)
 
     def check(self) -> None:

@@ -41,6 +41,11 @@ class InFlightStep:
     preempted: int
     cold: bool
 
+    @property
+    def expected_end_s(self) -> float:
+        """Timestamp at which it ends, by its prediction."""
+        return self.started_s + self.plan.predicted_s
+
     def still_holds(self, row: int) -> bool:
         """Whether the row's request has kept the blocks that it had when the step was submitted."""
         return self.states[row].preemptions == self.preemption_epochs[row]

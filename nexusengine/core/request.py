@@ -22,7 +22,9 @@ class RequestState(SchedulerRequest):
         output_tokens: how many were delivered.
         pending: tokens that steps in flight sample; they are not in `tokens` yet.
         serial: its number in the history.
-        predicted_ttft_s, unattainable: what was foreseen when it arrived.
+        foreseen_ttft_s: from its arrival to its first token, as predicted when the first step after it was planned;
+            None where the performance model was not trustworthy. predicted_ttft_s: the same, as it is told.
+        unattainable: the device surely cannot meet its SLO, as judged when it arrived.
     """
 
     tokens: I4
@@ -32,7 +34,8 @@ class RequestState(SchedulerRequest):
     output_tokens: int = 0
     pending: int = 0
     serial: int = 0
-    predicted_ttft_s: float = 0.0
+    foreseen_ttft_s: float | None = None
+    predicted_ttft_s: float | None = None
     unattainable: bool = False
 
     @classmethod

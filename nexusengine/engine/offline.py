@@ -27,7 +27,6 @@ from nexusengine.engine.lifetime import Home
 from nexusengine.engine.request import Prompt, make_processor, output_of
 from nexusengine.errors import InternalError, NexusError, Unavailable
 from nexusengine.obs.logs import get_logger
-from nexusengine.scheduler.registry import OFFLINE
 from nexusengine.slo.due import first_token_due_s
 from nexusengine.types import EngineRequest, RequestOutput, TokenDelta
 
@@ -44,7 +43,6 @@ class LocalRunner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        config = dataclasses.replace(config, scheduler=OFFLINE.get(config.scheduler, config.scheduler))
         self._home = Home()
         self.core, self.tokenizer, self.vocab_size = make_local(config)
         self.max_model_len = self.core.max_model_len

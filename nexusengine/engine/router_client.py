@@ -129,7 +129,7 @@ class RouterClient:
         cluster = self.status()
         if cluster is None:
             raise Unavailable("the router does not answer", retry_after_s=_RETRY_AFTER_S)
-        serving = (wire.WorkerState.READY, wire.WorkerState.STALLED, wire.WorkerState.DRAINING)
+        serving = (wire.WorkerState.READY, wire.WorkerState.STALLED)
         expected = sum(w.state in serving for w in cluster.workers)
         replies: list[wire.DebugReply] = []
         query = self._next_query

@@ -73,8 +73,8 @@ class EmulatedExecutor:
                 profile = load_profile(name)
             except ConfigError as error:
                 raise ConfigError(f"{device}: {error.message}; also: {_INSTANT}", param="devices") from None
-            kv_bytes = (profile.kv_capacity_tokens + block_size) * config.kv_bytes_per_token(_ELEMENT_BYTES)
-            weights_bytes = profile.weights_bytes
+            kv_bytes = (profile.identity.kv_capacity_tokens + block_size) * config.kv_bytes_per_token(_ELEMENT_BYTES)
+            weights_bytes = profile.identity.weights_bytes
         num_blocks, max_len = size_kv(config, options, options.kv_cache_bytes or kv_bytes, block_size, kv_element_bytes)
         progress("ready", 1.0)
         spec = ExecutorSpec(

@@ -57,7 +57,11 @@ class _Inputs:
 
 
 class TorchExecutor:
-    """A model, its KV cache and its attention backend on one device. Made by `create`."""
+    """A model, its KV cache and its attention backend on one device. Made by `create`.
+
+    Attributes:
+        kv: the cache, `[2, L, num_blocks, block_size, Hkv, D]`, keys before values; None once it is closed.
+    """
 
     def __init__(self, loaded: LoadedModel, spec: ExecutorSpec) -> None:
         self.spec = spec
@@ -65,8 +69,8 @@ class TorchExecutor:
         self._model, self._attention = loaded.model, loaded.backend(attention_spec)
         self._device, self._block_size = attention_spec.device, attention_spec.block_size
         shape = (2, c.num_layers, spec.num_blocks, spec.block_size, c.num_kv_heads, c.head_dim)
-        self._kv: torch.Tensor | None = torch.empty(shape, dtype=loaded.cache_dtype, device=self._device)
-        self._kv[:, :, : spec.ready_blocks].zero_()  # else the first steps that write there wait for their pages
+        self.kv: torch.Tensor | None = torch.empty(shape, dtype=loaded.cache_dtype, device=self._device)
+        self.kv[:, :, : spec.ready_blocks].zero_()  # else the first steps that write there wait for their pages
         self._places: dict[str, np.ndarray] = {}
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
@@ -129,12 +133,12 @@ class TorchExecutor:
         """Computes at once on a CPU; on CUDA only launches."""
         if len(self._in_flight) > self.spec.overlaps:
             raise RuntimeError(f"steps in flight: {len(self._in_flight)}; collect it first")
-        if self._kv is None:
+        if self.kv is None:
             raise RuntimeError("the executor is closed")
         timer = Timer(self._device)
         rows = np.nonzero(batch.sampled)[0]
         inputs = self._inputs(batch, rows)
-        hidden = self._hidden(inputs, self._kv)
+        hidden = self._hidden(inputs, self.kv)
         tokens, logprobs = None, None
         if len(rows):
             sampling = batch.sampling.rows(batch.slots[rows], (batch.starts + batch.counts)[rows])
@@ -178,12 +182,12 @@ class TorchExecutor:
         return StepResult(ids, device_s, logprobs)
 
     def close(self) -> None:
-        self._kv = self.graphs = None
+        self.kv = self.graphs = None
         self._in_flight.clear()
 
     def capture_decodes(self, graph_device: GraphDevice[torch.Tensor], budget_bytes: int, max_rows: int) -> None:
         """From now on decode steps run as graphs, where the backend can and the budget allows."""
-        kv, attention = self._kv, self._attention
+        kv, attention = self.kv, self._attention
         if kv is None:
             raise RuntimeError("the executor is closed")
 

@@ -117,13 +117,16 @@ def _of_the_server(done: Sequence[Record]) -> dict[str, Any] | None:
         return _spread_of([n[name] for n in told if n[name] is not None])
 
     judged = [bool(n["met"]) for n in told if n["met"] is not None]
-    off = [abs(n["predicted_ttft_ms"] / n["ttft_ms"] - 1) for n in told]
+    predicted = [n for n in told if n["predicted_ttft_ms"] is not None]
+    off = [abs(n["predicted_ttft_ms"] / n["ttft_ms"] - 1) for n in predicted]
     return {
         "attainment": float(np.mean(judged)) if judged else None,
         "unattainable": sum(bool(n["unattainable"]) for n in told),
         "ttft_ms": of("ttft_ms"),
         "tpot_ms": of("tpot_ms"),
         "queue_ms": of("queue_ms"),
-        "predicted_ttft_off": float(np.median(off)),
+        "predicted_ttft": len(predicted),
+        "predicted_ttft_off": float(np.median(off)) if off else None,
+        "predicted_ttft_off_p90": float(np.percentile(off, 90)) if off else None,
         "by_worker": dict(sorted(Counter(str(n["worker"]) for n in told).items())),
     }

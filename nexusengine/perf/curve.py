@@ -6,7 +6,6 @@ mixed steps; the rest is linear. A prediction is one search in a short list and 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -18,6 +17,10 @@ from nexusengine.perf.basis import KV_TOKENS, PAIRS, TOKENS
 from nexusengine.perf.features import SHORTEST_S, StepFeatures
 from nexusengine.perf.model import StepTime
 
+_MEAN_SHARE = 0.65  # of the mean time per token in the slope beyond, on a logarithmic scale; the rest is the octave's
+_NEAR_OCTAVE, _NEAR_MEAN, _MEASURED_SHARE = 0.9, 1.15, 2 / 3
+_WAITING, _COMPUTING = 0.68, 0.85  # octave over mean of a device that does not compute yet, and of one that does
+
 
 class _Tokens:
     """A rising, piecewise-linear function of T, in seconds; piece i holds for breaks[i-1] < T <= breaks[i].
@@ -26,11 +29,17 @@ class _Tokens:
         weights: in the order of `basis`.
         steps: seconds by which it rises behind a number of tokens.
         seen: the most tokens seen in a step.
+        token_s: seconds for each token of far larger steps, as the prior has it; 0: it has nothing.
         slope_beyond: seconds a token beyond `seen`, besides what hinges and steps add; None: it is estimated.
     """
 
     def __init__(
-        self, weights: Sequence[float], steps: dict[float, float], seen: float, slope_beyond: float | None = None
+        self,
+        weights: Sequence[float],
+        steps: dict[float, float],
+        seen: float,
+        token_s: float = 0.0,
+        slope_beyond: float | None = None,
     ) -> None:
         hinges: dict[float, float] = {h: weights[basis.FIRST_HINGE + i] / TOKENS for i, h in enumerate(basis.HINGES)}
         self.breaks: list[float] = []
@@ -40,7 +49,7 @@ class _Tokens:
         for at in sorted({seen, *hinges, *steps} - {0.0}):
             value = self(at)
             if at == seen:
-                slope = self._slope_beyond(seen) if slope_beyond is None else slope_beyond
+                slope = self._slope_beyond(seen, token_s) if slope_beyond is None else slope_beyond
                 self.slope_beyond = slope
             slope += hinges.get(at, 0.0)
             self.breaks.append(at)
@@ -49,17 +58,25 @@ class _Tokens:
             self.slopes.append(slope)
         self._arrays: tuple[F8, ...] = ()
 
-    def _slope_beyond(self, seen: float) -> float:
+    def _slope_beyond(self, seen: float, token_s: float) -> float:
         """Seconds for each token beyond the most seen. Weights that were fitted up to there say little of it.
 
-        On a roofline, time = overhead + max(moving weights, tokens * c), it is c; the secant from no tokens is below c
-        by as much as moving weights takes, the mean time per token above it by the overhead. The geometric mean of the
-        two is one estimate, the secant of the last octave, kept between them, another; their geometric mean is taken.
+        On a roofline, time = overhead + max(moving weights, tokens * c), it is c. Where the device computes already,
+        the mean time per token is above c by the overhead; the secant of the last octave is c itself, but kernels lose
+        a few percent per token as steps grow (clocks fall under power limits, caches overflow), which the mean makes up
+        for. Where it still moves weights, or waits for the host, the octave is far below the mean, and says more. What
+        was measured of such devices counts for two thirds, as far as it is near the two.
         """
         end, half = self(seen), self(seen / 2)
-        low, high = (end - self.values[0]) / seen, end / seen
-        octave = min(max((end - half) / (seen / 2), low), high)
-        return math.sqrt(math.sqrt(low * high) * octave)
+        octave, mean = (end - half) / (seen / 2), end / seen
+        slope = octave
+        if octave < mean:
+            share = _MEAN_SHARE * min(max((octave / mean - _WAITING) / (_COMPUTING - _WAITING), 0.0), 1.0)
+            slope = mean**share * octave ** (1.0 - share)
+        if token_s > 0.0:
+            low, high = _NEAR_OCTAVE * min(octave, mean), _NEAR_MEAN * max(octave, mean)
+            slope = slope ** (1.0 - _MEASURED_SHARE) * min(max(token_s, low), high) ** _MEASURED_SHARE
+        return slope
 
     def __call__(self, tokens: float) -> float:
         i = bisect_left(self.breaks, tokens)
@@ -85,6 +102,8 @@ class Curve:
         offset_s: what decode-only steps of about offset_at_s seconds take more, of late, than the weights say; shorter
             ones a like share of it.
         offset_at_s: see offset_s.
+        token_s: seconds for each token of steps far larger than seen, by the prior; 0: it says nothing.
+        level: how many times as long as that steps of all kinds take of late, > 0.
     """
 
     def __init__(
@@ -95,14 +114,16 @@ class Curve:
         factor_mixed: float = 1.0,
         offset_s: float = 0.0,
         offset_at_s: float = 1.0,
+        token_s: float = 0.0,
+        level: float = 1.0,
     ) -> None:
-        self.weights, self.seen = tuple(weights), seen
+        self.weights, self.seen, self.token_s, self.level = tuple(weights), seen, token_s, level
         self.factor_decode, self.factor_mixed = factor_decode, factor_mixed
         self.offset_s, self.offset_at_s = offset_s, offset_at_s
         steps = {0.0: weights[basis.MIXED]}
         steps |= {s: weights[basis.FIRST_STEP + i] for i, s in enumerate(basis.STEPS)}
-        self._mixed = _Tokens(weights, steps, seen)
-        self._decode = _Tokens(weights, {}, seen, self._mixed.slope_beyond)
+        self._mixed = _Tokens(weights, steps, seen, token_s)
+        self._decode = _Tokens(weights, {}, seen, slope_beyond=self._mixed.slope_beyond)
         self._mixed_s = weights[basis.MIXED]
         self._sequence_s, self._prefill_s = weights[basis.SEQUENCES], weights[basis.PREFILLS]
         self._pair_s, self._kv_s = weights[basis.ATTENTION] / PAIRS, weights[basis.KV] / KV_TOKENS
@@ -112,7 +133,7 @@ class Curve:
     def numbers(self) -> tuple[float, ...]:
         """The arguments it was made from, in that order."""
         factors = self.factor_decode, self.factor_mixed
-        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s)
+        return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s, self.token_s, self.level)
 
     def predict(self, features: StepFeatures) -> StepTime:
         mean_s = self._mean_s(features)
@@ -127,10 +148,11 @@ class Curve:
                 mean_s += offset_s - self._mixed_s
         else:
             mean_s += offset_s
+        mean_s *= self.level
         return mean_s if mean_s > SHORTEST_S else SHORTEST_S
 
     def plain_s(self, f: StepFeatures) -> float:
-        """The mean by the weights alone, without the offset."""
+        """The mean by the weights alone, without offset and level."""
         if f.prefills:
             return (
                 self._mixed(f.tokens)
@@ -151,5 +173,5 @@ class Curve:
         )
         offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
         mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
-        result: F8 = np.maximum(mean_s, SHORTEST_S)
+        result: F8 = np.maximum(mean_s * self.level, SHORTEST_S)
         return result

@@ -15,6 +15,7 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
+from nexusengine.perf.kinds import RecentError, RecentErrors, stratum
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -68,6 +69,7 @@ class LineModel:
         self._gram.flat[:: self._terms + 1] += 1e-9
         self._weights = np.zeros(self._terms)
         self._bounds = (Bound(), Bound())
+        self._errors = RecentErrors()
         self._solve()
 
     def predict(self, features: StepFeatures) -> StepTime:
@@ -81,7 +83,9 @@ class LineModel:
         if took_s is None or features.tokens < 1:
             return
         self.steps += 1
-        self._bounds[features.prefills > 0].learn(math.log(took_s / self.predict(features).mean_s))
+        log_ratio = math.log(took_s / self.predict(features).mean_s)
+        self._errors.learn(stratum(features), log_ratio)
+        self._bounds[features.prefills > 0].learn(log_ratio)
         row = self._row(features, took_s)
         self._gram = _FORGET * self._gram + row[:, None] * row
         self._moment = _FORGET * self._moment + row
@@ -94,6 +98,9 @@ class LineModel:
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""
+
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        return self._errors.of(features)
 
     def snapshot(self) -> PerfSnapshot:
         """Its weights are the three of the formula, then the factors of decode-only and mixed steps."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.kinds import RecentError
 from nexusengine.wire import PerfSnapshot
 
 
@@ -50,6 +51,14 @@ class PerformanceModel(Predictor, Protocol):
         """Believe the next steps sooner if they show a change: the device itself says that its speed may have changed.
 
         It says so by a lower clock, for example, but not how large the change is, or whether there is one.
+        """
+        ...
+
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        """How well steps of the same kind as this one were predicted of late, and how many of them were measured.
+
+        By this, whoever tells predictions to users decides whether the model is to be trusted yet. Costs no more than
+        finding the kind.
         """
         ...
 

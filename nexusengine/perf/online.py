@@ -8,7 +8,6 @@ when it is seen again, so that an hour of decodes does not erase what is known o
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +17,17 @@ from nexusengine.arrays import F8
 from nexusengine.perf import basis
 from nexusengine.perf.curve import Curve
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
+from nexusengine.perf.kinds import DECODE_KINDS, STRATA, RecentError, RecentErrors, stratum
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import leverage, solve
 from nexusengine.perf.prior import GENERIC, Prior
-from nexusengine.perf.residual import Bound, Change, Drift, Trend, is_off, is_spike
+from nexusengine.perf.residual import Bound, Change, Drift, Level, Trend, is_off, is_spike
+from nexusengine.perf.state import BASIS, ModelState, decode_arrays, encode_arrays
 from nexusengine.wire import PerfSnapshot
 
-KIND = "online-1"
-OFFSETS = basis.TERMS + 3  # where the offset and its place begin in a snapshot's weights
+KIND = "online-2"
+SECONDS = (*range(basis.TERMS), *range(basis.TERMS + 3, basis.TERMS + 6))
+"""Which of a snapshot's weights are times."""
 
 _FORGET = 0.998  # of a kind of step, each time it is seen: a memory of 500 such steps
 _FORGET_ALL = 0.9998  # of everything, each step: a memory of 5000
@@ -38,18 +40,8 @@ _SCALED_BY = 8  # steps of a kind that tell the scale of the prior
 _HALF = 0.5  # how much of one kind's scale is believed of the other, as long as that was not seen
 _COLD_UNTIL = 16  # steps of a kind after which cold ones are not learned from
 
-_DECODE_EDGES, _MIXED_EDGES = (8, 32, 128), (64, 128, 256, 512, 1024)
-_STRATA = len(_DECODE_EDGES) + 1 + len(_MIXED_EDGES) + 1
-
 _LONG_CHUNK = StepFeatures(1024, 1, 1, 1024 * (4096 + 512.0), 0)
 _LONG_DECODES = StepFeatures(32, 32, 0, 0.0, 32 * 2048)
-
-
-def stratum(f: StepFeatures) -> int:
-    """Kind of step: decode-only ones by octave of tokens, then mixed ones by octave."""
-    if not f.prefills:
-        return bisect_left(_DECODE_EDGES, f.tokens)
-    return len(_DECODE_EDGES) + 1 + bisect_left(_MIXED_EDGES, f.tokens)
 
 
 @dataclass(slots=True)
@@ -80,13 +72,14 @@ class OnlineModel:
     def __init__(self, prior: Prior = GENERIC) -> None:
         n = basis.TERMS
         self.epoch = self.spikes = self.steps = 0
-        self._gram, self._moment = np.zeros((_STRATA, n, n)), np.zeros((_STRATA, n))
-        self._seen = np.zeros(_STRATA, np.int64)
+        self._gram, self._moment = np.zeros((STRATA, n, n)), np.zeros((STRATA, n))
+        self._seen = np.zeros(STRATA, np.int64)
         self._bounds = (Bound(), Bound())
-        self._trend, self._drift = Trend(), Drift()
+        self._trend, self._level, self._drift = Trend(), Level(), Drift()
+        self._errors = RecentErrors()
         self._scales = (_Scale(), _Scale())
         self._weights = np.zeros(n)
-        self._tokens_seen = float(prior.tokens)
+        self._tokens_seen, self._token_s = float(prior.tokens), prior.token_s
         rows = np.array([basis.terms(f) for f in prior.steps]) / np.array(prior.seconds)[:, None]
         mixed = np.array([f.prefills > 0 for f in prior.steps])
         self._priors = [(part.T @ part, part.sum(axis=0)) for part in (rows[~mixed], rows[mixed])]
@@ -102,10 +95,54 @@ class OnlineModel:
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         return self._curve.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        return self._errors.of(features)
+
     def snapshot(self) -> PerfSnapshot:
         """Its weights are `Curve.numbers`, which begin with the weights in the order of `basis`."""
         c = self._curve
         return PerfSnapshot(KIND, c.numbers, max(c.factor_decode, c.factor_mixed), self.steps, self.epoch)
+
+    # ---- what outlives a process ---------------------------------------------------------------------------------
+
+    def state(self) -> ModelState:
+        """What `resume` needs; a copy, so that it can be written by another thread."""
+        gram, moment = encode_arrays(self._gram, self._moment)
+        return ModelState(
+            basis=BASIS,
+            gram=gram,
+            moment=moment,
+            seen=tuple(self._seen.tolist()),
+            tokens_seen=self._tokens_seen,
+            log_scales=(self._scales[0].log_ratio, self._scales[1].log_ratio),
+            steps=self.steps,
+        )
+
+    def resume(self, state: ModelState, steps: float, slower: float = 1.0) -> None:
+        """Go on from what an earlier model had learned, in place of what this one has.
+
+        Args:
+            state: of a model with the same prior.
+            steps: how many steps of each kind it counts for at most; the fewer, the sooner new steps prevail.
+            slower: how many times as long steps take now.
+
+        Raises:
+            ValueError: it holds what no model can have learned.
+        """
+        gram, moment = decode_arrays(state)
+        remembered = (1.0 - _FORGET ** np.array(state.seen, np.float64)) / (1.0 - _FORGET)
+        keep = np.minimum(steps / np.maximum(remembered, 1.0), 1.0)
+        self._gram = gram * (keep / slower**2)[:, None, None]
+        self._moment = moment * (keep / slower)[:, None]
+        self._tokens_seen = max(state.tokens_seen, self._tokens_seen)
+        kinds = np.array(state.seen)
+        self._seen = np.minimum(kinds, _COLD_UNTIL)
+        known = kinds[:DECODE_KINDS].any(), kinds[DECODE_KINDS:].any()
+        for scale, log_ratio, learned in zip(self._scales, state.log_scales, known, strict=True):
+            scale.log_ratio, scale.steps = log_ratio + math.log(slower), _SCALED_BY if learned else 0
+        self._trend.reset()
+        self._level.reset()
+        self._solve()
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
@@ -130,6 +167,7 @@ class OnlineModel:
         if self.steps % _EVERY == 0:
             self._gram *= _FORGET_ALL**_EVERY
             self._moment *= _FORGET_ALL**_EVERY
+        self._errors.learn(kind, math.log(seconds / predicted_s))
         self._judge(curve, mixed, seconds, predicted_s, plain_s)
         log_ratio = math.log(seconds / plain_s)
         if not is_off(log_ratio):
@@ -159,8 +197,11 @@ class OnlineModel:
             self._renew()
 
     def _judge(self, curve: Curve, mixed: bool, seconds: float, predicted_s: float, plain_s: float) -> None:
-        """Learn the bound and, from decode-only steps, the offset."""
-        self._bounds[mixed].learn(math.log(seconds / predicted_s))
+        """Learn the bound, the level and, from decode-only steps, the offset."""
+        log_ratio = math.log(seconds / predicted_s)
+        self._bounds[mixed].learn(log_ratio)
+        self._level.learn(log_ratio + math.log(curve.level))
+        curve.level = self._level.factor
         curve.factor_decode, curve.factor_mixed = self._bounds[0].factor, self._bounds[1].factor
         if not mixed:
             self._trend.learn(seconds - plain_s, plain_s)
@@ -177,7 +218,7 @@ class OnlineModel:
 
     def _accept(self, change: Change) -> None:
         """Scale what is known of the kinds of step that changed by the factor, and believe less of everything."""
-        slower = np.ones(_STRATA)
+        slower = np.ones(STRATA)
         if change.kinds is None:
             slower[:] = change.ratio
             for scale in self._scales:
@@ -187,6 +228,7 @@ class OnlineModel:
         self._gram *= (_KEEP_AT_DRIFT / slower**2)[:, None, None]
         self._moment *= (_KEEP_AT_DRIFT / slower)[:, None]
         self._trend.reset()
+        self._level.reset()
         self.epoch += 1
         self._solve()
 
@@ -210,7 +252,15 @@ class OnlineModel:
     def _renew(self) -> None:
         decode, mixed = self._bounds
         factors, trend = (decode.factor, mixed.factor), self._trend
-        self._curve = Curve(self._weights.tolist(), self._tokens_seen, *factors, trend.offset_s, trend.at_s)
+        self._curve = Curve(
+            self._weights.tolist(),
+            self._tokens_seen,
+            *factors,
+            trend.offset_s,
+            trend.at_s,
+            self._token_s,
+            self._level.factor,
+        )
 
 
 def _pull(curve: Curve) -> tuple[F8, F8]:
@@ -238,14 +288,16 @@ def rebuild_curve(weights: Sequence[float]) -> Curve:
         ValueError: they are not such weights.
     """
     n = basis.TERMS
-    if len(weights) != n + 5:
-        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 5} are needed")
+    if len(weights) != n + 7:
+        raise ValueError(f"a snapshot of {len(weights)} numbers; {n + 7} are needed")
     if (
         not all(map(math.isfinite, weights))
         or min(weights[:n]) < 0.0
         or weights[n] <= 0.0
         or min(weights[n + 1 : n + 3]) < 1.0
         or weights[n + 4] <= 0.0
+        or weights[n + 5] < 0.0
+        or weights[n + 6] <= 0.0
     ):
         raise ValueError(f"the numbers of a snapshot are out of range: {weights}")
     return Curve(weights[:n], *weights[n:])

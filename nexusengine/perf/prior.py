@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nexusengine.model_config import ModelConfig
-from nexusengine.perf.devices import DATASHEETS, Datasheet
+from nexusengine.perf.devices import Datasheet
 from nexusengine.perf.features import StepFeatures
 
 _COMPUTE_EFFICIENCY, _BANDWIDTH_EFFICIENCY = 0.6, 0.8
@@ -24,11 +24,13 @@ class Prior:
         steps: that tell the terms of the model apart.
         seconds: of each.
         tokens: up to how many in a step that is to be relied on.
+        token_s: seconds for each token of steps far larger than any seen; 0 where nothing measured says so.
     """
 
     steps: tuple[StepFeatures, ...]
     seconds: tuple[float, ...]
     tokens: int = 256
+    token_s: float = 0.0
 
 
 def probes() -> tuple[StepFeatures, ...]:
@@ -43,25 +45,28 @@ def probes() -> tuple[StepFeatures, ...]:
 def roofline(sheet: Datasheet, model: ModelConfig, bytes_per_weight: float = 2.0, kv_bytes: int = 2) -> Prior:
     """A prior from a datasheet: the larger of moving weights and computing, moving KV, and a fixed overhead.
 
-    With the efficiencies that are usual for each; 2 operations a weight and token, 4 a layer, head dimension and pair
-    of tokens.
+    With the efficiencies that are usual for each, or the rate of matrix products that was measured; 2 operations a
+    weight and token, but those of the output layer only once a sequence, and 4 a layer, head dimension and pair of
+    tokens.
     """
     steps = probes()
     moved_per_s = sheet.bandwidth_gb_s * 1e9 * _BANDWIDTH_EFFICIENCY
-    flops = sheet.tflops * 1e12 * _COMPUTE_EFFICIENCY
-    weights = model.num_parameters - (0 if model.tie_embeddings else model.vocab_size * model.hidden_size)
+    flops = (sheet.sustained_tflops or sheet.tflops * _COMPUTE_EFFICIENCY) * 1e12
+    output = model.vocab_size * model.hidden_size
+    layers = model.num_parameters - output * (1 if model.tie_embeddings else 2)
     pair_flop = 4.0 * model.num_layers * model.num_heads * model.head_dim
 
     def seconds(f: StepFeatures) -> float:
-        memory_s = weights * bytes_per_weight / moved_per_s
+        memory_s = (layers + output) * bytes_per_weight / moved_per_s
         kv_s = f.decode_kv_tokens * model.kv_bytes_per_token(kv_bytes) / moved_per_s
-        compute_s = 2.0 * weights * f.tokens / flops
+        compute_s = 2.0 * (layers * f.tokens + output * f.sequences) / flops
         attention_s = pair_flop * f.prefill_attention / flops
         return _OVERHEAD_S + _MIXED_OVERHEAD_S * (f.prefills > 0) + max(memory_s, compute_s) + kv_s + attention_s
 
-    return Prior(steps, tuple(map(seconds, steps)))
+    measured = sheet.sustained_tflops > 0.0 and bytes_per_weight >= 2.0  # fewer bits may be computed faster
+    return Prior(steps, tuple(map(seconds, steps)), token_s=2.0 * layers / flops if measured else 0.0)
 
 
 EIGHT_BILLION = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5)
-GENERIC = roofline(DATASHEETS["l40s"], EIGHT_BILLION)
+GENERIC = roofline(Datasheet(bandwidth_gb_s=864, tflops=362), EIGHT_BILLION)
 """Of a device of which nothing is known. Its shape matters, its scale does not: that is taken from the first steps."""

@@ -8,12 +8,11 @@ from functools import partial
 import msgspec
 
 from nexusengine.errors import ConfigError
-from nexusengine.perf.basis import TERMS
 from nexusengine.perf.line import KIND as LINE_KIND
 from nexusengine.perf.line import LineModel, rebuild_line
 from nexusengine.perf.model import PerformanceModel, Predictor
 from nexusengine.perf.online import KIND as ONLINE_KIND
-from nexusengine.perf.online import OFFSETS, OnlineModel, rebuild_curve
+from nexusengine.perf.online import SECONDS, OnlineModel, rebuild_curve
 from nexusengine.perf.prior import GENERIC, Prior
 from nexusengine.perf.surface import KIND as SURFACE_KIND
 from nexusengine.perf.surface import SurfaceModel, rebuild_surface
@@ -26,7 +25,7 @@ MODELS: dict[str, Callable[[Prior], PerformanceModel]] = {
     "line2": partial(LineModel, by_sequences=True),
 }
 _TIMES = {  # which of a snapshot's weights are seconds
-    ONLINE_KIND: (*range(TERMS), OFFSETS, OFFSETS + 1),
+    ONLINE_KIND: SECONDS,
     SURFACE_KIND: range(5),
     LINE_KIND: range(3),
 }

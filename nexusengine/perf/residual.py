@@ -10,7 +10,7 @@ from dataclasses import dataclass
 _QUANTILE, _FIRST_FACTOR = 0.95, 1.2
 _WINDOW, _LEVEL_STEP = 100, 0.01
 _FEW, _MARGIN_OF_FEW = 19, 0.02  # of fewer than 19 the 95 % quantile is beyond the largest
-_BLEND, _JUDGE = 0.3, 0.02
+_BLEND, _BLEND_LEVEL, _JUDGE = 0.3, 0.5, 0.02
 _LARGEST = 0.1  # a deviation beyond it is not taken for a trend, but for a change of the device if it stays
 _SPIKE, _SPIKES = math.log(1.6), 8
 _OFF_STEPS = 16
@@ -84,6 +84,34 @@ class Trend:
 
     def reset(self) -> None:
         self._mean_s = self._product = self._square = 0.0
+
+
+class Level:
+    """By which factor all steps of late took longer than the model says, where that lasts from step to step.
+
+    Neighbours on the same cores or a power limit slow every kind of step, for seconds or minutes. As Trend, with
+    logarithms of ratios in place of seconds; a step counts for no more than one that is a spike.
+    """
+
+    def __init__(self) -> None:
+        self._mean = self._product = self._square = 0.0
+
+    @property
+    def factor(self) -> float:
+        """How many times as long as the model says the next step will take, > 0."""
+        if self._square <= 0.0:
+            return 1.0
+        return math.exp(self._mean * min(max(self._product / self._square, 0.0), 1.0))
+
+    def learn(self, log_ratio: float) -> None:
+        """Observe a step by the logarithm of measured over predicted without this factor."""
+        log_ratio = min(max(log_ratio, -_SPIKE), _SPIKE)
+        self._product += _JUDGE * (log_ratio * self._mean - self._product)
+        self._square += _JUDGE * (self._mean * self._mean - self._square)
+        self._mean += _BLEND_LEVEL * (log_ratio - self._mean)
+
+    def reset(self) -> None:
+        self._mean = self._product = self._square = 0.0
 
 
 def is_off(log_ratio: float) -> bool:

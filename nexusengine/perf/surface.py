@@ -16,6 +16,7 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import SHORTEST_S, StepFeatures, duration
+from nexusengine.perf.kinds import RecentError, RecentErrors, stratum
 from nexusengine.perf.model import StepTime
 from nexusengine.perf.nnls import solve
 from nexusengine.perf.prior import GENERIC, Prior
@@ -63,6 +64,7 @@ class SurfaceModel:
     def __init__(self, prior: Prior = GENERIC) -> None:
         self.steps = 0
         self._bounds = (Bound(), Bound())
+        self._errors = RecentErrors()
         self._window: deque[tuple[int, int, float]] = deque(maxlen=_WINDOW)
         self._fit([(f.sequences, f.tokens, s) for f, s in zip(prior.steps, prior.seconds, strict=True)])
 
@@ -77,7 +79,9 @@ class SurfaceModel:
         if took_s is None or features.tokens < 1:
             return
         self.steps += 1
-        self._bounds[features.prefills > 0].learn(math.log(took_s / self.predict(features).mean_s))
+        log_ratio = math.log(took_s / self.predict(features).mean_s)
+        self._errors.learn(stratum(features), log_ratio)
+        self._bounds[features.prefills > 0].learn(log_ratio)
         self._window.append((features.sequences, features.tokens, took_s))
         if self.steps == _FIRST or self.steps % _EVERY == 0:
             self._fit(self._window)
@@ -88,6 +92,9 @@ class SurfaceModel:
 
     def expect_change(self) -> None:
         """Detects no changes, and so expects none."""
+
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        return self._errors.of(features)
 
     def snapshot(self) -> PerfSnapshot:
         """Its weights are those of Surface, then the factors of decode-only and mixed steps."""

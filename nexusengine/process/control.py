@@ -117,12 +117,6 @@ class Drain(_Message, frozen=True):
     """Take no new requests; the server answers with `Drained` once every reply is written."""
 
 
-class DrainWorker(_Message, frozen=True):
-    """Send no more requests to one worker; for the router."""
-
-    worker_id: str
-
-
 class WorkerExited(_Message, frozen=True):
     """A worker process has ended; for the router.
 
@@ -172,7 +166,7 @@ class Drained(_Message, frozen=True):
     """Every reply is written; see `Drain`."""
 
 
-ToChild = Model | Drain | DrainWorker | WorkerExited | Phase
+ToChild = Model | Drain | WorkerExited | Phase
 FromChild = Listening | Ready | Phase | Failed | Drained
 
 

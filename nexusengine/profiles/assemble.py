@@ -16,8 +16,8 @@ import numpy.typing as npt
 from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
 from nexusengine.profiles.attention import Attention, JointAttention, Skew, SplitAttention
-from nexusengine.profiles.base import DeviceProfile
-from nexusengine.profiles.composed import ComposedProfile, ProfileIdentity
+from nexusengine.profiles.base import DeviceProfile, ProfileIdentity
+from nexusengine.profiles.composed import ComposedProfile, Measured
 from nexusengine.profiles.curves import Curve, Quad, Surface
 from nexusengine.profiles.fitted import FittedProfile
 from nexusengine.profiles.geometry import Geometry
@@ -104,8 +104,8 @@ def assemble(
     if entry.get("shards", 1) > 1:
         link = LINKS[entry["link"]]
         activations, logits = 2 * geometry.hidden * tokens, 2 * geometry.vocab * sequences
-        dense_s += (2 * geometry.layers + 1) * (link.latency_s + activations / link.bytes_per_s)
-        head_s += link.latency_s + logits / entry["shards"] / link.bytes_per_s
+        dense_s += (2 * geometry.layers + 1) * link.all_reduce_s(activations)
+        head_s += link.all_gather_s(logits / entry["shards"])
     return ComposedProfile(
         identity,
         layers=geometry.layers,
@@ -115,6 +115,7 @@ def assemble(
         head=Curve(sequences, head_s),
         experts=Experts(tables, geometry) if geometry.experts else None,
         noise=noise,
+        measured=Measured(int(tokens[-1]), int(sequences[-1]), int(tables["decode_kv"][-1])),
     )
 
 

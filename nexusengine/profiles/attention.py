@@ -8,7 +8,8 @@ engine without separate phases runs them; decodes beside a chunk take up to 2.4 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +23,36 @@ Chunk = tuple[int, int]
 LONGEST_CHUNK = 2048
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The functions that attention is put together from, each linear in every argument between points of the axes.
+
+    Attributes:
+        chunks, cached, decodes, read: the axes, not sorted: tokens of a chunk, tokens cached before it, number of
+            decodes, KV tokens that each of them reads.
+        prefill_s: seconds of a chunk by (chunk, cached).
+        launch_s: of these, what a step pays once.
+        decodes_s: seconds of decodes alone by (decodes, read).
+        beside_s: what decodes add to a chunk by (chunk, cached, decodes, read); the step takes no less than prefill_s
+            or decodes_s. None: at least decodes_s.
+    """
+
+    chunks: Sequence[float]
+    cached: Sequence[float]
+    decodes: Sequence[float]
+    read: Sequence[float]
+    prefill_s: Callable[[float, float], float]
+    launch_s: float
+    decodes_s: Callable[[float, float], float]
+    beside_s: Callable[[float, float, float, float], float] | None
+
+
 class Attention(Protocol):
     """Seconds of one layer."""
+
+    def parts(self) -> Parts:
+        """What it is put together from."""
+        ...
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         """`n` sequences that compute one token each, over that many KV tokens."""
@@ -103,6 +132,17 @@ class JointAttention:
         self._floor_s = prefill(shortest_chunk, 0)
         self._longest_cached = beside.last_b
 
+    def parts(self) -> Parts:
+        """See Parts."""
+        q, ctx, n, kv = self._beside.axes
+
+        def beside(chunk: float, cached: float, decodes: float, mean_kv: float) -> float:
+            return self._beside(chunk, min(cached, self._longest_cached), decodes, mean_kv, mean_kv)[0]
+
+        (chunks, cached), (decodes, read) = self._prefill.axes, self._decodes.axes
+        axes = [*chunks, *q], [*cached, *ctx], [*decodes, *n], [*read, *kv]
+        return Parts(*axes, self._prefill, self._floor_s, self._decodes, beside)
+
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         decodes = self._decodes
         row = decodes.row(n)
@@ -144,6 +184,10 @@ class SplitAttention:
     def __init__(self, decodes: Surface, prefill: Surface, shortest_chunk: int, beside: float) -> None:
         self._decodes, self._prefill, self._beside = decodes, prefill, beside
         self._floor_s = prefill(shortest_chunk, 0)
+
+    def parts(self) -> Parts:
+        """See Parts."""
+        return Parts(*self._prefill.axes, *self._decodes.axes, self._prefill, self._floor_s, self._decodes, None)
 
     def decodes_s(self, n: int, mean_kv: float, longest_kv: float) -> float:
         del longest_kv

@@ -8,26 +8,19 @@ import numpy as np
 
 from nexusengine.arrays import F8, I4
 from nexusengine.profiles.attention import Attention
-from nexusengine.profiles.base import Confidence
+from nexusengine.profiles.base import ProfileIdentity
 from nexusengine.profiles.curves import Curve
 from nexusengine.profiles.moe import Experts
 from nexusengine.profiles.noise import Noise
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileIdentity:
-    """The attributes of a profile's contract, see DeviceProfile."""
+class Measured:
+    """The most tokens and sequences of a step, and the longest context, that were measured."""
 
-    device: str
-    model: str
-    source: str
-    confidence: Confidence
-    kv_capacity_tokens: int
-    weights_bytes: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.device}/{self.model}"
+    tokens: int
+    sequences: int
+    context: int
 
 
 class ComposedProfile:
@@ -43,6 +36,10 @@ class ComposedProfile:
             engines compute them too.
         experts: of all layers, None if the model is dense.
         noise: scatter of steps.
+        measured: how far the measurements go.
+
+    Attributes:
+        by_tokens: everything that depends on the number of tokens alone, experts included.
     """
 
     def __init__(
@@ -56,18 +53,23 @@ class ComposedProfile:
         head: Curve,
         experts: Experts | None,
         noise: Noise,
+        measured: Measured,
     ) -> None:
-        self.name, self.device, self.model = identity.name, identity.device, identity.model
-        self.source, self.confidence = identity.source, identity.confidence
-        self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
+        self.identity = identity
         self.layers, self.hidden, self.experts = layers, hidden, experts
         self.dense, self.attention, self.head = dense, attention, head
-        self._by_tokens = dense if experts is None else dense.plus(experts.seconds())
-        self._noise = noise
+        self.by_tokens = dense if experts is None else dense.plus(experts.seconds())
+        self._noise, self.measured = noise, measured
+
+    def beyond_measured(self, counts: I4, contexts: I4) -> bool:
+        """Whether a step of `counts` and `contexts` (`[R]` each) has more of anything than was measured."""
+        most = self.measured
+        tokens, context = int(_sum(counts)), int(_max(contexts))
+        return tokens > most.tokens or len(counts) > most.sequences or context > most.context
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         rows, tokens = len(counts), int(_sum(counts))
-        return self._by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
+        return self.by_tokens(tokens) + self.attention_s(counts, contexts, tokens) + self.head(rows)
 
     def attention_s(self, counts: I4, contexts: I4, tokens: int) -> float:
         """Seconds of attention in all layers.
@@ -95,7 +97,7 @@ class ComposedProfile:
         rows = len(contexts)
         grown = np.arange(1, steps + 1, dtype=np.float64)
         attention = self.attention.decode_run_s(rows, int(_sum(contexts)) / rows + grown, int(_max(contexts)) + grown)
-        run: F8 = self.layers * attention + (self._by_tokens(rows) + self.head(rows))
+        run: F8 = self.layers * attention + (self.by_tokens(rows) + self.head(rows))
         return run
 
     def noise(self, u: F8, mixed: bool) -> F8:

@@ -60,6 +60,11 @@ class Surface:
         self._rows: dict[float, list[float]] = {}
         self._arrays: dict[float, tuple[F8, F8]] = {}
 
+    @property
+    def axes(self) -> tuple[list[float], list[float]]:
+        """The points of x and of y."""
+        return self._xs, self._ys
+
     def __call__(self, x: float, y: float) -> float:
         i, f = locate(self._xs, x)
         j, g = locate(self._ys, y)
@@ -122,6 +127,11 @@ class Quad:
         self._rows: list[list[float]] = rows.tolist()
         self._over_a, self._over_b = len(b) * len(c), len(c)
         self.last_b = b[-1]
+
+    @property
+    def axes(self) -> tuple[list[float], list[float], list[float], list[float]]:
+        """The points of each argument."""
+        return self._a, self._b, self._c, self._d
 
     def __call__(self, a: float, b: float, c: float, d: float, e: float) -> tuple[float, float]:
         """At (a, b, c, d) and at (a, b, c, e)."""

@@ -11,7 +11,7 @@ import numpy as np
 from nexusengine.arrays import F8, I4
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import rebuild
-from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.base import ProfileIdentity
 from nexusengine.profiles.noise import Noise
 from nexusengine.wire import PerfSnapshot
 
@@ -51,9 +51,7 @@ class LearnedProfile:
         scale: tuple[Sequence[float], Sequence[float]] = (_AS_IT_IS, _AS_IT_IS),
         noise: Noise | None = None,
     ) -> None:
-        self.name, self.device, self.model = identity.name, identity.device, identity.model
-        self.source, self.confidence = identity.source, identity.confidence
-        self.kv_capacity_tokens, self.weights_bytes = identity.kv_capacity_tokens, identity.weights_bytes
+        self.identity = identity
         self._predictor, self._scale = rebuild(snapshot), scale
         self._noise = noise or Noise(*(_log_normal(self._upper_factor(f)) for f in (_DECODE, _MIXED)))
 

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from nexusengine.errors import ConfigError
 from nexusengine.profiles.assemble import SAME, assemble, scale_between
-from nexusengine.profiles.base import Confidence, DeviceProfile
-from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.base import Confidence, DeviceProfile, ProfileIdentity
 from nexusengine.profiles.fitted import FittedProfile
 from nexusengine.profiles.geometry import DEFAULT_MODEL, MODELS, kv_capacity_tokens
 from nexusengine.profiles.noise import Noise
@@ -41,18 +40,10 @@ class ProfileInfo:
         noise: where the scatter of steps was measured: on this device, or pooled over others.
     """
 
-    device: str
-    model: str
-    confidence: Confidence
-    source: str
+    identity: ProfileIdentity
     licence: str
     noise: str
-    kv_capacity_tokens: int
     step_ms: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        return f"{self.device}/{self.model}"
 
 
 def load_profile(spec: str, model: str = DEFAULT_MODEL) -> DeviceProfile:
@@ -111,16 +102,7 @@ def _info(entry: Mapping[str, Any], profile: DeviceProfile) -> ProfileInfo:
         name: 1e3 * profile.step_s(np.array(counts, np.int32), np.array(contexts, np.int32))
         for name, (counts, contexts) in _REFERENCE.items()
     }
-    return ProfileInfo(
-        entry["device"],
-        entry["model"],
-        entry["confidence"],
-        entry["source"],
-        entry["licence"],
-        entry["noise"],
-        entry["kv_capacity_tokens"],
-        steps,
-    )
+    return ProfileInfo(profile.identity, entry["licence"], entry["noise"], steps)
 
 
 def _make(entry: Mapping[str, Any]) -> DeviceProfile:

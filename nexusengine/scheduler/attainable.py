@@ -8,35 +8,22 @@ from nexusengine.arrays import F8, Bools
 from nexusengine.perf.model import Predictor
 
 
-def prompts_s(
-    model: Predictor,
-    max_batch_tokens: int,
-    tokens: F8,
-    attention: F8,
-    prompts: F8,
-    *,
-    decodes: int = 0,
-    kv_tokens: float = 0.0,
-) -> F8:
-    """Predict how long prompts take in the largest steps there may be, each beside all decodes.
+def prompts_s(model: Predictor, max_batch_tokens: int, prompt_tokens: F8) -> F8:
+    """Predict how long prompts take, each for itself, in the largest steps there may be.
 
-    Full steps and a last one are reckoned with, the prompts and their attention spread evenly over them.
+    Full steps and a last one are reckoned with, the attention spread evenly over them.
+
+    Args:
+        prompt_tokens: `[N]`, those to compute; at least 1.
 
     Returns:
         Seconds, `[N]`.
     """
-    room = float(max(max_batch_tokens - decodes, 1))
-    steps = np.ceil(tokens / room)
-    last = tokens - (steps - 1.0) * room
-    chunk = np.concatenate([np.full(len(tokens), room), last])
-    of_a_step = np.maximum(prompts / steps, 1.0)
-    times_s = model.mean_s(
-        chunk + decodes,
-        np.tile(of_a_step, 2) + decodes,
-        np.tile(of_a_step, 2),
-        chunk * np.tile(attention / tokens, 2),
-        np.full(len(chunk), kv_tokens),
-    )
+    steps = np.ceil(prompt_tokens / max_batch_tokens)
+    last = prompt_tokens - (steps - 1.0) * max_batch_tokens
+    chunk = np.concatenate([np.full(len(prompt_tokens), float(max_batch_tokens)), last])
+    one = np.ones(len(chunk))
+    times_s = model.mean_s(chunk, one, one, chunk * np.tile(0.5 * prompt_tokens, 2), 0.0 * one)
     full_s, last_s = np.split(times_s, 2)
     took_s: F8 = (steps - 1.0) * full_s + last_s
     return took_s
@@ -57,7 +44,7 @@ def attainable(model: Predictor, max_batch_tokens: int, prompt_tokens: F8, ttft_
     """
     one = np.ones(len(prompt_tokens))
     zero = np.zeros(len(prompt_tokens))
-    prefill_s = prompts_s(model, max_batch_tokens, prompt_tokens, 0.5 * prompt_tokens * prompt_tokens, one)
+    prefill_s = prompts_s(model, max_batch_tokens, prompt_tokens)
     decode_s = model.mean_s(one, one, zero, zero, prompt_tokens + 1.0)
     met: Bools = ~((prefill_s > ttft_s) | (decode_s > tpot_s))
     return met

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,32 +33,83 @@ def defer(
     Returns:
         Bool `[N]`, who is deferred.
     """
+    if rank is None:
+        rank = [0] * len(work_s)
+    if slots is None or needs_slot is None:
+        return _defer_for_time(work_s, allowed_s, rank)
+    if not np.count_nonzero(work_s.cumsum() > allowed_s):
+        out = np.zeros(len(work_s), np.bool_)
+        starting = np.nonzero(needs_slot)[0]
+        of_starting = [rank[i] for i in starting.tolist()]
+        out[starting] = _defer_for_slots(work_s[starting], slots[starting], of_starting)
+        return out
+    return _defer_for_both(work_s, allowed_s, rank, needs_slot, slots)
+
+
+def _defer_for_slots(work_s: F8, slots: F8, rank: Sequence[int]) -> Bools:
+    """The same where there is time for all, of those who need a slot."""
     out = np.zeros(len(work_s), np.bool_)
     taken: list[tuple[int, float, int]] = []
-    taken_starting: list[tuple[int, float, int]] = []
-    works = work_s.tolist()
-    starts = [False] * len(works) if needs_slot is None else needs_slot.tolist()
-    most = [math.inf] * len(works) if slots is None else slots.tolist()
-    done_s, started = 0.0, 0
+    for item, most in zip(zip(rank, (-work_s).tolist(), range(len(rank)), strict=True), slots.tolist(), strict=True):
+        if len(taken) + 1 > most:
+            out[heapq.heappushpop(taken, item)[2]] = True
+        else:
+            heapq.heappush(taken, item)
+    return out
 
-    def leave_out(among: list[tuple[int, float, int]]) -> None:
-        nonlocal done_s, started
-        index = heapq.heappop(among)[2]
-        while out[index]:  # left out already, through the other heap
-            index = heapq.heappop(among)[2]
-        out[index] = True
-        done_s -= works[index]
-        started -= starts[index]
 
-    for i, (work, allowed) in enumerate(zip(works, allowed_s.tolist(), strict=True)):
-        item = (rank[i] if rank else 0, -work, i)
+def _defer_for_both(work_s: F8, allowed_s: F8, rank: Sequence[int], needs_slot: Bools, slots: F8) -> Bools:
+    out = np.zeros(len(work_s), np.bool_)
+    sums_s, starting = work_s.cumsum(), needs_slot.cumsum()
+    first = int(((sums_s > allowed_s) | (starting > slots)).argmax())  # nobody before is left out before it
+    works, starts = work_s.tolist(), needs_slot.tolist()
+    items = list(zip(rank, (-work_s).tolist(), range(len(rank)), strict=True))
+    taken, taken_starting = items[:first], [item for item in items[:first] if starts[item[2]]]
+    heapq.heapify(taken)
+    heapq.heapify(taken_starting)
+    done_s, started = (float(sums_s[first - 1]), int(starting[first - 1])) if first else (0.0, 0)
+    bounds = zip(items[first:], allowed_s[first:].tolist(), slots[first:].tolist(), strict=True)
+    for item, allowed, most in bounds:
+        i = item[2]
         heapq.heappush(taken, item)
-        done_s += work
+        done_s += works[i]
         if starts[i]:
             heapq.heappush(taken_starting, item)
             started += 1
-            if started > most[i]:
-                leave_out(taken_starting)
+            if started > most:
+                gone = _pop(taken_starting, out)
+                done_s, started = done_s - works[gone], started - 1
         if done_s > allowed and not out[i]:
-            leave_out(taken)
+            gone = _pop(taken, out)
+            done_s, started = done_s - works[gone], started - starts[gone]
+    return out
+
+
+def _pop(taken: list[tuple[int, float, int]], out: Bools) -> int:
+    """Leave out the first that is not out already, through the other heap; its index."""
+    index = heapq.heappop(taken)[2]
+    while out[index]:
+        index = heapq.heappop(taken)[2]
+    out[index] = True
+    return index
+
+
+def _defer_for_time(work_s: F8, allowed_s: F8, rank: Sequence[int]) -> Bools:
+    """The same where there are slots for all: looks only at those by whom time is exceeded."""
+    out = np.zeros(len(work_s), np.bool_)
+    excess_s = work_s.cumsum() - allowed_s
+    items = list(zip(rank, (-work_s).tolist(), range(len(work_s)), strict=True))
+    taken: list[tuple[int, float, int]] = []
+    saved_s, seen = 0.0, 0
+    while seen < len(items):
+        late = excess_s[seen:] > saved_s
+        i = seen + int(late.argmax())
+        if not late[i - seen]:
+            break
+        for item in items[seen : i + 1]:
+            heapq.heappush(taken, item)
+        _, less_s, index = heapq.heappop(taken)
+        out[index] = True
+        saved_s -= less_s
+        seen = i + 1
     return out

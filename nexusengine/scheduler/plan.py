@@ -25,7 +25,7 @@ class Reason(enum.IntEnum):
     WAIT_BLOCKS = 5  # not enough free KV blocks
     WAIT_RUNNING_SLOT = 6  # max_running sequences run already
     WAIT_ORDER = 7  # others go first
-    PREEMPTED = 8  # its KV was taken back; it is computed anew later
+    PREEMPTED = 8  # its KV blocks were freed; it is computed anew later
     RELEGATED = 9  # its promise is lost; it waits behind those whose promise can be kept
     REFUSED = 10
     WAIT_TIME = 11  # more work would make this step longer than a running request's promise allows
@@ -46,12 +46,12 @@ class StepPlan:
             `computed_tokens`.
         predicted_s, upper_s: predicted duration of the step and its upper bound.
         reasons: `[S]`, Reason by slot, for every slot in the view.
-        preempt: running slots whose KV is taken back before the step.
+        preempt: running slots whose KV blocks are freed before the step.
         relegate, restore: slots that go after all others from now on, and that do so no longer.
         refuse: slots to fail with Overloaded.
         notes: numbers that explain the step, by name (see cli/history_text.py).
-        first_token_s: `[S]`, predicted timestamp of the first token of those not relegated that wait for one, else NaN;
-            None from policies that do not predict it.
+        due_s: `[S]`, timestamps by which prompts are to be done, where they are served by others than those of their
+            SLOs; not to be kept.
     """
 
     slots: I4
@@ -64,7 +64,7 @@ class StepPlan:
     refuse: tuple[int, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
     restore: tuple[int, ...] = ()
-    first_token_s: F8 | None = None
+    due_s: F8 | None = None
 
 
 class SchedulerPolicy(Protocol):

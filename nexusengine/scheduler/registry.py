@@ -16,10 +16,6 @@ POLICIES: dict[str, str] = {
     "lens": "nexusengine.scheduler.lens.policy:Lens",
 }
 
-OFFLINE = {"lens": "lens:cap_ms=500"}
-"""Specs for an engine in its caller's thread, by what is asked for: few come while it computes a step, so that none
-is kept short for waiting requests."""
-
 
 def make_policy(spec: str) -> SchedulerPolicy:
     """The policy of a spec, `name` or `name:key=value,key=value`; values are numbers.

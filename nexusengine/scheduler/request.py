@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from nexusengine.types import EngineRequest
@@ -18,6 +19,7 @@ class SchedulerRequest:
         slot: its row in all tables, given by `Scheduler.add`.
         scheduled_s: timestamp at which it was admitted first.
         cached_tokens: prompt tokens that the prefix cache held then.
+        expected_tokens: length that its answer was to exceed in one of ten cases, said on its arrival; NaN if unknown.
         preemptions: how often its KV was taken back.
         ever_relegated: a plan relegated it at some time.
     """
@@ -28,6 +30,7 @@ class SchedulerRequest:
     slot: int = -1
     scheduled_s: float | None = None
     cached_tokens: int = 0
+    expected_tokens: float = math.nan
     preemptions: int = 0
     ever_relegated: bool = False
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from nexusengine.arrays import F8, I4, I8
+from nexusengine.arrays import F8, I4, I8, Bools
 from nexusengine.errors import InternalError
 from nexusengine.kv.manager import KVManager
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
+from nexusengine.scheduler.fairness import TenantShares
 from nexusengine.scheduler.load import worker_load
+from nexusengine.scheduler.output_lengths import ExpectedLengths
 from nexusengine.scheduler.plan import SchedulerPolicy, StepPlan
 from nexusengine.scheduler.request import SchedulerRequest
 from nexusengine.scheduler.stats import CoreStats
@@ -60,6 +63,7 @@ class Scheduler(Generic[R]):
         kv: block accounting for `max_running + max_waiting` slots.
         max_running, max_waiting: requests that hold KV, and that wait for it.
         max_batch_tokens: tokens that a step may compute.
+        tenant_weights: see TenantShares.
 
     Attributes:
         running, waiting: slots in order of admission and of service; `ending`: slots whose last token is being
@@ -78,6 +82,7 @@ class Scheduler(Generic[R]):
         max_running: int,
         max_waiting: int,
         max_batch_tokens: int,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.policy, self.model, self.kv = policy, model, kv
         self.max_running, self.max_waiting, self.max_batch_tokens = max_running, max_waiting, max_batch_tokens
@@ -90,6 +95,9 @@ class Scheduler(Generic[R]):
         self.ending: dict[int, None] = {}
         self.stats = CoreStats(kv_total_blocks=kv.total_blocks)
         self._free_slots = list(range(slots - 1, -1, -1))
+        self._tenants = TenantShares(tenant_weights)
+        self._over_share: Bools | None = None
+        self._lengths = ExpectedLengths(self.columns)
         self._arrivals = 0
         self._finished_output_tokens = 0
         self._running_slots: I4 | None = None  # `running` and `waiting` as arrays, until they change
@@ -108,18 +116,11 @@ class Scheduler(Generic[R]):
 
     def add(self, request: R) -> None:
         """Queue a request, which gets its slot. There must be `room`."""
-        slot, c, slo = self._free_slots.pop(), self.columns, request.request.slo
+        slot, c, engine_request = self._free_slots.pop(), self.columns, request.request
         request.slot = slot
-        c.arrival_s[slot] = request.request.arrival_s
-        c.prompt_tokens[slot] = c.known_tokens[slot] = request.prompt_tokens
-        c.computed_tokens[slot] = c.generated_tokens[slot] = c.blocks[slot] = 0
-        c.cached_tokens[slot] = c.cached_free_blocks[slot] = 0
-        c.max_tokens[slot] = request.max_tokens
-        c.ttft_s[slot] = slo.ttft_s if slo else np.nan
-        c.tpot_s[slot] = slo.tpot_s if slo else np.nan
-        c.first_token_s[slot] = c.last_token_s[slot] = np.nan
-        c.priority[slot] = request.request.priority
-        c.relegated[slot] = False
+        c.enter(slot, engine_request, request.max_tokens)
+        c.tenant[slot] = self._tenants.number_of(engine_request.tenant)
+        self._lengths.arrived(request)
         self.strict[slot] = True
         self.requests[slot] = request
         self.waiting[slot] = None
@@ -128,11 +129,12 @@ class Scheduler(Generic[R]):
         self.stats.requests += 1
         self.stats.prompt_tokens += request.prompt_tokens
 
-    def finish(self, request: R, *, output_tokens: int, discard: bool = False) -> None:
+    def finish(self, request: R, *, output_tokens: int, complete: bool = False, discard: bool = False) -> None:
         """Let go of a request in whatever state it is, unless that was done before.
 
         Args:
             output_tokens: how many it delivered.
+            complete: its answer ended by itself or at its longest, so that its length tells of others.
             discard: what it computed may be wrong, and is not reused.
         """
         slot = request.slot
@@ -146,6 +148,9 @@ class Scheduler(Generic[R]):
         del self.requests[slot]
         self._free_slots.append(slot)
         self._finished_output_tokens += output_tokens
+        self._lengths.ended(request, output_tokens if complete else None)
+        if complete:
+            self.stats.learn_length(request.expected_tokens, output_tokens)
 
     def preempt(self, slot: int) -> None:
         """Take a running request's KV; it waits before all others and computes everything it knows anew."""
@@ -196,6 +201,8 @@ class Scheduler(Generic[R]):
             attempt += 1
 
     def _plan(self, now: float) -> StepPlan:
+        if not self._tenants.one_tenant:
+            self._over_share = self._tenants.over_share(self.columns.tenant, self.view().waiting, now)
         view = self.view()
         try:
             plan = self.policy.plan(view, now)
@@ -273,6 +280,9 @@ class Scheduler(Generic[R]):
         sampled = slots if steps > 1 else slots[c.computed_tokens[slots] == c.known_tokens[slots]]
         c.known_tokens[sampled] += steps
         c.generated_tokens[sampled] += steps
+        self._lengths.advanced(steps)
+        if not self._tenants.one_tenant:
+            self._tenants.served(c.tenant[slots], counts * steps, np.repeat(c.tenant[sampled], steps))
         return sampled
 
     def end_soon(self, slot: int) -> None:
@@ -319,6 +329,7 @@ class Scheduler(Generic[R]):
             max_running=self.max_running,
             model=self.model,
             arrivals=self._arrivals,
+            over_share=self._over_share,
         )
 
     def _look_up_hits(self, *, everything: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nexusengine.types import FinishReason
@@ -16,6 +17,8 @@ class CoreStats:
     scheduler_s: spent in the core outside the executor: planning, KV accounting, batch building, applying.
     prediction_error: running mean of |predicted - measured| / measured; prediction_bias: of the same with its sign;
     coverage: of measured <= upper bound. slow_steps: took more than 1.6 times what was predicted.
+    lengths_told, lengths_within: answers that ended of which a length was expected, and those of them that were no
+    longer than that (nine of ten, see scheduler.output_lengths).
     predicted_s, host_s: what the steps were predicted to take, and the time from the end of a step to the beginning of
     the next in a core that had work all the time: planning, bookkeeping, messages.
     plan_shortfalls: rows a plan held that found no KV blocks (its estimate of the prefix cache was stale).
@@ -46,6 +49,8 @@ class CoreStats:
     prediction_bias: float = 0.0
     coverage: float = 0.0
     slow_steps: int = 0
+    lengths_told: int = 0
+    lengths_within: int = 0
 
     def counters(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in self.__slots__}
@@ -62,6 +67,12 @@ class CoreStats:
         """A request has ended."""
         name = f"finished_{reason}"
         setattr(self, name, getattr(self, name) + 1)
+
+    def learn_length(self, expected_tokens: float, output_tokens: int) -> None:
+        """An answer has ended. expected_tokens: NaN if nothing was expected."""
+        if not math.isnan(expected_tokens):
+            self.lengths_told += 1
+            self.lengths_within += output_tokens <= expected_tokens
 
     def learn_prediction(self, predicted_s: float, upper_s: float, measured_s: float) -> None:
         """Running means over about the last 200 steps, plain means before."""

@@ -139,15 +139,15 @@ class Step:
             Slots, tokens in their KV cache when they compute next, and tokens left, `[N]` each.
         """
         c, waiting = self.columns, self.view.waiting
-        begun = np.array(self.prompts, np.int32)
-        slots = np.concatenate([begun, waiting])
-        context = np.concatenate([c.computed_tokens[begun], c.cached_tokens[waiting]])
+        partial = np.array(self.prompts, np.int32)
+        slots = np.concatenate([partial, waiting])
+        context = np.concatenate([c.computed_tokens[partial], c.cached_tokens[waiting]])
         return slots, context, c.known_tokens[slots] - context
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
     def extend(self, slot: int, at_most: int = CHUNK_MAX) -> int:
-        """The next chunk of a prompt that has begun; the number of its tokens, 0 if nothing of it fits."""
+        """The next chunk of a partially prefilled prompt; the number of its tokens, 0 if nothing of it fits."""
         c, size = self.columns, self.view.block_size
         computed, blocks = int(c.computed_tokens[slot]), int(c.blocks[slot])
         left = int(c.known_tokens[slot]) - computed
@@ -227,7 +227,7 @@ class Step:
         restore: tuple[int, ...] = (),
         refuse: tuple[int, ...] = (),
         notes: dict[str, float] | None = None,
-        first_token_s: F8 | None = None,
+        due_s: F8 | None = None,
     ) -> StepPlan:
         slots, counts = self._decode_rows, np.ones(len(self._decode_rows), np.int32)
         if self._slots:
@@ -247,5 +247,5 @@ class Step:
             restore=restore,
             refuse=refuse,
             notes=notes or {},
-            first_token_s=first_token_s,
+            due_s=due_s,
         )

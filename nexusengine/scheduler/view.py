@@ -8,6 +8,7 @@ import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
 from nexusengine.perf.model import Predictor
+from nexusengine.types import EngineRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class RequestColumns:
         cached_tokens: of waiting requests: prompt tokens the prefix cache would serve (an estimate until admitted).
         cached_free_blocks: of waiting requests: how many of those blocks are not in use by others, so come off the free
             list.
-        ttft_s, tpot_s: SLO, NaN where there is none.
+        ttft_s, tpot_s, e2e_s: SLO, NaN where there is none.
+        expected_tokens: length that the answer will hardly exceed (see scheduler.output_lengths), NaN while unknown.
+        tenant: number of who sent it (see scheduler.fairness).
         first_token_s, last_token_s: monotonic timestamps of the first and of the newest token, NaN before.
         priority: higher goes first within a class; 0 by default.
         relegated: an earlier plan put it after all others.
@@ -45,9 +48,12 @@ class RequestColumns:
     cached_free_blocks: I4
     ttft_s: F8
     tpot_s: F8
+    e2e_s: F8
+    expected_tokens: F8
     first_token_s: F8
     last_token_s: F8
     priority: I4
+    tenant: I4
     relegated: Bools
 
     def context_tokens(self, slots: I4) -> I4:
@@ -58,8 +64,8 @@ class RequestColumns:
     @classmethod
     def empty(cls, slots: int) -> RequestColumns:
         """All-zero columns for `slots` rows."""
-        i4 = [np.zeros(slots, np.int32) for _ in range(9)]
-        f8 = [np.full(slots, np.nan) for _ in range(5)]
+        i4 = [np.zeros(slots, np.int32) for _ in range(10)]
+        f8 = [np.full(slots, np.nan) for _ in range(7)]
         return cls(
             arrival_s=f8[0],
             prompt_tokens=i4[0],
@@ -72,11 +78,30 @@ class RequestColumns:
             cached_free_blocks=i4[7],
             ttft_s=f8[1],
             tpot_s=f8[2],
-            first_token_s=f8[3],
-            last_token_s=f8[4],
+            e2e_s=f8[3],
+            expected_tokens=f8[4],
+            first_token_s=f8[5],
+            last_token_s=f8[6],
             priority=i4[8],
+            tenant=i4[9],
             relegated=np.zeros(slots, np.bool_),
         )
+
+    def enter(self, slot: int, request: EngineRequest, max_tokens: int) -> None:
+        """Write the row of a request that arrives, but for what is learned of it."""
+        slo, prompt_tokens = request.slo, len(request.prompt_token_ids)
+        self.arrival_s[slot] = request.arrival_s
+        self.prompt_tokens[slot] = self.known_tokens[slot] = prompt_tokens
+        self.computed_tokens[slot] = self.generated_tokens[slot] = self.blocks[slot] = 0
+        self.cached_tokens[slot] = self.cached_free_blocks[slot] = 0
+        self.max_tokens[slot] = max_tokens
+        self.ttft_s[slot] = slo.ttft_s if slo else np.nan
+        self.tpot_s[slot] = slo.tpot_s if slo else np.nan
+        self.e2e_s[slot] = slo.e2e_s if slo and slo.e2e_s else np.nan
+        self.expected_tokens[slot] = self.first_token_s[slot] = self.last_token_s[slot] = np.nan
+        self.priority[slot] = request.priority
+        self.tenant[slot] = 0
+        self.relegated[slot] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +119,7 @@ class EngineView:
         max_running: cap on sequences with KV.
         model: predicts step times.
         arrivals: counter that rises whenever `waiting` gained a request, so that an order can be kept between steps.
+        over_share: bool `[S]`, whose tenant has had more than its share while others wait; None: nobody's.
     """
 
     columns: RequestColumns
@@ -106,3 +132,4 @@ class EngineView:
     max_running: int
     model: Predictor
     arrivals: int = 0
+    over_share: Bools | None = None

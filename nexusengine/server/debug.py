@@ -5,6 +5,7 @@ Only with --debug-endpoints: it shows lengths and times of everybody's requests,
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -48,8 +49,9 @@ async def one_request(request: Request) -> Response:
 
 
 def _step(step: StepRecord, now_s: float) -> dict[str, Any]:
-    """The fields of a step, seconds as milliseconds, and its age in place of its timestamp."""
+    """The fields of a step, seconds as milliseconds, and its age in place of its timestamp; infinite notes are null."""
     fields = msgspec.structs.asdict(step)
+    fields["notes"] = {name: value if math.isfinite(value) else None for name, value in step.notes.items()}
     age_s = now_s - fields.pop("started_s")
     durations = {f"{name[:-2]}_ms": ms(fields.pop(name)) for name in list(fields) if name.endswith("_s")}
     return {"step": fields.pop("step"), "age_ms": ms(age_s), **durations, **fields}

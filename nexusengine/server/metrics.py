@@ -16,11 +16,12 @@ from prometheus_client.registry import Collector
 
 from nexusengine.server.window import WINDOW_S, Counts, SlidingWindow
 from nexusengine.slo.resolve import CUSTOM, NONE
-from nexusengine.types import Missed, RequestOutput, Timings
+from nexusengine.types import Missed, RequestOutput, Service, Timings
 from nexusengine.wire import Cluster, WorkerState, WorkerStatus
 
 PREFIX = "nexusengine_"
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_MOST_OFF = 10.0
 _TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -66,7 +67,10 @@ SERVER_METRICS = (
     ServerMetric("slo_strict_met_requests", "counter", "Of those met, how many by the strict contract", ("class",)),
     ServerMetric("slo_met_output_tokens", "counter", "Output tokens of generations that met their SLO", ("class",)),
     ServerMetric(
-        "slo_unattainable_requests", "counter", "Generations whose SLO the device could not meet alone", ("class",)
+        "slo_unattainable_requests",
+        "counter",
+        "Generations whose SLO the device surely could not meet alone",
+        ("class",),
     ),
     ServerMetric(
         "slo_ttft_seconds", "histogram", "Time to the first token by SLO class", ("class",), _LATENCY_BUCKETS_S
@@ -75,9 +79,22 @@ SERVER_METRICS = (
     ServerMetric(
         "slo_predicted_ttft_ratio",
         "histogram",
-        "Time to the first token over what was predicted when the request reached its worker",
+        "Time to the first token over what was predicted when the request reached its worker; 10 at most",
         (),
         (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0),
+    ),
+    ServerMetric(
+        "ttft_prediction_error",
+        "histogram",
+        "Relative error of the time to the first token that was predicted at a worker; 10 at most",
+        ("worker",),
+        (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
+    ),
+    ServerMetric(
+        "ttft_unpredicted_requests",
+        "counter",
+        "Generations of whose first token nothing was predicted: the worker's performance model was not trustworthy",
+        ("worker",),
     ),
 )
 
@@ -179,6 +196,9 @@ ROUTER_COUNTERS = {
     "router_abandoned_requests": ("requests_abandoned", "Requests whose client went away"),
     "router_failed_requests": ("requests_error", "Requests that ended with an error"),
     "router_backpressure": ("backpressure", "Requests that workers turned away because they had too much to do"),
+    "router_placed_late": ("placed_late", "Requests sent to a worker although they were predicted to miss their SLO"),
+    "router_refused_at_once": ("refused_at_once", "Requests refused on arrival: predicted late, as all others were"),
+    "router_refused_late": ("refused_late", "Requests refused when they had waited as long as their class allows"),
     "router_faults": (
         "faults",
         "Errors of workers that count against them: five in a row and the worker is ejected for 1 to 30 s",
@@ -186,7 +206,12 @@ ROUTER_COUNTERS = {
     "router_workers_lost": ("workers_lost", "Worker processes that ended or fell silent"),
     "router_first_tokens_predicted": ("first_tokens_predicted", "First tokens whose time the policy predicted"),
     "router_first_token_seconds": ("first_token_s", "Of those, time from dispatch to the first token"),
-    "router_first_token_error_seconds": ("first_token_error_s", "Of those, by how much the prediction was off"),
+    "router_first_token_error_seconds": (
+        "first_token_error_s",
+        "Of those, by how much the prediction was off; a single one counts for no more than the time it took",
+    ),
+    "router_first_tokens_off_by_15_percent": ("first_tokens_off_by_15", "First tokens predicted more than 15 % off"),
+    "router_first_tokens_off_by_50_percent": ("first_tokens_off_by_50", "First tokens predicted more than 50 % off"),
     "router_prefix_prompt_tokens": ("prefix_prompt_tokens", "Prompt tokens of requests whose prefix was looked up"),
     "router_prefix_predicted_tokens": ("prefix_predicted_tokens", "Of those, tokens believed to be cached there"),
     "router_prefix_hit_tokens": ("prefix_hit_tokens", "Of those, tokens that were"),
@@ -270,8 +295,18 @@ class Metrics:
         self._by_name["slo_ttft_seconds"].labels(name).observe(timings.ttft_s)
         if timings.tpot_s is not None:
             self._by_name["slo_tpot_seconds"].labels(name).observe(timings.tpot_s)
-        if output.service is not None and output.service.predicted_ttft_s > 0:
-            self._by_name["slo_predicted_ttft_ratio"].observe(timings.ttft_s / output.service.predicted_ttft_s)
+        if output.service is not None:
+            self._predicted(output.service, timings.ttft_s)
+
+    def _predicted(self, service: Service, ttft_s: float) -> None:
+        """How far the prediction was off; one that was insane counts for no more than a bad one."""
+        predicted_s = service.predicted_ttft_s
+        if predicted_s is None or predicted_s <= 0.0 or ttft_s <= 0.0:
+            self._by_name["ttft_unpredicted_requests"].labels(service.worker).inc()
+            return
+        self._by_name["slo_predicted_ttft_ratio"].observe(min(ttft_s / predicted_s, _MOST_OFF))
+        error = min(abs(predicted_s / ttft_s - 1.0), _MOST_OFF)
+        self._by_name["ttft_prediction_error"].labels(service.worker).observe(error)
 
     def missed(self, slo_class: str | None, missed: Missed) -> None:
         """A generation that came to no end of its own: refused, failed or unfinished."""

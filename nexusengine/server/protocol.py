@@ -158,8 +158,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if _tcp_state(connection) in (None, _TCP_CLOSE):
             self.transport.abort()
             return
-        begun = self.cycle.response_started or self.cycle.scope["http_version"] == "1.0"
-        if looks % 10 == 0 and not begun:
+        started = self.cycle.response_started or self.cycle.scope["http_version"] == "1.0"
+        if looks % 10 == 0 and not started:
             self.transport.write(_CONTINUE)
         pause_s = _PRESENCE_EVERY_S if looks else _PRESENCE_EVERY_S / 4
         self._set_timer(pause_s, lambda: self._look_for_client(connection, looks + 1))

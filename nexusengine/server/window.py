@@ -34,6 +34,10 @@ class SlidingWindow:
         counts.strict_met += strict_met
         self._forget(now)
 
+    def __len__(self) -> int:
+        """The rows that it holds."""
+        return len(self._rows)
+
     def totals(self, now: float) -> dict[str, Counts]:
         """By class, of those classes of which something ended."""
         self._forget(now)

@@ -227,7 +227,7 @@ class _Maker:
 
 
 def _longest(spec: SimSpec, profile: DeviceProfile) -> int:
-    kv_tokens = spec.kv_tokens or profile.kv_capacity_tokens
+    kv_tokens = spec.kv_tokens or profile.identity.kv_capacity_tokens
     return min(spec.max_model_len, kv_tokens // spec.block_size * spec.block_size)
 
 

@@ -143,7 +143,7 @@ class SimEngine:
         self.kv_peak_blocks = 0
         size = settings.block_size
         slots = settings.max_running + settings.max_waiting
-        blocks = (settings.kv_tokens or profile.kv_capacity_tokens) // size
+        blocks = (settings.kv_tokens or profile.identity.kv_capacity_tokens) // size
         self.max_model_len = min(max_model_len, blocks * size)
         self.kv = KVManager(
             blocks + 1, size, slots, -(-self.max_model_len // size), prefix_caching=settings.prefix_caching
@@ -333,9 +333,11 @@ class SimEngine:
     # ---- ends ----------------------------------------------------------------------------------------------------
 
     def _end(self, request: SimRequest, now: float) -> None:
-        if request.slot not in self._aborted:
+        complete = request.slot not in self._aborted
+        if complete:
             self._note_end(request, now)
-        self._leave(request, output_tokens=int(self.scheduler.columns.generated_tokens[request.slot]))
+        output_tokens = int(self.scheduler.columns.generated_tokens[request.slot])
+        self._leave(request, output_tokens=output_tokens, complete=complete)
 
     def _note_end(self, request: SimRequest, now: float, *, refused: bool = False) -> None:
         c, slot = self.scheduler.columns, request.slot
@@ -354,8 +356,8 @@ class SimEngine:
             )
         )
 
-    def _leave(self, request: SimRequest, *, output_tokens: int) -> None:
-        self.scheduler.finish(request, output_tokens=output_tokens)
+    def _leave(self, request: SimRequest, *, output_tokens: int, complete: bool = False) -> None:
+        self.scheduler.finish(request, output_tokens=output_tokens, complete=complete)
 
     # ---- what others see -----------------------------------------------------------------------------------------
 

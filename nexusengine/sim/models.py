@@ -8,7 +8,8 @@ import numpy as np
 
 from nexusengine.arrays import F8
 from nexusengine.errors import ConfigError
-from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.features import StepFeatures, duration
+from nexusengine.perf.kinds import RecentError, RecentErrors, stratum
 from nexusengine.perf.model import PerformanceModel, StepTime
 from nexusengine.perf.prior import probes
 from nexusengine.perf.registry import MODELS, make_model, scaled
@@ -84,6 +85,10 @@ class Oracle:
     def expect_change(self) -> None:
         """It knows what there is to know."""
 
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        del features
+        return RecentError(_LESSONS, 0.0)
+
     def snapshot(self) -> PerfSnapshot:
         if self._taught is None:
             self._taught = _taught_by(self).snapshot()
@@ -108,6 +113,7 @@ class Scaled:
 
     def __init__(self, model: PerformanceModel, factor: float) -> None:
         self._model, self._factor = model, factor
+        self._errors = RecentErrors()
 
     def predict(self, features: StepFeatures) -> StepTime:
         time = self._model.predict(features)
@@ -117,6 +123,9 @@ class Scaled:
         return self._factor * self._model.mean_s(tokens, sequences, prefills, prefill_attention, decode_kv_tokens)
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
+        took_s = duration(seconds)
+        if took_s is not None:
+            self._errors.learn(stratum(features), math.log(took_s / self.predict(features).mean_s))
         self._model.observe(features, seconds)
 
     def observe_cold(self, features: StepFeatures, seconds: float) -> None:
@@ -124,6 +133,9 @@ class Scaled:
 
     def expect_change(self) -> None:
         self._model.expect_change()
+
+    def recent_error(self, features: StepFeatures) -> RecentError:
+        return self._errors.of(features)
 
     def snapshot(self) -> PerfSnapshot:
         return scaled(self._model.snapshot(), self._factor)

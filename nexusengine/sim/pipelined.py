@@ -38,7 +38,7 @@ class PipelinedEngine(SimEngine):
             profile, policy, make_model("line"), settings, max_model_len=max_model_len, rng=np.random.default_rng(0)
         )
         self._every_step, self._ahead = True, ahead
-        self._leaving: list[tuple[SimRequest, int]] = []  # with their output tokens
+        self._leaving: list[tuple[SimRequest, int, bool]] = []  # output tokens, complete
 
     def next_step(self, arrived: Sequence[Job], now: float) -> tuple[I4, I4] | None:
         """Begin a step at the end of the one before, when `arrived` are taken in.
@@ -71,11 +71,11 @@ class PipelinedEngine(SimEngine):
 
     def _let_go(self) -> None:
         leaving, self._leaving = self._leaving, []
-        for request, output_tokens in leaving:
-            super()._leave(request, output_tokens=output_tokens)
+        for request, output_tokens, complete in leaving:
+            super()._leave(request, output_tokens=output_tokens, complete=complete)
 
-    def _leave(self, request: SimRequest, *, output_tokens: int) -> None:
+    def _leave(self, request: SimRequest, *, output_tokens: int, complete: bool = False) -> None:
         """Rows that have ended keep slot and blocks, with nothing to compute, until the next step has been planned."""
         columns = self.scheduler.columns
         columns.known_tokens[request.slot] = columns.computed_tokens[request.slot]
-        self._leaving.append((request, output_tokens))
+        self._leaving.append((request, output_tokens, complete))

@@ -12,10 +12,15 @@ from statistics import fmean
 from typing import Any
 
 from nexusengine.errors import ConfigError
+from nexusengine.profiles.prices import DeviceCost, cost_of
 from nexusengine.sim.api import LoadProfile, SimSpec, parse_devices, simulate
+from nexusengine.sim.costs import NO_COSTS, Costs, costs_of
 from nexusengine.sim.goodput import goodput
 from nexusengine.sim.this import device_of, expand
 from nexusengine.sim.workload.build import Builder
+
+RANKS = {"price": "$/h", "tokens": "$/M tokens", "energy": "J/token"}
+"""What candidates can be compared by: dollars an hour, dollars for a million output tokens, joules for each of them."""
 
 _ABOVE = 1.1
 _FULL = 0.98
@@ -32,6 +37,7 @@ class Planned:
         goodput_rps: for each target; None if it was not searched for.
         bottleneck: in words.
         metrics: of the first seed at the offered rate.
+        costs: of the first seed at the offered rate.
     """
 
     devices: str
@@ -41,6 +47,15 @@ class Planned:
     goodput_rps: tuple[float | None, ...]
     bottleneck: str
     metrics: dict[str, Any]
+    costs: Costs = NO_COSTS
+
+    def rank(self, by: str) -> float | None:
+        """What it is compared with others by, see RANKS."""
+        return {
+            "price": self.price_per_hour,
+            "tokens": self.costs.usd_per_million_tokens,
+            "energy": self.costs.joules_per_token,
+        }[by]
 
     def serves(self, target: float, longest_decile: float) -> bool:
         """Whether the offered load is served at this target."""
@@ -49,17 +64,20 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """rate_rps: offered. candidates in the order they were given."""
+    """rate_rps: offered. candidates in the order they were given. rank: one of RANKS."""
 
     rate_rps: float
     targets: tuple[float, ...]
     longest_decile: float
     candidates: tuple[Planned, ...]
+    rank: str = "price"
 
     def cheapest(self, target: float) -> Planned | None:
-        """Of those that serve the load at this target and whose price is known."""
-        serving = [c for c in self.candidates if c.price_per_hour is not None and c.serves(target, self.longest_decile)]
-        return min(serving, key=lambda c: c.price_per_hour or 0.0, default=None)
+        """Of those that serve the load at this target and of which what they are ranked by is known."""
+        serving = [
+            c for c in self.candidates if c.rank(self.rank) is not None and c.serves(target, self.longest_decile)
+        ]
+        return min(serving, key=lambda c: c.rank(self.rank) or 0.0, default=None)
 
 
 def parse_candidates(text: str) -> list[str]:
@@ -72,9 +90,9 @@ def parse_candidates(text: str) -> list[str]:
     return candidates
 
 
-def price_of(devices: str, prices: Mapping[str, float]) -> float | None:
+def price_of(devices: str, prices: Mapping[str, DeviceCost]) -> float | None:
     """Of an hour of all of them; None if one is not known."""
-    found = [prices.get(device.partition("/")[0]) for device in parse_devices(devices)]
+    found = [cost_of(device, prices).price_per_hour for device in parse_devices(devices)]
     return None if None in found else sum(p for p in found if p is not None)
 
 
@@ -85,7 +103,8 @@ def plan(
     targets: Sequence[float] = (0.9, 0.99),
     longest_decile: float = 0.75,
     seeds: Sequence[int] = (0,),
-    prices: Mapping[str, float],
+    prices: Mapping[str, DeviceCost],
+    rank: str = "price",
     head_room: bool = True,
     precision: float = 0.05,
     load_profile: LoadProfile | None = None,
@@ -95,6 +114,8 @@ def plan(
 
     Args:
         spec: the load and the policies; its devices are not looked at.
+        prices: what devices cost.
+        rank: one of RANKS, by which the cheapest is found.
         head_room: whether to search for the rates that the targets allow.
 
     Raises:
@@ -123,19 +144,20 @@ def plan(
         progress(f"{devices}: {limit_rps:.3g} requests/s, to see what limits it")
         above = simulate(replace(mine, rate_rps=limit_rps, seed=seeds[0]), load_profile=load_profile, builder=builder)
         recording = getattr(builder.source, "recording", None) if builder is not None else None
-        mix = expand(parse_devices(devices), recording)
+        mix = [device_of(name, recording) for name in expand(parse_devices(devices), recording)]
         planned.append(
             Planned(
                 devices=devices,
-                price_per_hour=price_of(",".join(device_of(name, recording) for name in mix), prices),
+                price_per_hour=price_of(",".join(mix), prices),
                 attainment=fmean(m["attainment"] for m in results),
                 longest_decile=fmean(m["attainment_longest_decile"] for m in results),
                 goodput_rps=tuple(found),
                 bottleneck=bottleneck(above.metrics),
                 metrics=results[0],
+                costs=costs_of(results[0], mix, prices),
             )
         )
-    return Plan(rate_rps, tuple(targets), longest_decile, tuple(planned))
+    return Plan(rate_rps, tuple(targets), longest_decile, tuple(planned), rank)
 
 
 def _search(

@@ -1,12 +1,7 @@
 """Replays a measured run of vLLM: its requests, its settings, its own policy, durations from a device profile.
 
-What is simulated beside the policy and the KV cache, because measured latencies contain it:
-- Requests are taken in between steps, and steps are planned one ahead (see `pipelined`): a first token comes at the
-  end of the step after next.
-- With experts, data-parallel engines step together: each layer waits for the slowest, exchanges activations twice, and
-  computes the experts for the tokens of all.
-- A step with a prompt chunk runs outside the one CUDA graph of decode steps, and its matrix products at the clocks of
-  sustained load instead of a burst's. Both are small; see HOST.
+Requests are taken in between steps, and steps are planned one ahead (see `pipelined`): a first token comes at the end
+of the step after next. `vllm_steps` says how long a step takes.
 """
 
 from __future__ import annotations
@@ -27,26 +22,18 @@ from nexusengine.scheduler.baselines.vllm import Vllm
 from nexusengine.sim.engine import EngineSettings
 from nexusengine.sim.job import Job, TraceBlocks, make_job
 from nexusengine.sim.pipelined import PipelinedEngine
-from nexusengine.sim.vllm_run import BLOCK_TOKENS, Measured, Sent, VllmSettings
+from nexusengine.sim.vllm_run import BLOCK_TOKENS, Measured, Sent, VllmSettings, graph_sizes
+from nexusengine.sim.vllm_steps import AS_MEASURED, HOST, Factors, Host, StepCost, step_cost
 
 _NEVER = float("inf")
 _STATS_EVERY_S = 0.1
 _OWN_NAMES, _OWN_NAMES_EACH = 2**40, 2**20
-
-Batch = tuple[np.ndarray, np.ndarray]
-"""Counts and contexts of a step, row by row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What a step with a prompt chunk takes beyond its kernels one by one: launch_s, and a factor."""
-
-    launch_s: float
-    sustained: float
-
-
-HOST = Host(0.001, 1.02)
-"""Estimated from the 300-request run of Llama-3.1-8B on the RTX PRO 6000 (docs/profiles.md), used for all."""
+_STATISTICS: dict[str, Callable[[Any], Any]] = {
+    "mean": np.nanmean,
+    "p50": np.nanmedian,
+    "p90": lambda v: np.nanquantile(v, 0.9),
+    "p99": lambda v: np.nanquantile(v, 0.99),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +46,10 @@ class Replayed:
     cached_tokens: int
 
 
-def step_cost(profile: DeviceProfile, engines: int, link: Link | None, host: Host) -> Callable[[list[Batch]], float]:
-    """Seconds of a step that `engines` compute together, of which some may have nothing to do."""
-
-    def alone(batches: list[Batch]) -> float:
-        counts, contexts = batches[0]
-        return profile.step_s(counts, contexts)
-
-    def together(batches: list[Batch]) -> float:
-        assert isinstance(profile, ComposedProfile)
-        assert profile.experts is not None
-        assert link is not None
-        sizes = [int(counts.sum()) for counts, _ in batches]
-        own = max(
-            profile.dense(size) + profile.attention_s(counts, contexts, size) + profile.head(len(counts))
-            for size, (counts, contexts) in zip(sizes, batches, strict=True)
-        )
-        exchange = 2 * profile.layers * link.seconds(2 * profile.hidden * max(sizes))
-        return own + profile.experts.seconds(engines)(sum(sizes)) + exchange
-
-    kernels = alone if engines == 1 else together
-
-    def cost(batches: list[Batch]) -> float:
-        mixed = any(int(counts.max()) > 1 for counts, _ in batches)
-        return kernels(batches) * host.sustained + host.launch_s if mixed else kernels(batches)
-
-    return cost
-
-
 class Lane:
     """Engines that step together: one, or the data-parallel ones of a model with experts."""
 
-    def __init__(self, engines: Sequence[PipelinedEngine], cost: Callable[[list[Batch]], float]) -> None:
+    def __init__(self, engines: Sequence[PipelinedEngine], cost: StepCost) -> None:
         self.engines, self._cost = engines, cost
         self.inboxes: list[list[Job]] = [[] for _ in engines]
         self.queued_s: dict[str, float] = {}
@@ -99,7 +58,7 @@ class Lane:
 
     def step(self, now: float) -> None:
         """The step under way has ended, or the lane was idle and something came."""
-        batches: list[Batch] = []
+        batches = []
         began: list[PipelinedEngine] = []
         for i, engine in enumerate(self.engines):
             engine.advance(now)
@@ -137,9 +96,30 @@ class Balancer:
         return chosen
 
 
-def replay(profile: DeviceProfile, sent: Sequence[Sent], settings: VllmSettings, host: Host = HOST) -> Replayed:
-    """Raises ConfigError where the run cannot be simulated: a request that does not fit, or parts not measured."""
-    lanes, engines = _lanes(profile, sent, settings, host)
+def replay(
+    profile: DeviceProfile,
+    sent: Sequence[Sent],
+    settings: VllmSettings,
+    host: Host = HOST,
+    *,
+    factors: Factors = AS_MEASURED,
+    scatter: np.random.Generator | None = None,
+) -> Replayed:
+    """Simulate a run.
+
+    Args:
+        profile: of one engine's device, or of the devices that share the model.
+        sent: the requests.
+        settings: of the engines.
+        host: what vLLM adds to the kernels.
+        factors: on the parts of each step.
+        scatter: draws each step's deviation from its mean; None for none.
+
+    Raises:
+        ConfigError: the run cannot be simulated: a request that does not fit, or parts not measured.
+    """
+    engines = _engines(profile, sent, settings)
+    lanes = _lanes(profile, engines, settings, host, factors, scatter)
     where = [(lane, i) for lane in lanes for i in range(len(lane.engines))]
     balancer = Balancer(engines)
     coming = deque(sorted(_jobs(sent), key=lambda job: job.request.arrival_s))
@@ -163,9 +143,7 @@ def replay(profile: DeviceProfile, sent: Sequence[Sent], settings: VllmSettings,
     return _result(lanes, engines, sent)
 
 
-def _lanes(
-    profile: DeviceProfile, sent: Sequence[Sent], settings: VllmSettings, host: Host
-) -> tuple[list[Lane], list[PipelinedEngine]]:
+def _engines(profile: DeviceProfile, sent: Sequence[Sent], settings: VllmSettings) -> list[PipelinedEngine]:
     longest = max(s.input_tokens + s.output_tokens for s in sent)
     engine_settings = EngineSettings(
         max_running=settings.max_num_seqs,
@@ -176,7 +154,7 @@ def _lanes(
         kv_tokens=settings.kv_tokens,
         noise=False,
     )
-    engines = [
+    return [
         PipelinedEngine(
             profile,
             Vllm(
@@ -189,12 +167,29 @@ def _lanes(
         )
         for _ in range(settings.data_parallel_size)
     ]
+
+
+def _lanes(
+    profile: DeviceProfile,
+    engines: list[PipelinedEngine],
+    settings: VllmSettings,
+    host: Host,
+    factors: Factors,
+    scatter: np.random.Generator | None,
+) -> list[Lane]:
+    def cost(together: int, link: Link | None) -> StepCost:
+        graphs = graph_sizes(settings)
+        return step_cost(
+            profile, engines=together, link=link, host=host, graphs=graphs, factors=factors, scatter=scatter
+        )
+
     experts = isinstance(profile, ComposedProfile) and profile.experts is not None
-    if len(engines) > 1 and experts:
-        if profile.device not in LINKS:
-            raise ConfigError(f"nothing is known of what {profile.device} devices exchange and how fast")
-        return [Lane(engines, step_cost(profile, len(engines), LINKS[profile.device], host))], engines
-    return [Lane([engine], step_cost(profile, 1, None, host)) for engine in engines], engines
+    if len(engines) == 1 or not experts:
+        alone = cost(1, None)
+        return [Lane([engine], alone) for engine in engines]
+    if profile.identity.device not in LINKS:
+        raise ConfigError(f"nothing is known of what {profile.identity.device} devices exchange and how fast")
+    return [Lane(engines, cost(len(engines), LINKS[profile.identity.device]))]
 
 
 def _jobs(sent: Sequence[Sent]) -> list[Job]:
@@ -243,24 +238,25 @@ def profile_for(spec: str, settings: VllmSettings) -> DeviceProfile:
     return load_profile(f"{device}-tp{shards}{slash}{model}")
 
 
+def figures(latencies: Measured) -> dict[str, float]:
+    """Mean, p50, p90 and p99 of TTFT, TPOT and end to end, in seconds: `ttft_mean` and so on."""
+    return {
+        f"{what}_{name}": float(statistic(getattr(latencies, f"{what}_s")))
+        for what in ("ttft", "tpot", "e2e")
+        for name, statistic in _STATISTICS.items()
+    }
+
+
 def compare(simulated: Measured, measured: Measured) -> dict[str, float]:
-    """Signed errors in percent of mean, p50, p90 and p99: `ttft_mean_pct` and so on.
+    """Signed errors of the `figures` in percent: `ttft_mean_pct` and so on.
 
     Beside them the values in milliseconds, `ttft_mean_ms` simulated and `ttft_mean_measured_ms`.
     """
     out: dict[str, float] = {}
     values: dict[str, float] = {}
-    statistics: dict[str, Callable[[Any], Any]] = {
-        "mean": np.nanmean,
-        "p50": np.nanmedian,
-        "p90": lambda v: np.nanquantile(v, 0.9),
-        "p99": lambda v: np.nanquantile(v, 0.99),
-    }
-    for what in ("ttft", "tpot", "e2e"):
-        ours, theirs = getattr(simulated, f"{what}_s"), getattr(measured, f"{what}_s")
-        for name, statistic in statistics.items():
-            a, b = float(statistic(ours)), float(statistic(theirs))
-            out[f"{what}_{name}_pct"] = round(100 * (a / b - 1), 2)
-            values[f"{what}_{name}_ms"] = round(1e3 * a, 3)
-            values[f"{what}_{name}_measured_ms"] = round(1e3 * b, 3)
+    theirs = figures(measured)
+    for name, ours in figures(simulated).items():
+        out[f"{name}_pct"] = round(100 * (ours / theirs[name] - 1), 2)
+        values[f"{name}_ms"] = round(1e3 * ours, 3)
+        values[f"{name}_measured_ms"] = round(1e3 * theirs[name], 3)
     return out | values

@@ -65,8 +65,8 @@ def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
         return _by_octave(octaves, measured_s, base_s, ~mixed), _by_octave(octaves, measured_s, base_s, mixed)
 
     def at_level(base_s: F8, scale: tuple[tuple[float, ...], tuple[float, ...]]) -> F8:
-        levelled: F8 = base_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
-        return levelled
+        scaled_s: F8 = base_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
+        return scaled_s
 
     slowness = _windows(at_s, measured_s / at_level(predicted_s, level(predicted_s)))
     local = np.array([_at(slowness, t) for t in at_s.tolist()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nexusengine.sim.api import SimResult
 from nexusengine.sim.goodput import Goodput
-from nexusengine.sim.plan import Plan
+from nexusengine.sim.plan import RANKS, Plan
 from nexusengine.sim.sweep import Point
 
 _WIDTH = 140
@@ -65,6 +65,21 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH)
 
 
+def print_ranges(ranges: dict[str, Any]) -> None:
+    """What `sim.ranges.ranges` found."""
+    table = Table("lowest and highest of five simulations", "", "mean", "p50", "p90", "p99")
+    for name, found in ranges.items():
+        if isinstance(found, dict):
+            table.add_row(name, "", *(_span(found[key], _number) for key in ("mean", "p50", "p90", "p99")))
+        else:
+            table.add_row(name, _span(found, _percent if name.startswith("attainment") else _number))
+    _console().print(table)
+
+
+def _span(found: Sequence[float] | None, text: Callable[[float], str]) -> str:
+    return "-" if found is None else " to ".join(text(value) for value in found)
+
+
 def print_points(points: Sequence[Point]) -> None:
     """Means over seeds."""
     table = Table(
@@ -111,24 +126,33 @@ def print_goodput(found: Goodput, target: float, longest_decile: float) -> None:
 
 def print_plan(plan: Plan) -> None:
     console = _console()
-    highest = [name for t in plan.targets for name in (f"rate at {100 * t:g} %", "head-room")]
-    table = Table("devices", "$/h", "attainment", "longest tenth", *highest, "first bottleneck")
+    searched = any(rate is not None for c in plan.candidates for rate in c.goodput_rps)
+    highest = [name for t in plan.targets if searched for name in (f"rate at {100 * t:g} %", "head-room")]
+    table = Table("devices", *RANKS.values(), "attainment", "longest tenth", *highest, "first bottleneck")
     for c in plan.candidates:
         cells = []
-        for rate in c.goodput_rps:
+        for rate in c.goodput_rps if searched else ():
             cells += [_number(rate), "-" if rate is None else _percent(rate / plan.rate_rps - 1.0)]
-        price = "?" if c.price_per_hour is None else f"{c.price_per_hour:.2f}"
+        costs = [_cost(c.rank(by), by) for by in RANKS]
         shares = _percent(c.attainment), _percent(c.longest_decile)
-        table.add_row(_mix(c.devices), price, *shares, *cells, c.bottleneck)
+        table.add_row(_mix(c.devices), *costs, *shares, *cells, c.bottleneck)
     console.print(f"offered: {_number(plan.rate_rps)} requests/s")
     console.print(table)
+    missing = "watts" if plan.rank == "energy" else "prices"
     for target in plan.targets:
         best = plan.cheapest(target)
         served = [c for c in plan.candidates if c.serves(target, plan.longest_decile)]
         if best is not None:
-            console.print(f"{100 * target:g} %: cheapest is {_mix(best.devices)}, {best.price_per_hour:.2f} $/h")
+            told = _cost(best.rank(plan.rank), plan.rank)
+            console.print(f"{100 * target:g} %: cheapest is {_mix(best.devices)}, {told} {RANKS[plan.rank]}")
         else:
-            console.print(f"{100 * target:g} %: {'prices are missing' if served else 'no candidate serves this load'}")
+            console.print(
+                f"{100 * target:g} %: {f'{missing} are missing' if served else 'no candidate serves this load'}"
+            )
+
+
+def _cost(value: float | None, by: str) -> str:
+    return "?" if value is None else f"{value:.2f}" if by == "price" else _number(value)
 
 
 def print_comparison(found: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ device is its profile. Any other is what its worker had learned of it by the end
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from nexusengine.config import parse_device
 from nexusengine.errors import ConfigError
-from nexusengine.profiles.base import DeviceProfile
-from nexusengine.profiles.composed import ProfileIdentity
+from nexusengine.profiles.base import DeviceProfile, ProfileIdentity
 from nexusengine.profiles.geometry import DEFAULT_MODEL
 from nexusengine.profiles.learned import OCTAVES, LearnedProfile
 from nexusengine.profiles.noise import Noise
@@ -128,7 +128,5 @@ class _Holding:
     """A profile with another KV capacity."""
 
     def __init__(self, profile: DeviceProfile, kv_tokens: int) -> None:
-        self._profile, self.kv_capacity_tokens = profile, kv_tokens
-        self.name, self.device, self.model = profile.name, profile.device, profile.model
-        self.source, self.confidence, self.weights_bytes = profile.source, profile.confidence, profile.weights_bytes
+        self.identity = replace(profile.identity, kv_capacity_tokens=kv_tokens)
         self.step_s, self.decode_run_s, self.noise = profile.step_s, profile.decode_run_s, profile.noise

@@ -16,6 +16,7 @@ from nexusengine.errors import ConfigError
 from nexusengine.kv.hashing import block_hashes
 
 BLOCK_TOKENS = 16
+_LARGEST_GRAPH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class VllmSettings:
 
     Attributes:
         kv_tokens, max_model_len: None for what the profile and the requests say.
+        cudagraph_capture_sizes: None for vLLM's own choice, see `graph_sizes`.
     """
 
     max_num_seqs: int = 256
@@ -47,6 +49,8 @@ class VllmSettings:
     block_size: int = BLOCK_TOKENS
     kv_tokens: int | None = None
     max_model_len: int | None = None
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +149,28 @@ def settings_of(meta: Mapping[str, Any]) -> VllmSettings:
         values = [place[name] for place in places if isinstance(place, Mapping) and place.get(name) is not None]
         if values and isinstance(values[0], bool | int):
             found[name] = values[0]
+    captured = (resolved.get("compilation_config") or {}).get("cudagraph_capture_sizes")
+    if isinstance(captured, list):
+        found["cudagraph_capture_sizes"] = tuple(sorted(int(size) for size in captured))
     settings = replace(VllmSettings(), **found)
     blocks = (meta.get("kv_cache") or {}).get("num_gpu_blocks") or cache.get("num_gpu_blocks")
     if isinstance(blocks, int):
         settings = replace(settings, kv_tokens=(blocks - 1) * settings.block_size)  # one is the null block
     return settings
+
+
+def graph_sizes(settings: VllmSettings) -> tuple[int, ...]:
+    """The token counts that have a CUDA graph, increasing: those that were captured.
+
+    Where they are not known, vLLM's own choice: 1, 2, 4, then every 8 to 248, then every 16, up to twice max_num_seqs
+    and 512 at most.
+    """
+    if settings.enforce_eager:
+        return ()
+    if settings.cudagraph_capture_sizes is not None:
+        return settings.cudagraph_capture_sizes
+    largest = min(2 * settings.max_num_seqs, _LARGEST_GRAPH)
+    return tuple(size for size in (1, 2, 4, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)) if size <= largest)
 
 
 def _requests_file(path: Path) -> Path:

@@ -49,16 +49,17 @@ class SimWorker:
             worker_id=f"w{self.index}",
             epoch=f"{EPOCH}{self.restarts}",
             pid=0,
-            device=e.profile.device,
-            model=e.profile.model,
+            device=e.profile.identity.device,
+            model=e.profile.identity.model,
             max_model_len=e.max_model_len,
             max_batch_tokens=e.settings.max_batch_tokens,
             block_size=e.settings.block_size,
             kv_total_blocks=e.kv.total_blocks,
-            weights_bytes=e.profile.weights_bytes,
+            weights_bytes=e.profile.identity.weights_bytes,
             scheduler=e.policy.name,
             max_waiting=e.settings.max_waiting,
             traits=e.policy.traits,
+            max_running=e.settings.max_running,
         )
         self.identity = identity_of(self.info.worker_id, self.info.epoch)
         self.prefixes: DigestSender | None = None

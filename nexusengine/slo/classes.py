@@ -15,26 +15,27 @@ from nexusengine.types import SLO
 
 @dataclass(frozen=True, slots=True)
 class SLOClass:
-    """A promise by name. The TTFT bound grows by `ttft_per_token_s` with each prompt token."""
+    """A promise by name. The TTFT bound grows by `ttft_per_token_s` with each prompt token. patience: see SLO."""
 
     name: str
     ttft_s: float
     tpot_s: float
     ttft_per_token_s: float = 0.0
     e2e_s: float | None = None
+    patience: float = math.inf
 
     def slo(self, prompt_tokens: int) -> SLO:
         """For a prompt of this length. Raises InvalidRequest naming the bound that is absurd."""
-        return SLO(self.ttft_s + self.ttft_per_token_s * prompt_tokens, self.tpot_s, self.e2e_s)
+        return SLO(self.ttft_s + self.ttft_per_token_s * prompt_tokens, self.tpot_s, self.e2e_s, self.patience)
 
 
 CLASSES: Mapping[str, SLOClass] = MappingProxyType(
     {
         c.name: c
         for c in (
-            SLOClass("interactive", 0.5, 0.05, 0.001),
-            SLOClass("standard", 2.0, 0.1, 0.002),
-            SLOClass("batch", 30.0, 0.5, 0.004),
+            SLOClass("interactive", 0.5, 0.05, 0.001, patience=1.5),
+            SLOClass("standard", 2.0, 0.1, 0.002, patience=1.5),
+            SLOClass("batch", 30.0, 0.5, 0.004, patience=1.5),
         )
     }
 )
@@ -42,7 +43,7 @@ MIXED: Mapping[str, float] = MappingProxyType({"interactive": 0.6, "standard": 0
 """Shares of the classes in the workload `mixed`."""
 
 
-_KEYS = {"ttft_s", "tpot_s", "ttft_per_token_s", "e2e_s", "share"}
+_KEYS = {"ttft_s", "tpot_s", "ttft_per_token_s", "e2e_s", "patience", "share"}
 
 
 def load_classes(path: str | Path) -> tuple[dict[str, SLOClass], dict[str, float]]:

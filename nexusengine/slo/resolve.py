@@ -24,7 +24,9 @@ MAX_CLASSES = 32
 SLOLike = SLO | SLOClass | str | None
 """What Python callers may pass as `slo`: a string is the name of a class, None no promise."""
 _BOUNDS_MS = {"ttft_ms": (1.0, 86_400_000.0), "tpot_ms": (0.1, 3_600_000.0), "e2e_ms": (1.0, 86_400_000.0)}
-_HEADERS = {"x-slo-class": "class", **{f"x-slo-{b.replace('_', '-')}": b for b in _BOUNDS_MS}}
+_PATIENCE = (1.0, 1000.0)
+_NUMBERS = (*_BOUNDS_MS, "patience")
+_HEADERS = {"x-slo-class": "class", **{f"x-slo-{b.replace('_', '-')}": b for b in _NUMBERS}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class SLOClasses:
         if slo is None or isinstance(slo, SLOClass):
             return slo
         if isinstance(slo, SLO):
-            return SLOClass(CUSTOM, slo.ttft_s, slo.tpot_s, e2e_s=slo.e2e_s)
+            return SLOClass(CUSTOM, slo.ttft_s, slo.tpot_s, e2e_s=slo.e2e_s, patience=slo.patience)
         if isinstance(slo, str):
             return self.named(slo)
         raise InvalidRequest(f"slo must be an SLO or the name of a class, got {slo!r}", param="slo")
@@ -97,18 +99,18 @@ class SLOClasses:
             raise InvalidRequest(f"slo must be the name of a class or an object, got {reprlib.repr(body)}", param="slo")
         given: dict[str, Any] = {}
         for key, value in body.items():
-            if key != "class" and key not in _BOUNDS_MS:
-                known = ", ".join(["class", *_BOUNDS_MS])
+            if key != "class" and key not in _NUMBERS:
+                known = ", ".join(["class", *_NUMBERS])
                 raise InvalidRequest(f"slo.{key[:64]} is unknown; known: {known}", param=f"slo.{key[:64]}")
             if value is None:
                 continue
             if key == "class" and not isinstance(value, str):
                 shown = reprlib.repr(value)
                 raise InvalidRequest(f"slo.class must be the name of a class, got {shown}", param="slo.class")
-            given[key] = value if key == "class" else _checked_ms(f"slo.{key}", key, value)
+            given[key] = value if key == "class" else _checked(f"slo.{key}", key, value)
         if not given:
             raise InvalidRequest("slo is an empty object; name a class or a bound in it", param="slo")
-        return self._of(given, {key: f"slo.{key}" for key in ("class", *_BOUNDS_MS)})
+        return self._of(given, {key: f"slo.{key}" for key in ("class", *_NUMBERS)})
 
     def _of_headers(self, headers: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, Any]]:
         """(header, value) by key of the body's object."""
@@ -127,14 +129,18 @@ class SLOClasses:
             try:
                 number = float(text)
             except ValueError:
-                _not_a_number(header, text)
-            given[key] = (header, _checked_ms(header, key, number, text))
+                _not_a_number(header, text, "ms" if key in _BOUNDS_MS else "TTFTs")
+            given[key] = (header, _checked(header, key, number, text))
         return given
 
     def _of(self, given: Mapping[str, Any], spelling: Mapping[str, str]) -> SLOClass | None:
         """given: a class's name and bounds in milliseconds. spelling: how the request wrote each key."""
         base = self.named(given["class"], spelling["class"]) if "class" in given else self.default
-        changed = {key.replace("_ms", "_s"): value / 1e3 for key, value in given.items() if key != "class"}
+        changed = {
+            key.replace("_ms", "_s"): value / 1e3 if key in _BOUNDS_MS else value
+            for key, value in given.items()
+            if key != "class"
+        }
         if not changed:
             return base
         if base is None:
@@ -152,15 +158,17 @@ def _spelling(given: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
     return names | {key: header for key, (header, _) in given.items()}
 
 
-def _checked_ms(param: str, bound: str, value: Any, text: str | None = None) -> float:
-    low, high = _BOUNDS_MS[bound]
+def _checked(param: str, key: str, value: Any, text: str | None = None) -> float:
+    low, high = _BOUNDS_MS.get(key, _PATIENCE)
+    unit = "ms" if key in _BOUNDS_MS else "TTFTs"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        _not_a_number(param, value)
+        _not_a_number(param, value, unit)
     if not low <= value <= high:  # NaN is not either
         shown = reprlib.repr(value if text is None else text)
-        raise InvalidRequest(f"{param} must be between {low:g} and {high:.0f} ms, got {shown}", param=param)
+        raise InvalidRequest(f"{param} must be between {low:g} and {high:.0f} {unit}, got {shown}", param=param)
     return float(value)
 
 
-def _not_a_number(param: str, value: Any) -> NoReturn:
-    raise InvalidRequest(f"{param} must be a number of milliseconds, got {reprlib.repr(value)}", param=param)
+def _not_a_number(param: str, value: Any, unit: str) -> NoReturn:
+    spelled = "milliseconds" if unit == "ms" else unit
+    raise InvalidRequest(f"{param} must be a number of {spelled}, got {reprlib.repr(value)}", param=param)

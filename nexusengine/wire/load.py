@@ -18,14 +18,12 @@ class WorkerState(StrEnum):
         STARTING: loading its model.
         READY: takes requests.
         STALLED: a step takes far longer than predicted.
-        DRAINING: finishes what it has.
         GONE: its process ended or was silent for too long.
     """
 
     STARTING = "starting"
     READY = "ready"
     STALLED = "stalled"
-    DRAINING = "draining"
     GONE = "gone"
 
 
@@ -103,16 +101,14 @@ class PolicyTraits(msgspec.Struct, frozen=True, array_like=True):
             with the "shortest" rest.
         relegates: whether prompts that cannot be in time go behind all others.
         step_tokens: most tokens of a step; 0 for the engine's own limit.
-        step_s, single_steps: no step is planned longer than step_s seconds, or than so many steps of a single token if
-            that is longer; infinite if only tokens count.
+        step_s: no step is planned longer than so many seconds; infinite if there is no such bound.
         by_tpot: whether steps are kept within the tightest TPOT of those that decode.
     """
 
     order: Literal["deadline", "arrival", "shortest"] = "deadline"
     relegates: bool = True
     step_tokens: Count = 0
-    step_s: float = 0.12
-    single_steps: float = 2.5
+    step_s: float = float("inf")
     by_tpot: bool = True
 
 
@@ -124,6 +120,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
         epoch: unique for each process.
         scheduler, traits: name of its engine policy, for people, and what it declares.
         max_waiting: requests that may wait in it; more are refused.
+        max_running: most sequences of a step.
     """
 
     worker_id: str
@@ -142,6 +139,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True):
     scheduler: str = ""
     max_waiting: int = 0
     traits: PolicyTraits = PolicyTraits()
+    max_running: Count = 0
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import msgspec
 
-from nexusengine.cgroup import usable_cpus
 from nexusengine.clock import Clock
-from nexusengine.config import EngineConfig, parse_device, parse_devices
+from nexusengine.config import EngineConfig, parse_devices
 from nexusengine.core.engine_core import EngineCore
 from nexusengine.execute.base import Executor, ExecutorOptions, ExecutorSpec
 from nexusengine.execute.memory import give_back_freed
 from nexusengine.model_config import ModelConfig
 from nexusengine.obs.logs import get_logger
-from nexusengine.perf.devices import DATASHEETS, Datasheet, cpu_datasheet, datasheet_of
-from nexusengine.perf.prior import GENERIC, Prior, roofline
+from nexusengine.perf.model import PerformanceModel
+from nexusengine.perf.online import OnlineModel
+from nexusengine.perf.prior import Prior
 from nexusengine.perf.registry import make_model
-from nexusengine.profiles.geometry import emulated_geometry
 from nexusengine.scheduler.registry import make_policy
 from nexusengine.wire import WorkerInfo
 from nexusengine.worker.calibrate import calibrate
+from nexusengine.worker.model_store import ModelStore, folder_of, kind_of
+from nexusengine.worker.priors import prior_of
+from nexusengine.worker.resume import resumed
 from nexusengine.worker.step_recorder import StepRecorder
 
 log = get_logger("worker")
@@ -53,6 +55,7 @@ def make_core(
     name: str = "w0",
     geometry: ModelConfig | None = None,
     hash_key: bytes = b"",
+    store: ModelStore | None = None,
 ) -> EngineCore:
     """Make an engine core with its policy and performance model; takes up to two seconds for calibration.
 
@@ -61,15 +64,17 @@ def make_core(
         geometry: of the model, for the step times that are predicted before any was measured.
         hash_key: of block hashes, the same in a whole server so that its router can look prompts up; drawn here if
             empty.
+        store: what the last worker of this kind had learned of its step times.
 
     Raises:
         ConfigError: for an unknown policy or a log that cannot be written.
     """
-    model = make_model(config.performance_model, prior_of(executor.spec, geometry))
+    policy = make_policy(config.scheduler)
+    recorder = None if config.step_log is None else StepRecorder(step_log_path(config, name))
     core = EngineCore(
         executor,
-        make_policy(config.scheduler),
-        model,
+        policy,
+        ready_model(executor, config, prior_of(executor.spec, geometry), store),
         clock=clock,
         max_running=config.max_running,
         max_waiting=config.max_waiting,
@@ -77,13 +82,33 @@ def make_core(
         hash_key=hash_key or os.urandom(16),
         name=name,
     )
-    if config.step_log is not None:
-        core.on_step = StepRecorder(step_log_path(config, name)).write
-    if config.calibrate and not executor.spec.device.startswith("emulated"):
-        steps = calibrate(executor, model, max_running=config.max_running)
-        log.debug("calibrated with %d steps", steps)
+    if recorder is not None:
+        core.on_step = recorder.write
+    core.publish(force=True)
     give_back_freed()
     return core
+
+
+def ready_model(executor: Executor, config: EngineConfig, prior: Prior, store: ModelStore | None) -> PerformanceModel:
+    """The performance model of a worker that begins to serve: calibrated if the settings ask for it, and resumed."""
+    model, measured = make_model(config.performance_model, prior), []
+    if config.calibrate and not executor.spec.device.startswith("emulated"):
+        measured = calibrate(executor, model, max_running=config.max_running)
+        log.debug("calibrated with %d steps", len(measured))
+    remembered = store.load() if store is not None and isinstance(model, OnlineModel) else None
+    return model if remembered is None else resumed(remembered, prior, measured) or model
+
+
+def store_of(config: EngineConfig, spec: ExecutorSpec, geometry: ModelConfig | None) -> ModelStore | None:
+    """Where a worker keeps what it learns; None if it keeps nothing: by its settings, or on an emulated device.
+
+    Raises:
+        ConfigError: as `folder_of`.
+    """
+    folder = folder_of(config.step_times)
+    if folder is None or spec.device.startswith("emulated"):
+        return None
+    return ModelStore(folder, kind_of(spec, geometry, prior_of(spec, geometry), eager=config.enforce_eager))
 
 
 def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
@@ -102,29 +127,8 @@ def info_of(core: EngineCore, info: WorkerInfo) -> WorkerInfo:
         scheduler=core.scheduler.policy.name,
         max_waiting=core.scheduler.max_waiting,
         traits=core.scheduler.policy.traits,
+        max_running=core.scheduler.max_running,
     )
-
-
-def prior_of(spec: ExecutorSpec, geometry: ModelConfig | None) -> Prior:
-    """The prior of step times, from the datasheet of the device, if it is known, and the geometry of the model.
-
-    The model is the one whose step times an emulated device has, not the one whose tokenizer is served.
-    """
-    if geometry is None:
-        return GENERIC
-    kind, _, rest = spec.device.partition(":")
-    sheet: Datasheet | None
-    if kind == "cpu":
-        sheet = cpu_datasheet(parse_device(spec.device).threads or usable_cpus())
-    else:
-        sheet = DATASHEETS.get(rest.partition("/")[0]) if kind == "emulated" else datasheet_of(spec.device_name)
-    if kind == "emulated":
-        geometry = emulated_geometry(rest) or geometry
-    if sheet is None:
-        return GENERIC
-    element_bytes = 4 if spec.dtype == "float32" else 2
-    weight_bytes = spec.weights_bytes / geometry.num_parameters if geometry.stored else element_bytes
-    return roofline(sheet, geometry, weight_bytes, 1 if spec.kv_dtype else element_bytes)
 
 
 def step_log_path(config: EngineConfig, name: str) -> Path:

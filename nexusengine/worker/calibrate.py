@@ -48,6 +48,8 @@ _SHAPES = (
     ProbeShape(0, chunk=1024),
     ProbeShape(0, chunk=1024, chunk_context=3072),
     ProbeShape(0, chunk=2048),
+    ProbeShape(0, chunk=4096),
+    ProbeShape(0, chunk=8192),
 )
 _RUNS, _RUNS_OF_LARGE, _LARGE = 3, 2, 512  # of each; the first chooses kernels and fills caches, and is not observed
 
@@ -59,16 +61,17 @@ def calibrate(
     max_running: int,
     seconds: float = 2.0,
     timer: Callable[[], float] = time.perf_counter,
-) -> int:
+) -> list[tuple[StepFeatures, float]]:
     """Run made-up steps that the model observes, the cheap ones first; what the executor raises passes through.
 
     Args:
         seconds: goes on as long as the next step is predicted to end within them.
 
     Returns:
-        How many steps the model has observed.
+        The steps that the model has observed, and their seconds.
     """
-    ends_s, observed = timer() + seconds, 0
+    ends_s = timer() + seconds
+    observed: list[tuple[StepFeatures, float]] = []
     for shape in _SHAPES:
         batch = probe_batch(executor, shape, max_running)
         if batch is None:
@@ -81,7 +84,7 @@ def calibrate(
             result = executor.collect()
             if run:
                 model.observe(features, result.device_s)
-                observed += 1
+                observed.append((features, result.device_s))
     return observed
 
 

@@ -78,7 +78,7 @@ class RouterLink:
         in_flight: Callable[[], list[str]],
         prefixes: DigestSender | None = None,
     ) -> None:
-        """Say that requests may come from now on.
+        """Report once, then say that requests may come from now on.
 
         Args:
             in_flight: returns the ids of requests that it works on, for a router that was restarted.
@@ -86,6 +86,7 @@ class RouterLink:
         """
         with self._lock:
             self._info, self._in_flight, self._prefixes, self._load = info, in_flight, prefixes, load
+            self._exchange(self._heartbeat())
             self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta], last_dispatch_seq: int) -> None:

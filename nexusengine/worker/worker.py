@@ -20,22 +20,26 @@ from nexusengine.kv.digest import CacheEvents, DigestSender
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.obs.logs import get_logger, setup
 from nexusengine.perf.model import PerformanceModel
+from nexusengine.perf.online import OnlineModel
 from nexusengine.process import child
 from nexusengine.process.control import Failed, Model, Phase, Ready, WorkerBoot
 from nexusengine.types import TokenDelta
 from nexusengine.wire import WorkerLoad
-from nexusengine.worker.build import executor_options, info_of, make_core
+from nexusengine.worker.build import executor_options, info_of, make_core, store_of
 from nexusengine.worker.gpu import Telemetry, seen_as
 from nexusengine.worker.link import RouterLink
+from nexusengine.worker.model_store import Saver
 
 _IDLE_WAIT_S = 0.5
 log = get_logger("worker")
 
 
-def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry) -> None:
+def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: Saver | None) -> None:
     """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
     while True:
         apply_telemetry(telemetry, core.scheduler.model)
+        if saver is not None:
+            saver.tick()
         deltas: list[TokenDelta] = []
         link.receive()
         while link.inbox:
@@ -95,7 +99,7 @@ def main() -> None:
 
     link = RouterLink(boot.back, info, config.snapshot_period, refused)
     try:
-        core = load_core(boot, device, link, lambda: boot.model_path or model_paths.get())
+        core, saver = load_core(boot, device, link, lambda: boot.model_path or model_paths.get())
     except (NexusError, MemoryError, ImportError) as error:
         cause = load_failure(error)
         failed(cause)
@@ -105,7 +109,7 @@ def main() -> None:
     link.ready(info_of(core, info), telemetry.beside(with_memory(core.load)), core.request_ids, prefix_digest(core))
     child.send(Ready())
     try:
-        serve_requests(core, link, telemetry)
+        serve_requests(core, link, telemetry, saver)
     except Exception as error:  # whatever it is, its requests are ended before the process is
         log.exception("a step failed; the worker ends")
         cause = f"a step failed: {error}"
@@ -115,8 +119,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def load_core(boot: WorkerBoot, device: DeviceSpec, link: RouterLink, model_path: Callable[[], str]) -> EngineCore:
-    """Make the executor and the core, saying how far that is.
+def load_core(
+    boot: WorkerBoot, device: DeviceSpec, link: RouterLink, model_path: Callable[[], str]
+) -> tuple[EngineCore, Saver | None]:
+    """Make the executor and the core, saying how far that is, and what keeps its step times.
 
     Args:
         model_path: waits until the model was found.
@@ -136,7 +142,10 @@ def load_core(boot: WorkerBoot, device: DeviceSpec, link: RouterLink, model_path
     config, worker_id = boot.config, boot.identity.worker_id
     files = resolve_model(model_path(), weights=device.kind != "emulated")
     executor = make_executor(files, seen_as(device, os.environ), executor_options(config, worker_id), progress)
-    return make_core(executor, config, MonotonicClock(), worker_id, files.config, bytes.fromhex(boot.hash_key))
+    store = store_of(config, executor.spec, files.config)
+    core = make_core(executor, config, MonotonicClock(), worker_id, files.config, bytes.fromhex(boot.hash_key), store)
+    model = core.scheduler.model
+    return core, Saver(store, model) if store is not None and isinstance(model, OnlineModel) else None
 
 
 def load_failure(error: Exception) -> str:

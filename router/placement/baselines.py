@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nexusengine.errors import ConfigError
+from nexusengine.forecast.speed import REFERENCE_STEP, predictor_of
 from nexusengine.router.placement.candidates import Stateless
 from nexusengine.router.placement.policy import Place, PlacementRequest, WorkerView
-from nexusengine.router.placement.speed import REFERENCE_STEP, predictor_of
 from nexusengine.splitmix import splitmix64
 
 SETTLED_STEPS = 500

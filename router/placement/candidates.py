@@ -54,7 +54,20 @@ class Rotation:
         return best
 
 
-class Stateless(ABC):
+class ServesLate:
+    """Base of policies that refuse nobody for being late."""
+
+    def observe(self, in_time: bool) -> None:
+        """Nothing is learned."""
+        del in_time
+
+    def saturated(self, now: float) -> bool:
+        """Never: requests are served late."""
+        del now
+        return False
+
+
+class Stateless(ServesLate, ABC):
     """Base of policies that keep nothing of the views: they choose among the candidates of the moment."""
 
     uses_prefixes = False

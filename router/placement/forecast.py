@@ -14,10 +14,12 @@ import numpy as np
 from msgspec.structs import astuple
 
 from nexusengine.arrays import F8
+from nexusengine.forecast.backlog import Prompts, backlog
+from nexusengine.forecast.queue import Queue, roll_forward, sort_keys
+from nexusengine.forecast.speed import Speed, predict_speed, predictor_of
+from nexusengine.router.placement.alike import error_of
 from nexusengine.router.placement.policy import WorkerView
-from nexusengine.router.placement.queue import Queue, roll_forward, sort_keys
-from nexusengine.router.placement.speed import Speed, predict_speed, predictor_of
-from nexusengine.wire import WorkerInfo, WorkerLoad
+from nexusengine.wire import PerfSnapshot, WorkerInfo, WorkerLoad
 
 _INF = float("inf")
 _MAX_TPOT_S = 0.1
@@ -32,7 +34,7 @@ class Snapshot:
     """A report digested.
 
     Attributes:
-        info, load: what it was derived from; no load: an idle worker.
+        info, load, perf: what it was derived from; no load: an idle worker.
         speed: of the worker beside the decodes of the report.
         queue: the waiting prompts that can be in time.
         late_s: service of all others: relegated by the engine, or too late by this forecast.
@@ -44,10 +46,12 @@ class Snapshot:
         kv_tokens: KV tokens held; kv_capacity: most that can be, infinite if not known.
         tightest_tpot_s: least TPOT of all that run or will.
         mean_output: tokens of an answer.
+        empty_step_s: a decode step less what its sequences add to it.
     """
 
     info: WorkerInfo
     load: WorkerLoad | None
+    perf: PerfSnapshot | None
     speed: Speed
     queue: Queue
     late_s: float
@@ -61,6 +65,7 @@ class Snapshot:
     kv_capacity: float
     tightest_tpot_s: float
     mean_output: float
+    empty_step_s: float
 
 
 class Estimates(NamedTuple, Generic[Number]):
@@ -75,6 +80,11 @@ class Estimates(NamedTuple, Generic[Number]):
         tightest_tpot_s: least TPOT of them all.
         kv_tokens: KV tokens needed for what is dispatched; kv_capacity: what there is.
         mean_output: tokens of an answer.
+        empty_step_s: a decode step less what its sequences add to it; per_row_s: what each adds, without its KV.
+        max_running: most sequences of a step, infinite if not known.
+        error: share by which its predictions may be off.
+        outstanding, prompt_tokens: as in WorkerView.
+        waiting_s: service of the prompts whose client has seen no token.
     """
 
     per_token_s: Number
@@ -90,6 +100,13 @@ class Estimates(NamedTuple, Generic[Number]):
     kv_tokens: Number
     kv_capacity: Number
     mean_output: Number
+    empty_step_s: Number
+    per_row_s: Number
+    max_running: Number
+    error: Number
+    outstanding: Number
+    prompt_tokens: Number
+    waiting_s: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,53 +114,59 @@ class Forecast:
     """A worker's future as far as it is decided, seen from its report.
 
     Attributes:
-        keys: `[N]`, of the prompts it can serve in time, as in Queue, not falling.
+        queue: the prompts it can serve in time, by their keys, from the timestamp start_s on.
         ahead_s: `[N + 1]`, service of the first i of them.
         slack_s: `[N + 1]`, by how much those from the i-th on can be delayed without any becoming late; infinite at
             the end.
         estimates: its numbers.
     """
 
-    keys: F8
+    queue: Queue
+    start_s: float
     ahead_s: F8
     slack_s: F8
     estimates: Estimates[float]
 
+    @property
+    def keys(self) -> F8:
+        """`[N]`, of the queue, not falling."""
+        return self.queue.keys
 
-def snapshot(view: WorkerView, now: float) -> Snapshot:
-    """Digest the view's report; an idle worker at `now` where there is none yet."""
+
+def snapshot(view: WorkerView, now: float, perf: PerfSnapshot | None) -> Snapshot:
+    """Digest the view's report; an idle worker at `now` where there is none yet.
+
+    Args:
+        perf: the performance model to predict its steps with.
+    """
     load, info = view.load or WorkerLoad(last_dispatch_seq=0), view.info
     due_s, left, done, tpot_s = _listed(load)
     reported_tpot_s = load.tightest_tpot_s if load.tightest_tpot_s == load.tightest_tpot_s else _INF
     tightest_tpot_s = min(reported_tpot_s, float(np.fmin.reduce(tpot_s, initial=_INF)))
     speed = predict_speed(
-        predictor_of(load.perf),
-        load.perf.quantile if load.perf else 1.0,
+        predictor_of(perf),
+        perf.quantile if perf else 1.0,
         load.decodes,
         float(load.decode_kv_tokens),
         tightest_tpot_s,
         info.max_batch_tokens or _BATCH_TOKENS,
         info.traits,
     )
-    keys = sort_keys(info.traits, due_s, left)
-    queue = Queue(keys, due_s, speed.service_s(left, done))
     listed_tokens = float(left.sum())
     unlisted = max(load.pending_tokens - load.relegated_tokens - listed_tokens, 0.0)
-    if unlisted:  # after all that are listed
-        last = keys.max(initial=-_INF) if len(keys) else _INF
-        queue += Queue(np.array([last]), np.array([_INF]), np.array([speed.per_token_s * unlisted]))
-    rest_s = 0.5 * (speed.step_s if len(queue) else speed.decode_s if load.decodes else 0.0)
-    start_s = (view.reported_s if view.load is not None else now) + rest_s
-    queue, late_s = roll_forward(queue, info.traits, start_s)
+    prompts = Prompts(due_s, left, done, unlisted, float(load.relegated_tokens))
+    rest_s = 0.5 * (speed.step_s if len(left) or unlisted else speed.decode_s if load.decodes else 0.0)
+    work = backlog(prompts, speed, info.traits, rest_s, view.reported_s if view.load is not None else now)
     block = info.block_size or _BLOCK_TOKENS
     return Snapshot(
         info=info,
         load=view.load,
+        perf=perf,
         speed=speed,
-        queue=queue,
-        late_s=speed.per_token_s * load.relegated_tokens + late_s,
-        rest_s=rest_s,
-        start_s=start_s,
+        queue=work.queue,
+        late_s=work.late_s,
+        rest_s=work.rest_s,
+        start_s=work.start_s,
         decodes=load.decodes,
         pending=max(load.running + load.waiting - load.decodes - load.relegated, 0),
         pending_kv=listed_tokens + float(done.sum()) + unlisted,
@@ -152,6 +175,9 @@ def snapshot(view: WorkerView, now: float) -> Snapshot:
         kv_capacity=float(load.kv_total_blocks * block) or _INF,
         tightest_tpot_s=tightest_tpot_s,
         mean_output=load.mean_output_tokens,
+        empty_step_s=max(
+            speed.decode_s - speed.per_row_s * max(load.decodes, 1) - speed.per_kv_s * load.decode_kv_tokens, 0.0
+        ),
     )
 
 
@@ -201,8 +227,15 @@ def forecast(base: Snapshot, view: WorkerView) -> Forecast:
         kv_tokens=base.kv_tokens + at_once * kv_tokens,
         kv_capacity=base.kv_capacity,
         mean_output=base.mean_output,
+        empty_step_s=base.empty_step_s,
+        per_row_s=speed.per_row_s,
+        max_running=float(base.info.max_running) or _INF,
+        error=error_of(base.perf),
+        outstanding=float(view.outstanding),
+        prompt_tokens=float(view.prompt_tokens),
+        waiting_s=view.waiting_tokens * speed.per_token_s + view.waiting_pairs * speed.per_pair_s,
     )
-    return Forecast(queue.keys, ahead_s, queue.slack_s(ahead_s, base.start_s), estimates)
+    return Forecast(queue, base.start_s, ahead_s, queue.slack_s(ahead_s, base.start_s), estimates)
 
 
 def _dispatched(base: Snapshot, view: WorkerView) -> Queue:

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nexusengine.arrays import F8, Bools
+from nexusengine.router.placement.alike import Kind, kind_of, models_of
 from nexusengine.router.placement.forecast import Estimates, Forecast, Snapshot, forecast, snapshot
 from nexusengine.router.placement.policy import PlacementRequest, WorkerView
+from nexusengine.wire import PerfSnapshot
 
 _FIRST_WIDTH = 96
 
@@ -19,6 +21,7 @@ class ForecastMatrix:
 
     Attributes:
         views: the views that the rows were made of.
+        forecasts: one a row; None before the first update.
         index: row by worker id.
         rows: `[W]`, 0 to W - 1.
         estimates: `[W]` each, as in Forecast.
@@ -27,12 +30,14 @@ class ForecastMatrix:
         slack_s: `[W, N + 1]`, as in Forecast; infinite after a row's end.
         count: `[W]`, prompts in each queue.
         accepts, slow_start: `[W]`, as in WorkerView.
+        kinds: `[W]`, a number for each kind of worker (see alike.kind_of).
         shortest_first: `[W]`, whether the engine serves the shortest prompt first.
         max_tokens: `[W]`, prompt and output that a sequence can have, infinite if not known.
     """
 
     def __init__(self) -> None:
         self._width = _FIRST_WIDTH
+        self._kinds: dict[Kind, int] = {}
         self._resize(0)
 
     def update(self, workers: Sequence[WorkerView], now: float) -> None:
@@ -40,9 +45,11 @@ class ForecastMatrix:
         if len(workers) != len(self.views):
             self._resize(len(workers))
         views = self.views
-        for i, view in enumerate(workers):
-            if view is not views[i]:
-                self._renew(i, view, now)
+        changed = [i for i, view in enumerate(workers) if view is not views[i]]
+        if changed:
+            models = models_of(workers)
+            for i in changed:
+                self._renew(i, workers[i], models[i], now)
 
     def eligible(self, request: PlacementRequest) -> Bools | None:
         """The workers that may take the request now `[W]`; None if there is none. One in slow start may if all are."""
@@ -84,13 +91,15 @@ class ForecastMatrix:
                 cached[self.index[worker_id]] = min(tokens, request.prompt_tokens - 1)
         return cached
 
-    def _renew(self, i: int, view: WorkerView, now: float) -> None:
+    def _renew(self, i: int, view: WorkerView, perf: PerfSnapshot | None, now: float) -> None:
         known, before = self._snapshots[i], self.views[i]
-        if known is None or known.load is not view.load or known.info is not view.info:
-            known = self._snapshots[i] = snapshot(view, now)
-        self._write(i, forecast(known, view))
+        if known is None or known.load is not view.load or known.info is not view.info or known.perf is not perf:
+            known = self._snapshots[i] = snapshot(view, now, perf)
+        row = self.forecasts[i] = forecast(known, view)
+        self._write(i, row)
         self.accepts[i], self.slow_start[i] = view.accepts, view.slow_start
         self.shortest_first[i] = view.info.traits.order == "shortest"
+        self.kinds[i] = self._kinds.setdefault(kind_of(view), len(self._kinds))
         self.max_tokens[i] = view.info.max_model_len or np.inf
         if before is None or before.worker_id != view.worker_id:
             if before is not None and self.index.get(before.worker_id) == i:
@@ -111,11 +120,13 @@ class ForecastMatrix:
     def _resize(self, count: int) -> None:
         self.views: list[WorkerView | None] = [None] * count
         self._snapshots: list[Snapshot | None] = [None] * count
+        self.forecasts: list[Forecast | None] = [None] * count
         self.index: dict[str, int] = {}
         self.rows = np.arange(count)
         self.count = np.zeros(count, np.intp)
         self.accepts, self.slow_start = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         self.shortest_first = np.zeros(count, np.bool_)
+        self.kinds = np.zeros(count, np.intp)
         self.max_tokens = np.full(count, np.inf)
         self._numbers = np.zeros((len(Estimates._fields), count))
         self.estimates: Estimates[F8] = Estimates(*self._numbers)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nexusengine.errors import ConfigError
-from nexusengine.router.placement.candidates import Rotation, why_none
+from nexusengine.router.placement.candidates import Rotation, ServesLate, why_none
 from nexusengine.router.placement.forecast_matrix import ForecastMatrix
 from nexusengine.router.placement.policy import Decision, Place, PlacementRequest, WorkerView
 from nexusengine.router.placement.prism import assess
@@ -15,7 +15,7 @@ from nexusengine.router.placement.prism import assess
 _IDLE_BELOW, _BUSY_FROM = 0.1, 1.0
 
 
-class PaperPrism:
+class PaperPrism(ServesLate):
     """Most of (1 - predicted TTFT / its bound) + (1 - tanh(pending / capacity)) + mode + affinity.
 
     pending: prompt tokens yet to be computed; capacity: how many the worker computes within the request's TTFT.

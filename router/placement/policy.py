@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -35,6 +36,11 @@ class PlacementRequest:
         """When its first token is due; infinite without an SLO."""
         return first_token_due_s(self.arrival_s, self.slo)
 
+    @property
+    def gives_up_s(self) -> float:
+        """Until when it may wait for its first token on a saturated cluster; infinite without an SLO."""
+        return math.inf if self.slo is None else self.arrival_s + self.slo.patience * self.slo.ttft_s
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
@@ -46,6 +52,9 @@ class WorkerView:
     Attributes:
         outstanding: requests dispatched and not finished, from the router's ledger.
         outstanding_tokens: prompt and output tokens of these.
+        prompt_tokens: prompt tokens of these.
+        waiting_tokens, waiting_pairs: prompt tokens to compute, and query-key pairs of their attention, of those whose
+            client has seen no token.
         unreported: dispatches that `load` does not include and whose client has seen no token, in order of dispatch.
         started: those it does not include and that stream already.
         reported_s: timestamp at which `load` came.
@@ -57,6 +66,9 @@ class WorkerView:
     state: WorkerState
     outstanding: int
     outstanding_tokens: int
+    prompt_tokens: int = 0
+    waiting_tokens: int = 0
+    waiting_pairs: float = 0.0
     load: WorkerLoad | None = None
     unreported: tuple[PlacementRequest, ...] = ()
     started: tuple[PlacementRequest, ...] = ()
@@ -86,11 +98,13 @@ class Place:
 
     Attributes:
         first_token_in_s: predicted seconds until its first token; None from a policy that predicts nothing.
+        late: it is predicted to miss its SLO; the policy is told whether its first token came in time.
     """
 
     worker_id: str
     reason: str
     first_token_in_s: float | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +149,14 @@ class PlacementPolicy(Protocol):
 
     def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Decision:
         """Decide where the request goes, at the timestamp `now`."""
+        ...
+
+    def observe(self, in_time: bool) -> None:
+        """A request that was placed as late has got its first token in time, or has not."""
+        ...
+
+    def saturated(self, now: float) -> bool:
+        """Whether what is late is not worth waiting for: requests are refused at their `gives_up_s`."""
         ...
 
     def prepare(self, workers: Sequence[WorkerView], now: float) -> None:

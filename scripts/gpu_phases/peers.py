@@ -79,7 +79,7 @@ def own_logits(executor: TorchExecutor, prompts: list[list[int]]) -> torch.Tenso
         block_tables=tables,
         sampling=SamplingTable.empty(len(prompts)),
     )
-    kv = executor._kv
+    kv = executor.kv
     assert kv is not None
     inputs = executor._inputs(batch, rows)
     everywhere = torch.arange(len(inputs.token_ids), device=inputs.token_ids.device)

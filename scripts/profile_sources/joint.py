@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def joint_tables(device: str, model: str) -> Tables:
     out["sequences"], out["head_us"] = np.array(sorted(heads), np.int32), compact([heads[n] for n in sorted(heads)])
     if (folder / "moe.csv.gz").exists():
         out |= moe_table(folder / "moe.csv.gz")
-    return out | attention_tables(folder / "attention.csv.gz") | skew_table(folder / "skew.csv.gz")
+    skew = skew_table(folder / "skew.csv.gz")
+    if not skew_applies((folder.parent / "meta.yaml").read_text()):
+        skew["skew_alpha"] = np.zeros_like(skew["skew_alpha"])
+    return out | attention_tables(folder / "attention.csv.gz") | skew
 
 
 def interpolated(at: Sequence[int], points: Iterable[tuple[int, float]]) -> np.ndarray:
@@ -84,6 +88,14 @@ def attention_tables(path: Path) -> Tables:
         "decode_us": compact(decode),
         "beside_us": compact(np.maximum(beside, 0.0)),
     }
+
+
+def skew_applies(meta: str) -> bool:
+    """Whether the authors apply what they measured of unequal contexts: meta.yaml's skew_fit.enabled."""
+    found = re.search(r"^skew_fit:\n  enabled: (true|false)$", meta, re.MULTILINE)
+    if found is None:
+        raise ValueError("meta.yaml says nothing of skew_fit")
+    return found[1] == "true"
 
 
 def skew_table(path: Path) -> Tables:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -51,6 +53,18 @@ def test_steps_and_requests_can_be_looked_at(
     assert "its promise is kept" in told
     assert main(["explain", request_id, "--url", server.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["histories"][0]["request_id"] == request_id
+
+
+def test_a_note_that_is_infinite_is_null(start_server: Callable[..., Running]) -> None:
+    """Such as the limit of a step that nothing limits; JSON has no word for it."""
+    server = start_server(debug_endpoints=True)
+    policy = server.core.scheduler.policy
+    planned = policy.plan
+    policy.plan = lambda view, now: replace(planned(view, now), notes={"limit_ms": math.inf, "on_time": 1.0})  # type: ignore[method-assign]
+    request_id = ask(server.url)
+    steps = httpx.get(server.url + "/debug/steps").json()["workers"]["w0"]
+    assert steps[-1]["notes"] == {"limit_ms": None, "on_time": 1.0}
+    assert httpx.get(f"{server.url}/debug/requests/{request_id}").status_code == 200
 
 
 def test_what_is_not_there_or_not_a_number_is_named(

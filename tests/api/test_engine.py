@@ -117,9 +117,9 @@ def test_several_devices_give_the_same_text_through_router_and_workers(engine: E
         assert [o.text for o in several.generate(prompts, GREEDY)] == expected
         pieces = list(several.generate(prompts, GREEDY, stream=True))
         assert {p.metadata["index"] for p in pieces if p.finished} == {0, 1, 2, 3}
-        promised = several.generate(prompts, GREEDY, slo="batch")
-        assert {o.slo_class for o in promised} == {"batch"}
-        assert {o.service.worker for o in promised if o.service} == {"w0", "w1"}
-        assert all(o.verdict is not None and o.verdict.met for o in promised)
+        with_slo = several.generate(prompts, GREEDY, slo="batch")
+        assert {o.slo_class for o in with_slo} == {"batch"}
+        assert {o.service.worker for o in with_slo if o.service} == {"w0", "w1"}
+        assert all(o.verdict is not None and o.verdict.met for o in with_slo)
         with pytest.raises(ContextTooLong):
             several.generate("x " * 20_000, GREEDY)

@@ -115,7 +115,7 @@ def test_the_workers_and_what_they_learned_are_in_the_file(
     ]
     (worker,) = described[-1].workers
     assert worker.learned is not None
-    assert worker.learned.kind == "online-1"
+    assert worker.learned.kind == "online-2"
     assert (worker.worker, worker.block_tokens) == ("w0", server.core.kv.block_size)
 
 

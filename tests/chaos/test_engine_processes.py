@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,15 @@ def test_ctrl_c_aborts_what_is_in_flight_and_leaves_a_usable_engine() -> None:
         assert engine.stats()["finished_abort"] == 3
         assert len(engine.generate("x", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
     assert children() == []
+
+
+def test_bursts_are_spread_evenly_over_equal_devices_from_the_first_on() -> None:
+    answers = SamplingParams(max_tokens=24, ignore_eos=True)
+    with Engine("smollm2-135m", devices=["emulated:h100", "emulated:h100"]) as engine:
+        for _ in range(4):  # reports are of the burst before, or of none
+            outputs = engine.generate([f"Tell a story about the number {n}." for n in range(32)], answers)
+            counts = Counter(o.service.worker for o in outputs if o.service is not None)
+            assert abs(counts["w0"] - counts["w1"]) <= 2
 
 
 def test_ctrl_c_while_starting_leaves_no_process() -> None:

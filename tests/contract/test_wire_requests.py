@@ -21,7 +21,7 @@ def test_a_promise_and_a_priority_reach_the_worker() -> None:
 
 def test_how_a_request_is_served_reaches_the_client() -> None:
     first = TokenDelta("a", (5,), timings=Timings(1.0, 2.0, 3.0), service=Service("w1", 0.7, unattainable=True))
-    last = TokenDelta("a", (), finish_reason="length", service=Service("w1", 0.7, strict=False))
+    last = TokenDelta("a", (), finish_reason="length", service=Service("w1", None, strict=False))
     message = wire.WorkerDeltas(*wire.split_deltas([first, TokenDelta("a", (6,)), last]))
     received = wire.decode_from_worker(wire.encode(message))
     assert isinstance(received, wire.WorkerDeltas)

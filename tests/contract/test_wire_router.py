@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from nexusengine import wire
+from nexusengine.forecast.speed import predictor_of
 from nexusengine.kv.digest import BATCHES_REPEATED, MAX_HASHES_IN_BATCH, CacheEvents, DigestSender
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import MODELS, make_model
-from nexusengine.router.placement.speed import predictor_of
 
 INFO = wire.WorkerInfo("w0", "e1", 7, "cpu", "m", scheduler="lens", max_waiting=9, block_size=16)
 

@@ -90,8 +90,8 @@ def ours(folder: Path, prompts: list[list[int]], chunk: int) -> torch.Tensor:
         lambda phase, fraction: None,
     )
     assert isinstance(executor, Probe)
-    assert executor._kv is not None
-    executor._kv.fill_(torch.nan)
+    assert executor.kv is not None
+    executor.kv.fill_(torch.nan)
     rng = np.random.default_rng(5)
     blocks = rng.permutation(np.arange(1, executor.spec.num_blocks))[: 32 * len(prompts)]
     tables = blocks.reshape(len(prompts), 32).astype(np.int32)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nexusengine.profiles.registry import list_profiles, load_profile
 
-NAMES = [info.name for info in list_profiles()]
+NAMES = [info.identity.name for info in list_profiles()]
 ROWS = st.lists(st.tuples(st.integers(1, 9000) | st.just(1), st.integers(0, 131_072)), min_size=1, max_size=300)
 
 

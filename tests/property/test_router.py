@@ -126,11 +126,6 @@ class Cluster(RuleBasedStateMachine):
             self.core.on_worker(identity, wire.WorkerDeltas((), (delta,)), self.now)
             self.settle()
 
-    @rule(worker=workers)
-    def drain(self, worker: str) -> None:
-        self.core.drain_worker(worker)
-        self.settle()
-
     @rule(
         worker=workers,
         lag=st.integers(0, 3),

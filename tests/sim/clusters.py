@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nexusengine.router.placement.candidates import ServesLate
 from nexusengine.router.placement.policy import Decision, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.router.placement.registry import make_policy as make_router
 from nexusengine.scheduler.plan import SchedulerPolicy
@@ -85,7 +86,7 @@ def assert_nothing_left(cluster: Cluster, jobs: Sequence[Job], outcomes: Sequenc
         assert worker.engine.kv.used_blocks == 0
 
 
-class Watching:
+class Watching(ServesLate):
     """A placement policy that keeps what it was shown."""
 
     name = "watching"

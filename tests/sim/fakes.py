@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from nexusengine.arrays import F8, I4
-from nexusengine.profiles.base import Confidence
+from nexusengine.profiles.base import ProfileIdentity
 
 
 class FormulaProfile:
     """5 ms + 20 us a token + 40 ns a KV token read + 1 ns a token pair; no scatter."""
 
-    name, device, model, source = "formula", "formula", "any", "made up"
-    confidence: Confidence = "roofline"
-    weights_bytes = 0
-
     def __init__(self, kv_capacity_tokens: int = 100_000, speed: float = 1.0) -> None:
-        self.kv_capacity_tokens, self.speed = kv_capacity_tokens, speed
+        device = f"formula at {speed:g}"
+        self.identity = ProfileIdentity(device, "any", "made up", "roofline", kv_capacity_tokens, weights_bytes=0)
+        self.speed = speed
 
     def step_s(self, counts: I4, contexts: I4) -> float:
         q, ctx = counts.astype(np.float64), contexts.astype(np.float64)

@@ -56,6 +56,26 @@ def test_the_same_command_prints_the_same_and_another_policy_sees_the_same_load(
     assert other["ttft_ms"] != first["ttft_ms"]
 
 
+def test_uncertainty_is_the_range_over_slower_and_faster_devices_and_other_seeds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    once = ["run", *QUICK, "--rate", "5", "--no-noise"]
+    m = run(capsys, *once, "--uncertainty")
+    assert {key: value for key, value in m.items() if key in KEYS and key != "scheduler_ms_p50"} == {
+        key: value for key, value in run(capsys, *once).items() if key in KEYS and key != "scheduler_ms_p50"
+    }
+    found = m["ranges"]
+    assert set(LATENCIES) | {"attainment", "output_tokens_per_s"} <= set(found)
+    low, high = found["tpot_ms"]["p50"]
+    assert low < 0.99 * m["tpot_ms"]["p50"]  # both devices are measured: 3 %
+    assert high > 1.01 * m["tpot_ms"]["p50"]
+    others = [run(capsys, *once[:-1], "--no-noise", "--seed", seed)["tpot_ms"]["p50"] for seed in ("4", "5")]
+    assert low <= min(others)
+    assert max(others) <= high
+    assert main(["sim", *once, "--uncertainty"]) == 0
+    assert "lowest and highest" in capsys.readouterr().out
+
+
 def test_options_of_engines_and_server_change_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     base = run(capsys, "run", *QUICK, "--rate", "5")
     for words in (

@@ -12,13 +12,13 @@ import pytest
 from nexusengine.cli import plan as command
 from nexusengine.errors import ConfigError
 from nexusengine.profiles.base import DeviceProfile
-from nexusengine.profiles.prices import PRICES_PER_HOUR
+from nexusengine.profiles.prices import DeviceCost
 from nexusengine.sim.api import SimSpec
 from nexusengine.sim.plan import Plan, Planned, bottleneck, parse_candidates, plan, price_of
 from tests.sim.fakes import FormulaProfile
 
 SPEEDS = {"fast": 0.6, "slow": 0.25, "tiny": 0.08}
-PRICES = {"fast": 4.0, "slow": 1.0, "tiny": 0.1}
+PRICES = {"fast": DeviceCost(4.0, 50.0, 300.0), "slow": DeviceCost(1.0, 10.0, 60.0), "tiny": DeviceCost(0.1)}
 
 
 def load(device: str, model: str) -> DeviceProfile:
@@ -48,7 +48,6 @@ def test_prices_add_up_and_an_unknown_one_makes_the_sum_unknown() -> None:
     assert price_of("fast,2xslow", PRICES) == 6.0
     assert price_of("fast,other", PRICES) is None
     assert price_of("fast/some-model", PRICES) == 4.0
-    assert all(price > 0 for price in PRICES_PER_HOUR.values())
 
 
 def test_a_plan_says_what_serves_the_load_at_what_cost_and_with_how_much_to_spare() -> None:
@@ -133,6 +132,7 @@ def test_the_command_prints_json_and_takes_a_promise_in_numbers(capsys: pytest.C
         ("--prices", "h100=cheap"),
         ("--prices", "h100=-1"),
         ("--prices", "/nonexistent.toml"),
+        ("--prices", "h100=nan"),
         ("--candidates", "abacus"),
     ],
 )
@@ -141,8 +141,25 @@ def test_what_cannot_be_is_named(words: tuple[str, ...]) -> None:
         command.run(arguments("--candidates", "h100", "--no-head-room", *words))
 
 
-def test_prices_can_come_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "p.toml").write_text("h100 = 7\n")
-    assert command._prices(str(tmp_path / "p.toml"))["h100"] == 7.0
-    assert command._prices("t4=1.5")["t4"] == 1.5
-    assert command._prices(None) == dict(PRICES_PER_HOUR)
+def test_a_plan_tells_money_and_energy_and_ranks_by_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dollars a million tokens and joules a token from the simulation's own tokens, time and busy shares."""
+    (tmp_path / "p.toml").write_text("h100 = 7\n[l4]\nprice = 0.5\nidle_w = 20\nbusy_w = 80\n")
+    words = ("--rate", "2", "--candidates", "h100; 2xl4; a10", "--no-head-room", "--json", "--classes", "batch")
+    assert command.run(arguments(*words, "--prices", str(tmp_path / "p.toml"), "--rank", "energy")) == 0
+    told = json.loads(capsys.readouterr().out)
+    _, l4, a10 = told["candidates"]
+    assert [c["price_per_hour"] for c in told["candidates"]] == [7.0, 1.0, None]
+    metrics, costs = l4["metrics"], l4["costs"]
+    tokens = sum(w["generated_tokens"] for w in metrics["workers"])
+    seconds = metrics["offered"] / metrics["offered_rps"]
+    joules = sum(20 * seconds + 60 * w["busy"] * metrics["simulated_s"] for w in metrics["workers"])
+    assert costs["joules_per_token"] == pytest.approx(joules / tokens)
+    assert costs["usd_per_million_tokens"] == pytest.approx(1.0 * seconds / 3600 / tokens * 1e6)
+    assert costs["joules_per_kept"] == pytest.approx(joules / metrics["offered"] / metrics["attainment"])
+    assert (a10["costs"]["usd_per_kept"], a10["costs"]["price_per_hour"]) == (None, None)
+    assert a10["costs"]["joules_per_token"] > 0
+    serving = {c["devices"]: c["costs"]["joules_per_token"] for c in told["candidates"] if c["attainment"] >= 0.9}
+    assert len(serving) >= 2
+    assert told["cheapest"]["0.9"] == min(serving, key=lambda name: serving[name])
+    assert command.run(arguments(*words[:-3], "--rank", "tokens")) == 0
+    assert "$/M tokens" in capsys.readouterr().out

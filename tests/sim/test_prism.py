@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
 from nexusengine.perf.registry import make_model
+from nexusengine.router.placement.candidates import ServesLate
+from nexusengine.router.placement.policy import Place, PlacementPolicy, PlacementRequest, WorkerView
 from nexusengine.router.placement.registry import make_policy as make_router
 from nexusengine.scheduler.registry import make_policy
 from nexusengine.sim.cluster import Cluster, LinkSettings, Outcome
@@ -44,11 +47,12 @@ def taught(profile: FormulaProfile) -> PerformanceModel:
 
 def make_cluster(
     speeds: Sequence[float],
-    router: str,
+    router: str | PlacementPolicy,
     *,
     link: LinkSettings = LINK,
     faults: Sequence[str] = (),
     caching: bool = False,
+    timeout_s: float = 30.0,
 ) -> Cluster:
     def maker(i: int) -> SimEngine:
         profile = FormulaProfile(30_000, speeds[i])
@@ -58,11 +62,11 @@ def make_cluster(
 
     return Cluster(
         [partial(maker, i) for i in range(len(speeds))],
-        make_router(router),
+        make_router(router) if isinstance(router, str) else router,
         link,
         np.random.default_rng(0),
         faults=[parse_fault(text, len(speeds)) for text in faults],
-        timeout_s=30.0,
+        timeout_s=timeout_s,
     )
 
 
@@ -167,3 +171,81 @@ def test_conversations_go_back_to_where_their_beginning_is_cached() -> None:
     assert results["prism"][1] >= 0.9 * results["cache-aware"][1]
     assert results["prism"][0] >= results["cache-aware"][0]
     assert results["prism"][1] > 1.3 * results["least-requests"][1]
+
+
+class Split(ServesLate):
+    """A placement by hand: so many requests to each worker, spread over the batch."""
+
+    name = "split"
+    uses_prefixes = False
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._counts, self._placed = counts, [0] * len(counts)
+
+    def prepare(self, workers: Sequence[WorkerView], now: float) -> None:
+        pass
+
+    def place(self, request: PlacementRequest, workers: Sequence[WorkerView], now: float) -> Place:
+        behind = [(n + 1) / count if count else np.inf for n, count in zip(self._placed, self._counts, strict=True)]
+        i = int(np.argmin(behind))
+        self._placed[i] += 1
+        return Place(workers[i].worker_id, "by hand")
+
+
+def offline(count: int, prompt: tuple[int, int], output: tuple[int, int]) -> list[Job]:
+    rng = np.random.default_rng(5)
+    return [make_job(f"r{i}", 0.5, int(rng.integers(*prompt)), int(rng.integers(*output))) for i in range(count)]
+
+
+def makespan(speeds: Sequence[float], router: str | Split, jobs: list[Job]) -> float:
+    cluster = make_cluster(speeds, router, timeout_s=3600.0)
+    return max(o.last_s for o in cluster.run(jobs)) - 0.5
+
+
+def best_split(speeds: Sequence[float], jobs: list[Job]) -> float:
+    """The least makespan over splits: requests move between workers, fewer at a time, while that makes it less."""
+    counts, moved = [len(jobs) // len(speeds)] * len(speeds), len(jobs) // 4
+    counts[0] += len(jobs) - sum(counts)
+    best_s = makespan(speeds, Split(counts), jobs)
+    while moved:
+        better = False
+        for a, b in permutations(range(len(speeds)), 2):
+            tried = [n + moved * ((i == b) - (i == a)) for i, n in enumerate(counts)]
+            if min(tried) >= 0 and (took_s := makespan(speeds, Split(tried), jobs)) < best_s:
+                counts, best_s, better = tried, took_s, True
+        moved = moved if better else moved // 2
+    return best_s
+
+
+@pytest.mark.parametrize(
+    ("speeds", "jobs"),
+    [
+        ((1.0, 0.3, 0.15), offline(60, (50, 400), (20, 80))),
+        ((1.0, 0.7), offline(200, (50, 400), (20, 80))),
+        ((1.0, 0.4), offline(60, (1000, 3000), (2, 8))),
+        ((1.0, 1.0, 1.0), offline(30, (50, 400), (20, 80))),
+    ],
+    ids=["short", "rounds", "prompts", "equal"],
+)
+def test_an_offline_batch_is_done_within_a_tenth_of_the_best_split(speeds: Sequence[float], jobs: list[Job]) -> None:
+    assert makespan(speeds, "prism", jobs) <= 1.1 * best_split(speeds, jobs)
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.05, 0.5], ids=["no report yet", "reports under way", "reported"])
+def test_bursts_without_a_promise_are_spread_evenly_over_equals(at_s: float) -> None:
+    cluster = make_cluster((1.0, 1.0), "prism")
+    jobs = [make_job(f"b{b}r{i}", at_s + 0.4 * b, 12 + i, 32) for b in range(3) for i in range(32)]
+    outcomes = cluster.run(jobs)
+    for b in range(3):
+        counts = Counter(o.worker for o in outcomes if o.job.request.request_id.startswith(f"b{b}"))
+        assert abs(counts["w0"] - counts["w1"]) <= 2
+
+
+def test_requests_without_a_promise_do_no_harm_to_those_with_one() -> None:
+    promised = make_jobs(rate=50.0)
+    more = [make_job(f"n{i}", 1.0 + 0.02 * i, 400, 60) for i in range(100)]
+    cluster = make_cluster((1.0, 1.0, 0.5), "prism", timeout_s=600.0)
+    outcomes = cluster.run(sorted(promised + more, key=lambda j: j.request.arrival_s))
+    alone = simulated((1.0, 1.0, 0.5), "prism", promised)
+    assert attainment([o for o in outcomes if o.job.request.slo is not None]) >= alone - 0.02
+    assert all(o.error is None for o in outcomes if o.job.request.slo is None)

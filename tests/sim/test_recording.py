@@ -228,7 +228,7 @@ def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None
             lambda rows: [*rows, '{"request":1,"arrival_s":1,"input_tokens":1,"output_tokens":1,"ended":"fine"}'],
             "$.ended",
         ),
-        (lambda rows: [rows[0], rows[1].replace('"online-1"', '"other"'), *rows[2:]], "line 2"),
+        (lambda rows: [rows[0], rows[1].replace('"online-2"', '"other"'), *rows[2:]], "line 2"),
         (lambda rows: [rows[0], rows[1].replace('"cpu:1"', '"gpu?"'), *rows[2:]], "line 2"),
         (lambda rows: [rows[0], rows[1].replace('"kv_tokens":16000', '"kv_tokens":0'), *rows[2:]], "kv_tokens"),
         (lambda rows: [*rows, rows[2].replace("{", '{"block_tokens":32,', 1).replace('"block_tokens":16,', "")], "32"),

@@ -1,26 +1,22 @@
-"""Replays of measured vLLM runs: the pipeline of steps, engines that step together, reading a run, how near it is."""
+"""Replays of measured vLLM runs: the pipeline of steps, engines that step together, CUDA graphs."""
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nexusengine.cli.main import main
 from nexusengine.errors import ConfigError
+from nexusengine.profiles.composed import ComposedProfile
+from nexusengine.profiles.links import LINKS, Link
 from nexusengine.profiles.registry import load_profile
-from nexusengine.sim.replay import HOST, Balancer, Host, compare, profile_for, replay, step_cost
+from nexusengine.sim.replay import Balancer, profile_for, replay
 from nexusengine.sim.vllm_run import (
     Measured,
     Sent,
     VllmSettings,
-    read_measured,
-    read_settings,
-    read_workload,
-    settings_of,
+    graph_sizes,
 )
+from nexusengine.sim.vllm_steps import HOST, Factors, Host, graph_rows, step_cost
 from tests.conftest import ROOT
 from tests.sim.fakes import FormulaProfile
 
@@ -144,160 +140,94 @@ def test_the_balancer_counts_what_it_has_sent_until_it_hears_anew() -> None:
     assert fresh.choose(0.2) == 1
 
 
+def batch(*rows: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of (count, context) rows."""
+    counts, contexts = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    return counts, contexts
+
+
 def test_engines_with_experts_take_the_slowest_and_the_experts_of_all() -> None:
     p = load_profile("rtxpro6000/qwen3-30b-a3b")
-    from nexusengine.profiles.links import LINKS
-
-    cost = step_cost(p, 2, LINKS["rtxpro6000"], NO_HOST)
-    decodes = np.ones(64, np.int32), np.full(64, 1000, np.int32)
-    chunk = np.array([2048], np.int32), np.array([0], np.int32)
+    cost = step_cost(p, engines=2, link=LINKS["rtxpro6000"], host=NO_HOST)
+    decodes = batch(*[(1, 1000)] * 64)
+    chunk = batch((2048, 0))
     alone, both = cost([decodes]), cost([decodes, decodes])
     assert alone < both < 1.2 * alone  # the same layers, more tokens for the experts
     assert cost([decodes, chunk]) > cost([chunk])
     assert cost([chunk, decodes]) == pytest.approx(cost([decodes, chunk]))
 
 
+def test_engines_with_experts_exchange_what_all_of_them_have() -> None:
+    """Collectives were measured with equal parts: of unequal ones the total counts."""
+    p = load_profile("rtxpro6000/qwen3-30b-a3b")
+    assert isinstance(p, ComposedProfile)
+    free = Link((1.0, 2.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+    link = LINKS["rtxpro6000"]
+    large, small = batch((2048, 0)), batch((1024, 0))
+
+    def exchange(*batches: tuple[np.ndarray, np.ndarray]) -> float:
+        with_link, without = (step_cost(p, engines=2, link=one, host=NO_HOST) for one in (link, free))
+        return with_link(list(batches)) - without(list(batches))
+
+    part = 2 * p.hidden * 1536
+    assert exchange(large, small) == pytest.approx(
+        p.layers * float(link.all_gather_s(part) + link.reduce_scatter_s(part))
+    )
+
+
+def test_collectives_are_read_between_the_sizes_measured_and_go_on_behind_them() -> None:
+    link = Link((100.0, 200.0, 400.0), (10.0, 20.0, 30.0), (1.0, 1.0, 2.0), (4.0, 6.0, 6.0))
+    assert link.all_reduce_s(150.0) == pytest.approx(15e-6)
+    assert link.all_reduce_s(10.0) == pytest.approx(10e-6)
+    assert link.all_reduce_s(np.array([400.0, 600.0])) == pytest.approx([30e-6, 40e-6])
+    assert link.all_gather_s(300.0) == pytest.approx(1.5e-6)
+    assert link.reduce_scatter_s(800.0) == pytest.approx(6e-6)
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def test_graphs_are_captured_as_vllm_does() -> None:
+    sizes = graph_sizes(VllmSettings(max_num_seqs=256))  # what vLLM 0.19 wrote of itself for max_num_seqs 256
+    assert sizes == (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+    assert graph_sizes(VllmSettings(max_num_seqs=128))[-1] == 256
+    assert graph_sizes(VllmSettings(enforce_eager=True)) == ()
+    assert graph_sizes(VllmSettings(cudagraph_capture_sizes=(1, 8))) == (1, 8)
+    assert [graph_rows(n, sizes) for n in (1, 3, 8, 37, 250, 257, 512, 513)] == [1, 4, 8, 40, 256, 272, 512, 513]
+    assert graph_rows(3, ()) == 3
+
+
+def test_a_step_computes_the_rows_of_its_graph_with_its_own_attention_and_head() -> None:
+    p = load_profile("rtx4090/llama-3.1-8b")
+    assert isinstance(p, ComposedProfile)
+    eager, graphs = step_cost(p, host=NO_HOST), step_cost(p, host=NO_HOST, graphs=(1, 2, 4, 8, 16, 24))
+    decodes = batch(*[(1, 1000)] * 17)
+    assert eager([decodes]) == pytest.approx(p.step_s(*decodes))
+    assert graphs([decodes]) == pytest.approx(p.step_s(*decodes) + p.dense(24) - p.dense(17))
+    larger = batch(*[(1, 1000)] * 30)
+    assert graphs([larger]) == pytest.approx(p.step_s(*larger))
+
+
+def test_factors_act_on_the_parts_of_a_step() -> None:
+    p = load_profile("rtx4090/llama-3.1-8b")
+    assert isinstance(p, ComposedProfile)
+    mixed = batch((300, 0), (1, 500), (1, 700))
+    as_measured, host = step_cost(p)([mixed]), Host(0.001, 1.02)
+    assert step_cost(p, factors=Factors(attention=2.0))([mixed]) - as_measured == pytest.approx(
+        1.02 * p.attention_s(*mixed, 302)
+    )
+    assert step_cost(p, factors=Factors(dense=2.0, attention=2.0), host=NO_HOST)([mixed]) == pytest.approx(
+        2 * p.step_s(*mixed)
+    )
+    assert step_cost(p, factors=Factors(host=0.0), host=host)([mixed]) == pytest.approx(p.step_s(*mixed))
+    assert step_cost(p, factors=Factors(beyond=2.0))([mixed]) == pytest.approx(as_measured)
+    far = batch((1, 500), (1, 20_000))
+    assert step_cost(p, factors=Factors(beyond=2.0))([far]) == pytest.approx(2 * p.step_s(*far))
+
+
 def test_a_model_that_devices_share_is_looked_up_as_such() -> None:
     settings = VllmSettings(tensor_parallel_size=2)
-    assert profile_for("rtxpro6000/qwen3-32b", settings).name == "rtxpro6000-tp2/qwen3-32b"
-    assert profile_for("rtxpro6000-tp2/qwen3-32b", settings).name == "rtxpro6000-tp2/qwen3-32b"
+    assert profile_for("rtxpro6000/qwen3-32b", settings).identity.name == "rtxpro6000-tp2/qwen3-32b"
+    assert profile_for("rtxpro6000-tp2/qwen3-32b", settings).identity.name == "rtxpro6000-tp2/qwen3-32b"
     with pytest.raises(ConfigError, match="h100-tp2"):
         profile_for("h100/llama-3.1-8b", settings)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_run(folder: Path, sent: list[Sent], measured: list[tuple[float, float, float]], meta: Any = None) -> None:
-    lines = [
-        {"arrival_s": s.arrival_s, "input_tokens": s.input_tokens, "output_tokens": s.output_tokens, "hash_ids": []}
-        for s in sent
-    ]
-    (folder / "workload.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    rows = [
-        {
-            "request_id": f"bench-{i}",
-            "input_toks": s.input_tokens,
-            "output_toks": s.output_tokens,
-            "queued_ts": q,
-            "first_token_ts": f,
-            "last_token_ts": e,
-        }
-        for i, (s, (q, f, e)) in enumerate(zip(sent, measured, strict=True))
-    ]
-    with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in reversed(rows))
-    if meta is not None:
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def test_a_run_is_read_in_the_order_it_was_sent(tmp_path: Path) -> None:
-    sent = [Sent(0.0, 10, 3), Sent(1.0, 20, 1)]
-    write_run(tmp_path, sent, [(5.0, 6.0, 8.0), (7.0, 7.5, 7.5)])
-    assert read_workload(tmp_path / "workload.jsonl") == sent
-    m = read_measured(tmp_path, sent)
-    assert m.ttft_s.tolist() == [1.0, 0.5]
-    assert m.tpot_s[0] == 1.0
-    assert np.isnan(m.tpot_s[1])
-    assert m.e2e_s.tolist() == [3.0, 0.5]
-    assert read_settings(tmp_path) == VllmSettings()
-    assert read_measured(tmp_path / "requests.jsonl.gz", sent).ttft_s.tolist() == [1.0, 0.5]
-
-
-def test_token_ids_of_a_workload_become_equal_blocks_where_all_before_is_equal(tmp_path: Path) -> None:
-    head, tail = list(range(32)), [7] * 16
-    rows = [
-        {"arrival_time_ns": 10**9 * i, "input_toks": len(ids), "output_toks": 4, "input_tok_ids": ids}
-        for i, ids in enumerate([head + tail, head + [1] * 16, tail + head])
-    ]
-    (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    a, b, c = read_workload(tmp_path / "w.jsonl")
-    assert a.arrival_s == 0.0
-    assert b.arrival_s == 1.0
-    assert a.blocks[:2] == b.blocks[:2]
-    assert a.blocks[2] != b.blocks[2]
-    assert not set(c.blocks) & set(a.blocks)
-
-
-def test_settings_are_those_the_engine_resolved_before_those_it_was_given() -> None:
-    meta = {
-        "engine_kwargs": {"max_num_seqs": 128, "max_num_batched_tokens": 2048, "max_model_len": None},
-        "kv_cache": {"num_gpu_blocks": 2501, "block_size": 16},
-        "resolved_config": {
-            "scheduler_config": {"async_scheduling": False, "max_num_batched_tokens": 4096},
-            "cache_config": {"enable_prefix_caching": False},
-            "model_config": {"max_model_len": 8192},
-        },
-    }
-    s = settings_of(meta)
-    assert (s.max_num_seqs, s.max_num_batched_tokens, s.max_model_len, s.kv_tokens) == (128, 4096, 8192, 40_000)
-    assert not s.async_scheduling
-    assert not s.enable_prefix_caching
-    assert settings_of({}) == VllmSettings()
-
-
-@pytest.mark.parametrize(
-    ("workload", "said"),
-    [("", "no request"), ("[1]\n", "not an object"), ('{"a": 1}\n', "line 1"), ("x\n", "not JSON lines"),
-     ('{"arrival_s": 0, "input_tokens": 0, "output_tokens": 1}\n', "at least one token")],
-)  # fmt: skip
-def test_a_wrong_workload_is_refused(tmp_path: Path, workload: str, said: str) -> None:
-    (tmp_path / "w.jsonl").write_text(workload)
-    with pytest.raises(ConfigError, match=said):
-        read_workload(tmp_path / "w.jsonl")
-
-
-def test_measurements_of_another_workload_are_refused(tmp_path: Path) -> None:
-    sent = [Sent(0.0, 10, 3)]
-    write_run(tmp_path, sent, [(5.0, 6.0, 8.0)])
-    with pytest.raises(ConfigError, match="1 requests, the workload has 2"):
-        read_measured(tmp_path, sent * 2)
-    with pytest.raises(ConfigError, match="bench-0 has 10 \\+ 3 tokens"):
-        read_measured(tmp_path, [Sent(0.0, 11, 3)])
-    with pytest.raises(ConfigError, match=r"no requests\.jsonl"):
-        read_measured(ROOT / "scripts", sent)
-
-
-def test_errors_are_signed_and_in_percent() -> None:
-    ones = np.ones(4)
-    errors = compare(Measured(1.1 * ones, 0.9 * ones, ones), Measured(ones, ones, ones))
-    assert errors["ttft_mean_pct"] == pytest.approx(10.0)
-    assert errors["tpot_p90_pct"] == pytest.approx(-10.0)
-    assert errors["e2e_p99_pct"] == 0.0
-    assert errors["ttft_p50_ms"] == pytest.approx(1100.0)
-
-
-def test_the_command_replays_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sent = [Sent(0.1 * i, 200, 20) for i in range(10)]
-    simulated = replay(load_profile("h100"), sent, VllmSettings()).simulated
-    rows = [(0.0, float(a), float(b)) for a, b in zip(simulated.ttft_s, simulated.e2e_s, strict=True)]
-    write_run(tmp_path, sent, rows, {"engine_kwargs": {"max_num_seqs": 64}})
-    files = ["--workload", str(tmp_path / "workload.jsonl"), "--measured", str(tmp_path)]
-    assert main(["sim", "replay", "--profile", "h100/llama-3.1-8b", *files, "--json"]) == 0
-    out = json.loads(capsys.readouterr().out)
-    names = [f"{what}_{which}_pct" for what in ("ttft", "tpot", "e2e") for which in ("mean", "p50", "p90", "p99")]
-    assert [out[name] for name in names] == pytest.approx([0.0] * 12, abs=0.01)
-    assert out["settings"]["max_num_seqs"] == 64
-    assert main(["sim", "replay", "--profile", "h100/llama-3.1-8b", *files]) == 0
-    assert "ttft_mean" in capsys.readouterr().out
-
-
-# ---- the measured runs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not RUNS.exists(), reason="../shared/gpu_profiles is not here")
-@pytest.mark.parametrize(
-    ("profile", "workload", "folder"),
-    [
-        ("rtxpro6000/llama-3.1-8b", "workload_sharegpt_llama31_8b_300", "Llama-3.1-8B"),
-        ("rtxpro6000/qwen3-30b-a3b", "workload_sharegpt_qwen3_300", "Qwen3-30B-A3B-Instruct-2507"),
-    ],
-)
-def test_measured_runs_are_met(profile: str, workload: str, folder: str) -> None:
-    sent = read_workload(RUNS / f"{workload}.jsonl.gz")
-    at = RUNS / "RTXPRO6000" / folder
-    settings = read_settings(at)
-    errors = compare(replay(profile_for(profile, settings), sent, settings).simulated, read_measured(at, sent))
-    for what, most in (("ttft", 8.0), ("tpot", 2.0), ("e2e", 2.5)):
-        for which in ("mean", "p50"):
-            assert abs(errors[f"{what}_{which}_pct"]) <= most, (what, which, errors)

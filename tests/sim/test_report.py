@@ -43,9 +43,9 @@ def test_a_promise_is_kept_or_missed_for_a_reason() -> None:
 
 def test_a_request_of_one_token_has_no_tpot_and_one_without_promise_keeps_it() -> None:
     assert verdict(outcome(0, 10, 1, 0.5, 0.5)).met
-    no_promise = outcome(0, 10, 5, 50.0, 90.0)
-    job = replace(no_promise.job, request=replace(no_promise.job.request, slo=None))
-    assert verdict(replace(no_promise, job=job)).met
+    no_slo = outcome(0, 10, 5, 50.0, 90.0)
+    job = replace(no_slo.job, request=replace(no_slo.job.request, slo=None))
+    assert verdict(replace(no_slo, job=job)).met
     table = tabulate([outcome(0, 10, 1, 0.5, 0.5)], 10.0)
     assert np.isnan(table.tpot_s).all()
 

@@ -54,3 +54,16 @@ def view(name: str, report: WorkerLoad | None = None, /, **fields: Any) -> Worke
 def request(name: str = "r", prompt: int = 500, slo: SLO | None = INTERACTIVE, **fields: Any) -> PlacementRequest:
     fields = {"max_tokens": 100, "arrival_s": 0.0, "deadline_s": 600.0} | fields
     return PlacementRequest(name, prompt, slo=slo, **fields)
+
+
+def given_to(*requests: PlacementRequest, worker: str = "") -> dict[str, Any]:
+    """The fields of a worker's view that the ledger fills, where it was sent these requests."""
+    prompts = [r.prompt_tokens for r in requests]
+    left = [r.prompt_tokens - r.cached_tokens.get(worker, 0) for r in requests]
+    return {
+        "outstanding": len(requests),
+        "outstanding_tokens": sum(r.prompt_tokens + r.max_tokens for r in requests),
+        "prompt_tokens": sum(prompts),
+        "waiting_tokens": sum(left),
+        "waiting_pairs": sum(q * (p - 0.5 * q) for p, q in zip(prompts, left, strict=True)),
+    }

@@ -14,7 +14,10 @@ from nexusengine.process.control import decode_boot
 
 
 def main() -> None:
-    decode_boot(next(child._stdin))
+    boot = b""
+    while not boot.endswith(b"\n"):
+        boot += os.read(0, 1)
+    decode_boot(boot)
     for line in json.loads(os.environ["STUB_EVENTS"]):
         print(line, flush=True)
     if "STUB_HANGS" not in os.environ:

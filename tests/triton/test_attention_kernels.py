@@ -36,7 +36,7 @@ def test_a_decode_split_over_its_keys_is_merged_right(dim: int, window: int | No
     wanted = replace(spec(dim=dim), window=window)
     backend = TritonBackend(wanted)
     assert difference(backend, make_case(wanted, ROWS)) < 2e-5
-    assert backend._num_splits == 19
+    assert backend.num_splits == 19
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,6 @@ SLO and does not use the performance model but to report its prediction.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from nexusengine.arrays import I4
@@ -52,7 +51,7 @@ def by_tokens(
     order: Literal["deadline", "arrival", "shortest"], budget: int | None, *, relegates: bool = False
 ) -> PolicyTraits:
     """Of a policy whose steps are limited by their tokens alone."""
-    return PolicyTraits(order, relegates, budget or 0, math.inf, 0.0, by_tpot=False)
+    return PolicyTraits(order, relegates, budget or 0, by_tpot=False)
 
 
 def admit_in_order(step: Step, order: I4) -> None:
@@ -66,7 +65,7 @@ def admit_in_order(step: Step, order: I4) -> None:
 
 
 def make_room_for_the_oldest(step: Step) -> None:
-    """Nothing could run: KV is full of prompts that have begun. The newest give way until one can go on."""
+    """Nothing could run: KV is full of partially prefilled prompts. The newest give way until one can go on."""
     while step.empty and len(step.prompts) > 1:
         step.preempt(step.prompts[-1])
         step.extend(step.prompts[0])

@@ -27,7 +27,7 @@ class PaperLens:
             raise ConfigError(f"{self.name}: floor_ms, per and chunk must be positive", param="scheduler")
         self.floor_s, self.per, self.chunk = floor_ms / 1000, per, int(chunk)
         longest_s = max(self.floor_s, FALLBACK.tpot_s)
-        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, single_steps=0.0, by_tpot=True)
+        self.traits = PolicyTraits("shortest", relegates=False, step_s=longest_s, by_tpot=True)
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
         c = view.columns
@@ -43,7 +43,7 @@ class PaperLens:
         return step.plan(notes={"limit_ms": 1000 * target_s})
 
     def _fill(self, step: Step, view: EngineView, target_s: float) -> None:
-        begun = set(step.prompts)
+        partial = set(step.prompts)
         pending, context, left = step.pending()
         order = np.argsort(left, kind="stable")
         for slot, tokens, done in zip(*(a[order].tolist() for a in (pending, left, context)), strict=True):
@@ -53,7 +53,7 @@ class PaperLens:
                     step.reasons[pending[order]] == Reason.NONE, Reason.WAIT_TIME, step.reasons[pending[order]]
                 )
                 return
-            if slot in begun:
+            if slot in partial:
                 step.extend(slot, count)
                 continue
             reason = Reason.WAIT_BLOCKS if step.preempted else step.admissible(slot)

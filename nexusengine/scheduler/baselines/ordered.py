@@ -75,10 +75,10 @@ class Ordered(FCFS, ABC):
 
     def _fill(self, step: Step, order: list[int]) -> None:
         """The first waiting request that cannot start holds back those after it."""
-        begun = set(step.prompts)
+        partial = set(step.prompts)
         held = Reason.WAIT_BLOCKS if step.preempted else Reason.NONE
         for slot in order:
-            if slot in begun:
+            if slot in partial:
                 step.extend(slot)
                 continue
             if held is Reason.NONE:

@@ -3,7 +3,8 @@
 Every running request in order of admission, as many tokens as the budget allows; when blocks are lacking the request
 admitted last gives way; nobody is admitted in a step that preempted. Then waiting requests in order, each with what is
 left of the budget, as long as the whole of what it has to compute finds blocks; the first that does not holds back
-those behind it. Other than FCFS here it keeps no blocks back for prompts that have begun nor for decodes to grow into.
+those behind it. Other than FCFS here it keeps no blocks back for partially prefilled prompts, nor for decodes to grow
+into.
 """
 
 from __future__ import annotations

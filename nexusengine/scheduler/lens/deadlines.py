@@ -3,6 +3,10 @@
 The promise is the mean one of slo/due.py: the first token by arrival + ttft_s; and with the first token at f, the mean
 time of each further token within tpot_s, so that output token g (from 0) is due at f + g * tpot_s.
 
+A bound on the whole response is kept by the length that the answer is expected to have (scheduler.output_lengths):
+what it leaves for each further token. Where that is not much more than a decode step, the answer is one of the long
+ones that cannot be kept, and holds nobody up.
+
 A request without an SLO has no deadline: its timestamps are infinite, so that it is never late, never relegated or
 refused for that, and sets no limit to a step. It is served behind all deadlines, in order of arrival. One whose SLO the
 device could not meet even alone is served as if it had been promised `FALLBACK`.
@@ -23,6 +27,7 @@ FALLBACK = CLASSES["batch"]
 NO_SLO_TURN_S = FALLBACK.ttft_s
 """Seconds after its arrival at which it is the turn of a request without an SLO; see `turn_s`."""
 
+_E2E_LEAST_STEPS = 1.3  # present decode steps that an e2e bound leaves for a token, or it is not kept any more
 _RESUME_TOKENS = 64
 _RESUME_SHARE = 0.25
 
@@ -59,11 +64,12 @@ class Deadlines:
         self.turn_s = np.full(slots, np.inf)
         self.attainable = np.ones(slots, np.bool_)
         self._arrival_s = np.full(slots, np.nan)
+        self._any_e2e = False
 
-    def update(self, view: EngineView, slots: I4) -> None:
-        """Bring the rows of `slots` up to date."""
+    def update(self, view: EngineView, slots: I4) -> I4:
+        """Bring the rows of `slots` up to date; returns those of them that are new."""
         c = view.columns
-        new = slots[self._arrival_s[slots] != c.arrival_s[slots]]
+        new: I4 = slots[self._arrival_s[slots] != c.arrival_s[slots]]
         if len(new):
             self._enter(view, new)
         resumed = slots[c.generated_tokens[slots] > 0]
@@ -71,10 +77,25 @@ class Deadlines:
             generated, tpot_s = c.generated_tokens[resumed], self.tpot_s[resumed]
             grace_s = _RESUME_SHARE * tpot_s * (generated + _RESUME_TOKENS)
             self.prefill_due_s[resumed] = c.first_token_s[resumed] + generated * tpot_s + grace_s
+        return new
+
+    def renew_e2e(self, view: EngineView, decodes: I4, decode_s: float) -> None:
+        """What bounds on whole responses leave for each further token of `decodes [D]`. decode_s: of a decode step."""
+        c = view.columns
+        slots = decodes[~np.isnan(c.e2e_s[decodes])] if self._any_e2e else decodes[:0]
+        if not len(slots):
+            return
+        tokens = np.fmax(c.expected_tokens[slots], c.generated_tokens[slots] + 1.0)
+        left_s = c.arrival_s[slots] + c.e2e_s[slots] - c.first_token_s[slots]
+        tpot_s = np.where(self.attainable[slots], c.tpot_s[slots], FALLBACK.tpot_s)
+        by_e2e_s = left_s / np.maximum(tokens - 1.0, 1.0)
+        by_e2e_s[by_e2e_s < _E2E_LEAST_STEPS * decode_s] = np.inf
+        self.tpot_s[slots] = np.fmin(tpot_s, by_e2e_s)
 
     def _enter(self, view: EngineView, new: I4) -> None:
         c = view.columns
-        prompt, ttft_s, tpot_s = c.prompt_tokens[new], c.ttft_s[new], c.tpot_s[new]
+        prompt, ttft_s, tpot_s = c.prompt_tokens[new], np.fmin(c.ttft_s[new], c.e2e_s[new]), c.tpot_s[new]
+        self._any_e2e = self._any_e2e or not np.isnan(c.e2e_s[new]).all()
         cached = np.where(c.generated_tokens[new] > 0, 0, c.cached_tokens[new])
         to_compute = (prompt - cached).astype(np.float64)
         met = attainable(view.model, view.max_batch_tokens, to_compute, ttft_s, tpot_s)

@@ -16,6 +16,8 @@ MIN_CHUNK_TOKENS = 16
 """The smallest piece of a prompt worth a chunk: below it, a step costs as much as with none."""
 _MAX_CHUNK_TOKENS = 8192
 _ADMIT_TPOT_SHARE = 0.95  # of the tightest TPOT that a decode step may fill with everyone started
+SPARE = 0.1
+"""Of running slots, KV blocks and the time of decode steps: left to others by those who have no claim to them."""
 _SECANTS = 4
 _CLOSE = 0.98
 _FURTHEST = 1.5  # times the largest step so far: the model knows nothing of steps beyond
@@ -51,6 +53,14 @@ class Fill:
         self._costs, self._decode_s, self._tightest_tpot_s = costs, started_s, tightest_tpot_s
         self._largest = int(_FURTHEST * seen_tokens) if limit_s < _INF else step.view.max_batch_tokens
 
+    def end_by(self, time_s: float) -> None:
+        """A prompt that ends in this step is due in so many seconds: nothing that is added may make it late.
+
+        If the step is longer already, it is late anyway.
+        """
+        if time_s < self.limit_s and self.step.view.model.predict(self.step.features).mean_s <= time_s:
+            self.limit_s = time_s
+
     def resume(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:
         """The next chunk of a partially prefilled prompt; its tokens."""
         count = self._chunk(context, left, at_most)
@@ -59,15 +69,25 @@ class Fill:
         self.step.reasons[slot] = _WAIT_TIME
         return 0
 
-    def start(self, slot: int, context: int, left: int, tpot_s: float, at_most: int = CHUNK_MAX) -> Reason:
-        """The first chunk of a waiting request; NONE, or why it gets none. tpot_s: its SLO; inf if that is missed."""
+    def start(
+        self, slot: int, context: int, left: int, tpot_s: float, at_most: int = CHUNK_MAX, *, spare: bool = False
+    ) -> Reason:
+        """The first chunk of a waiting request; NONE, or why it gets none.
+
+        Args:
+            tpot_s: its SLO; inf if that is missed.
+            spare: it leaves some of the running slots, KV blocks and time of decode steps to others.
+        """
         step, costs = self.step, self._costs
         reason = step.admissible(slot)
+        if reason is _NONE and spare:
+            reason = self._spared()
         if reason is not _NONE:
             return reason
         tightest_s = min(self._tightest_tpot_s, tpot_s)
         decode_s = self._decode_s + costs.sequence_s + costs.kv_token_s * (context + left)
-        if decode_s > _ADMIT_TPOT_SHARE * tightest_s and step.free_running_slots < step.view.max_running:
+        share = _ADMIT_TPOT_SHARE * (1.0 - SPARE) if spare else _ADMIT_TPOT_SHARE
+        if decode_s > share * tightest_s and step.free_running_slots < step.view.max_running:
             return Reason.WAIT_TPOT
         count = self._chunk(context, left, at_most)
         if not count:
@@ -75,6 +95,13 @@ class Fill:
         step.admit(slot, count)
         self._decode_s, self._tightest_tpot_s = decode_s, tightest_s
         return _NONE
+
+    def _spared(self) -> Reason:
+        """Why nobody may start who has to leave slots and blocks to others; NONE if there are enough."""
+        step, view = self.step, self.step.view
+        if step.free_running_slots <= int(SPARE * view.max_running):
+            return Reason.WAIT_RUNNING_SLOT
+        return Reason.WAIT_BLOCKS if step.free_blocks <= int(SPARE * view.total_blocks) else _NONE
 
     def _chunk(self, context: int, left: int, at_most: int) -> int:
         """Tokens that fit into what is left of the step; where they are less than wanted, the step is full."""
@@ -127,3 +154,22 @@ def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context:
             high, high_s = middle, middle_s
         trials += 1
     return low
+
+
+def force(step: Step, order: list[int]) -> None:
+    """Compute something where nothing fits the limit, or KV is full of partially prefilled prompts.
+
+    The first that can run gets a small chunk, and the last give way until one can.
+    """
+    begun = set(step.prompts)
+    for slot in order:
+        if slot in begun:
+            step.extend(slot, MIN_CHUNK_TOKENS)
+        elif not step.preempted and step.admissible(slot) is _NONE:
+            step.admit(slot, MIN_CHUNK_TOKENS)
+        if not step.empty:
+            return
+    last_first = [slot for slot in reversed(order) if slot in begun]
+    while step.empty and len(step.prompts) > 1:
+        step.preempt(last_first.pop(0))
+        step.extend(last_first[-1], MIN_CHUNK_TOKENS)

@@ -15,7 +15,6 @@ class LensOptions:
         order: 0 serves prompts in order of arrival and relegates nobody.
         limit: 0 limits a step by `budget` tokens instead of by time.
         budget: tokens a step may compute; 0: as many as fit.
-        cap_ms: the longest step whatever the SLOs, so that a new request does not wait behind a huge one.
         quantile: how far limits are drawn from the predicted mean (0) to its upper bound (1).
         coalescing: steps with prompts are put together until what mixing costs is at most 1 / coalescing of what they
             have beyond the decodes; 0: never.
@@ -27,7 +26,6 @@ class LensOptions:
     order: float = 1
     limit: float = 1
     budget: float = 0
-    cap_ms: float = 120
     quantile: float = 0
     coalescing: float = 10
     goal_long: float = 0.75

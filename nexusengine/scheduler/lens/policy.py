@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from nexusengine.arrays import I4
+from nexusengine.arrays import F8, I4
 from nexusengine.perf.features import StepFeatures
 from nexusengine.scheduler.lens.context import PlanContext, Prompts, Selection
 from nexusengine.scheduler.lens.deadlines import Deadlines
 from nexusengine.scheduler.lens.estimators import OutputLengthFloor, SlotReleaseRate
-from nexusengine.scheduler.lens.fill import MIN_CHUNK_TOKENS, Fill
+from nexusengine.scheduler.lens.fill import Fill, force
 from nexusengine.scheduler.lens.length_guard import LengthGuard
 from nexusengine.scheduler.lens.options import LensOptions
 from nexusengine.scheduler.lens.preemption import to_preempt_for, victims
@@ -31,9 +31,10 @@ from nexusengine.scheduler.lens.prefill_rate import (
     mixing_cost_s,
     prefill_rate,
 )
-from nexusengine.scheduler.lens.relegation import RelegationQueue
-from nexusengine.scheduler.lens.select import can_wait, in_order, select
-from nexusengine.scheduler.lens.step_limit import CAP_STEPS, StepLimit, step_limit
+from nexusengine.scheduler.lens.relegation import RelegationQueue, resumed
+from nexusengine.scheduler.lens.select import RESPONSE_MARGIN_S, can_wait, in_order, precedence, select
+from nexusengine.scheduler.lens.step_cap import StepCap
+from nexusengine.scheduler.lens.step_limit import StepLimit, step_limit
 from nexusengine.scheduler.plan import Reason, StepPlan
 from nexusengine.scheduler.step import Step
 from nexusengine.scheduler.view import EngineView
@@ -43,7 +44,8 @@ _INF = float("inf")
 _SEEN_TOKENS = 512  # a step of this size is planned before any was seen
 _COSTS_EVERY = 16  # plans, after the first ones
 _HEADROOM_BLOCKS = 2  # left for each running sequence when one more starts, so that those who run can grow
-_LOOKAHEAD = 128  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
+_LOOKAHEAD = 112  # waiting requests that are ordered, the earliest deadlines first: a plan's cost is bounded
+_LOOKAHEAD_PER_SLOT = 4  # more of them for each free running slot
 _FLOOR_TOKENS = 20  # up to which an answer's gain is spent before it is made, where almost all get there
 _BURST_MIXING = 30  # times what mixing costs: how much of that one step may spend
 _EARLY_DECODE = 2.0  # the limit of an early decode keeps this share of the error margin, divided by its tokens so far
@@ -66,17 +68,16 @@ class Lens:
 
     def __init__(self, **options: float) -> None:
         self.options = o = LensOptions(**options)
-        self._cap_s = o.cap_ms / 1000
         self.traits = PolicyTraits(
             order="deadline" if o.order else "arrival",
             relegates=bool(o.order),
             step_tokens=int(o.budget),
-            step_s=self._cap_s if o.limit else _INF,
-            single_steps=CAP_STEPS,
             by_tpot=bool(o.limit),
         )
         self._guard = LengthGuard(o.goal_long)
         self._relegation = RelegationQueue(o.share, o.shed_s)
+        self._step_cap = StepCap()
+        self._cap_prompts_s = _INF
         self._slot_releases = SlotReleaseRate()
         self._length_floor = OutputLengthFloor(_FLOOR_TOKENS)
         self._deadlines = Deadlines(0)
@@ -87,10 +88,11 @@ class Lens:
         self._plans = 0
 
     def plan(self, view: EngineView, now: float) -> StepPlan:
-        deadlines = self._observe(view, now)
+        deadlines, arrived = self._observe(view, now)
         step = self._take_decodes(view, deadlines, now)
-        costs = self._marginal_costs(view, step)
+        costs = self._marginal_costs(view, step, arrived, now)
         decode_s = view.model.predict(step.features).mean_s
+        deadlines.renew_e2e(view, step.decodes, decode_s)
         limit = self._step_limit(view, deadlines, step, costs, decode_s, now)
         if not len(self._queue) and not step.prompts:
             return self._finish_without_prompts(view, step, limit, decode_s)
@@ -107,8 +109,8 @@ class Lens:
 
     # ---- observe -------------------------------------------------------------------------------------------------
 
-    def _observe(self, view: EngineView, now: float) -> Deadlines:
-        """Deadlines, queue and rates brought up to date; work only for what is new since the last step."""
+    def _observe(self, view: EngineView, now: float) -> tuple[Deadlines, I4]:
+        """Deadlines, queue and rates brought up to date, and slots that are new; work only for those."""
         slots = len(view.columns.known_tokens)
         if len(self._deadlines.tpot_s) != slots:
             self._deadlines = Deadlines(slots)
@@ -116,9 +118,10 @@ class Lens:
             self._relegation.reset(slots)
             self._arrivals = -1
         deadlines, waiting = self._deadlines, view.waiting
+        arrived = waiting[:0]
         if view.arrivals != self._arrivals:
             self._arrivals = view.arrivals
-            deadlines.update(view, waiting)
+            arrived = deadlines.update(view, waiting)
             self._queue = waiting
             if self.options.order:
                 self._queue = waiting[deadlines.prefill_due_s[waiting].argsort(kind="stable")]
@@ -127,19 +130,35 @@ class Lens:
             waits[waiting] = True
             self._queue = self._queue[waits[self._queue]]
         self._slot_releases.observe(len(view.running), now)
-        return deadlines
+        return deadlines, arrived
 
     def _take_decodes(self, view: EngineView, deadlines: Deadlines, now: float) -> Step:
         step = Step(view, int(self.options.budget) or None, headroom=_HEADROOM_BLOCKS)
         step.take_decodes(victims(view, deadlines, now))
         return step
 
-    def _marginal_costs(self, view: EngineView, step: Step) -> MarginalCosts:
-        """They change slowly, and are asked for anew only now and then."""
+    def _marginal_costs(self, view: EngineView, step: Step, arrived: I4, now: float) -> MarginalCosts:
+        """They and the cap change slowly, and are asked for anew only now and then."""
         self._plans += 1
-        if self._costs is None or self._plans <= 2 * _COSTS_EVERY or self._plans % _COSTS_EVERY == 0:
+        renew = self._costs is None or self._plans <= 2 * _COSTS_EVERY or self._plans % _COSTS_EVERY == 0
+        if self._costs is None or renew:
             self._costs = marginal_costs(view.model, step.features, min(self._seen_tokens, 1024))
+        if len(arrived) and self._note_arrivals(view, arrived, self._costs, now):
+            renew |= self._cap_prompts_s == _INF
+        if renew:
+            self._cap_prompts_s = self._step_cap.prompts_s(view.model, view.max_batch_tokens, now)
         return self._costs
+
+    def _note_arrivals(self, view: EngineView, arrived: I4, costs: MarginalCosts, now: float) -> bool:
+        """Tell the cap of those among new requests that have an SLO which can be met; whether there are any."""
+        d, c = self._deadlines, view.columns
+        arrived = arrived[(d.first_due_s[arrived] < _INF) & d.attainable[arrived]]
+        if not len(arrived):
+            return False
+        cached = c.context_tokens(arrived)
+        work_s = costs.single_s + costs.work_s(cached, c.known_tokens[arrived] - cached)
+        self._step_cap.arrived(now, d.first_due_s[arrived] - c.arrival_s[arrived] - work_s, work_s)
+        return True
 
     # ---- step budget ---------------------------------------------------------------------------------------------
 
@@ -158,7 +177,7 @@ class Lens:
             now,
             decode_s=decode_s,
             single_s=costs.single_s,
-            cap_s=self._cap_s,
+            cap_s=decode_s + self._cap_prompts_s,
             floor_tokens=floor_tokens,
         )
 
@@ -171,7 +190,7 @@ class Lens:
         burst_s = min(limit.burst_s, decode_s + _BURST_MIXING * extra_s)
         if burst_s > limit.limit_s and may_burst:
             limit = replace(limit, limit_s=burst_s, slot=-1)
-        if not o.limit:
+        if not o.limit or limit.limit_s == _INF:
             return fixed_rate(model, base, step.tokens, decode_s, extra_s), limit
         factor = 1.0
         quantile = o.quantile
@@ -181,7 +200,8 @@ class Lens:
             small = StepFeatures(base.tokens + 16, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)
             time = model.predict(small)
             factor += quantile * (time.upper_s / time.mean_s - 1.0)
-        return prefill_rate(limit, decode_s, extra_s, factor=factor, coalescing=o.coalescing, cap_s=self._cap_s), limit
+        cap_s = decode_s + self._cap_prompts_s
+        return prefill_rate(limit, decode_s, extra_s, factor=factor, coalescing=o.coalescing, cap_s=cap_s), limit
 
     # ---- select --------------------------------------------------------------------------------------------------
 
@@ -189,11 +209,14 @@ class Lens:
         """Prompts that are not relegated, in the order to serve them; and the slots of those that are."""
         c, by_deadline = view.columns, bool(self.options.order)
         waiting, relegated = self._queue, self._queue[:0]
-        if len(waiting) > _LOOKAHEAD:
+        lookahead = _LOOKAHEAD + _LOOKAHEAD_PER_SLOT * step.free_running_slots
+        if len(waiting) > lookahead:
             step.reasons[waiting] = _WAIT_ORDER
+            if view.over_share is not None:  # one tenant's queue must not hide the others
+                waiting = waiting[view.over_share[waiting].argsort(kind="stable")]
         if by_deadline:
             waiting, relegated = _without_relegated(view, waiting)
-        slots = waiting[:_LOOKAHEAD]
+        slots = waiting[:lookahead]
         if step.prompts:
             begun = np.array(step.prompts, np.int32)
             if by_deadline:
@@ -202,7 +225,7 @@ class Lens:
             slots = np.concatenate([begun, slots])
         due_s = self._deadlines.prefill_due_s[slots]
         if by_deadline:
-            order = in_order(due_s, self._deadlines.tpot_s[slots], c.priority[slots])
+            order = in_order(due_s, self._deadlines.tpot_s[slots], precedence(view, slots, due_s))
             slots, due_s = slots[order], due_s[order]
         cached = c.context_tokens(slots)
         left = c.known_tokens[slots] - cached
@@ -239,7 +262,8 @@ class Lens:
         if len(passed_over):
             slot_wait_s = self._slot_releases.slot_wait_s(view.max_running)
             may_start = self._relegation.serve_aged(fill, context, passed_over, may_start, slot_wait_s)
-        self._serve(fill, on_time, may_start)
+        end_by_s = on_time.due_s - (context.now + RESPONSE_MARGIN_S) if self.options.limit else None
+        self._serve(fill, on_time, may_start, end_by_s)
         if may_start and len(on_time):
             self._preempt_relegated(fill, context, on_time)
         if fill.open and len(deferred):
@@ -247,7 +271,7 @@ class Lens:
         if fill.open and len(relegated) and not _waits_for_decodes(step, on_time):
             self._relegation.backfill(fill, view, relegated, may_start)
         if step.empty:
-            _force(step, [*on_time.slots.tolist(), *deferred.slots.tolist(), *relegated.tolist()])
+            force(step, [*on_time.slots.tolist(), *deferred.slots.tolist(), *relegated.tolist()])
 
     def _empty_fill(self, context: PlanContext, step: Step) -> Fill:
         costs, started_s = context.costs, context.rate.decode_s
@@ -262,13 +286,16 @@ class Lens:
         have_slo = (selection.on_time.due_s < _INF).any() or len(selection.deferred)
         if not self.options.order or not have_slo:
             return slots[:0]
+        if len(slots) and due_s[slots[-1]] < _INF:  # they are at the end of the queue
+            slots = slots[:0]
         if step.prompts:
             slots = np.concatenate([np.array(step.prompts, np.int32), slots])
         overtaken: I4 = slots[np.isinf(due_s[slots]) & ~context.view.columns.relegated[slots]]
         return overtaken
 
-    def _serve(self, fill: Fill, prompts: Prompts, may_start: bool) -> None:
-        step, tpot_s = fill.step, self._deadlines.tpot_s
+    def _serve(self, fill: Fill, prompts: Prompts, may_start: bool, end_by_s: F8 | None = None) -> None:
+        """end_by_s: in how many seconds a step must end in which each prompt of those on time ends."""
+        step, tpot_s, over_share = fill.step, self._deadlines.tpot_s, fill.step.view.over_share
         begun = set(step.prompts)
         rows = zip(prompts.slots.tolist(), prompts.context.tolist(), prompts.left.tolist(), strict=True)
         for n, (slot, cached, left) in enumerate(rows):
@@ -276,14 +303,18 @@ class Lens:
                 return
             if step.reasons[slot] == _AGED:  # it has computed out of its share
                 continue
+            before, reason = step.taken, _NONE
+            spare = over_share is not None and bool(over_share[slot])
             if slot in begun:
                 fill.resume(slot, cached, left)
             elif may_start:
-                reason = fill.start(slot, cached, left, float(tpot_s[slot]))
-                if reason is _NONE:
-                    continue
+                reason = fill.start(slot, cached, left, float(tpot_s[slot]), spare=spare)
+            if end_by_s is not None and step.taken == before + left:
+                fill.end_by(float(end_by_s[n]))
+            elif reason is not _NONE:
                 step.reasons[slot] = reason
-                if reason is Reason.WAIT_RUNNING_SLOT:
+                no_blocks = reason is Reason.WAIT_BLOCKS and prompts.due_s[n] == _INF
+                if not spare and (no_blocks or reason is Reason.WAIT_RUNNING_SLOT):
                     rest = prompts.slots[n:]
                     step.reasons[rest[step.columns.blocks[rest] == 0]] = reason
                     may_start = False
@@ -296,9 +327,8 @@ class Lens:
         step = fill.step
         if len(step.prompts) == 0:
             return
-        on_time = on_time[on_time.due_s < _INF]
         waits = step.reasons[on_time.slots]
-        lacking = np.nonzero((waits == _WAIT_BLOCKS) | (waits == _WAIT_RUNNING_SLOT))[0]
+        lacking = np.nonzero(((waits == _WAIT_BLOCKS) | (waits == _WAIT_RUNNING_SLOT)) & (on_time.due_s < _INF))[0]
         preempted_s = self._relegation.preempted_s
         victim = to_preempt_for(step, context.view, preempted_s, context.now) if len(lacking) else None
         if victim is not None:
@@ -310,23 +340,20 @@ class Lens:
 
     def _finish_without_prompts(self, view: EngineView, step: Step, limit: StepLimit, decode_s: float) -> StepPlan:
         self._slot_releases.planned(view.max_running - step.free_running_slots)
-        return step.plan(restore=_resumed(view, step, limit), notes=_notes(limit, decode_s))
+        return step.plan(restore=resumed(view, step, limit), notes=_notes(limit, decode_s))
 
     def _finish(
         self, context: PlanContext, step: Step, selection: Selection, can_serve: bool, coalesce: bool
     ) -> StepPlan:
         view, rate, on_time = context.view, context.rate, selection.on_time
         self._slot_releases.planned(view.max_running - step.free_running_slots)
-        restored = _resumed(view, step, context.limit)
+        restored = resumed(view, step, context.limit)
         refused: list[int] = []
         if len(selection.relegated):
             restorable, refused = self._relegation.review(step, context, selection.relegated)
             restored = (*restored, *restorable)
         self._seen_tokens = max(self._seen_tokens, step.taken)
         self._learn(view, step, selection.infeasible)
-        first_token_s = np.full(len(step.reasons), np.nan)
-        if can_serve:
-            first_token_s[on_time.slots] = context.now + rate.time_for(selection.done_s)
         notes = _notes(context.limit, rate.decode_s)
         notes["coalesces"], notes["extra_ms"], notes["slowdown"] = float(coalesce), 1000 * rate.extra_s, rate.slowdown
         notes["on_time"], notes["deferred"] = float(len(on_time)), float(len(selection.deferred))
@@ -336,7 +363,7 @@ class Lens:
             restore=restored,
             refuse=tuple(refused),
             notes=notes,
-            first_token_s=first_token_s,
+            due_s=self._deadlines.prefill_due_s,
         )
 
     def _learn(self, view: EngineView, step: Step, infeasible: I4) -> None:
@@ -361,34 +388,6 @@ def _waits_for_decodes(step: Step, on_time: Prompts) -> bool:
     """Whether one who is to be on time waits for decodes to end: then the step had better be short."""
     waits = step.reasons[on_time.slots[on_time.due_s < _INF]]
     return bool(((waits == _WAIT_RUNNING_SLOT) | (waits == _WAIT_BLOCKS) | (waits == _WAIT_TPOT)).any())
-
-
-def _force(step: Step, order: list[int]) -> None:
-    """Compute something where nothing fits the limit, or KV is full of partially prefilled prompts.
-
-    The first that can run gets a small chunk, and the last give way until one can.
-    """
-    begun = set(step.prompts)
-    for slot in order:
-        if slot in begun:
-            step.extend(slot, MIN_CHUNK_TOKENS)
-        elif not step.preempted and step.admissible(slot) is _NONE:
-            step.admit(slot, MIN_CHUNK_TOKENS)
-        if not step.empty:
-            return
-    last_first = [slot for slot in reversed(order) if slot in begun]
-    while step.empty and len(step.prompts) > 1:
-        step.preempt(last_first.pop(0))
-        step.extend(last_first[-1], MIN_CHUNK_TOKENS)
-
-
-def _resumed(view: EngineView, step: Step, limit: StepLimit) -> tuple[int, ...]:
-    """Slots that were relegated when they had been preempted, and decode in time all the same."""
-    c, decodes = view.columns, step.decodes
-    again = c.relegated[decodes]
-    if not np.count_nonzero(again):
-        return ()
-    return tuple(decodes[again & ~limit.slo_missed & (c.generated_tokens[decodes] > 0)].tolist())
 
 
 def _notes(limit: StepLimit, decode_s: float) -> dict[str, float]:

@@ -105,8 +105,15 @@ class PrefillRate:
 
         In steps from right now on, or in the coalesced one and those that follow.
         """
-        eager_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
-        eager_s += np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
+        return self._work_until(slack_s, np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s))
+
+    def work_in_whole_steps(self, slack_s: F8) -> F8:
+        """The same if no step is ended early for those who are due soon, which costs throughput."""
+        return self._work_until(slack_s, np.where(slack_s >= self.step_s, self.prompts_s, 0.0))
+
+    def _work_until(self, slack_s: F8, first_s: F8) -> F8:
+        """first_s: `[N]`, work of the first step, if it is not coalesced."""
+        eager_s = first_s + np.maximum(slack_s - self.step_s, 0.0) / self.eager_slowdown
         rest_s = slack_s - self.first_s
         work_s: F8 = np.maximum(
             eager_s, np.where(rest_s >= 0.0, rest_s / self.slowdown + self.first_prompts_s, eager_s)
@@ -114,9 +121,17 @@ class PrefillRate:
         return work_s
 
     def time_for(self, work_s: F8) -> F8:
-        """When `work_s [N]` of prompts' work is done, from now, if it is coalesced."""
+        """When `work_s [N]` of prompts' work is done, from now, if it is coalesced; it must not fall.
+
+        What ends within a step has to wait for that step's end, which is early where all the work fits.
+        """
+        if not len(work_s):
+            return work_s
+        first_s = self.first_s
+        if not self.coalesces:
+            first_s = min(first_s, self.decode_s + self.extra_s + float(work_s[-1]))
         rest_s = np.maximum(work_s - self.first_prompts_s, 0.0)
-        time_s: F8 = self.first_s + rest_s * self.slowdown
+        time_s: F8 = first_s + rest_s * self.slowdown
         return time_s
 
 

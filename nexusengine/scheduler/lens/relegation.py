@@ -9,7 +9,8 @@ import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
 from nexusengine.scheduler.lens.context import PlanContext
-from nexusengine.scheduler.lens.fill import Fill
+from nexusengine.scheduler.lens.fill import SPARE, Fill
+from nexusengine.scheduler.lens.step_limit import StepLimit
 from nexusengine.scheduler.plan import Reason
 from nexusengine.scheduler.step import Step
 from nexusengine.scheduler.view import EngineView
@@ -25,7 +26,6 @@ _RESTORABLE = 1.2  # times its work must fit into its slack: restored at the fir
 _LOOK_EVERY_S = 0.1
 _SHED_TTFTS, _SHED_AT = 3.0, 0.95
 _FULL_QUEUE = 0.9
-_SPARE = 0.1  # of running slots and KV blocks that backfilling leaves for those who arrive next
 _LOOKAHEAD = 64
 _MIN_AGED_CHUNK_TOKENS = 128
 
@@ -73,7 +73,7 @@ class RelegationQueue:
         cached, left = _rest(view, slot)
         per_token_s = costs.token_s + costs.pair_s * cached
         price_s = 0.0
-        if slot not in step.prompts and step.free_running_slots <= int(_SPARE * view.max_running):
+        if slot not in step.prompts and step.free_running_slots <= int(SPARE * view.max_running):
             price_s = slot_wait_s / rate.slowdown
             most_s = max(most_s, price_s + _MIN_AGED_CHUNK_TOKENS * costs.token_s)
         self._credit_s = min(self._credit_s + self._share * passed_s / rate.slowdown, most_s)
@@ -100,7 +100,7 @@ class RelegationQueue:
         They start only while running slots and KV stay free for those who arrive next.
         """
         c, step = view.columns, fill.step
-        spare_slots, spare_blocks = int(_SPARE * view.max_running), int(_SPARE * view.total_blocks)
+        spare_slots, spare_blocks = int(SPARE * view.max_running), int(SPARE * view.total_blocks)
         begun = set(step.prompts)
         may_start = may_start and step.free_running_slots > spare_slots and step.free_blocks > spare_blocks
         if not may_start:
@@ -153,7 +153,8 @@ class RelegationQueue:
         shed: Bools = age_s > _SHED_AT * bound_s
         too_many = len(view.waiting) - int(_FULL_QUEUE * (len(c.known_tokens) - view.max_running))
         if too_many > 0:
-            shed[np.argsort(age_s, kind="stable")[:too_many]] = True
+            rank = age_s if view.over_share is None else np.where(view.over_share[relegated], -1.0, age_s)
+            shed[np.argsort(rank, kind="stable")[:too_many]] = True
         if not shed.any():
             return []
         slots = relegated[shed]
@@ -168,3 +169,12 @@ def _rest(view: EngineView, slot: int) -> tuple[int, int]:
     c = view.columns
     cached = int(c.computed_tokens[slot]) or int(c.cached_tokens[slot])
     return cached, int(c.known_tokens[slot]) - cached
+
+
+def resumed(view: EngineView, step: Step, limit: StepLimit) -> tuple[int, ...]:
+    """Slots that were relegated when they had been preempted, and decode in time all the same."""
+    c, decodes = view.columns, step.decodes
+    again = c.relegated[decodes]
+    if not np.count_nonzero(again):
+        return ()
+    return tuple(decodes[again & ~limit.slo_missed & (c.generated_tokens[decodes] > 0)].tolist())

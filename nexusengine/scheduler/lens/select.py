@@ -9,10 +9,11 @@ from nexusengine.scheduler.lens.context import PlanContext, Prompts, Selection
 from nexusengine.scheduler.lens.estimators import SlotReleaseRate
 from nexusengine.scheduler.lens.length_guard import LengthGuard
 from nexusengine.scheduler.moore_hodgson import defer
+from nexusengine.scheduler.view import EngineView
 
 _INF = float("inf")
-_CYCLE_SHARE = 0.25  # of a cycle of steps by which first tokens are planned before they are due
-_RESPONSE_MARGIN_S = 0.003  # for the way back to the client
+RESPONSE_MARGIN_S = 0.003
+"""For the way back to the client."""
 _SLOT_SHARE = 0.5  # of the running slots expected to come free in time that waiting requests count on
 
 
@@ -41,7 +42,7 @@ def select(
         prompts, without = prompts[have_slo], prompts[~have_slo]
     deferred, infeasible = prompts[:0], relegated[:0]
     if len(prompts):
-        slack_s = prompts.due_s - (context.now + _RESPONSE_MARGIN_S)
+        slack_s = prompts.due_s - (context.now + RESPONSE_MARGIN_S)
         late = prompts.work_s > slack_s - (context.rate.decode_s + context.rate.extra_s)
         if np.count_nonzero(late):
             infeasible = prompts.slots[late]
@@ -65,7 +66,7 @@ def _deferred(
     """Those who are served by their deadlines, and those left out for their sake."""
     view, rate = context.view, context.rate
     c = view.columns
-    allowed_s = rate.work_until(slack_s - _CYCLE_SHARE * rate.first_s)
+    allowed_s = rate.work_until(slack_s)
     needs_slot, slots, short = c.blocks[prompts.slots] == 0, None, False
     if np.count_nonzero(needs_slot) > free_running_slots:
         start_s = slack_s - rate.step_s - rate.eager_slowdown * prompts.work_s
@@ -73,10 +74,14 @@ def _deferred(
         short = bool((needs_slot.cumsum() > slots).any())
     if not short and not np.count_nonzero(prompts.work_s.cumsum() > allowed_s):
         return prompts, prompts[:0]
+    if context.limit.slot >= 0:  # decodes make the best of the steps they allow
+        allowed_s = rate.work_in_whole_steps(slack_s)
     rank = 2 * c.priority[prompts.slots]
+    if view.over_share is not None:
+        rank = 2 * rank - 2 * view.over_share[prompts.slots]
     if guard is not None and guard.active:
         rank = rank + guard.protected(c.prompt_tokens[prompts.slots])
-    out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots)
+    out = defer(prompts.work_s, allowed_s, rank.tolist(), needs_slot, slots if short else None)
     return prompts[~out], prompts[out]
 
 
@@ -88,9 +93,18 @@ def can_wait(context: PlanContext, selection: Selection) -> bool:
     done_s, rate = selection.done_s, context.rate
     if not len(done_s) or (done_s[-1] < rate.prompts_s and not selection.has_others):
         return selection.has_others
-    later_s = context.now + rate.step_s + rate.gain_s + rate.decode_s + _RESPONSE_MARGIN_S
+    later_s = context.now + rate.step_s + rate.gain_s + rate.decode_s + RESPONSE_MARGIN_S
     first = selection.on_time.due_s[: int(done_s.searchsorted(rate.prompts_s, side="right"))]
     return not (first < later_s).any()
+
+
+def precedence(view: EngineView, slots: I4, due_s: F8) -> I4:
+    """Who of `slots [N]` goes first within a class, highest first: by priority, without an SLO then by share.
+
+    Of those with an SLO, the share decides who is deferred and who may start, not the order of those in time.
+    """
+    priority = view.columns.priority[slots]
+    return priority if view.over_share is None else 2 * priority - (view.over_share[slots] & np.isinf(due_s))
 
 
 def in_order(due_s: F8, tpot_s: F8, priority: I4) -> I4:

@@ -11,8 +11,6 @@ from nexusengine.scheduler.lens.deadlines import Deadlines
 from nexusengine.scheduler.view import EngineView
 
 _INF = float("inf")
-CAP_STEPS = 2.5
-"""The cap is at least so many single-token steps: on a slow device nothing else would fit."""
 _RECOVERY_TOKENS = 100
 _LEAST_STEP_SHARE = 0.7  # of its TPOT that a late request asks for at least, or prefill would stand still
 _POSSIBLE_STEPS = 1.02  # a TPOT below so many decode steps of a single sequence constrains nobody
@@ -58,13 +56,12 @@ def step_limit(
     Args:
         decodes: `[D]`, slots that compute one token in this step.
         decode_s, single_s: predicted durations of a step with those decodes alone, and of one with a single decode.
-        cap_s: the longest step whatever the SLOs; CAP_STEPS single steps if that is longer.
+        cap_s: the longest step whatever these decodes bear (see step_cap.py); infinite if there is no such bound.
         floor_tokens: what almost every answer reaches; 0 if nothing is known.
     """
     c = view.columns
-    longest_s = max(cap_s, CAP_STEPS * single_s)
     if not len(decodes):
-        return StepLimit(longest_s, -1, np.zeros(0, np.bool_), _INF)
+        return StepLimit(cap_s, -1, np.zeros(0, np.bool_), _INF)
     first_s, generated, tpot_s = c.first_token_s[decodes], c.generated_tokens[decodes], deadlines.tpot_s[decodes]
     promised = tpot_s < _INF
     if np.count_nonzero(promised) < len(promised):
@@ -93,7 +90,7 @@ def step_limit(
     if np.count_nonzero(bound) < len(bound):
         asked_s, burst_s, tpot_s = (np.where(bound, x, _INF) for x in (asked_s, burst_s, tpot_s))
     tightest = int(asked_s.argmin())
-    limit_s, least_burst_s = float(asked_s[tightest]), min(float(burst_s.min()), longest_s)
-    if limit_s >= longest_s:
-        return StepLimit(longest_s, -1, missed, float(tpot_s.min()), least_burst_s)
+    limit_s, least_burst_s = float(asked_s[tightest]), min(float(burst_s.min()), cap_s)
+    if limit_s >= cap_s:
+        return StepLimit(cap_s, -1, missed, float(tpot_s.min()), least_burst_s)
     return StepLimit(limit_s, int(decodes[tightest]), missed, float(tpot_s.min()), least_burst_s)

@@ -16,7 +16,8 @@ from nexusengine.attention.base import FP8, AttentionSpec
 from nexusengine.attention.registry import BACKENDS, backend_class, choose, preferred
 from nexusengine.errors import ConfigError
 from tests.support.attention_cases import BATCHES, HEADS, TOLERANCE, difference, make_case
-from tests.support.attention_standins import MODULES, install, torch_varlen_out
+from tests.support.attention_standins import MODULES, install
+from tests.support.attention_standins.flash_attn import torch_varlen_out
 from tests.support.pairwise import pairwise
 
 ADAPTERS = tuple(MODULES)

@@ -64,18 +64,18 @@ def test_decodes_of_all_lengths_are_done_in_any_order() -> None:
 
 def test_groups_of_decodes_are_split_when_they_would_gather_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "_GROUP_TOKENS", 100)
-    assert [len(group) for group in sdpa._alike([40] * 5)] == [2, 2, 1]
+    assert [len(group) for group in sdpa.groups_of_like_lengths([40] * 5)] == [2, 2, 1]
     assert compare([(1, 40)] * 5 + [(1, 150)]) < 2e-5
 
 
 def test_groups_hold_every_row_once_and_waste_little() -> None:
     lengths = np.random.default_rng(2).integers(1, 5000, 300).tolist()
-    groups = list(sdpa._alike(lengths))
+    groups = list(sdpa.groups_of_like_lengths(lengths))
     assert sorted(row for group in groups for row in group) == list(range(300))
     padded = sum(len(group) * max(lengths[row] for row in group) for group in groups)
     assert sum(lengths) <= padded < 1.25 * sum(lengths)
     assert len(groups) < 60
-    assert list(sdpa._alike([])) == []
+    assert list(sdpa.groups_of_like_lengths([])) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

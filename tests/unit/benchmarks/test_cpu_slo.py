@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cpu_slo import Device, classes_toml, ended_rps, main, summary_of, table
+from benchmarks.cpu_slo import Device, classes_toml, main, summary_of, table
 from nexusengine.errors import ConfigError
 
 
@@ -19,13 +19,6 @@ def test_the_classes_are_the_built_in_ones_in_units_of_the_device() -> None:
     }
     slow = tomllib.loads(classes_toml(Device(0.040, 0.005), 0.6))["interactive"]
     assert (slow["ttft_s"], slow["ttft_per_token_s"], slow["tpot_s"]) == (2.0, 0.05, 0.2)
-
-
-def test_capacity_is_what_ends_a_second_while_a_queue_stands() -> None:
-    steady = [30.0 + 0.5 * i for i in range(40)]
-    assert ended_rps(steady) == pytest.approx(2.0)
-    with_a_slow_begin_and_a_long_end = [1.0, 2.0, *steady[3:37], 90.0, 95.0]
-    assert ended_rps(with_a_slow_begin_and_a_long_end) == pytest.approx(2.0)
 
 
 def run(scheduler: str, number: int, attainment: float) -> dict[str, Any]:

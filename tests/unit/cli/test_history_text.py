@@ -70,13 +70,17 @@ def test_every_end_has_its_words() -> None:
     assert last(finish_reason="abort", met=None, preemptions=2).endswith("is aborted after 5 tokens, preempted 2 times")
 
 
+def test_where_nothing_was_predicted_that_is_said() -> None:
+    assert "nothing is predicted of its first token" in request_lines(HISTORY | {"predicted_ttft_ms": None})[1]
+
+
 def test_what_is_special_is_said() -> None:
     lines = request_lines(HISTORY | {"unattainable": True, "changes_left_off": 9, "first_token_at_ms": 200.0})
     assert "cannot be kept here even if nothing else is served" in lines[2]
     assert "9 earlier changes" in lines[3]
     assert lines[-2] == "    200.0 ms  its first token is there"
-    promised = HISTORY | {"slo": {"ttft_ms": 20_000.0, "tpot_ms": 50.0, "e2e_ms": 60_000.0}}
-    assert "first token within 20.0 s, 50.0 ms a token, all within 60.0 s" in request_lines(promised)[0]
+    with_slo = HISTORY | {"slo": {"ttft_ms": 20_000.0, "tpot_ms": 50.0, "e2e_ms": 60_000.0}}
+    assert "first token within 20.0 s, 50.0 ms a token, all within 60.0 s" in request_lines(with_slo)[0]
 
 
 def test_every_reason_a_policy_can_give_has_words() -> None:

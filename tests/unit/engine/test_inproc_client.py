@@ -57,10 +57,8 @@ def engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine
         yield made
 
 
-@pytest.mark.parametrize(
-    ("asked", "made"), [({}, "lens:cap_ms=500"), ({"scheduler": "lens:cap_ms=80"}, "lens:cap_ms=80")]
-)
-def test_steps_are_kept_short_for_newcomers_only_where_asked_since_none_come_during_one(
+@pytest.mark.parametrize(("asked", "made"), [({}, "lens"), ({"scheduler": "fcfs:budget=80"}, "fcfs:budget=80")])
+def test_an_engine_in_its_callers_thread_has_the_same_schedulers_as_a_server(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], made: str
 ) -> None:
     schedulers: list[str] = []

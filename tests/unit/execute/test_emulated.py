@@ -58,11 +58,11 @@ def batch(counts: list[int], starts: list[int]) -> StepBatch:
 def test_a_device_holds_what_its_profile_holds_whatever_model_is_served() -> None:
     profile = load_profile("h100")
     spec = make("emulated:h100", max_running=4096).spec
-    assert (spec.num_blocks - 1) * spec.block_size == profile.kv_capacity_tokens
-    assert spec.weights_bytes == profile.weights_bytes
+    assert (spec.num_blocks - 1) * spec.block_size == profile.identity.kv_capacity_tokens
+    assert spec.weights_bytes == profile.identity.weights_bytes
     narrow = make("emulated:h100", max_running=4096, fp8_kv=True, kv_cache_bytes=spec.kv_bytes).spec
     assert (narrow.num_blocks, narrow.kv_dtype) == (2 * spec.num_blocks, "float8_e4m3fn")
-    assert make("emulated:h100/qwen3-32b").spec.weights_bytes == load_profile("h100/qwen3-32b").weights_bytes
+    assert make("emulated:h100/qwen3-32b").spec.weights_bytes == load_profile("h100/qwen3-32b").identity.weights_bytes
 
 
 def test_steps_take_the_time_of_the_profile_with_its_scatter(monkeypatch: pytest.MonkeyPatch) -> None:

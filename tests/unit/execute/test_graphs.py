@@ -124,8 +124,8 @@ def test_padded_decodes_at_fixed_places_give_the_same_tokens(backend: str | None
     device = Rehearsal()
     with torch.inference_mode():
         graphed.executor.capture_decodes(device, 2**30, OPTIONS.max_running)
-        assert graphed.executor._kv is not None
-        graphed.executor._kv[:, :, 0] = 0.0  # the null block's content must be finite, as a fresh cache's is
+        assert graphed.executor.kv is not None
+        graphed.executor.kv[:, :, 0] = 0.0  # the null block's content must be finite, as a fresh cache's is
     for steps in (plain, graphed):
         steps.step(prompts)
     works: list[dict[int, list[int]]] = [{0: [-1], 1: [-1], 3: [-1]}, {3: [-1]}, {0: [-1], 3: [-1]}]
@@ -154,8 +154,8 @@ def test_a_step_s_inputs_come_to_a_graph_s_places_in_one_copy(told: bool) -> Non
     steps, device = Steps(executor), Rehearsal()
     with torch.inference_mode():
         executor.capture_decodes(device, 2**30, OPTIONS.max_running)
-        assert executor._kv is not None
-        executor._kv[:, :, 0] = 0.0
+        assert executor.kv is not None
+        executor.kv[:, :, 0] = 0.0
     work = {0: [3], 1: [5], 3: [8]} if told else {0: [-1], 1: [-1], 3: [-1]}
     steps.step({0: [5, 6, 7], 1: [9], 3: [1, 2, 3]})
     steps.step(work)  # captures

@@ -33,8 +33,8 @@ def made(config: ModelConfig = CONFIG, options: ExecutorOptions = OPTIONS, devic
 
 def poison(executor: TorchExecutor, blocks: int | slice) -> None:
     with torch.inference_mode():
-        assert executor._kv is not None
-        executor._kv[:, :, blocks] = torch.nan
+        assert executor.kv is not None
+        executor.kv[:, :, blocks] = torch.nan
 
 
 class Steps:

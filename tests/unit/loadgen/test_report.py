@@ -141,7 +141,18 @@ def test_what_the_server_says_of_the_same_requests_stands_beside() -> None:
     }
     server = summary([record(nexus=nexus), record(nexus=nexus | {"met": None, "unattainable": True})])["server"]
     assert (server["attainment"], server["unattainable"], server["predicted_ttft_off"]) == (1.0, 1, 0.25)
+    assert (server["predicted_ttft"], server["predicted_ttft_off_p90"]) == (2, 0.25)
     assert (server["tpot_ms"]["p50"], server["queue_ms"]["p50"], server["by_worker"]) == (None, 5.0, {"w1": 2})
+
+
+def test_answers_of_which_nothing_was_predicted_are_left_out_of_the_error() -> None:
+    keys = ("met", "met_strict", "tpot_ms", "queue_ms", "worker")
+    nexus = {**dict.fromkeys(keys), "unattainable": False, "preemptions": 0, "ttft_ms": 400.0}
+    untold, told = nexus | {"predicted_ttft_ms": None}, nexus | {"predicted_ttft_ms": 440.0}
+    server = summary([record(nexus=untold), record(nexus=told)])["server"]
+    assert (server["predicted_ttft"], server["predicted_ttft_off"]) == (1, pytest.approx(0.1))
+    server = summary([record(nexus=untold)])["server"]
+    assert (server["predicted_ttft"], server["predicted_ttft_off"], server["predicted_ttft_off_p90"]) == (0, None, None)
 
 
 def test_a_run_without_an_answer_has_figures_too() -> None:

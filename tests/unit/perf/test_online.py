@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from nexusengine.model_config import ModelConfig
+from nexusengine.perf import basis
 from nexusengine.perf.devices import DATASHEETS, cpu_datasheet, datasheet_of
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.online import OnlineModel, stratum
+from nexusengine.perf.kinds import RecentErrors, stratum
+from nexusengine.perf.online import OnlineModel
 from nexusengine.perf.prior import GENERIC, roofline
 from tests.support.devices import Roofline, features, random_step
 
@@ -128,6 +130,43 @@ def test_the_bound_of_a_quiet_device_is_close_to_its_mean() -> None:
     assert time.upper_s < 1.03 * time.mean_s
 
 
+# ---- recent errors ---------------------------------------------------------------------------------------------------
+
+
+def test_a_kind_of_step_that_was_never_measured_is_not_to_be_trusted() -> None:
+    model = OnlineModel()
+    model.observe(DECODES, DEVICE.step_s(DECODES))
+    assert (model.recent_error(PROMPT).steps, model.recent_error(PROMPT).relative) == (0, math.inf)
+    assert model.recent_error(DECODES).steps == 1
+
+
+def test_recent_errors_are_those_of_predictions_before_they_were_learned_from() -> None:
+    model, errors = OnlineModel(), []
+    for i in range(20):
+        seconds = DEVICE.step_s(DECODES) * (1.0 + 0.1 * (i % 2))
+        errors.append(abs(model.predict(DECODES).mean_s - seconds) / seconds)
+        model.observe(DECODES, seconds)
+    mean = sum(min(e, 1.0) for e in errors) / 20
+    assert model.recent_error(DECODES).relative == pytest.approx(mean, rel=1e-9)
+
+
+def test_an_old_error_fades_and_one_step_counts_for_no_more_than_all_of_its_time() -> None:
+    errors = RecentErrors()
+    for _ in range(100):
+        errors.learn(stratum(DECODES), 0.0)
+    errors.learn(stratum(DECODES), -math.log(1e6))
+    assert errors.of(DECODES).relative == pytest.approx(1 / 32)
+    for _ in range(200):
+        errors.learn(stratum(DECODES), 0.0)
+    assert errors.of(DECODES).relative < 1e-3
+
+
+def test_the_error_of_a_device_that_was_learned_is_small_for_every_kind_of_step_seen() -> None:
+    model = taught(1500)
+    for step in (DECODES, PROMPT):
+        assert model.recent_error(step).relative < 0.04
+
+
 # ---- what is not believed --------------------------------------------------------------------------------------------
 
 
@@ -140,15 +179,29 @@ def test_a_duration_that_is_no_duration_teaches_nothing(seconds: float) -> None:
     assert model.snapshot() == before
 
 
-def test_a_few_long_steps_are_spikes_and_change_no_mean() -> None:
+def test_a_few_long_steps_are_spikes_that_change_no_weight_and_are_forgotten_once_they_are_over() -> None:
     model = taught(500)
-    before_s = model.predict(DECODES).mean_s
-    for _ in range(7):
+    before, before_s = model.snapshot().weights[: basis.TERMS], model.predict(DECODES).mean_s
+    model.observe(DECODES, 5 * DEVICE.step_s(DECODES))
+    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.11), "one step says nothing of the next"
+    for _ in range(6):
         model.observe(DECODES, 5 * DEVICE.step_s(DECODES))
     assert (model.spikes, model.epoch) == (7, 0)
-    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.11)  # within what a trend may add
-    model.observe(DECODES, DEVICE.step_s(DECODES))
+    assert model.snapshot().weights[: basis.TERMS] == before
+    assert before_s < model.predict(DECODES).mean_s < 1.8 * before_s, "as long as it lasts it is followed"
+    for _ in range(12):
+        model.observe(DECODES, DEVICE.step_s(DECODES))
     assert model.epoch == 0
+    assert model.predict(DECODES).mean_s == pytest.approx(before_s, rel=0.02)
+
+
+def test_what_slows_every_step_for_a_while_is_followed_for_every_kind_of_step() -> None:
+    model, rng, errors = taught(500), random.Random(11), []
+    for i in range(900):
+        step, busy = random_step(rng), 1.3 if i // 12 % 2 else 1.0  # a neighbour comes and goes
+        errors.append(abs(model.predict(step).mean_s / (busy * DEVICE.step_s(step)) - 1.0))
+        model.observe(step, busy * DEVICE.step_s(step) * rng.lognormvariate(0.0, 0.02))
+    assert sum(errors[300:]) / 600 < 0.08, "the mean of both is off by 13 %"
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.25, 2.0, 5.0])
@@ -277,6 +330,12 @@ def test_a_fresh_model_predicts_what_its_prior_says() -> None:
         ("Tesla T4", "t4"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtxpro6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA A40", "a40"),
+        ("Tesla V100-SXM2-16GB", "v100"),
         ("NVIDIA RTX A1000", None),
         ("", None),
     ],

@@ -11,7 +11,7 @@ from nexusengine.profiles.moe import expected_experts
 from nexusengine.profiles.noise import Noise
 from nexusengine.profiles.registry import list_profiles, load_profile
 
-NAMES = [info.name for info in list_profiles()]
+NAMES = [info.identity.name for info in list_profiles()]
 
 
 def ints(*values: int) -> np.ndarray:
@@ -143,16 +143,16 @@ def test_every_device_of_the_evaluation_has_a_profile_of_the_default_model() -> 
 
 
 def test_the_list_says_where_each_comes_from_and_how_sure_it_is() -> None:
-    infos = {info.name: info for info in list_profiles()}
-    assert infos["rtxpro6000/llama-3.1-8b"].confidence == "measured"
-    assert infos["h100/llama-3.1-8b"].confidence == "composed"
-    assert infos["a6000/llama-3.1-8b"].confidence == "resampled"
-    assert infos["l4/llama-3.1-8b"].confidence == "roofline"
+    infos = {info.identity.name: info for info in list_profiles()}
+    assert infos["rtxpro6000/llama-3.1-8b"].identity.confidence == "measured"
+    assert infos["h100/llama-3.1-8b"].identity.confidence == "composed"
+    assert infos["a6000/llama-3.1-8b"].identity.confidence == "resampled"
+    assert infos["l4/llama-3.1-8b"].identity.confidence == "roofline"
     assert infos["a6000/llama-3.1-8b"].noise == "a6000/llama-3.1-8b"
     assert infos["h100/llama-3.1-8b"].noise == "pooled"
     for info in infos.values():
-        assert info.source
-        assert info.kv_capacity_tokens >= 16_000
+        assert info.identity.source
+        assert info.identity.kv_capacity_tokens >= 16_000
         assert all(ms > 0 for ms in info.step_ms.values())
 
 
@@ -163,17 +163,21 @@ def test_faster_devices_are_faster() -> None:
 
 
 def test_a_device_and_a_model_may_be_named_together_or_apart() -> None:
-    assert load_profile("h100/qwen3-32b").name == load_profile("h100", "qwen3-32b").name == "h100/qwen3-32b"
-    assert load_profile("h100").name == "h100/llama-3.1-8b"
+    assert (
+        load_profile("h100/qwen3-32b").identity.name
+        == load_profile("h100", "qwen3-32b").identity.name
+        == "h100/qwen3-32b"
+    )
+    assert load_profile("h100").identity.name == "h100/llama-3.1-8b"
 
 
 def test_a_model_of_similar_shape_is_scaled_and_says_so() -> None:
     base, scaled = load_profile("h100/qwen3-32b"), load_profile("h100/qwen3-14b")
-    assert scaled.confidence == "composed"
-    assert "scaled by geometry" in scaled.source
+    assert scaled.identity.confidence == "composed"
+    assert "scaled by geometry" in scaled.identity.source
     ratio = MODELS["qwen3-14b"].parameters / MODELS["qwen3-32b"].parameters
     assert decodes(scaled, 1, 512) / decodes(base, 1, 512) == pytest.approx(ratio, rel=0.15)
-    assert scaled.kv_capacity_tokens == kv_capacity_tokens("h100", MODELS["qwen3-14b"])
+    assert scaled.identity.kv_capacity_tokens == kv_capacity_tokens("h100", MODELS["qwen3-14b"])
 
 
 def test_a_model_of_the_same_shape_takes_the_same_time() -> None:

@@ -96,8 +96,8 @@ def test_the_command_makes_a_file_that_simulator_and_emulated_devices_can_use(
     assert main(["profiles", "fit", str(log), "--name", "mygpu", "--output", str(out)]) == 0
     assert "mygpu/llama-3.1-8b, 1200 steps" in capsys.readouterr().out
     profile = load_profile(str(out))
-    assert (profile.name, profile.confidence) == ("mygpu/llama-3.1-8b", "resampled")
-    assert profile.kv_capacity_tokens == max(sum(s.q) + sum(s.ctx) for s in steps)
+    assert (profile.identity.name, profile.identity.confidence) == ("mygpu/llama-3.1-8b", "resampled")
+    assert profile.identity.kv_capacity_tokens == max(sum(s.q) + sum(s.ctx) for s in steps)
     errors = [
         profile.step_s(np.array(s.q, np.int32), np.array(s.ctx, np.int32)) / t - 1
         for s, t in zip(steps, exact, strict=True)
@@ -110,7 +110,7 @@ def test_the_command_makes_a_file_that_simulator_and_emulated_devices_can_use(
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     assert load_profile("mygpu").step_s(np.ones(3, np.int32), np.ones(3, np.int32)) > 0
-    assert list_profiles()[0].name == "mygpu/llama-3.1-8b"
+    assert list_profiles()[0].identity.name == "mygpu/llama-3.1-8b"
 
 
 def test_a_file_of_the_user_comes_before_the_profile_of_that_name(
@@ -118,8 +118,8 @@ def test_a_file_of_the_user_comes_before_the_profile_of_that_name(
 ) -> None:
     write(tmp_path / "h100.json", device="h100")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert load_profile("h100").confidence == "resampled"
-    assert load_profile("h100/qwen3-32b").confidence == "composed"
+    assert load_profile("h100").identity.confidence == "resampled"
+    assert load_profile("h100/qwen3-32b").identity.confidence == "composed"
 
 
 def test_a_file_without_scatter_takes_the_pooled_one(tmp_path: Path) -> None:
@@ -173,4 +173,4 @@ def test_the_table_names_every_profile(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["profiles"]) == 0
     shown = capsys.readouterr().out
     for info in list_profiles():
-        assert info.name in shown
+        assert info.identity.name in shown

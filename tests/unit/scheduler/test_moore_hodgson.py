@@ -59,3 +59,13 @@ def test_where_slots_are_short_the_largest_waiting_request_is_deferred() -> None
     work, allowed = np.array([9.0, 5.0, 4.0, 1.0]), np.full(4, 100.0)
     newcomers, seats = np.array([False, True, True, True]), np.array([2.0, 2.0, 2.0, 2.0])
     assert defer(work, allowed, None, newcomers, seats).tolist() == [False, True, False, False]
+
+
+@given(jobs, st.lists(st.integers(0, 1), min_size=9, max_size=9))
+def test_slots_for_all_change_nothing(jobs: list[tuple[int, int]], ranks: list[int]) -> None:
+    """Three ways to the same answer: without slots, with time for all, and with both reckoned with."""
+    work, allowed = np.array([j[0] for j in jobs], float), np.array([j[1] for j in jobs], float)
+    rank, some = ranks[: len(jobs)], np.resize([True, False], len(jobs))
+    plenty = np.full(len(jobs), 100.0)
+    assert defer(work, allowed, rank, some, plenty).tolist() == defer(work, allowed, rank).tolist()
+    assert not defer(work, 1e9 * np.ones(len(jobs)), rank, some, plenty).any()

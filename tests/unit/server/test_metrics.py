@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,7 +34,7 @@ LOADED = WorkerStatus(
     load=with_memory(
         lambda: WorkerLoad(
             0,
-            perf=PerfSnapshot("online-1", (), 1.1, 7, epoch=1),
+            perf=PerfSnapshot("online-2", (), 1.1, 7, epoch=1),
             counters=CoreStats(steps=7, device_s=1.5, prediction_bias=-0.2).counters()
             | GpuState(1500.0, 1980.0, 300.0, 60.0, 1e9, ()).counters(),
         )
@@ -152,6 +152,20 @@ def test_verdicts_and_latencies_are_counted_by_class() -> None:
     assert by_class(metrics, "slo_unattainable_requests_total") == {}
 
 
+def test_the_error_of_predictions_is_counted_by_worker_and_one_insane_one_does_not_drown_the_others() -> None:
+    metrics = Metrics(lambda: None)
+    for predicted_s in (0.3, 0.25, 1e7, None):
+        output = ended(None, None)
+        assert output.service is not None
+        metrics.judged(replace(output, service=replace(output.service, predicted_ttft_s=predicted_s)), 11)
+    ttft_s = ended(None, None).timings.ttft_s  # type: ignore[union-attr]
+    assert ttft_s is not None
+    errors = [abs(p / ttft_s - 1.0) for p in (0.3, 0.25)]
+    assert by_class(metrics, "ttft_prediction_error_count") == {("w0",): 3}
+    assert by_class(metrics, "ttft_prediction_error_sum")["w0",] == pytest.approx(sum(errors) + 10.0)
+    assert by_class(metrics, "ttft_unpredicted_requests_total") == {("w0",): 1}
+
+
 def test_whatever_a_client_names_the_labels_are_those_configured() -> None:
     metrics = Metrics(lambda: None, ["gold"])
     for name in ("custom", "x" * 1000, "none"):
@@ -181,7 +195,7 @@ def test_a_window_is_bounded_however_much_ends() -> None:
     window = SlidingWindow(0.0)
     for i in range(100_000):
         window.add("gold", True, True, i / 50)
-    assert len(window._rows) <= WINDOW_S / 5 + 2
+    assert len(window) <= WINDOW_S / 5 + 2
     assert window.totals(2000.0)["gold"].ended == pytest.approx(50 * WINDOW_S, rel=0.02)
 
 

@@ -152,8 +152,14 @@ def test_an_error_that_nobody_foresaw_ends_the_process_too(monkeypatch: pytest.M
     monkeypatch.setattr("nexusengine.process.child.send", sent.append)
     monkeypatch.setattr("os._exit", leave)
     control = process.Control(ServerState(ServeConfig(), "m"), "ipc://nowhere")
+
+    async def serve() -> None:
+        control.attach(asyncio.get_running_loop(), uvicorn.Server(uvicorn.Config("none")))
+        control.on_message(Model("m", "m"))
+        await asyncio.Event().wait()
+
     with pytest.raises(SystemExit) as ended:
-        asyncio.run(control._load(Model("m", "m")))
+        asyncio.run(serve())
     assert ended.value.code == 1
     assert sent == [Failed("cannot load the tokenizer of m: OverflowError('too large')")]
 

@@ -33,10 +33,24 @@ def test_the_body_outweighs_the_headers_which_outweigh_the_default() -> None:
 
 
 def test_bounds_in_numbers_replace_those_of_the_class_and_the_rest_stays() -> None:
-    assert wanted({"class": "interactive", "tpot_ms": 20}) == SLOClass("custom", 0.5, 0.02, 0.001)
-    assert wanted({"class": "interactive", "ttft_ms": 900, "e2e_ms": 5000}) == SLOClass("custom", 0.9, 0.05, 0.0, 5.0)
-    assert wanted(None, x_slo_class="batch", x_slo_tpot_ms="70.5") == SLOClass("custom", 30.0, 0.0705, 0.004)
-    assert wanted({"ttft_ms": 100}) == SLOClass("custom", 0.1, 0.1)  # the rest from the default class
+    assert wanted({"class": "interactive", "tpot_ms": 20}) == SLOClass("custom", 0.5, 0.02, 0.001, patience=1.5)
+    assert wanted({"class": "interactive", "ttft_ms": 900, "e2e_ms": 5000}) == SLOClass(
+        "custom", 0.9, 0.05, 0.0, 5.0, 1.5
+    )
+    assert wanted(None, x_slo_class="batch", x_slo_tpot_ms="70.5") == SLOClass(
+        "custom", 30.0, 0.0705, 0.004, patience=1.5
+    )
+    assert wanted({"ttft_ms": 100}) == SLOClass("custom", 0.1, 0.1, patience=1.5)  # the rest from the default class
+
+
+def test_how_long_a_request_may_wait_is_asked_for_like_a_bound() -> None:
+    assert wanted({"class": "batch", "patience": 3}) == SLOClass("custom", 30.0, 0.5, 0.004, patience=3.0)
+    assert wanted(None, x_slo_class="batch", x_slo_patience="1") == SLOClass("custom", 30.0, 0.5, 0.004, patience=1.0)
+    with pytest.raises(InvalidRequest, match=r"slo\.patience must be between 1 and 1000 TTFTs, got 0\.5"):
+        wanted({"class": "batch", "patience": 0.5})
+    with pytest.raises(InvalidRequest, match="x-slo-patience must be a number of TTFTs, got 'long'"):
+        wanted(None, x_slo_patience="long")
+    assert wanted({"class": "none", "ttft_ms": 100, "tpot_ms": 9}) == SLOClass("custom", 0.1, 0.009)
 
 
 def test_none_is_no_promise_and_a_bound_in_null_is_no_bound() -> None:

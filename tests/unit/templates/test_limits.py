@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -179,10 +178,11 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_a_process_that_dies_while_it_is_idle_is_replaced() -> None:
-    pool = RenderPool()
+    pool, before = RenderPool(), children()
     for _ in range(3):
         assert pool.render("a", {}, USER) == "a"
-        os.kill(pool._idle[0]._process.pid, signal.SIGKILL)
+        (mine,) = (c for c in children() if c not in before)
+        mine.kill()
 
 
 def test_a_rendering_that_ends_its_process_is_refused() -> None:
@@ -198,12 +198,12 @@ def test_a_rendering_that_ends_its_process_is_refused() -> None:
 
 
 def test_many_threads_share_a_few_processes() -> None:
-    pool = RenderPool()
+    pool, before = RenderPool(), children()
     source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with ThreadPoolExecutor(16) as threads:
         texts = list(threads.map(lambda i: pool.render(source, {}, [{"content": str(i)}]), range(400)))
     assert texts == [str(i) for i in range(400)]
-    assert len(pool._idle) <= PROCESSES
+    assert len([c for c in children() if c not in before]) <= PROCESSES
 
 
 def test_the_processes_end_with_their_template() -> None:
@@ -222,21 +222,22 @@ def test_the_processes_end_with_their_template() -> None:
 
 
 def test_a_process_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = RenderPool()
+    pool, before = RenderPool(), children()
     pool.render("a", {}, USER)
     monkeypatch.setattr(pool_module, "_GIVE_UP_S", 0.5)
-    (process,) = pool._idle
-    os.kill(process._process.pid, signal.SIGSTOP)
+    (mine,) = (c for c in children() if c not in before)
+    mine.suspend()
     with pytest.raises(LimitMet, match="took more than"):
         pool.render("a", {}, USER)
-    assert not process.usable()
+    assert gone([mine])
 
 
 def test_the_processes_end_with_a_parent_that_is_killed() -> None:
     code = (
+        "import psutil\n"
         "from nexusengine.templates.pool import RenderPool\n"
         "pool = RenderPool(); pool.render('a', {}, [])\n"
-        "print(pool._idle[0]._process.pid, flush=True); input()\n"
+        "print(psutil.Process().children()[0].pid, flush=True); input()\n"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -258,9 +259,10 @@ def test_a_forked_child_starts_a_process_of_its_own() -> None:
 
 def test_a_template_sees_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEXUSENGINE_API_KEY", "secret")
-    pool = RenderPool()
+    pool, before = RenderPool(), children()
     pool.render("a", {}, USER)
-    assert "NEXUSENGINE_API_KEY" not in psutil.Process(pool._idle[0]._process.pid).environ()
+    (mine,) = (c for c in children() if c not in before)
+    assert "NEXUSENGINE_API_KEY" not in mine.environ()
 
 
 def test_a_process_that_cannot_be_started_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

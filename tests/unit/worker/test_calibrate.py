@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -13,12 +11,10 @@ from nexusengine.core.engine_core import EngineCore
 from nexusengine.errors import ConfigError
 from nexusengine.execute.base import ExecutorSpec
 from nexusengine.execute.batch import StepBatch, StepResult
-from nexusengine.model_config import ModelConfig, StoredWeights
-from nexusengine.perf.devices import DATASHEETS
+from nexusengine.model_config import ModelConfig
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.online import OnlineModel
-from nexusengine.perf.prior import EIGHT_BILLION, roofline
-from nexusengine.worker.build import make_core, prior_of, step_log_path
+from nexusengine.worker.build import make_core, step_log_path
 from nexusengine.worker.calibrate import calibrate
 from tests.support.devices import Roofline
 from tests.support.fakes import FakeExecutor, continuation, request, run
@@ -66,7 +62,7 @@ def test_a_fast_device_is_known_before_its_first_request() -> None:
     executor = RooflineExecutor(device, clock)
     taught = calibrate(executor, model, max_running=256, timer=clock.now)
     assert clock.now() <= 2.0
-    assert taught == model.steps >= 25
+    assert len(taught) == model.steps >= 25
     assert max(s.tokens for s in executor.steps) == 2048
     for step in (
         StepFeatures(12, 12, 0, 0.0, 12 * 700),
@@ -82,7 +78,7 @@ def test_a_slow_device_is_not_held_up_for_longer_than_was_allowed() -> None:
     clock, model = VirtualClock(), OnlineModel()
     executor = RooflineExecutor(slow, clock)
     taught = calibrate(executor, model, max_running=256, timer=clock.now)
-    assert 2 <= taught < 20
+    assert 2 <= len(taught) < 20
     assert clock.now() <= 2.5  # one step can be longer than foreseen
     assert max(s.tokens for s in executor.steps) < 256
 
@@ -121,32 +117,6 @@ def test_calibration_can_be_switched_off_and_is_not_done_on_emulated_devices() -
     core = make_core(executor, EngineConfig(max_running=8, max_waiting=8, calibrate=False), VirtualClock())
     assert executor.batches == []
     assert core.scheduler.model.snapshot().steps == 0
-
-
-def test_the_prior_comes_from_the_device_and_the_model() -> None:
-    def spec(device: str, name: str = "", dtype: str = "bfloat16") -> ExecutorSpec:
-        return ExecutorSpec(device, dtype, 16, 10, 64, 64, 100, "x", 0, 0, name)
-
-    step = StepFeatures(1, 1, 0, 0.0, 100)
-    h100, l4, cpu = (
-        OnlineModel(prior_of(s, GEOMETRY)).predict(step).mean_s
-        for s in (
-            spec("cuda:0", "NVIDIA H100 80GB HBM3"),
-            spec("cuda:0", "NVIDIA L4"),
-            spec("cpu:2", dtype="float32"),
-        )
-    )
-    assert h100 < l4 < cpu
-    assert prior_of(spec("emulated:l4"), GEOMETRY) == roofline(DATASHEETS["l4"], EIGHT_BILLION)
-    assert prior_of(spec("cuda:0", "something new"), GEOMETRY) == prior_of(spec("cpu"), None)
-
-
-def test_weights_and_k_and_v_of_8_bits_are_believed_to_take_half_the_memory_s_time() -> None:
-    plain = ExecutorSpec("cuda:0", "bfloat16", 16, 10, 64, 64, 100, "x", 0, 0, device_name="NVIDIA L4")
-    narrow = dataclasses.replace(plain, weights_bytes=EIGHT_BILLION.num_parameters, kv_dtype="float8_e4m3fn")
-    stored = dataclasses.replace(EIGHT_BILLION, stored=StoredWeights("fp8"))
-    assert prior_of(narrow, stored) == roofline(DATASHEETS["l4"], stored, 1.0, 1)
-    assert prior_of(plain, EIGHT_BILLION) == roofline(DATASHEETS["l4"], EIGHT_BILLION, 2, 2)
 
 
 def test_each_worker_logs_its_steps_to_a_file_of_its_own() -> None:

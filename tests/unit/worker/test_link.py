@@ -72,6 +72,15 @@ def test_a_worker_that_is_asked_to_register_again_says_what_it_has_and_has_seen(
     assert router.hear(wire.WorkerDeltas) == wire.WorkerDeltas((("a", (5,)),), (), 7)
 
 
+def test_the_first_report_comes_before_requests_may(router: Router) -> None:
+    router.hear(wire.Starting)
+    router.link.ready(INFO, lambda: wire.WorkerLoad(last_dispatch_seq=0), list)
+    report = router.hear(wire.Report)
+    assert isinstance(report, wire.Report)
+    assert report.seq == 1
+    assert router.hear(wire.Ready) == wire.Ready(INFO)
+
+
 def test_a_worker_of_another_version_is_told_why_it_is_not_taken(router: Router) -> None:
     router.hear(wire.Starting)
     router.say(wire.encode(wire.Refused("it speaks version 1")))

@@ -15,7 +15,7 @@ from nexusengine.router.placement.prism import Prism, assess
 from nexusengine.router.placement.registry import make_policy
 from nexusengine.types import SLO
 from nexusengine.wire import WorkerState
-from tests.support.router_fakes import BATCH, load, pending, request, view
+from tests.support.router_fakes import BATCH, given_to, load, pending, request, view
 
 
 def place(workers: list[WorkerView], r: PlacementRequest | None = None, now: float = 0.0, **options: float) -> Place:
@@ -66,7 +66,7 @@ def test_a_device_that_cannot_keep_its_tpot_is_avoided_even_when_it_is_idle() ->
     slow = view("slow", load(speed=0.09))  # a decode step takes 56 ms
     fast = view("fast", load(pending=(pending(0.3, 6000),)))
     assert place([slow, fast]).worker_id == "fast"
-    assert place([slow, fast], request(slo=SLO(0.5, 0.5))).worker_id == "slow"
+    assert place([slow, fast], request(prompt=300, slo=SLO(0.5, 0.5))).worker_id == "slow"
 
 
 def test_a_faster_worker_wins_until_its_queue_is_longer_in_time() -> None:
@@ -113,7 +113,8 @@ def test_a_cached_prefix_counts_as_work_that_need_not_be_done() -> None:
 def test_requests_without_a_promise_go_where_they_are_done_soonest() -> None:
     fast, slow = view("fast", load(speed=2.0)), view("slow")
     assert place([slow, fast], request(slo=None)).worker_id == "fast"
-    behind = view("fast", load(speed=2.0, pending=tuple(pending(5.0, 1000) for _ in range(60))))
+    given = given_to(*(request(str(n), prompt=1000, slo=None) for n in range(60)))
+    behind = view("fast", load(speed=2.0, pending=tuple(pending(5.0, 1000) for _ in range(60))), **given)
     assert place([slow, behind], request(slo=None)).worker_id == "slow"
 
 
@@ -130,7 +131,6 @@ def test_workers_that_may_not_take_it_are_never_chosen() -> None:
         view("starting", state=WorkerState.STARTING),
         view("stalled", state=WorkerState.STALLED),
         view("gone", state=WorkerState.GONE),
-        view("draining", state=WorkerState.DRAINING),
         view("ejected", ejected="it failed 5 requests in a row"),
         view("slow start", slow_start=True),
     ]
@@ -149,16 +149,15 @@ def test_a_request_nobody_could_ever_hold_is_refused() -> None:
 
 
 def test_the_choice_is_the_same_whether_or_not_views_were_prepared_and_kept() -> None:
-    kept = Prism()
+    kept, fresh = Prism(), Prism()  # they rotate among equals in step
     reports = [load(pending=(pending(0.4 + 0.1 * n, 900 * n + 1),)) for n in range(6)]
     views = [view(f"w{i}", reports[i]) for i in range(3)]
     for n in range(12):
         views[n % 3] = view(f"w{n % 3}", reports[n % 6], unreported=tuple(request(str(k)) for k in range(n % 4)))
         if n % 2:
             kept.prepare(views, 0.0)
-        kept._rotation = type(kept._rotation)()
-        fresh = Prism().place(request(prompt=300 * n + 1), views, 0.0)
-        assert kept.place(request(prompt=300 * n + 1), views, 0.0) == fresh
+        asked = request(prompt=300 * n + 1)
+        assert kept.place(asked, views, 0.0) == fresh.place(asked, [dataclasses.replace(v) for v in views], 0.0)
 
 
 def test_absurd_options_are_refused() -> None:

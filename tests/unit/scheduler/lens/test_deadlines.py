@@ -7,10 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nexusengine.core.admission import unattainable
 from nexusengine.scheduler.attainable import attainable
 from nexusengine.scheduler.lens.deadlines import FALLBACK
-from nexusengine.types import SLO
 from tests.support.lens_views import NAN, Bench, Straight, deadlines_of
 
 
@@ -51,7 +49,7 @@ def test_attainable_asks_the_model_for_the_whole_prompt_and_for_one_decode() -> 
     assert met.tolist() == [False, True, False]  # 5 + 4 + 20 ms and 0.5 ms of attention; a decode takes 5.06 ms
 
 
-def test_a_prompt_longer_than_a_full_step_takes_several_for_whoever_asks() -> None:
+def test_a_prompt_longer_than_a_full_step_takes_several() -> None:
     """5 + 4 ms and 20 us a token each, and 1 ns a token pair: 0.34 + 0.13 s in two steps, 0.32 + 0.13 s in one."""
     bench = Bench()
     two_steps_s = 2 * 0.009 + 16_000 * 20e-6 + 0.5e-9 * 16_000**2
@@ -59,7 +57,6 @@ def test_a_prompt_longer_than_a_full_step_takes_several_for_whoever_asks() -> No
         slot = bench.wait(16_000, ttft_s=ttft_s)
         view = bench.view()
         assert deadlines_of(view).attainable[slot] == met
-        assert unattainable(view, 16_000, SLO(ttft_s, 0.05)) != met
 
 
 def test_a_resumed_request_is_due_with_its_next_token_and_some_grace() -> None:

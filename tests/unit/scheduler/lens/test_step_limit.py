@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nexusengine.scheduler.lens.step_limit import CAP_STEPS, StepLimit, step_limit
+from nexusengine.scheduler.lens.step_limit import StepLimit, step_limit
 from tests.support.lens_views import NAN, Bench, deadlines_of
 
 CAP_S = 0.12
@@ -71,7 +71,6 @@ def test_no_step_is_longer_than_the_cap_even_if_nobody_minds() -> None:
     assert nobody.slo_missed.tolist() == []
     bench.decode(first_s=1.0, generated=100)
     assert (limit_of(bench, now=1.0).limit_s, limit_of(bench, now=1.0).slot) == (CAP_S, -1)
-    assert limit_of(bench, now=1.0, single_s=0.2).limit_s == pytest.approx(CAP_STEPS * 0.2)
 
 
 def test_lost_requests_constrain_nobody() -> None:

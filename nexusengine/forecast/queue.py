@@ -69,6 +69,26 @@ def sort_keys(traits: PolicyTraits, due_s: F8, left: F8) -> F8:
     return due_s if traits.order == "deadline" else left
 
 
+def in_time(queue: Queue, traits: PolicyTraits, start_s: float) -> I8:
+    """Who is served in time, or all if the engine relegates none: indices into the queue, in the order of service.
+
+    Args:
+        start_s: timestamp from which on the engine serves them.
+    """
+    if traits.order == "arrival":
+        return np.arange(len(queue))
+    order: I8 = np.arange(len(queue))
+    if np.count_nonzero(queue.keys[1:] < queue.keys[:-1]):
+        order = queue.keys.argsort(kind="stable")
+    if not traits.relegates:
+        return order
+    service_s, allowed_s = queue.service_s[order], queue.limit_s[order] - start_s
+    if not np.count_nonzero(np.cumsum(service_s) > allowed_s):
+        return order
+    late = defer(service_s, allowed_s) if traits.order == "deadline" else _late_in_turn(service_s, allowed_s)
+    return order[~late]
+
+
 def roll_forward(queue: Queue, traits: PolicyTraits, start_s: float) -> tuple[Queue, float]:
     """The queue as the engine serves it from the timestamp start_s on.
 
@@ -76,21 +96,15 @@ def roll_forward(queue: Queue, traits: PolicyTraits, start_s: float) -> tuple[Qu
         Those that it can serve in time, or all of them if it relegates none; and the seconds of service of those left
         out.
     """
+    served = queue[in_time(queue, traits, start_s)]
     if traits.order == "arrival":  # a new request waits for all, and delays none
-        return Queue(queue.keys, np.full(len(queue), _INF), queue.service_s), 0.0
-    if np.count_nonzero(queue.keys[1:] < queue.keys[:-1]):
-        queue = queue[queue.keys.argsort(kind="stable")]
-    allowed_s = queue.limit_s - start_s
-    late = np.cumsum(queue.service_s) > allowed_s
-    if not np.count_nonzero(late):
-        return queue, 0.0
-    if not traits.relegates:
-        return Queue(queue.keys, np.where(late, _INF, queue.limit_s), queue.service_s), 0.0
-    if traits.order == "deadline":
-        late = defer(queue.service_s, allowed_s)
-    else:
-        late = _late_in_turn(queue.service_s, allowed_s)
-    return queue[~late], float(queue.service_s[late].sum())
+        return Queue(served.keys, np.full(len(served), _INF), served.service_s), 0.0
+    if len(served) < len(queue):
+        return served, float(queue.service_s.sum() - served.service_s.sum())
+    late = np.cumsum(served.service_s) > served.limit_s - start_s
+    if np.count_nonzero(late):
+        return Queue(served.keys, np.where(late, _INF, served.limit_s), served.service_s), 0.0
+    return served, 0.0
 
 
 def _late_in_turn(service_s: F8, allowed_s: F8) -> Bools:

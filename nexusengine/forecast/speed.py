@@ -24,6 +24,7 @@ REFERENCE_STEP = StepFeatures(
 
 _MARGIN_S = 0.0005
 _MIN_CHUNK_TOKENS = 16.0
+_LEAST_SHARE = 0.1  # of a step that is reckoned to be left for prompts, where the model says that there is nothing
 _CHUNK_SHARES = (1 / 2048, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 _PROBE_PAIRS, _PROBE_KV, _PROBE_ROWS = 4e6, 16_384.0, 16.0
 _CHUNKS = len(_CHUNK_SHARES)
@@ -45,6 +46,7 @@ class Speed:
         chunk_token_s: seconds that each token adds to a lone chunk.
         chunk_tokens: prompt tokens that fit into a step.
         step_s: seconds of a full step.
+        by_time: whether that is a limit, so that pairs leave room for fewer tokens; else they make steps longer.
         decode_s: seconds of a decode-only step over the decodes of now.
         per_row_s: what another sequence adds to a decode step.
         per_kv_s: what another KV token read adds to it.
@@ -56,6 +58,7 @@ class Speed:
     chunk_token_s: float
     chunk_tokens: float
     step_s: float
+    by_time: bool
     decode_s: float
     per_row_s: float
     per_kv_s: float
@@ -101,20 +104,23 @@ def predict_speed(
     room = float(max(batch_tokens - decodes, 1))
     chunk = room
     if paced:
-        limit_s = max(traits.step_s, traits.single_steps * decode_s)
+        limit_s = traits.step_s
         if traits.by_tpot:
             limit_s = min(limit_s, tightest_tpot_s)
         limit_s = limit_s / quantile - _MARGIN_S
         chunk = min(max(_interpolate(limit_s, steps_s, chunks), _MIN_CHUNK_TOKENS), room)
+    by_time = chunk < room
     step_s = _interpolate(chunk, chunks, steps_s)
     work_s = max(step_s - first_s, 1e-9)
+    slowdown = step_s / max(work_s, _LEAST_SHARE * step_s) if by_time else 1.0
     return Speed(
         per_token_s=step_s / chunk,
-        per_pair_s=pair_s * (step_s / work_s if paced else 1.0),
+        per_pair_s=pair_s * slowdown,
         first_step_s=first_s,
         chunk_token_s=work_s / chunk,
         chunk_tokens=chunk,
         step_s=step_s,
+        by_time=by_time,
         decode_s=decode_s,
         per_row_s=max(more_rows_s - decode_s, 0.0) / _PROBE_ROWS,
         per_kv_s=max(more_kv_s - decode_s, 0.0) / _PROBE_KV,
