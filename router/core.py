@@ -345,17 +345,15 @@ class RouterCore:
         self._give_up_late(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
-        if self.ledger.held:
-            self._place_held(now)
+        self._place_held(now)
         self._finish_rate.update(now)
         self._push_cluster()
 
     def _give_up_late(self, now: float) -> None:
         """Refuse those who wait beyond what their class allows, while waiting is of no use."""
-        for entry, error in self._placer.give_up(now):
+        for entry, error in self._placer.give_up(now, self._finish_rate.drain_s(len(self.ledger))):
             self.stats.refused_late += 1
             self._cancel(entry, now)
-            error.retry_after_s = self._finish_rate.drain_s(len(self.ledger))
             self._fail(entry, error)
 
     # ---- placement -----------------------------------------------------------------------------------------------

@@ -57,6 +57,11 @@ def rebuild(snapshot: PerfSnapshot) -> Predictor:
     return _PREDICTORS[snapshot.kind](snapshot.weights)
 
 
+def is_known(snapshot: PerfSnapshot) -> bool:
+    """Whether this version has the model that the snapshot is of."""
+    return snapshot.kind in _PREDICTORS
+
+
 def scaled(snapshot: PerfSnapshot, factor: float) -> PerfSnapshot:
     """The snapshot of a device on which every step takes `factor` times as long.
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from nexusengine.arrays import F8, I8, Bools
 from nexusengine.perf.features import StepFeatures
-from nexusengine.perf.registry import rebuild
+from nexusengine.perf.registry import is_known, make_model, rebuild
 from nexusengine.profiles.fit import quantiles
 from nexusengine.profiles.learned import OCTAVES, octave
 from nexusengine.recording.format import Step, Worker
+from nexusengine.wire import PerfSnapshot
 
 _FEWEST, _FEWEST_OF_KIND, _FEWEST_OF_WINDOW = 50, 20, 8
 _WINDOW_S = 5.0
@@ -39,19 +40,25 @@ class Speed:
     slowness: tuple[tuple[float, float], ...]
 
 
+def snapshot_of(worker: Worker, steps: Sequence[Step]) -> PerfSnapshot | None:
+    """What a worker learned; by another version's model, what ours learns of its sampled steps, None if too few."""
+    if worker.learned is not None and is_known(worker.learned.snapshot):
+        return worker.learned.snapshot if worker.learned.steps else None
+    if len(steps) < _FEWEST:
+        return None
+    model = make_model()
+    for step in steps:
+        model.observe(_features(step), step.ms / 1e3)
+    return model.snapshot()
+
+
 def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
     """From the sampled steps of a worker in order of time; None if they, or what it learned, are too few."""
-    if worker.learned is None or len(steps) < _FEWEST:
+    snapshot = snapshot_of(worker, steps)
+    if snapshot is None or len(steps) < _FEWEST:
         return None
-    predictor = rebuild(worker.learned.snapshot)
-    predicted_s = np.array(
-        [
-            predictor.predict(
-                StepFeatures(s.tokens, s.sequences, s.prefills, s.prefill_attention, s.decode_kv_tokens)
-            ).mean_s
-            for s in steps
-        ]
-    )
+    predictor = rebuild(snapshot)
+    predicted_s = np.array([predictor.predict(_features(s)).mean_s for s in steps])
     measured_s = np.array([s.ms / 1e3 for s in steps])
     at_s, mixed = np.array([s.at_s for s in steps]), np.array([s.prefills > 0 for s in steps])
     ratio = measured_s / predicted_s
@@ -65,8 +72,8 @@ def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
         return _by_octave(octaves, measured_s, base_s, ~mixed), _by_octave(octaves, measured_s, base_s, mixed)
 
     def at_level(base_s: F8, scale: tuple[tuple[float, ...], tuple[float, ...]]) -> F8:
-        levelled: F8 = base_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
-        return levelled
+        scaled_s: F8 = base_s * np.where(mixed, np.array(scale[1])[octaves], np.array(scale[0])[octaves])
+        return scaled_s
 
     slowness = _windows(at_s, measured_s / at_level(predicted_s, level(predicted_s)))
     local = np.array([_at(slowness, t) for t in at_s.tolist()])
@@ -76,6 +83,10 @@ def speed_of(worker: Worker, steps: Sequence[Step]) -> Speed | None:
     rest = measured_s / at_level(predicted_s * local, scale)
     scatter = [quantiles(rest[kind] if kind.sum() >= _FEWEST_OF_KIND else rest) for kind in (~mixed, mixed)]
     return Speed(scale, (scatter[0], scatter[1]), slowness)
+
+
+def _features(step: Step) -> StepFeatures:
+    return StepFeatures(step.tokens, step.sequences, step.prefills, step.prefill_attention, step.decode_kv_tokens)
 
 
 def _by_octave(octaves: I8, measured_s: F8, predicted_s: F8, kind: Bools) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from nexusengine.profiles.geometry import DEFAULT_MODEL
 from nexusengine.profiles.learned import OCTAVES, LearnedProfile
 from nexusengine.profiles.noise import Noise
 from nexusengine.recording.format import Worker
-from nexusengine.sim.speed import speed_of
+from nexusengine.sim.speed import snapshot_of, speed_of
 from nexusengine.sim.workload.recording import Recording
 
 _THIS, _ONE = "this", "this:"
@@ -68,15 +68,18 @@ def profile_of(name: str, recording: Recording, load: Callable[[str, str], Devic
     emulated = _emulated(worker)
     if emulated is not None:
         return _Holding(load(emulated, DEFAULT_MODEL), worker.kv_tokens)
-    if worker.learned is None or not worker.learned.steps:
+    steps = recording.steps.get(worker.worker, ())
+    snapshot = snapshot_of(worker, steps)
+    if snapshot is None:
         raise ConfigError(
-            f"{recording.name}: worker {worker.worker} on {worker.device} has learned nothing yet of its step times",
+            f"{recording.name}: worker {worker.worker} on {worker.device} has learned nothing of its step times that "
+            "this version can read; record a load of some minutes, or name other devices",
             param="devices",
         )
     identity = ProfileIdentity(
         worker.device, recording.server.model, recording.name, "resampled", worker.kv_tokens, weights_bytes=0
     )
-    snapshot, fit = worker.learned.snapshot, speed_of(worker, recording.steps.get(worker.worker, ()))
+    fit = speed_of(worker, steps)
     if fit is None:
         whole = worker.device_s / worker.predicted_s if worker.steps >= _FEWEST_STEPS and worker.predicted_s else 1.0
         level = (min(max(whole, 0.5), 2.0),) * OCTAVES

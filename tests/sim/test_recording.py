@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexusengine.cli.main import main
 from nexusengine.errors import ConfigError
+from nexusengine.perf.registry import make_model
 from nexusengine.recording import format as lines
 from nexusengine.sim.api import SimSpec, simulate
 from nexusengine.sim.compare import compare
@@ -179,7 +182,6 @@ def test_what_was_cut_short_gets_the_length_of_its_class(tmp_path: Path) -> None
             lambda rows: [*rows, '{"request":1,"arrival_s":1,"input_tokens":1,"output_tokens":1,"ended":"fine"}'],
             "$.ended",
         ),
-        (lambda rows: [rows[0], rows[1].replace('"online-2"', '"other"'), *rows[2:]], "line 2"),
         (lambda rows: [rows[0], rows[1].replace('"cpu:1"', '"gpu?"'), *rows[2:]], "line 2"),
         (lambda rows: [rows[0], rows[1].replace('"kv_tokens":16000', '"kv_tokens":0'), *rows[2:]], "kv_tokens"),
         (lambda rows: [*rows, rows[2].replace("{", '{"block_tokens":32,', 1).replace('"block_tokens":16,', "")], "32"),
@@ -273,6 +275,22 @@ def test_sampled_steps_set_the_level_and_its_changes(tmp_path: Path) -> None:
     assert changing["simulated"]["tpot_ms"]["p90"] == pytest.approx(33.0, rel=0.1)
     low, high = changing["assumed"]["slowness_over_time"]
     assert high / low == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_model_of_another_version_is_learned_anew_from_the_sampled_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = msgspec.structs.replace(lines.Learned.of(make_model().snapshot()), kind="online-0", steps=9)
+    steps = tuple(lines.Step(i / 10, 1, 1, 0, 0.0, 100, 25.0) for i in range(200))
+    described = lines.Workers(at_s=20.0, workers=(worker(learned=other, sampled=steps),))
+    content: list[lines.Line] = [header(), *[request(i, input_tokens=1) for i in range(9)], described]
+    path = write(tmp_path / "load.jsonl", content)
+    assert simulate(replace(SPEC, trace=path)).metrics["tpot_ms"]["mean"] == pytest.approx(25.0, rel=0.05)
+    bare = lines.Workers(at_s=20.0, workers=(worker(learned=other),))
+    path = write(tmp_path / "bare.jsonl", [*content[:-1], bare])
+    assert main(["sim", "run", "--trace", path]) == 1
+    assert "name other devices" in capsys.readouterr().err
+    assert main(["sim", "run", "--trace", path, "--devices", "l4", "--model", "llama-3.1-8b"]) == 0
 
 
 def test_prefixes_are_reused_as_they_were(tmp_path: Path) -> None:

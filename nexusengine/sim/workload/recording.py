@@ -12,7 +12,7 @@ import msgspec
 
 from nexusengine.config import parse_device
 from nexusengine.errors import ConfigError
-from nexusengine.perf.registry import rebuild
+from nexusengine.perf.registry import is_known, rebuild
 from nexusengine.recording import format as lines
 from nexusengine.sim.workload.entries import Entry, json_rows
 from nexusengine.types import SLO
@@ -149,7 +149,7 @@ def _read_file(path: Path) -> _File:
             line = lines.parse(row)
             for worker in line.workers if isinstance(line, lines.Workers) else ():
                 parse_device(worker.device)
-                if worker.learned is not None:
+                if worker.learned is not None and is_known(worker.learned.snapshot):
                     rebuild(worker.learned.snapshot)
         except (ValueError, IndexError, ConfigError) as error:  # msgspec's are ValueErrors
             raise ConfigError(f"{where}: not a line of a recorded trace: {error}", param="trace") from None
