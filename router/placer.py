@@ -76,19 +76,19 @@ class Placer:
             entry.late = False
             self._policy.observe(in_time)
 
-    def give_up(self, now: float) -> Iterator[tuple[Entry, Overloaded]]:
-        """Those who have waited as long as their class allows, with why, while the policy finds waiting of no use."""
+    def give_up(self, now: float, drain_s: float) -> Iterator[tuple[Entry, Overloaded]]:
+        """Those who have waited as long as their class allows, with why, while the policy finds waiting of no use.
+
+        Args:
+            drain_s: predicted seconds until what there is has been served.
+        """
         due, impatient = self._ledger.overdue(now)
         for entry in due:
             self.first_token(entry, False)
         for entry in impatient if self._policy.saturated(now) else ():
             waited_s = now - entry.placement.arrival_s
-            yield (
-                entry,
-                Overloaded(
-                    f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either"
-                ),
-            )
+            why = f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either"
+            yield entry, Overloaded(why, retry_after_s=drain_s)
 
     def place_held(self, now: float) -> Iterator[tuple[Entry, Decision]]:
         """Try to place the held requests, the first due first, until all others would be held too."""
