@@ -209,8 +209,8 @@ class Service:
     """What a worker knows of how it serves a request.
 
     Attributes:
-        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in; None where its
-            performance model was not trustworthy then.
+        predicted_ttft_s: from arrival to the first token, as predicted when the worker took it in; None where nothing
+            reliable could be said.
         unattainable: the device surely cannot meet the SLO even when it serves nothing else.
         strict: every token so far came in time by the strict contract.
     """

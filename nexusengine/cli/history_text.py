@@ -68,7 +68,7 @@ def _timeline(h: Mapping[str, Any]) -> Iterator[str]:
 
 def _expected(predicted_ttft_ms: float | None) -> str:
     if predicted_ttft_ms is None:
-        return "nothing is predicted of its first token: the worker knows too little of such steps yet"
+        return "nothing is predicted of its first token: too little is known of such steps, or it waits for others"
     return f"its first token is expected after {_ms(predicted_ttft_ms)}"
 
 

@@ -81,7 +81,8 @@ def predict(
         now: timestamp, seconds.
 
     Returns:
-        `[N]`; None where the performance model is not trustworthy yet.
+        `[N]`; None where the performance model is not trustworthy yet, and of those whom the policy has relegated or
+        deferred: when they are served is up to those who are yet to come.
     """
     view, c, model = scheduler.view(), scheduler.columns, scheduler.model
     counts = np.zeros(scheduler.slots, np.int32)
@@ -95,18 +96,20 @@ def predict(
     if len(scheduled.slots):
         rest_s += scheduled.plan.predicted_s
         steps.append(StepFeatures.of(scheduled.counts, c.computed_tokens[scheduled.slots]))
-    in_s, later = np.full(scheduler.slots, rest_s), np.zeros(scheduler.slots, np.bool_)
+    in_s = np.full(scheduler.slots, rest_s)
+    later, unknown = np.zeros(scheduler.slots, np.bool_), np.zeros(scheduler.slots, np.bool_)
     trust_now = trust_later = is_trustworthy(model, steps)
     if len(pending):
         speed, later[pending] = _speed(scheduler, decodes, pending), True
         prompts = Prompts(_due_s(scheduled, c, pending), left, done)
         last = c.relegated[pending] | (scheduled.plan.reasons[pending] == Reason.DEFERRED)
         in_s[pending] = first_tokens_in_s(prompts, last, speed, scheduler.policy.traits, rest_s, now)
+        unknown[pending[last]] = True
         largest = int(min(speed.chunk_tokens, left.sum()))
         trust_later &= is_trustworthy(model, [StepFeatures(largest + len(decodes), 1 + len(decodes), 1)])
-    trusted = np.where(later, trust_later, trust_now)
-    rows = zip(in_s[asked].tolist(), trusted[asked].tolist(), strict=True)
-    return [seconds if told else None for seconds, told in rows]
+    told = np.where(later, trust_later, trust_now)
+    rows = zip(in_s[asked].tolist(), (told & ~unknown)[asked].tolist(), strict=True)
+    return [seconds if is_told else None for seconds, is_told in rows]
 
 
 def _speed(scheduler: Scheduler[RequestState], decodes: I4, pending: I4) -> Speed:

@@ -23,7 +23,7 @@ class RequestState(SchedulerRequest):
         pending: tokens that steps in flight sample; they are not in `tokens` yet.
         serial: its number in the history.
         foreseen_ttft_s: from its arrival to its first token, as predicted when the first step after it was planned;
-            None where the performance model was not trustworthy. predicted_ttft_s: the same, as it is told.
+            None where nothing reliable could be said. predicted_ttft_s: the same, as it is told.
         unattainable: the device surely cannot meet its SLO, as judged when it arrived.
     """
 

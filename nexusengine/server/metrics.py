@@ -93,7 +93,7 @@ SERVER_METRICS = (
     ServerMetric(
         "ttft_unpredicted_requests",
         "counter",
-        "Generations of whose first token nothing was predicted: the worker's performance model was not trustworthy",
+        "Generations of whose first token nothing was predicted, because nothing reliable could be said",
         ("worker",),
     ),
 )

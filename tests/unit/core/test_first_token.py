@@ -97,3 +97,15 @@ def test_the_time_spent_before_the_first_plan_counts() -> None:
     core.add(request("a", list(range(8)), 2, arrival_s=clock.now() - 3.0))
     (service,) = (d.service for d in core.step() if d.service is not None)
     assert service.predicted_ttft_s == pytest.approx(3.1, rel=0.05)
+
+
+def test_nothing_is_told_of_those_whom_the_policy_puts_behind_all_others() -> None:
+    core = TimedCore(slow_cpu(0.0), "lens")
+    for _ in range(2):
+        for load in loads(True):
+            core.serve(load)
+    served = core.serve([Arrival(0.001 * i, 500, slo=SLO(9.0, 0.5)) for i in range(8)])
+    late = [s for s in served if s.timings.ttft_s is not None and s.timings.ttft_s > 9.0]
+    assert late, "eight such prompts take more than 9 s"
+    assert errors(served).max(initial=0.0) < 0.5
+    assert any(s.service.predicted_ttft_s is None for s in late)
