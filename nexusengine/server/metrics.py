@@ -166,6 +166,15 @@ WORKER_METRICS = (
         "worker_slow_steps", "counter", "Steps that took more than 1.6 times what was predicted", _total("slow_steps")
     ),
     WorkerMetric(
+        "worker_answer_lengths", "counter", "Answers that ended of which a length was expected", _total("lengths_told")
+    ),
+    WorkerMetric(
+        "worker_answers_within_length",
+        "counter",
+        "Of those, answers no longer than nine of ten were expected to be",
+        _total("lengths_within"),
+    ),
+    WorkerMetric(
         "worker_performance_epoch",
         "gauge",
         "How often the performance model found that the device had changed",
