@@ -120,7 +120,7 @@ class Fill:
             return count
         if count < wanted:
             self.open = False
-        return count if count >= MIN_CHUNK_TOKENS else 0
+        return count if count >= MIN_CHUNK_TOKENS or self.limit_s == _INF else 0
 
 
 def largest_chunk(model: Predictor, limit_s: float, base: StepFeatures, context: int, most: int) -> int:

@@ -135,7 +135,8 @@ class Lens:
         return deadlines, arrived
 
     def _take_decodes(self, view: EngineView, deadlines: Deadlines, now: float) -> Step:
-        step = Step(view, int(self.options.budget) or None, headroom=_HEADROOM_BLOCKS)
+        headroom = _HEADROOM_BLOCKS if self._cap_prompts_s < _INF else 1  # where nobody has an SLO, as fcfs
+        step = Step(view, int(self.options.budget) or None, headroom)
         step.take_decodes(victims(view, deadlines, now))
         return step
 
