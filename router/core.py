@@ -8,16 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from nexusengine.errors import (
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    NexusError,
-    Overloaded,
-    Unavailable,
-    WorkerLost,
-    error_from_code,
-)
+from nexusengine.errors import InternalError, NexusError, Overloaded, WorkerLost, error_from_code
 from nexusengine.router import checks
 from nexusengine.router.breaker import Answer, classify
 from nexusengine.router.clients import Clients
@@ -26,6 +17,7 @@ from nexusengine.router.outbox import Outbox, Outgoing
 from nexusengine.router.placement.policy import Decision, Place, PlacementPolicy, Refuse
 from nexusengine.router.placer import BlockHashes, Placer
 from nexusengine.router.prefix import PrefixIndex
+from nexusengine.router.refusals import past_deadline, refusal_on_arrival, waited_too_long
 from nexusengine.router.stats import FinishRate, RouterStats
 from nexusengine.router.workers import Worker, WorkerTable
 from nexusengine.types import EngineRequest, TokenDelta
@@ -146,24 +138,13 @@ class RouterCore:
 
     def _submit(self, client: bytes, request: EngineRequest, now: float) -> None:
         self.stats.requests += 1
-        refusal = self._refusal(request)
+        refusal = refusal_on_arrival(
+            request, self.ledger, self._finish_rate, draining=self.draining, max_held=self.max_held
+        )
         if refusal is not None:
             self._outbox.deltas({client: [TokenDelta.failed(request.request_id, refusal)]})
         else:
             self._place(self.ledger.add(request, client), now)
-
-    def _refusal(self, request: EngineRequest) -> NexusError | None:
-        """Why a request is not taken; None if it is."""
-        held = self.ledger.held
-        if (problem := checks.problem_of_request(request)) is not None:
-            return InvalidRequest(f"the request cannot be served: {problem}")
-        if request.request_id in self.ledger:
-            return InvalidRequest(f"a request with id {request.request_id!r} is being served")
-        if self.draining:
-            return Unavailable("the server is shutting down", retry_after_s=5.0)
-        if held >= self.max_held:
-            return Overloaded(f"{held} requests are held already", retry_after_s=self._finish_rate.drain_s(held))
-        return None
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -349,8 +330,7 @@ class RouterCore:
             self._move_from_stalled(identity, now)
         for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
             self._cancel(entry, now)
-            limit_s = entry.placement.deadline_s - entry.placement.arrival_s
-            self._fail(entry, DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival"))
+            self._fail(entry, past_deadline(entry))
         self._give_up_late(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
@@ -368,13 +348,8 @@ class RouterCore:
             return
         for entry in impatient:
             self.stats.refused_late += 1
-            waited_s = now - entry.placement.arrival_s
-            error = Overloaded(
-                f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either",
-                retry_after_s=self._finish_rate.drain_s(len(self.ledger)),
-            )
             self._cancel(entry, now)
-            self._fail(entry, error)
+            self._fail(entry, waited_too_long(entry, self._finish_rate.drain_s(len(self.ledger)), now))
 
     # ---- placement -----------------------------------------------------------------------------------------------
 
