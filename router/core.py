@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from nexusengine.errors import (
-    InternalError,
-    InvalidRequest,
-    NexusError,
-    Overloaded,
-    Unavailable,
-    error_from_code,
-)
+from nexusengine.errors import InternalError, NexusError, Overloaded, WorkerLost, error_from_code
 from nexusengine.router import checks
 from nexusengine.router.breaker import Answer, classify
 from nexusengine.router.clients import Clients
@@ -24,6 +17,7 @@ from nexusengine.router.outbox import Outbox, Outgoing
 from nexusengine.router.placement.policy import Decision, Place, PlacementPolicy, Refuse
 from nexusengine.router.placer import BlockHashes, Placer
 from nexusengine.router.prefix import PrefixIndex
+from nexusengine.router.refusals import past_deadline, refusal_on_arrival, waited_too_long
 from nexusengine.router.stats import FinishRate, RouterStats
 from nexusengine.router.workers import Worker, WorkerTable
 from nexusengine.types import EngineRequest, TokenDelta
@@ -144,25 +138,13 @@ class RouterCore:
 
     def _submit(self, client: bytes, request: EngineRequest, now: float) -> None:
         self.stats.requests += 1
-        refusal = self._refusal(request)
+        refusal = refusal_on_arrival(
+            request, self.ledger, self._finish_rate, draining=self.draining, max_held=self.max_held
+        )
         if refusal is not None:
             self._outbox.deltas({client: [TokenDelta.failed(request.request_id, refusal)]})
         else:
-            entry = self.ledger.add(request, client)
-            self._carry_out(entry, self._placer.place(entry, now))
-
-    def _refusal(self, request: EngineRequest) -> NexusError | None:
-        """Why a request is not taken; None if it is."""
-        held = self.ledger.held
-        if (problem := checks.problem_of_request(request)) is not None:
-            return InvalidRequest(f"the request cannot be served: {problem}")
-        if request.request_id in self.ledger:
-            return InvalidRequest(f"a request with id {request.request_id!r} is being served")
-        if self.draining:
-            return Unavailable("the server is shutting down", retry_after_s=5.0)
-        if held >= self.max_held:
-            return Overloaded(f"{held} requests are held already", retry_after_s=self._finish_rate.drain_s(held))
-        return None
+            self._place(self.ledger.add(request, client), now)
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -257,7 +239,8 @@ class RouterCore:
             if entry.stage is Stage.DISPATCHED and entry.attempts < MAX_ATTEMPTS:
                 self._redispatch(entry, now)
             else:
-                self._fail(entry, entry.lost(cause))
+                when = "while its answer was streamed" if entry.stage is Stage.STREAMING else "twice"
+                self._fail(entry, WorkerLost(f"the worker was lost {when}" + (f": {cause}" if cause else "")))
 
     def _move_from_stalled(self, identity: bytes, now: float) -> None:
         """Move what nobody has seen a token of from a worker that makes no progress, if another accepts requests."""
@@ -271,7 +254,7 @@ class RouterCore:
     def _redispatch(self, entry: Entry, now: float) -> None:
         self.stats.redispatches += 1
         self.ledger.hold(entry)
-        self._carry_out(entry, self._placer.place(entry, now))
+        self._place(entry, now)
 
     def _forward(self, worker: Worker, identity: bytes, message: WorkerDeltas, now: float) -> None:
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
@@ -341,26 +324,35 @@ class RouterCore:
             self._move_from_stalled(identity, now)
         for entry in self.ledger.expired(now - DEADLINE_GRACE_S):
             self._cancel(entry, now)
-            self._fail(entry, entry.expired())
+            self._fail(entry, past_deadline(entry))
         self._give_up_late(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
-        self._place_held(now)
+        if self.ledger.held:
+            self._place_held(now)
         self._finish_rate.update(now)
         self._push_cluster()
 
     def _give_up_late(self, now: float) -> None:
         """Refuse those who wait beyond what their class allows, while waiting is of no use."""
-        for entry, error in self._placer.give_up(now, self._finish_rate.drain_s(len(self.ledger))):
+        due, impatient = self.ledger.overdue(now)
+        for entry in due:
+            self._placer.first_token(entry, False)
+        if not self._placer.saturated(now):
+            return
+        for entry in impatient:
             self.stats.refused_late += 1
             self._cancel(entry, now)
-            self._fail(entry, error)
+            self._fail(entry, waited_too_long(entry, self._finish_rate.drain_s(len(self.ledger)), now))
 
     # ---- placement -----------------------------------------------------------------------------------------------
 
     def _place_held(self, now: float) -> None:
         for entry, decision in self._placer.place_held(now):
             self._carry_out(entry, decision)
+
+    def _place(self, entry: Entry, now: float) -> None:
+        self._carry_out(entry, self._placer.place(entry, now))
 
     def _carry_out(self, entry: Entry, decision: Decision) -> None:
         if isinstance(decision, Refuse):

@@ -7,7 +7,6 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nexusengine.errors import DeadlineExceeded, WorkerLost
 from nexusengine.router.placement.policy import PlacementRequest
 from nexusengine.types import EngineRequest
 
@@ -63,16 +62,6 @@ class Entry:
     def tokens(self) -> int:
         """Prompt and output tokens at most."""
         return self.placement.prompt_tokens + self.placement.max_tokens
-
-    def lost(self, cause: str | None) -> WorkerLost:
-        """Why it fails whose worker process is gone, and who cannot be served by another."""
-        when = "while its answer was streamed" if self.stage is Stage.STREAMING else "twice"
-        return WorkerLost(f"the worker was lost {when}" + (f": {cause}" if cause else ""))
-
-    def expired(self) -> DeadlineExceeded:
-        """Why it fails at its deadline."""
-        limit_s = self.placement.deadline_s - self.placement.arrival_s
-        return DeadlineExceeded(f"not finished within {limit_s:.1f} s of its arrival")
 
     @property
     def left_pairs(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from nexusengine.errors import Overloaded
 from nexusengine.kv.digest import short_hashes
 from nexusengine.router.ledger import Entry, Ledger
 from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementPolicy, PlacementRequest
@@ -76,19 +75,9 @@ class Placer:
             entry.late = False
             self._policy.observe(in_time)
 
-    def give_up(self, now: float, drain_s: float) -> Iterator[tuple[Entry, Overloaded]]:
-        """Those who have waited as long as their class allows, with why, while the policy finds waiting of no use.
-
-        Args:
-            drain_s: predicted seconds until what there is has been served.
-        """
-        due, impatient = self._ledger.overdue(now)
-        for entry in due:
-            self.first_token(entry, False)
-        for entry in impatient if self._policy.saturated(now) else ():
-            waited_s = now - entry.placement.arrival_s
-            why = f"no token after {waited_s:.1f} s, and others that waited as long were not served in time either"
-            yield entry, Overloaded(why, retry_after_s=drain_s)
+    def saturated(self, now: float) -> bool:
+        """Whether the policy finds that what is late is not worth waiting for."""
+        return self._policy.saturated(now)
 
     def place_held(self, now: float) -> Iterator[tuple[Entry, Decision]]:
         """Try to place the held requests, the first due first, until all others would be held too."""

@@ -28,6 +28,8 @@ _TPOT_FROM, _KV_FROM = 0.9, 0.95
 _MIN_S = 1e-3
 _SAME, _SAVED = 1.05, 0.01
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_LOOKED_AT = 8
+"""Workers on whose queue it is tried whether a request can displace a longer one."""
 _INF = float("inf")
 
 
@@ -149,7 +151,8 @@ class Prism:
         One that is shorter than another that is made late is always taken in: as many are in time, with less work.
         """
         m, least_s, displacing = self._matrix, _INF, np.zeros(len(workers), np.bool_)
-        for i in np.flatnonzero(eligible).tolist():
+        soonest = np.where(eligible, costs.first_token_s, _INF).argsort(kind="stable")[:_LOOKED_AT]
+        for i in soonest[eligible[soonest]].tolist():
             if (row := m.forecasts[i]) is not None:
                 displacing[i] = displaces(row, request, float(costs.service_s[i]), now)
                 least_s = min(least_s, late_wait_s(row, float(costs.service_s[i])))
