@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from nexusengine.errors import NexusError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_PENDING_IN_REPORT = 64
 MAX_DIGEST_BYTES = 32 * 2**10

@@ -120,20 +120,6 @@ class PrefillRate:
         )
         return work_s
 
-    def time_for(self, work_s: F8) -> F8:
-        """When `work_s [N]` of prompts' work is done, from now, if it is coalesced; it must not fall.
-
-        What ends within a step has to wait for that step's end, which is early where all the work fits.
-        """
-        if not len(work_s):
-            return work_s
-        first_s = self.first_s
-        if not self.coalesces:
-            first_s = min(first_s, self.decode_s + self.extra_s + float(work_s[-1]))
-        rest_s = np.maximum(work_s - self.first_prompts_s, 0.0)
-        time_s: F8 = first_s + rest_s * self.slowdown
-        return time_s
-
 
 def mixing_cost_s(model: Predictor, base: StepFeatures, decode_s: float) -> float:
     small = StepFeatures(base.tokens + _SMALL_CHUNK, base.sequences + 1, 1, 0.0, base.decode_kv_tokens)

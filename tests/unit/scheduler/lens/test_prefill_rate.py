@@ -62,12 +62,6 @@ def test_prompts_have_a_little_time_however_dear_mixed_steps_are(extra_s: float)
     assert 1 < p.slowdown <= p.eager_slowdown
 
 
-def test_work_until_and_time_for_are_inverses_behind_the_first_step() -> None:
-    p = rate(0.05)
-    work_s = np.array([0.08, 0.2, 1.0])
-    assert p.work_until(p.time_for(work_s)) == pytest.approx(work_s)
-
-
 def test_work_until_a_near_deadline_is_that_of_a_step_right_now() -> None:
     p = rate(0.05)
     assert p.work_until(np.array([0.04, 0.05, 0.06])) == pytest.approx([0.01, 0.02, 0.02 + 0.01 / 2.5])
@@ -78,10 +72,3 @@ def test_whole_steps_leave_no_work_for_those_who_are_due_before_a_step_ends() ->
     slack_s = np.array([0.04, 0.05, 0.06, 1.0])
     assert p.work_in_whole_steps(slack_s) == pytest.approx([0.0, 0.02, 0.02 + 0.01 / 2.5, 0.02 + 0.95 / 2.5])
     assert (p.work_in_whole_steps(slack_s) <= p.work_until(slack_s)).all()
-
-
-def test_where_all_the_work_fits_first_tokens_come_at_the_end_of_a_step_that_is_no_longer_than_it() -> None:
-    p = rate(0.05, coalescing=0)
-    assert p.time_for(np.array([0.002, 0.005])) == pytest.approx([0.035, 0.035])
-    assert p.time_for(np.array([0.002, 0.02, 0.03])) == pytest.approx([0.05, 0.05, 0.05 + 0.01 * 2.5])
-    assert p.time_for(np.zeros(0)).tolist() == []
