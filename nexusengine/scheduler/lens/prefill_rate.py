@@ -22,6 +22,7 @@ _PROBE_CONTEXT = 1024
 _PROBE_PAIRS = 1e6
 _LEAST_SHARE = 0.05  # of a step that is reckoned to be left for prompts, however many decodes there are
 _LEAST_GAIN_S = 0.002  # of one decode-only step, below which coalescing is not worth a step
+_LEAST_OF_STEP = 0.7  # after which a step may end in an overload for the sake of who is due then
 _SLACK = 0.02  # share of every limit that is kept
 
 
@@ -108,8 +109,9 @@ class PrefillRate:
         return self._work_until(slack_s, np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s))
 
     def work_in_whole_steps(self, slack_s: F8) -> F8:
-        """The same if no step is ended early for those who are due soon, which costs throughput."""
-        return self._work_until(slack_s, np.where(slack_s >= self.step_s, self.prompts_s, 0.0))
+        """The same if no step is ended very early for those who are due soon, which costs throughput."""
+        first_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
+        return self._work_until(slack_s, np.where(slack_s >= _LEAST_OF_STEP * self.step_s, first_s, 0.0))
 
     def _work_until(self, slack_s: F8, first_s: F8) -> F8:
         """first_s: `[N]`, work of the first step, if it is not coalesced."""

@@ -67,8 +67,8 @@ def test_work_until_a_near_deadline_is_that_of_a_step_right_now() -> None:
     assert p.work_until(np.array([0.04, 0.05, 0.06])) == pytest.approx([0.01, 0.02, 0.02 + 0.01 / 2.5])
 
 
-def test_whole_steps_leave_no_work_for_those_who_are_due_before_a_step_ends() -> None:
+def test_whole_steps_leave_no_work_for_those_who_are_due_long_before_a_step_ends() -> None:
     p = rate(0.05, coalescing=0)
-    slack_s = np.array([0.04, 0.05, 0.06, 1.0])
-    assert p.work_in_whole_steps(slack_s) == pytest.approx([0.0, 0.02, 0.02 + 0.01 / 2.5, 0.02 + 0.95 / 2.5])
+    slack_s = np.array([0.034, 0.04, 0.05, 0.06, 1.0])
+    assert p.work_in_whole_steps(slack_s) == pytest.approx([0.0, 0.01, 0.02, 0.02 + 0.01 / 2.5, 0.02 + 0.95 / 2.5])
     assert (p.work_in_whole_steps(slack_s) <= p.work_until(slack_s)).all()
