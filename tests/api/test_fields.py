@@ -254,7 +254,6 @@ def test_a_field_with_a_value_that_changes_nothing_passes(server: Running, path:
 
 
 HARMLESS: dict[str, Any] = {
-    "user": "me",
     "prediction": {"type": "content", "content": "x"},  # makes a reply quicker, not another
     "metadata": {"a": "b"},
     "store": True,
