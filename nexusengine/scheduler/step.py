@@ -48,7 +48,7 @@ class Step:
         self.prompts: list[int] = []
         self.preempted: list[int] = []
         self.reasons = np.zeros(len(c.known_tokens), np.int8)
-        self._reserved = 0  # blocks that prompts which have begun will still take
+        self._reserved = 0  # blocks that partially prefilled prompts will still take
         if len(self.decodes) < len(running):
             prompts = running[~decodes]
             self.prompts = prompts.tolist()

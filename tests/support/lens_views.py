@@ -74,7 +74,7 @@ class Bench:
         self.running.append(slot)
         return slot
 
-    def begun(
+    def partial(
         self, prompt: int, computed: int, *, arrival_s: float = 0.0, ttft_s: float = 10.0, tpot_s: float = 0.05
     ) -> int:
         """A prompt of which `computed` tokens are in the KV cache."""

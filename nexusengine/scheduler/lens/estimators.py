@@ -9,7 +9,7 @@ import numpy as np
 from nexusengine.arrays import F8, I4
 
 _MEMORY_ANSWERS = 200.0
-_LEAST_BEGUN = 10.0  # below so many remembered answers the share is anyone's guess
+_LEAST_ANSWERS = 10.0  # below so many remembered answers the share is anyone's guess
 _ALMOST_ALL = 0.94
 _MEMORY_S = 2.0
 _LEAST_ENDED = 8.0  # below so many remembered ends the rate is anyone's guess
@@ -24,7 +24,7 @@ class OutputLengthFloor:
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._begun = self._reached = 0.0  # remembered with an exponential memory
+        self._seen = self._reached = 0.0  # remembered with an exponential memory
         self._generated: I4 = np.zeros(0, np.int32)  # `[slots]`, when each was seen last
 
     def observe(self, slots: I4, generated: I4, all_slots: int) -> None:
@@ -40,18 +40,18 @@ class OutputLengthFloor:
             self._generated = np.zeros(all_slots, np.int32)
         before = self._generated[slots]
         new = (before == 0) | (generated < before)
-        begun = int(np.count_nonzero(new))
-        if begun:
-            keep = math.exp(-begun / _MEMORY_ANSWERS)
-            self._begun, self._reached = keep * self._begun + begun, keep * self._reached
+        new_answers = int(np.count_nonzero(new))
+        if new_answers:
+            keep = math.exp(-new_answers / _MEMORY_ANSWERS)
+            self._seen, self._reached = keep * self._seen + new_answers, keep * self._reached
         grown = (generated >= self._tokens) & (new | (before < self._tokens))
         self._reached += int(np.count_nonzero(grown))
         self._generated[slots] = generated
 
     def floor_tokens(self) -> int:
         """What almost every answer reaches: `tokens`, or 0 as long as that is not known or not so."""
-        known = self._begun >= _LEAST_BEGUN
-        return self._tokens if known and self._reached >= _ALMOST_ALL * self._begun else 0
+        known = self._seen >= _LEAST_ANSWERS
+        return self._tokens if known and self._reached >= _ALMOST_ALL * self._seen else 0
 
 
 class SlotReleaseRate:

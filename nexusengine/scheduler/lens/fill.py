@@ -167,15 +167,15 @@ def force(step: Step, order: list[int]) -> None:
 
     The first that can run gets a small chunk, and the last give way until one can.
     """
-    begun = set(step.prompts)
+    partial = set(step.prompts)
     for slot in order:
-        if slot in begun:
+        if slot in partial:
             step.extend(slot, MIN_CHUNK_TOKENS)
         elif not step.preempted and step.admissible(slot) is _NONE:
             step.admit(slot, MIN_CHUNK_TOKENS)
         if not step.empty:
             return
-    last_first = [slot for slot in reversed(order) if slot in begun]
+    last_first = [slot for slot in reversed(order) if slot in partial]
     while step.empty and len(step.prompts) > 1:
         step.preempt(last_first.pop(0))
         step.extend(last_first[-1], MIN_CHUNK_TOKENS)

@@ -221,11 +221,11 @@ class Lens:
             waiting, relegated = _without_relegated(view, waiting)
         slots = waiting[:lookahead]
         if step.prompts:
-            begun = np.array(step.prompts, np.int32)
+            partial = np.array(step.prompts, np.int32)
             if by_deadline:
-                begun, also_relegated = _without_relegated(view, begun)
+                partial, also_relegated = _without_relegated(view, partial)
                 relegated = np.concatenate([also_relegated, relegated])
-            slots = np.concatenate([begun, slots])
+            slots = np.concatenate([partial, slots])
         due_s = self._deadlines.prefill_due_s[slots]
         if by_deadline:
             order = in_order(due_s, self._deadlines.tpot_s[slots], precedence(view, slots, due_s))
@@ -299,7 +299,7 @@ class Lens:
     def _serve(self, fill: Fill, prompts: Prompts, may_start: bool, end_by_s: F8 | None = None) -> None:
         """end_by_s: in how many seconds a step must end in which each prompt of those on time ends."""
         step, tpot_s, over_share = fill.step, self._deadlines.tpot_s, fill.step.view.over_share
-        begun = set(step.prompts)
+        partial = set(step.prompts)
         rows = zip(prompts.slots.tolist(), prompts.context.tolist(), prompts.left.tolist(), strict=True)
         for n, (slot, cached, left) in enumerate(rows):
             if not fill.open:
@@ -308,7 +308,7 @@ class Lens:
                 continue
             before, reason = step.taken, _NONE
             spare = over_share is not None and bool(over_share[slot])
-            if slot in begun:
+            if slot in partial:
                 fill.resume(slot, cached, left)
             elif may_start:
                 reason = fill.start(slot, cached, left, float(tpot_s[slot]), spare=spare)

@@ -34,7 +34,7 @@ def to_preempt_for(step: Step, view: EngineView, preempted_s: F8, now: float) ->
     The newest partially prefilled one that computes nothing in this step, and was not preempted within 10 s.
     """
     c = view.columns
-    begun = np.array(step.prompts, np.int32)
-    free = (step.reasons[begun] == Reason.RELEGATED) & (c.generated_tokens[begun] == 0)
-    candidates = begun[free & (preempted_s[begun] < now - _PAUSE_S)]
+    partial = np.array(step.prompts, np.int32)
+    free = (step.reasons[partial] == Reason.RELEGATED) & (c.generated_tokens[partial] == 0)
+    candidates = partial[free & (preempted_s[partial] < now - _PAUSE_S)]
     return int(candidates[c.arrival_s[candidates].argmax()]) if len(candidates) else None

@@ -102,7 +102,7 @@ class RelegationQueue:
         """
         c, step = view.columns, fill.step
         spare_slots, spare_blocks = int(SPARE * view.max_running), int(SPARE * view.total_blocks)
-        begun = set(step.prompts)
+        partial = set(step.prompts)
         may_start = may_start and step.free_running_slots > spare_slots and step.free_blocks > spare_blocks
         if not may_start:
             relegated = relegated[c.blocks[relegated] > 0]
@@ -111,7 +111,7 @@ class RelegationQueue:
                 return
             if step.reasons[slot] != _RELEGATED:
                 continue
-            if slot in begun:
+            if slot in partial:
                 if fill.resume(slot, *_rest(view, slot)):
                     step.reasons[slot] = _BACKFILL
             elif step.free_running_slots > spare_slots and step.free_blocks > spare_blocks:

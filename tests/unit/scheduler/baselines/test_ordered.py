@@ -44,7 +44,7 @@ def test_prefill_first_cuts_only_a_prompt_that_no_step_can_hold() -> None:
     bench.wait(100)
     assert computed(plan(PrefillFirst(budget=1000), bench.view())) == {long: 1000}
     rest = Bench()
-    partial, behind = rest.begun(2500, 2000), rest.wait(100)
+    partial, behind = rest.partial(2500, 2000), rest.wait(100)
     assert computed(plan(PrefillFirst(budget=1000), rest.view())) == {partial: 500, behind: 100}
 
 
@@ -57,7 +57,7 @@ def test_prefill_first_decodes_when_no_prompt_can_start() -> None:
 
 def test_edf_serves_the_earliest_deadline_first_also_among_prompts_that_have_begun() -> None:
     bench = Bench()
-    partial = bench.begun(300, 100, ttft_s=9.0)
+    partial = bench.partial(300, 100, ttft_s=9.0)
     late, soon = bench.wait(300, ttft_s=5.0), bench.wait(300, ttft_s=1.0)
     assert computed(plan(EDF(budget=500), bench.view())) == {soon: 300, late: 200}
     assert partial not in computed(plan(EDF(budget=600), bench.view()))
@@ -65,7 +65,7 @@ def test_edf_serves_the_earliest_deadline_first_also_among_prompts_that_have_beg
 
 def test_srpt_serves_the_shortest_rest_first_and_relegates_whom_it_cannot_save() -> None:
     bench = Bench()
-    partial = bench.begun(1000, 900)
+    partial = bench.partial(1000, 900)
     long, short, lost = bench.wait(800), bench.wait(150), bench.wait(10, ttft_s=0.5)
     p = plan(SRPT(budget=500), bench.view(), now=1.0)
     assert computed(p) == {partial: 100, short: 150, long: 250}

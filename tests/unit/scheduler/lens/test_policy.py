@@ -65,10 +65,10 @@ def test_prompts_are_served_by_deadline() -> None:
     bench.decode(first_s=1.0, generated=2)
     late = bench.wait(1500, ttft_s=9.0)
     soon = bench.wait(1500, ttft_s=3.0)
-    begun = bench.begun(2000, 500, ttft_s=5.0)
+    partial = bench.partial(2000, 500, ttft_s=5.0)
     p = plan(bench.view(), now=1.05)
     assert computed(p)[soon] == 1500
-    assert begun in computed(p)
+    assert partial in computed(p)
     assert late not in computed(p)
     assert p.reasons[late] == Reason.WAIT_TIME
 
@@ -246,7 +246,7 @@ def test_requests_without_a_promise_wait_behind_deadlines_and_are_served() -> No
 def test_requests_without_a_promise_are_served_as_they_came_and_never_late_whatever_they_wait_for() -> None:
     bench = Bench(slots=22)  # two seats, twenty places in the queue
     bench.decode(first_s=0.9, generated=2, ttft_s=NAN, tpot_s=NAN)
-    first = bench.begun(200_000, 100, ttft_s=NAN, tpot_s=NAN)
+    first = bench.partial(200_000, 100, ttft_s=NAN, tpot_s=NAN)
     for i in range(20):
         bench.wait(5000 - i, arrival_s=0.01 * i, ttft_s=NAN, tpot_s=NAN)
     view = bench.view(seats=2)
@@ -277,7 +277,7 @@ def test_one_without_a_promise_gets_its_share_although_deadlines_keep_coming() -
     policy = Lens(share=0.1)
     bench = Bench()
     bench.decode(first_s=29.9, generated=2, arrival_s=29.0)
-    old = bench.begun(3000, 500, ttft_s=NAN, tpot_s=NAN)
+    old = bench.partial(3000, 500, ttft_s=NAN, tpot_s=NAN)
     bench.wait(100_000, arrival_s=29.0, ttft_s=100.0)
     view = bench.view()
 

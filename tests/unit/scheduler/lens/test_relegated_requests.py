@@ -14,7 +14,7 @@ def test_the_oldest_relegated_gets_its_share_although_others_fill_the_step() -> 
     policy = Lens(share=0.1)
     bench = Bench()
     bench.decode(first_s=29.9, generated=2, arrival_s=29.0)
-    old = bench.begun(3000, 500, ttft_s=1.0)
+    old = bench.partial(3000, 500, ttft_s=1.0)
     bench.c.relegated[old] = True
     bench.wait(100_000, arrival_s=29.0, ttft_s=100.0)
     view = bench.view()
@@ -47,8 +47,8 @@ def test_who_has_waited_for_long_is_refused_unless_it_computes() -> None:
     bench = Bench()
     bench.decode(first_s=99.0, generated=2, arrival_s=98.0)
     hopeless = bench.wait(5000, ttft_s=2.0, relegated=True)
-    begun = bench.begun(5000, 100, ttft_s=2.0)
-    bench.c.relegated[begun] = True
+    partial = bench.partial(5000, 100, ttft_s=2.0)
+    bench.c.relegated[partial] = True
     view = bench.view(seats=2)
     assert plan(view, now=62.6).refuse == ()
     p = plan(view, now=62.8)
@@ -78,7 +78,7 @@ def test_the_newest_relegated_are_refused_before_the_queue_is_full_of_them() -> 
 
 def test_a_relegated_prompt_gives_its_kv_to_one_that_can_be_in_time() -> None:
     bench = Bench()
-    relegated = bench.begun(3000, 1000, ttft_s=0.5)
+    relegated = bench.partial(3000, 1000, ttft_s=0.5)
     bench.c.relegated[relegated] = True
     fine = bench.wait(800, arrival_s=1.0)
     p = plan(bench.view(free=20), now=1.0)
@@ -88,7 +88,7 @@ def test_a_relegated_prompt_gives_its_kv_to_one_that_can_be_in_time() -> None:
 
 def test_kv_is_not_taken_back_twice_within_a_while() -> None:
     policy, bench = Lens(), Bench()
-    relegated = bench.begun(3000, 1000, ttft_s=0.5)
+    relegated = bench.partial(3000, 1000, ttft_s=0.5)
     bench.c.relegated[relegated] = True
     bench.decode(first_s=0.9, generated=2)
     bench.wait(800, arrival_s=1.0)
@@ -99,8 +99,8 @@ def test_kv_is_not_taken_back_twice_within_a_while() -> None:
 
 def test_prompts_that_block_each_other_give_way_until_the_first_can_go_on() -> None:
     bench = Bench()
-    first = bench.begun(200, 64)
-    last = bench.begun(200, 64, arrival_s=1.0, ttft_s=20.0)
+    first = bench.partial(200, 64)
+    last = bench.partial(200, 64, arrival_s=1.0, ttft_s=20.0)
     p = plan(bench.view(free=0), now=1.5)
     assert p.preempt == (last,)
     assert first in computed(p)

@@ -93,7 +93,7 @@ def test_a_request_that_is_behind_but_can_make_it_good_is_not_lost() -> None:
 
 def test_a_last_prompt_token_has_no_pace_to_keep() -> None:
     bench = Bench()
-    bench.begun(100, 99)
+    bench.partial(100, 99)
     limit = limit_of(bench, now=1.0)
     assert (limit.slot, limit.limit_s, limit.tightest_tpot_s) == (-1, CAP_S, float("inf"))
 
