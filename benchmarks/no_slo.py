@@ -22,6 +22,7 @@ import numpy as np
 from nexusengine.profiles.base import DeviceProfile
 from nexusengine.profiles.registry import load_profile
 from nexusengine.scheduler.registry import make_policy
+from nexusengine.sim.alone import serve_alone
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job
 from nexusengine.sim.models import make_sim_model
@@ -58,20 +59,7 @@ def serve(profile: DeviceProfile, policy: str, jobs: Sequence[Job], seed: int, k
         max_model_len=16_384,
         rng=np.random.default_rng(seed),
     )
-    until_s, pending = None, list(reversed(jobs))
-    while pending or engine.has_work:
-        next_s = pending[-1].request.arrival_s if pending else float("inf")
-        if until_s is not None and until_s < next_s:
-            now = until_s
-            engine.advance(now)
-            until_s = engine.begin(now)
-            continue
-        engine.advance(next_s)
-        engine.add(pending.pop(), next_s)
-        until_s = engine.interrupt()
-        if until_s is None:
-            until_s = engine.begin(next_s)
-    return engine
+    return serve_alone(engine, jobs)
 
 
 def figures(engine: SimEngine) -> dict[str, float]:

@@ -68,7 +68,7 @@ def _groups_of(slo_class: str | None, tenant: str | None) -> tuple[Hashable, ...
 
 
 class ExpectedLengths:
-    """Keeps the column `expected_tokens` of a scheduler: at arrival, and with an e2e bound while the answer grows.
+    """Says how long answers are expected to be, and keeps the column `expected_tokens` of those with an e2e bound.
 
     Args:
         columns: of the scheduler.
@@ -81,8 +81,8 @@ class ExpectedLengths:
     def arrived(self, request: SchedulerRequest) -> None:
         """Say what its length is expected to be; its row has been written."""
         request.expected_tokens = self._expected(request, 0, QUANTILE)
-        self._columns.expected_tokens[request.slot] = self._expected(request, 0, E2E_QUANTILE)
         if not math.isnan(self._columns.e2e_s[request.slot]):
+            self._columns.expected_tokens[request.slot] = self._expected(request, 0, E2E_QUANTILE)
             self._with_e2e[request.slot] = request
 
     def advanced(self, steps: int) -> None:

@@ -30,7 +30,8 @@ class RequestColumns:
         cached_free_blocks: of waiting requests: how many of those blocks are not in use by others, so come off the free
             list.
         ttft_s, tpot_s, e2e_s: SLO, NaN where there is none.
-        expected_tokens: length that the answer will hardly exceed (see scheduler.output_lengths), NaN while unknown.
+        expected_tokens: median length of answers like this one (see scheduler.output_lengths); NaN while unknown, and
+            without an e2e bound.
         tenant: number of who sent it (see scheduler.fairness).
         first_token_s, last_token_s: monotonic timestamps of the first and of the newest token, NaN before.
         priority: higher goes first within a class; 0 by default.

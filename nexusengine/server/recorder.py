@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from nexusengine import __version__
 from nexusengine.config import ServeConfig
+from nexusengine.obs.batches import next_batch
 from nexusengine.obs.logs import get_logger
 from nexusengine.recording import format as lines
 from nexusengine.recording.files import TraceFiles
@@ -166,17 +167,7 @@ class Recorder:
     def _run(self) -> None:
         going = True
         while going:
-            items: list[_Item] = []
-            until_s = time.monotonic() + _FLUSH_S
-            while len(items) < _BATCH:
-                try:
-                    item = self._queue.get(timeout=max(until_s - time.monotonic(), 0.0))
-                except queue.Empty:
-                    break
-                if item is None:
-                    going = False
-                    break
-                items.append(item)
+            items, going = next_batch(self._queue, _BATCH, _FLUSH_S)
             self._look_at_workers()
             if items:
                 self._write_requests(items)

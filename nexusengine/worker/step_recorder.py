@@ -10,12 +10,12 @@ import atexit
 import gzip
 import queue
 import threading
-import time
 from pathlib import Path
 
 from nexusengine.arrays import I4
 from nexusengine.errors import ConfigError
 from nexusengine.execute.batch import StepBatch
+from nexusengine.obs.batches import next_batch
 from nexusengine.obs.logs import get_logger
 from nexusengine.perf.step_log import LoggedStep, encode
 from nexusengine.wire import StepRecord
@@ -61,17 +61,8 @@ class StepRecorder:
     def _run(self) -> None:
         going = True
         while going:
-            lines: list[bytes] = []
-            until_s = time.monotonic() + _FLUSH_S
-            while len(lines) < _BATCH_STEPS:
-                try:
-                    item = self._queue.get(timeout=max(until_s - time.monotonic(), 0.0))
-                except queue.Empty:
-                    break
-                if item is None:
-                    going = False
-                    break
-                lines.append(encode(_logged(*item)))
+            steps, going = next_batch(self._queue, _BATCH_STEPS, _FLUSH_S)
+            lines = [encode(_logged(*step)) for step in steps]
             if lines:
                 going = self._append(gzip.compress(b"".join(lines), 6, mtime=0), len(lines)) and going
         self._file.close()

@@ -15,6 +15,7 @@ from nexusengine.scheduler.plan import Reason, SchedulerPolicy, StepPlan
 from nexusengine.scheduler.registry import POLICIES, make_policy
 from nexusengine.scheduler.validate import plan_problem
 from nexusengine.scheduler.view import EngineView
+from nexusengine.sim.alone import serve_alone
 from nexusengine.sim.engine import EngineSettings, SimEngine
 from nexusengine.sim.job import Job, make_job
 from nexusengine.types import SLO
@@ -108,21 +109,7 @@ def serve(watched: Watched, jobs: list[Job], *, blocks: int, seats: int, batch: 
         max_model_len=MAX_LEN,
         rng=np.random.default_rng(0),
     )
-    until_s, pending = None, list(reversed(jobs))
-    for _ in range(200_000):
-        if not pending and not engine.has_work:
-            break
-        next_s = pending[-1].request.arrival_s if pending else float("inf")
-        if until_s is not None and until_s < next_s:
-            engine.advance(until_s)
-            until_s = engine.begin(until_s)
-            continue
-        engine.advance(next_s)
-        engine.add(pending.pop(), next_s)
-        until_s = engine.interrupt()
-        if until_s is None:
-            until_s = engine.begin(next_s)
-    return engine
+    return serve_alone(engine, jobs, most_events=200_000)
 
 
 @pytest.mark.parametrize("spec", [*(name for name in POLICIES if name != "lens"), *LENS])
