@@ -1,6 +1,7 @@
 """LENS + PRISM on the real CPU engine, beside FCFS + round-robin and beside llama-server on the same model and load.
 
     python -m benchmarks.real --trace ../shared/traces/sharegpt_lengths_llama2.csv.gz --short --json real.json
+    python -m benchmarks.real --trace ... --more real.json --loads 0.1 0.3 --rounds 3 --duration 9 --json real.json
     python -m benchmarks.real --show real.json --page docs/evaluation-real.md
 
 The machine is quiet, or two neighbours compute without pause; our server has one worker on two threads, or two on one
@@ -10,6 +11,9 @@ within 5 times and TPOT within 3 times what llama-server needs when it is idle. 
 FCFS + round-robin on the first layout, measured anew for each noise: what a crowd of requests gets. A round goes
 through all systems at each rate, another one first each time; figures are medians over rounds. A request that has not
 ended `--give-up` seconds after it was to be sent counts as missed.
+
+--more measures further loads against the promise and the capacity of a result that was written before, with its
+settings, and adds them to it.
 
 --short takes at most 35 minutes. The machine must be otherwise idle, or the figures mean nothing. The settings of
 llama-server are those that real_sweep.py found best.
@@ -29,7 +33,7 @@ from typing import Any
 
 from benchmarks import real_llama
 from benchmarks.real_bench import Bench, add_arguments, line, prepare, say, started
-from benchmarks.real_report import Run, filled, promise_of, summary_of, tables
+from benchmarks.real_report import Promise, Run, filled, promise_of, summary_of, tables
 from benchmarks.real_systems import LLAMA, NOISES, System, neighbours, systems_of
 
 _OVERHEAD_S, _BEFORE_S = 6.0, 150.0
@@ -42,16 +46,10 @@ def measure(args: argparse.Namespace, bench: Bench, result: dict[str, Any], unti
     Args:
         until_s: no turn through the systems begins after this timestamp.
     """
-    yardstick = next((s for s in bench.systems if s.name == LLAMA), bench.systems[-1])
-    reference = next((s for s in bench.systems if s.scheduler == args.baseline), bench.systems[0])
-    idle = bench.idle(yardstick)
-    promise = promise_of(idle, args.ttft_factor, args.tpot_factor)
-    capacity: dict[str, float] = {}
-    for noise in args.noises:
-        with neighbours(NOISES[noise]):
-            capacity[noise] = bench.capacity_rps(reference)
-    result |= {"idle": asdict(idle), "promise": asdict(promise), "capacity_rps": capacity, "yardstick": yardstick.name}
-    say(f"idle {yardstick.name}: {asdict(idle)}; promise: {asdict(promise)}; capacity: {capacity}")
+    if "promise" not in result:
+        result |= yardsticks(args, bench)
+    promise, capacity = Promise(**result["promise"]), result["capacity_rps"]
+    say(f"idle {result['yardstick']}: {result['idle']}; promise: {result['promise']}; capacity: {capacity}")
     turns = [(r, noise, load) for r in range(args.rounds) for noise in args.noises for load in args.loads]
     for number, (round_, noise, load) in enumerate(turns):
         if time.monotonic() > until_s:
@@ -65,6 +63,24 @@ def measure(args: argparse.Namespace, bench: Bench, result: dict[str, Any], unti
                 run |= {"rate_rps": rate_rps, **bench.run(system, items, promise, seed)}
                 result["runs"].append(run)
                 say(line(run))
+
+
+def yardsticks(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    """What promise and loads are derived from: an idle server, and what a crowd of requests gets, for each noise."""
+    yardstick = next((s for s in bench.systems if s.name == LLAMA), bench.systems[-1])
+    reference = next((s for s in bench.systems if s.scheduler == args.baseline), bench.systems[0])
+    idle = bench.idle(yardstick)
+    promise = promise_of(idle, args.ttft_factor, args.tpot_factor)
+    capacity: dict[str, float] = {}
+    for noise in args.noises:
+        with neighbours(NOISES[noise]):
+            capacity[noise] = bench.capacity_rps(reference)
+    return {
+        "idle": asdict(idle),
+        "promise": asdict(promise),
+        "capacity_rps": capacity,
+        "yardstick": yardstick.name,
+    }
 
 
 def in_turn(systems: Sequence[System], number: int) -> list[System]:
@@ -93,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes:
         in_each_noise = sum(s.noise in ("", args.noises[0]) for s in systems)
         args.duration = duration_s(args.minutes, args.rounds * len(args.noises) * len(args.loads) * in_each_noise)
-    result = {"benchmark": "real", **prepare(args, llama=args.llama), "runs": list[Run]()}
-    began_s = time.monotonic()
-    until_s = began_s + 60 * args.minutes if args.minutes else math.inf
+    made = {"benchmark": "real", **prepare(args, llama=args.llama), "runs": list[Run](), "took_s": 0.0}
+    result: dict[str, Any] = json.loads(args.more.read_text()) if args.more else made
+    began_s = time.monotonic() - result["took_s"]
+    until_s = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     try:
         with started(args, systems) as bench:
             measure(args, bench, result, until_s)
@@ -133,6 +150,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", default="fcfs:budget=2048")
     parser.add_argument("--no-llama", dest="llama", action="store_false", help="our own systems only")
     parser.add_argument("--llama-settings", type=Path, nargs="+", default=[], help="what real_sweep.py wrote")
+    parser.add_argument("--more", type=Path, help="a result to which further loads are added")
     parser.add_argument("--show", type=Path, help="print the tables of a result that was written before")
     parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     args = parser.parse_args(argv)
@@ -142,6 +160,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.rounds, args.loads, args.scale, args.minutes, args.give_up = 3, [0.5, 0.8, 1.1], 8.0, 33.0, 15.0
     given = [json.loads(path.read_text()) for path in args.llama_settings]
     args.llama_settings = real_llama.BY_NOISE | {sweep["settings"]["noise"]: sweep["chosen"] for sweep in given}
+    if args.more:
+        before = json.loads(args.more.read_text())["settings"]
+        for name in ("scale", "max_tokens", "weights", "give_up", "scheduler", "baseline", "llama_settings"):
+            setattr(args, name, before[name])
     return args
 
 

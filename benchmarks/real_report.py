@@ -174,6 +174,7 @@ def _by_condition(summary: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for noise, layout in conditions:
         rows = [r for r in summary if r["noise"] == noise and r["layout"] in (layout, "")]
+        rows.sort(key=lambda r: (r["load"], not r["layout"], r["system"]))
         head = (
             "| system | load | requests | kept % | least..most | TTFT p50 / p99, ms | TPOT p50 / p99, ms | tokens/s |"
         )

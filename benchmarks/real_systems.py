@@ -64,7 +64,7 @@ def systems_of(layouts: Sequence[str], scheduler: str, baseline: str, noises: Se
     for layout in layouts:
         found += [
             System("lens + prism, SLO", layout, scheduler, "prism", told=True),
-            System("lens + prism, no SLO", layout, scheduler, "prism"),
+            System("lens + prism, nothing said", layout, scheduler, "prism"),
             System("fcfs + round-robin", layout, baseline, "round-robin"),
         ]
     return [*found, *(System(LLAMA, noise=noise) for noise in noises)]
