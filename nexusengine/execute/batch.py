@@ -51,8 +51,10 @@ class StepResult:
             fails, no other).
         device_s: seconds the device worked on the step.
         logprobs: present if any sampled row asked.
+        idle_s: seconds that the device had no step to work on before this one, 0 where it is not known.
     """
 
     token_ids: I4
     device_s: float
     logprobs: SampledLogprobs | None = None
+    idle_s: float = 0.0
