@@ -31,6 +31,8 @@ class StepBatch:
         block_tables: i4 `[S, B]`, KV blocks of each slot, in order; 0 is the null block. Shared, not a copy: valid
             during the step only.
         sampling: columns by slot.
+        releases: i8 `[S]`, how often each slot was released; in between, blocks are only added behind those that its
+            table has. Shared as `block_tables` is. None: not known, tables may have changed in any way.
     """
 
     slots: I4
@@ -40,6 +42,7 @@ class StepBatch:
     token_ids: I4
     block_tables: I4
     sampling: SamplingTable
+    releases: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,21 @@
-"""Block tables that stay on the device: a step brings the entries that changed, and picks its rows there."""
+"""Block tables that stay on the device: a step brings the entries that are new, and picks its rows there."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from nexusengine.arrays import I4
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.staging import Staging
+
+_UNKNOWN = -1
 
 
 class DeviceTables:
     """The block tables of all slots on a device.
 
     Row 0 is that of rows of padding, all null blocks; slot s has row s + 1. The device works in order, so that a step
-    in flight has read its tables before those of the next change.
+    in flight has read its tables before the next entries come.
 
     Args:
         device: where they are.
@@ -23,33 +25,37 @@ class DeviceTables:
     def __init__(self, device: torch.device, columns: int) -> None:
         self._device = device
         self._staging = Staging(device)
-        self._host = np.zeros((1, columns), np.int32)
-        self._there = torch.zeros((1, columns), dtype=torch.int32, device=device)
+        self._columns = columns
+        self._hold(0, columns)
 
-    def update(self, tables: I4, slots: I4, width: int) -> int:
-        """Bring what changed in the first `width` columns of some slots' tables.
+    def update(self, batch: StepBatch, block_size: int) -> int:
+        """Bring the entries that a step reads and the device does not have.
 
         Args:
-            tables: i4 `[S, B]`, of all slots.
-            slots: i4 `[R]`.
-            width: columns that the step reads.
+            batch: of the step; where it does not tell about releases, all its rows' entries are brought.
+            block_size: tokens a block.
 
         Returns:
             The number of entries that were written.
         """
-        if len(self._host) <= len(tables) or self._host.shape[1] < tables.shape[1]:
-            shape = (len(tables) + 1, max(self._host.shape[1], tables.shape[1]))
-            self._host = np.zeros(shape, np.int32)
-            self._there = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        wanted = tables[slots, :width]
-        rows, columns = np.nonzero(wanted != self._host[slots + 1, :width])
-        if not len(rows):
+        tables, slots = batch.block_tables, batch.slots
+        if len(self._sent) < len(tables) or self._columns < tables.shape[1]:
+            self._hold(len(tables), max(self._columns, tables.shape[1]))
+        used = -(-(batch.starts + batch.counts) // block_size)
+        releases = np.full(len(slots), _UNKNOWN) if batch.releases is None else batch.releases[slots]
+        known = (releases != _UNKNOWN) & (self._releases[slots] == releases)
+        first = np.where(known, self._sent[slots], 0)
+        self._releases[slots], self._sent[slots] = releases, np.maximum(first, used)
+        new = np.maximum(used - first, 0)
+        total = int(new.sum())
+        if not total:
             return 0
-        values, places = wanted[rows, columns], slots[rows].astype(np.int64) + 1
-        self._host[places, columns] = values
-        there = self._staging.upload({"places": places * self._host.shape[1] + columns, "values": values})
+        rows = np.repeat(slots.astype(np.int64), new)
+        columns = np.arange(total) + np.repeat(first - (np.cumsum(new) - new), new)
+        places, values = (rows + 1) * self._columns + columns, tables[rows, columns]
+        there = self._staging.upload({"places": places, "values": values})
         self._there.view(-1).index_put_((there["places"],), there["values"])
-        return len(rows)
+        return total
 
     def rows(self, table_rows: torch.Tensor, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tables of some rows.
@@ -60,9 +66,16 @@ class DeviceTables:
             out: i4 `[R, width]` to be written; None: a new one.
 
         Returns:
-            i4 `[R, width]`.
+            i4 `[R, width]`; columns past a row's end are 0 or stale.
         """
         part = self._there[:, :width]
         if out is None:
             return torch.index_select(part, 0, table_rows)
         return torch.index_select(part, 0, table_rows, out=out)
+
+    def _hold(self, slots: int, columns: int) -> None:
+        """Room for so many, of which nothing is known yet."""
+        self._columns = columns
+        self._sent = np.zeros(slots, np.int64)
+        self._releases = np.full(slots, _UNKNOWN, np.int64)
+        self._there = torch.zeros((slots + 1, columns), dtype=torch.int32, device=self._device)

@@ -139,7 +139,7 @@ class TorchExecutor:
             raise RuntimeError(f"steps in flight: {len(self._in_flight)}; collect it first")
         if self.kv is None:
             raise RuntimeError("the executor is closed")
-        timer = self._timer = Timer(self._device, self._timer)
+        timer = Timer(self._device, self._timer)
         rows = np.nonzero(batch.sampled)[0]
         inputs = self._inputs(batch, rows)
         compute = self._planned(inputs, self.kv)
@@ -153,6 +153,7 @@ class TorchExecutor:
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         read_back = ReadBack(tokens, logprobs)
         timer.stop()
+        self._timer = timer
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
@@ -247,7 +248,7 @@ class TorchExecutor:
         if self._tables is None:
             there = self._upload({**arrays, "block_table": batch.block_tables[batch.slots, :width]}, graph)
             return there, there["block_table"]
-        self._tables.update(batch.block_tables, batch.slots, width)
+        self._tables.update(batch, self._block_size)
         there = self._upload({**arrays, "table_rows": batch.slots.astype(np.int64) + 1}, graph)
         target = None if graph is None or self.graphs is None else self.graphs.block_table(graph)
         width = width if target is None else target.shape[1]

@@ -1,58 +1,86 @@
-"""Block tables on the device: as the host's at every step, by writing only what changed."""
+"""Block tables on the device: as the host's at every step, by writing only what is new."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.block_tables import DeviceTables
+from nexusengine.kv.manager import KVManager
+from nexusengine.sampling.table import SamplingTable
 from tests.unit.execute.test_torch_executor import Steps, made
 
-
-def picked(there: DeviceTables, slots: list[int], width: int) -> list[list[int]]:
-    return there.rows(torch.tensor(slots) + 1, width).tolist()
+SIZE = 16
 
 
-def test_a_step_brings_the_entries_that_changed_and_no_others() -> None:
-    host, there = np.zeros((6, 4096), np.int32), DeviceTables(torch.device("cpu"), 4096)
-    slots = np.array([4, 1], np.int32)
-    host[4, :3], host[1, :2] = (7, 8, 9), (5, 6)
-    assert there.update(host, slots, 3) == 5
-    assert picked(there, [4, 1], 3) == [[7, 8, 9], [5, 6, 0]]
-    assert there.update(host, slots, 3) == 0
-    host[1, 2] = 10  # a block more
-    assert there.update(host, slots[::-1].copy(), 3) == 1
-    assert picked(there, [1, 4], 3) == [[5, 6, 10], [7, 8, 9]]
-    host[4, :] = 0  # another request in the slot
-    host[4, 0] = 11
-    assert there.update(host, slots, 3) == 3
-    assert picked(there, [4, 1], 3) == [[11, 0, 0], [5, 6, 10]]
-    assert picked(there, [-1], 3) == [[0, 0, 0]], "the row of padding"
+def batch_of(kv: KVManager, lengths: dict[int, int]) -> StepBatch:
+    """A decode step of slots that then have so many tokens."""
+    slots, ends = np.array([*lengths], np.int32), np.array([*lengths.values()], np.int32)
+    ones, flags = np.ones(len(slots), np.int32), np.ones(len(slots), np.bool_)
+    sampling = SamplingTable.empty(len(kv.block_tables))
+    return StepBatch(slots, ends - 1, ones, flags, ones, kv.block_tables, sampling, kv.releases)
 
 
-def test_entries_beyond_the_width_of_a_step_come_when_they_are_read() -> None:
-    host, there = np.arange(1, 33, dtype=np.int32).reshape(2, 16), DeviceTables(torch.device("cpu"), 16)
-    slots = np.arange(2, dtype=np.int32)
-    assert there.update(host, slots[:1], 2) == 2
-    assert there.update(host, slots, 16) == 30
-    assert picked(there, [0, 1], 16) == host.tolist()
+def there_as_here(there: DeviceTables, kv: KVManager, lengths: dict[int, int]) -> bool:
+    width = max(-(-n // SIZE) for n in lengths.values())
+    found = there.rows(torch.tensor([*lengths]) + 1, width)
+    return all(
+        row[: -(-n // SIZE)].tolist() == kv.block_tables[slot, : -(-n // SIZE)].tolist()
+        for row, (slot, n) in zip(found, lengths.items(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("seed", range(5))
+def test_a_step_brings_the_entries_that_are_new_and_no_others() -> None:
+    kv, there = KVManager(10_000, SIZE, 6, 4096), DeviceTables(torch.device("cpu"), 4096)
+    kv.grow(4, 48)
+    kv.grow(1, 65_000)
+    lengths = {4: 48, 1: 65_000}
+    assert there.update(batch_of(kv, lengths), SIZE) == 3 + 4063
+    assert there_as_here(there, kv, lengths)
+    assert there.update(batch_of(kv, lengths), SIZE) == 0
+    kv.grow(4, 49)
+    lengths = {1: 65_001, 4: 49}
+    kv.grow(1, 65_001)
+    assert there.update(batch_of(kv, lengths), SIZE) == 1
+    assert there_as_here(there, kv, lengths)
+    kv.release(4)
+    kv.grow(4, 49)  # another request of the same length in the slot
+    assert there.update(batch_of(kv, lengths), SIZE) == 4
+    assert there_as_here(there, kv, lengths)
+    untold = dataclasses.replace(batch_of(kv, {4: 49}), releases=None)
+    assert [there.update(untold, SIZE) for _ in range(2)] == [4, 4]
+    assert there.update(batch_of(kv, {4: 49}), SIZE) == 4, "what came in between is not known"
+    assert there.rows(torch.tensor([0]), 4).tolist() == [[0, 0, 0, 0]], "the row of padding"
+
+
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_to_tables_the_device_s_are_the_host_s(seed: int) -> None:
-    """More slots and columns than at first included."""
+    """Requests come, grow, share prefixes, end and are preempted; steps run some of them, now and then untold."""
     rng, there = np.random.default_rng(seed), DeviceTables(torch.device("cpu"), 4)
-    host = np.zeros((3, 5), np.int32)
-    for step in range(60):
-        if step == 30:
-            host = np.zeros((9, 12), np.int32)
-        for _ in range(rng.integers(4)):
-            host[rng.integers(len(host)), rng.integers(host.shape[1]) :] = rng.integers(100)
-        slots = rng.permutation(len(host))[: rng.integers(1, len(host) + 1)].astype(np.int32)
-        width = int(rng.integers(1, host.shape[1] + 1))
-        there.update(host, slots, width)
-        assert picked(there, slots.tolist(), width) == host[slots, :width].tolist()
+    kv, lengths = KVManager(60, SIZE, 7, 12), dict[int, int]()
+    for _ in range(200):
+        slot = int(rng.integers(7))
+        if slot not in lengths:
+            hashes = [bytes([int(rng.integers(2)), i]) for i in range(4)]
+            lengths[slot] = kv.admit(slot, hashes, 64) + 1
+        elif rng.random() < 0.3:
+            kv.commit(slot, [bytes([int(rng.integers(2)), i]) for i in range(4)], lengths[slot] - 1)
+            kv.release(slot)
+            del lengths[slot]
+        else:
+            lengths[slot] = min(lengths[slot] + int(rng.integers(1, 20)), 12 * SIZE)
+        for lacking in [s for s, n in lengths.items() if not kv.grow(s, n)]:
+            kv.release(lacking)
+            del lengths[lacking]
+        step = {s: n for s, n in lengths.items() if rng.random() < 0.6}
+        if step:
+            batch = batch_of(kv, step)
+            there.update(dataclasses.replace(batch, releases=None) if rng.random() < 0.1 else batch, SIZE)
+            assert there_as_here(there, kv, step)
 
 
 def test_the_executor_computes_the_same_from_tables_on_the_device() -> None:
@@ -71,6 +99,7 @@ def test_the_executor_computes_the_same_from_tables_on_the_device() -> None:
     for steps in (told, staged):
         steps.tables[:] = steps.tables[moved]
         steps.done[:] = steps.done[moved]
+        steps.releases += 1
         with torch.inference_mode():
             steps.executor._last_tokens[:] = steps.executor._last_tokens[moved]
     for work in ({2: [-1], 5: [-1]}, {3: [-1], 5: [4, 4]}):

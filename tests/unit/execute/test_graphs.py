@@ -292,7 +292,8 @@ def test_a_step_s_inputs_come_to_a_graph_s_places_in_one_copy(told: bool) -> Non
     slots = np.array([0, 1, 3], np.int32)
     ids = np.array([w[0] for w in work.values()], np.int32)
     flags = np.ones(3, np.bool_)
-    batch = StepBatch(slots, steps.done[slots], np.ones(3, np.int32), flags, ids, steps.tables, steps.sampling)
+    ones, starts = np.ones(3, np.int32), steps.done[slots]
+    batch = StepBatch(slots, starts, ones, flags, ids, steps.tables, steps.sampling, steps.releases)
     with torch.inference_mode(), Operations() as operations:
         inputs = executor._inputs(batch, np.arange(3))
     copies = [numel for name, numel in operations.written if name == "aten::copy_"]
