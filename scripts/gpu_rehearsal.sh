@@ -4,7 +4,7 @@
 #   scripts/gpu_rehearsal.sh [FOLDER]    the virtual environment, by default build/gpu-image
 # 1. gpu_check.py without the wheels says which packages are missing; 2. with them every phase passes or is skipped;
 # 3. the Triton kernels compile, and are right in the interpreter (there with an older numpy). No part of
-# scripts/test.sh: it downloads another torch and takes ten minutes or more.
+# scripts/test.sh: it downloads another torch and takes some minutes more.
 # TORCH_INDEX: an index that has torch's CPU builds; without it the torch is PyPI's CUDA build of some gigabytes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ for package in msgspec pyzmq gguf starlette uvicorn httptools pytest-asyncio; do
     fi
 done
 status=0
-run "$here" scripts/gpu_check.py --device cpu --tiny --wheels "$out" 2>"$out/missing" || status=$?
+"$here" scripts/gpu_check.py --device cpu --tiny --wheels "$out" 2>"$out/missing" || status=$?
 if [ "$status" != 2 ] || [ "$(wc -l <"$out/missing")" != 1 ] || ! grep -q "lacks msgspec" "$out/missing"; then
     echo "gpu_rehearsal.sh: without wheels gpu_check.py ended with $status and said:" >&2
     cat "$out/missing" >&2

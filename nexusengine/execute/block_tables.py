@@ -45,16 +45,15 @@ class DeviceTables:
         releases = np.full(len(slots), _UNKNOWN) if batch.releases is None else batch.releases[slots]
         known = (releases != _UNKNOWN) & (self._releases[slots] == releases)
         first = np.where(known, self._sent[slots], 0)
-        self._releases[slots], self._sent[slots] = releases, np.maximum(first, used)
         new = np.maximum(used - first, 0)
         total = int(new.sum())
-        if not total:
-            return 0
-        rows = np.repeat(slots.astype(np.int64), new)
-        columns = np.arange(total) + np.repeat(first - (np.cumsum(new) - new), new)
-        places, values = (rows + 1) * self._columns + columns, tables[rows, columns]
-        there = self._staging.upload({"places": places, "values": values})
-        self._there.view(-1).index_put_((there["places"],), there["values"])
+        if total:
+            rows = np.repeat(slots.astype(np.int64), new)
+            columns = np.arange(total) + np.repeat(first - (np.cumsum(new) - new), new)
+            places, values = (rows + 1) * self._columns + columns, tables[rows, columns]
+            there = self._staging.upload({"places": places, "values": values})
+            self._there.view(-1).index_put_((there["places"],), there["values"])
+        self._releases[slots], self._sent[slots] = releases, first + new
         return total
 
     def rows(self, table_rows: torch.Tensor, width: int, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -200,7 +200,7 @@ class TorchExecutor:
         return StepResult(ids, device_s, logprobs, idle_s)
 
     def close(self) -> None:
-        self.kv = self.graphs = None
+        self.kv = self.graphs = self._tables = None
         self._in_flight.clear()
 
     def capture_decodes(
