@@ -79,10 +79,15 @@ def test_two_overlapping_steps_are_collected_in_order() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
-    answers = []
-    for overlap in (False, True):
-        executor = made(options=dataclasses.replace(OPTIONS, overlap=overlap, kv_cache_bytes=2**16))
+def test_text_is_the_same_with_and_without_overlap_and_graphs(temperature: float) -> None:
+    """With graphs, block tables stay on the device while requests are preempted and slots change owners."""
+    answers, preemptions = [], []
+    for overlap, graphs in ((False, False), (True, False), (True, True)):
+        executor = made(options=dataclasses.replace(OPTIONS, overlap=overlap, kv_cache_bytes=2**15))
+        device = Rehearsal()
+        if graphs:
+            with torch.inference_mode():
+                executor.capture_decodes(device, 2**30, OPTIONS.max_running)
         core = EngineCore(
             executor,
             FCFS(24),
@@ -94,12 +99,15 @@ def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
         )
         for i in range(10):
             sampling = SamplingParams(
-                temperature=temperature, seed=i, max_tokens=4 + 3 * i, stop_token_ids=(1, 2, 3), logprobs=i % 3 or None
+                temperature=temperature, seed=i, max_tokens=40 + 3 * i, stop_token_ids=(1, 2), logprobs=i % 3 or None
             )
             core.add(request(str(i), [i % 4, 5, 6, 7] * (1 + i % 5), sampling=sampling))
         answers.append({name: (tokens, last.finish_reason) for name, (tokens, last) in run(core).items()})
         assert core.stats().kv_used_blocks == 0
-    assert answers[0] == answers[1]
+        assert (device.replays > 20) == graphs
+        preemptions.append(core.stats().preemptions)
+    assert answers[0] == answers[1] == answers[2]
+    assert min(preemptions) > 0
 
 
 class FakeEvent:
