@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.engine_core import EngineCore
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.memory import DeviceMemory, MemoryPlan, graph_budget_bytes
 from nexusengine.execute.staging import Staging, Timer
+from nexusengine.execute.torch_executor import TorchExecutor
 from nexusengine.perf.registry import make_model
 from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.types import SamplingParams
@@ -88,6 +91,7 @@ def test_text_is_the_same_with_and_without_overlap_and_graphs(temperature: float
         if graphs:
             with torch.inference_mode():
                 executor.capture_decodes(device, 2**30, OPTIONS.max_running)
+        check_tables(executor)
         core = EngineCore(
             executor,
             FCFS(24),
@@ -108,6 +112,20 @@ def test_text_is_the_same_with_and_without_overlap_and_graphs(temperature: float
         preemptions.append(core.stats().preemptions)
     assert answers[0] == answers[1] == answers[2]
     assert min(preemptions) > 0
+
+
+def check_tables(executor: TorchExecutor) -> None:
+    """Each step is checked to see the host's block tables: a model this small hardly shows what attention reads."""
+    build = executor._inputs
+
+    def checked(batch: StepBatch, sampled_rows: np.ndarray) -> Any:
+        inputs = build(batch, sampled_rows)
+        for row, (slot, end) in enumerate(zip(batch.slots, batch.starts + batch.counts, strict=True)):
+            used = -(-int(end) // executor.spec.block_size)
+            assert inputs.meta.block_table[row, :used].tolist() == batch.block_tables[slot, :used].tolist()
+        return inputs
+
+    executor._inputs = checked  # type: ignore[method-assign]
 
 
 class FakeEvent:
