@@ -47,10 +47,18 @@ class FlashInferBackend(external.External):
         self._spec = spec
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
         group = spec.num_heads // spec.num_kv_heads
+        self._planned = torch.Event("cuda") if spec.device.type == "cuda" else None
         self._prefill = getattr(flashinfer, _PREFILL)(workspace, "NHD")
         self._decode = getattr(flashinfer, _DECODE)(workspace, "NHD", use_tensor_cores=group >= _GROUP_FOR_TENSOR_CORES)
 
     def plan(self, meta: AttentionMeta) -> None:
+        """Waits until the device has what the plan before brought it, which is the case once its step has begun.
+
+        A wrapper writes its plan into pinned memory of its own and starts a copy. Where steps overlap, the next plan
+        may come while that copy is still behind the step that runs.
+        """
+        if self._planned is not None:
+            self._planned.synchronize()
         spec, ones, rows = self._spec, meta.num_decodes, len(meta.seq_lens_host)
         shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
         options: dict[str, Any] = {
@@ -65,6 +73,8 @@ class FlashInferBackend(external.External):
         if ones < rows:
             starts = torch.from_numpy(_sums(np.array(meta.query_lens_host[ones:])))
             self._prefill.plan(starts, *self._pages(meta, ones, rows), *shape, causal=True, **options)
+        if self._planned is not None:
+            self._planned.record()
 
     def _pages(self, meta: AttentionMeta, first: int, past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The KV blocks of the rows first .. past - 1.

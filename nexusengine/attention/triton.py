@@ -1,9 +1,9 @@
 """Attention by our Triton kernels: decodes split over their keys, everything else by tiles of queries.
 
-Splits have one size, whatever the batch, so that a row's numbers never depend on the rows beside it. Grids depend on
-the plan alone (rows, tokens, longest row), so that a launch can be captured in a CUDA graph and replayed with other
-lengths up to the longest planned. Memory between a decode's two kernels is allocated in `run`, so that it is the
-graph's own where one is captured.
+The size of a row's splits depends on its own length alone, so that its numbers never depend on the rows beside it.
+Grids depend on the plan alone (rows, tokens, longest row), so that a launch can be captured in a CUDA graph and
+replayed with other lengths up to the longest planned. Memory between a decode's two kernels is allocated in `run`, so
+that it is the graph's own where one is captured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from nexusengine.triton_kernels import launch
 
 _SPLIT_TOKENS = 256
 """Of a decode's keys for one program: 8,192 tokens over 8 KV heads keep 256 programs busy with one row alone."""
+_MOST_SPLITS = 64
+"""Of a row; longer ones have larger splits. Without this limit 256 rows of up to 131,072 tokens need 2 GB between a
+decode's two kernels, and with it an eighth."""
 
 
 class TritonBackend:
@@ -67,7 +70,11 @@ class TritonBackend:
         self.num_splits = 1
 
     def plan(self, meta: AttentionMeta) -> None:
-        self.num_splits = max(-(-meta.max_seq_len // _SPLIT_TOKENS), 1)
+        """A mixed step's splits are those of its decodes, however long its prompts are."""
+        longest = meta.max_seq_len
+        if meta.max_query_len > 1:
+            longest = max(meta.seq_lens_host[: meta.num_decodes], default=1)
+        self.num_splits = min(max(-(-longest // _SPLIT_TOKENS), 1), _MOST_SPLITS)
 
     def store(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, meta: AttentionMeta
@@ -92,7 +99,7 @@ class TritonBackend:
         if ones:
             decode_attention.decode(
                 q[:ones], k_cache, v_cache, meta.block_table[:ones], meta.seq_lens[:ones], out[:ones], self._shape,
-                self.num_splits, _SPLIT_TOKENS, self._capability,
+                self.num_splits, _SPLIT_TOKENS, self._capability, _MOST_SPLITS,
             )  # fmt: skip
         if len(meta.seq_lens) > ones:
             prefill_attention.prefill(

@@ -28,8 +28,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def findings() -> dict[str, Any]:
-    """Everything that is printed. Never raises for what is missing: that is a finding."""
+def findings(cpu_kernels: bool = True) -> dict[str, Any]:
+    """Everything that is printed. Never raises for what is missing: that is a finding.
+
+    Args:
+        cpu_kernels: compile the CPU kernels, where they are not yet, to tell whether they can be used.
+    """
     driver, no_driver = gpus.driver_version()
     there = gpus.visible()
     torch = _torch()
@@ -42,7 +46,7 @@ def findings() -> dict[str, Any]:
         "torch": torch,
         "gpus": [{**dataclasses.asdict(g), "memory": _ledger(g)} for g in there],
         "topology": gpus.topology(there),
-        "cpu": _cpu(),
+        "cpu": _cpu(cpu_kernels),
         "attention": backends,
         "advice": advice(len(there), no_driver, torch, backends),
     }
@@ -139,13 +143,13 @@ def _backends(torch_found: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu(look_at_kernels: bool) -> dict[str, Any]:
     from nexusengine import native
     from nexusengine.cgroup import limits, usable_cpus
     from nexusengine.errors import NexusError
     from nexusengine.execute.memory import available_bytes
 
-    kernels, reason = native.probe()
+    kernels, reason = native.probe() if look_at_kernels else (False, "not looked at")
     try:
         memory = available_bytes()
     except NexusError:

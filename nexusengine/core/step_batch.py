@@ -35,4 +35,5 @@ def step_batch(
         tokens = state.tokens[starts[i] : min(ends[i], state.known)]
         token_ids[offsets[i] : offsets[i] + len(tokens)] = tokens
         token_ids[offsets[i] + len(tokens) : offsets[i] + counts[i]] = PENDING
-    return StepBatch(slots, starts, counts, sampled, token_ids, scheduler.kv.block_tables, sampling)
+    kv = scheduler.kv
+    return StepBatch(slots, starts, counts, sampled, token_ids, kv.block_tables, sampling, kv.releases)

@@ -31,6 +31,8 @@ class StepBatch:
         block_tables: i4 `[S, B]`, KV blocks of each slot, in order; 0 is the null block. Shared, not a copy: valid
             during the step only.
         sampling: columns by slot.
+        releases: i8 `[S]`, how often each slot was released; in between, blocks are only added behind those that its
+            table has. Shared as `block_tables` is. None: not known, tables may have changed in any way.
     """
 
     slots: I4
@@ -40,6 +42,7 @@ class StepBatch:
     token_ids: I4
     block_tables: I4
     sampling: SamplingTable
+    releases: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,10 @@ class StepResult:
             fails, no other).
         device_s: seconds the device worked on the step.
         logprobs: present if any sampled row asked.
+        idle_s: seconds that the device had no step to work on before this one, 0 where it is not known.
     """
 
     token_ids: I4
     device_s: float
     logprobs: SampledLogprobs | None = None
+    idle_s: float = 0.0

@@ -5,6 +5,7 @@ Tests run it on the CPU, with a device that computes where a graph would be repl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -21,27 +22,48 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMeta], torch.Tensor]
 
 
 class CudaGraphDevice:
-    """One memory pool for all graphs of a device; they run one at a time and may share it."""
+    """One stream that captures and one memory pool for all graphs of a device; they run one at a time and may share it.
+
+    A new stream for each capture would cost a workspace of cuBLAS each, about 32 MiB.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, compute: Callable[[], torch.Tensor]) -> Captured[torch.Tensor]:
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        """Whatever happens, the stream that was current before is current afterwards."""
+        usual = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):
             compute()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = compute()
+            self.give_back()  # what the run took: the capture has a pool of its own, and its size is to be known
+            graph = torch.cuda.CUDAGraph()
+            try:
+                graph.capture_begin(pool=self._pool)
+                output = compute()
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+        usual.wait_stream(self._stream)
         return Captured(graph.replay, output)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed. Before torch 2.12 `capture_end` then leaves the allocator in the graphs' pool."""
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(index, self._pool)):
+            with contextlib.suppress(RuntimeError):  # that it failed, or that it had ended, is known
+                end()
 
     def used_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)
         return int(total - free)
+
+    def give_back(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
 
 class DecodeGraphs:
@@ -49,7 +71,8 @@ class DecodeGraphs:
 
     All inputs of a step lie in one buffer, `inputs`, at places that its shape determines, so that one copy brings them
     there; a step's are those of its rows and of rows of padding. A row of padding has one token in the null block,
-    writes to slot -1, which is skipped, and nobody reads its output.
+    writes to slot -1, which is skipped, and nobody reads its output. Block tables are no part of them: the step's rows
+    are picked on the device.
 
     Args:
         graph_device: captures the graphs.
@@ -79,29 +102,32 @@ class DecodeGraphs:
         largest = self.padded(GraphShape(row_buckets(max_rows)[-1], max_tokens), {})
         size = sum(map(bytes_of, largest.values()))
         self.inputs = torch.zeros(size, dtype=torch.uint8, device=device)
+        entries = largest["token_ids"].size * -(-max_tokens // block_size)
+        self._tables = torch.zeros(entries, dtype=torch.int32, device=device)
         self._metas: dict[GraphShape, AttentionMeta] = {}
         self._places: dict[GraphShape, dict[str, torch.Tensor]] = {}
 
-    def shape_of(self, rows: int, longest: int) -> GraphShape | None:
-        """The shape whose graph runs a step in which every row computes one token, captured if need be.
+    def capture(self, progress: Callable[[float], None] = lambda share: None) -> None:
+        """Capture all graphs; the log says which steps run without one, and why.
 
-        Returns:
-            None if the step has to be computed without a graph.
+        Args:
+            progress: told the share of graphs that are done, 0..1.
         """
-        shape = self.table.shape_for(rows, longest)
-        if shape is None:
-            return None
-        if shape not in self.table.captured and shape not in self.table.refused:
-            known = set(self.table.refused)
-            self.table.graph(shape, self._computation)
-            for one, reason in self.table.refused.items():
-                if one not in known:
-                    log.info("decode steps up to %d x %d tokens run without a graph: %s", one.rows, one.longest, reason)
-        return shape if shape in self.table.captured else None
+        table = self.table
+        table.capture_all(self._computation, progress)
+        if table.failure:
+            log.warning("all steps run without graphs: %s", table.failure)
+            return
+        log.info("%d graphs of decode steps take %d MiB", len(table.captured), table.used_bytes // 2**20)
+        for shape, reason in list(table.refused.items())[:1]:
+            others = f" (as do {len(table.refused) - 1} other shapes)" if len(table.refused) > 1 else ""
+            log.info(
+                "decode steps of %d rows up to %d tokens have no graph%s: %s", shape.rows, shape.longest, others, reason
+            )
 
     def padded(self, shape: GraphShape, step: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A step's arrays with rows of padding, in the order in which they lie in `inputs`."""
-        rows, width = shape.rows, -(-shape.longest // self._block_size)
+        rows = shape.rows
         arrays: dict[str, np.ndarray] = {
             "token_ids": np.zeros(rows, np.int64),
             "positions": np.zeros(rows, np.int64),
@@ -111,28 +137,39 @@ class DecodeGraphs:
             "sampled_slots": np.zeros(rows, np.int64),
             "seq_lens": np.ones(rows, np.int32),
             "cu_seqlens_q": np.arange(rows + 1, dtype=np.int32),
-            "block_table": np.zeros((rows, width), np.int32),
+            "table_rows": np.zeros(rows, np.int64),
         }
         for name, array in step.items():
             arrays[name][tuple(slice(size) for size in array.shape)] = array
         return arrays
 
-    def replay(self, shape: GraphShape, seq_lens_host: list[int]) -> torch.Tensor:
-        """Hidden `[T, C]` of the step whose inputs lie in `inputs`, without those of its padding."""
-        captured, static, rows = self.table.graph(shape, self._computation), self._meta(shape), len(seq_lens_host)
-        if captured is None:
-            raise RuntimeError(f"no graph of {shape} was captured")
+    def block_table(self, shape: GraphShape) -> torch.Tensor:
+        """i4 `[rows, blocks of the longest]`: where the graph of a shape reads its rows' tables."""
+        return self._meta(shape).block_table
+
+    def plan(self, shape: GraphShape, seq_lens_host: list[int]) -> Callable[[], torch.Tensor]:
+        """Plan the step whose inputs lie in `inputs`.
+
+        Returns:
+            What runs it; gives hidden `[T, C]` without that of its padding.
+        """
+        captured, static, rows = self.table.graph(shape), self._meta(shape), len(seq_lens_host)
         static.seq_lens_host[:] = seq_lens_host + [1] * (shape.rows - rows)
         self._attention.plan(static)
-        captured.replay()
-        self.table.replays += 1
-        return captured.output[:rows]
+
+        def run() -> torch.Tensor:
+            captured.replay()
+            self.table.replays += 1
+            return captured.output[:rows]
+
+        return run
 
     def _computation(self, shape: GraphShape) -> Callable[[], torch.Tensor]:
         """With nothing but padding in the inputs, as it is to be captured."""
         meta, places = self._meta(shape), self._places[shape]
         for name, array in self.padded(shape, {}).items():
             places[name].copy_(torch.from_numpy(array))
+        meta.block_table.zero_()
         self._attention.plan(meta)
         return lambda: self._forward(places["token_ids"], places["positions"], meta)
 
@@ -141,9 +178,10 @@ class DecodeGraphs:
         meta = self._metas.get(shape)
         if meta is None:
             there, _ = views(self.inputs, self.padded(shape, {}))
+            width = -(-shape.longest // self._block_size)
             self._places[shape] = there
             meta = self._metas[shape] = AttentionMeta(
-                block_table=there["block_table"],
+                block_table=self._tables[: shape.rows * width].view(shape.rows, width),
                 seq_lens=there["seq_lens"],
                 cu_seqlens_q=there["cu_seqlens_q"],
                 slot_mapping=there["slot_mapping"],

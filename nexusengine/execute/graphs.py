@@ -1,7 +1,7 @@
 """Which decode steps run as CUDA graphs: buckets, a memory budget, and the reasons for steps that do not. No torch.
 
-A graph is captured when a step of its shape first comes, the shape with most rows of that length before it, so that
-the smaller ones find their memory in the pool they share.
+All graphs are captured when the executor is made, those of most rows and longest rows first, so that the others find
+their memory in the pool they share. The first capture that fails turns graphs off for good.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 _SHORTEST_TOKENS, _LONGER_BY = 1024, 4
+_FINE_TOKENS = 4096
+"""Of rows longer than this there are fewer shapes: they are few in a step, and each graph takes time and memory."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,6 +48,10 @@ class GraphDevice(Protocol[T]):
         """Memory of the device in use, by all processes."""
         ...
 
+    def give_back(self) -> None:
+        """Return memory that nothing uses, that of dropped graphs among it, to the device."""
+        ...
+
 
 def row_buckets(most: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then every multiple of 8 up to 256; `most` itself is the last if it is smaller."""
@@ -68,7 +74,7 @@ def length_buckets(most_tokens: int) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class GraphTable(Generic[T]):
-    """The graphs captured so far, within a memory budget.
+    """The graphs of an executor, within a memory budget.
 
     Attributes:
         device: captures them.
@@ -77,7 +83,8 @@ class GraphTable(Generic[T]):
         budget_bytes: for all graphs together.
         used_bytes: of the budget.
         replays: steps that ran as graphs.
-        refused: shapes that run without a graph, and why.
+        refused: shapes that have no graph because of the budget, and why.
+        failure: what turned graphs off for good; "" if nothing did.
     """
 
     device: GraphDevice[T]
@@ -87,50 +94,74 @@ class GraphTable(Generic[T]):
     used_bytes: int = 0
     replays: int = 0
     refused: dict[GraphShape, str] = field(default_factory=dict)
+    failure: str = ""
     _graphs: dict[GraphShape, Captured[T]] = field(default_factory=dict)
+    _smallest_first: list[GraphShape] = field(default_factory=list)
 
     @property
     def captured(self) -> tuple[GraphShape, ...]:
         return tuple(self._graphs)
 
-    def shape_for(self, rows: int, longest: int) -> GraphShape | None:
-        """The smallest shape that takes the step; None if it has too many rows or too long ones."""
-        size = next((n for n in row_buckets(self.max_rows) if n >= rows), None)
-        length = next((n for n in length_buckets(self.max_tokens) if n >= longest), None)
-        return None if size is None or length is None else GraphShape(size, length)
+    def shapes(self) -> tuple[GraphShape, ...]:
+        """Every shape there is to be a graph of, the largest first."""
+        fine = row_buckets(self.max_rows)
+        coarse = tuple(n for n in fine if n & (n - 1) == 0 or n == fine[-1])
+        lengths = length_buckets(self.max_tokens)
+        every = [GraphShape(rows, n) for n in lengths for rows in (fine if n <= _FINE_TOKENS else coarse)]
+        return tuple(sorted(every, reverse=True))
 
-    def graph(self, shape: GraphShape, compute: Callable[[GraphShape], Callable[[], T]]) -> Captured[T] | None:
-        """The graph of a shape, captured if need be.
+    def shape_for(self, rows: int, longest: int) -> GraphShape | None:
+        """The smallest captured shape that takes the step, of the shortest rows that do; None if there is none."""
+        return next((s for s in self._smallest_first if s.rows >= rows and s.longest >= longest), None)
+
+    def graph(self, shape: GraphShape) -> Captured[T]:
+        """The graph of a captured shape.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._graphs[shape]
+
+    def capture_all(
+        self, compute: Callable[[GraphShape], Callable[[], T]], progress: Callable[[float], None] = lambda share: None
+    ) -> None:
+        """Capture the graphs of all shapes, as far as the budget goes; see `refused` and `failure`.
 
         Args:
-            shape: the smallest that takes the step.
             compute: returns what computes a shape's step; called where it is to be captured, with harmless inputs in
                 place.
-
-        Returns:
-            None if the shape has to run without a graph, see `refused`.
+            progress: told the share of shapes that are done, 0..1.
         """
-        largest = GraphShape(row_buckets(self.max_rows)[-1], shape.longest)
-        for one in (largest, shape):
-            if one not in self._graphs and one not in self.refused:
-                self._capture(one, compute(one))
-        return self._graphs.get(shape)
+        before_bytes, shapes = self.device.used_bytes(), self.shapes()
+        for done, shape in enumerate(shapes):
+            progress(done / len(shapes))
+            try:
+                self._capture(shape, compute(shape))
+            except Exception as error:  # of CUDA, torch, Triton or a library; what it leaves behind is not known
+                self.failure = (
+                    f"the graph of {shape.rows} rows up to {shape.longest} tokens could not be captured: "
+                    f"{type(error).__name__}: {error}"
+                )
+                self._graphs.clear()
+                self.used_bytes = 0
+                return
+        self._smallest_first = sorted(self._graphs, key=lambda s: (s.longest, s.rows))
+        self.device.give_back()
+        self.used_bytes = max(self.device.used_bytes() - before_bytes, 0)
 
     def _capture(self, shape: GraphShape, compute: Callable[[], T]) -> None:
         if self.used_bytes >= self.budget_bytes:
             self.refused[shape] = f"the {self.budget_bytes} bytes set aside for graphs are used up"
             return
         before_bytes = self.device.used_bytes()
-        try:
-            captured = self.device.capture(compute)
-        except RuntimeError as error:  # out of memory among them: the step runs as it would without graphs
-            self.refused[shape] = f"it could not be captured: {error}"
-            return
+        captured = self.device.capture(compute)
         took_bytes = max(self.device.used_bytes() - before_bytes, 0)
         if self.used_bytes + took_bytes > self.budget_bytes:
             self.refused[shape] = (
                 f"it takes {took_bytes} bytes; of {self.budget_bytes} set aside for graphs, {self.used_bytes} are used"
             )
+            del captured
+            self.device.give_back()
             return
         self.used_bytes += took_bytes
         self._graphs[shape] = captured

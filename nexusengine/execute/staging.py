@@ -41,27 +41,42 @@ class _Passed:
 
 
 class Timer:
-    """Seconds of a step on the device: from two events on CUDA, read once the step is known to be over."""
+    """Seconds of a step on the device, and of its idleness before it.
 
-    def __init__(self, device: torch.device) -> None:
+    On CUDA from two events, read once the step is known to be over: `begin` is called just before the step's work is
+    launched, so that an idle device's wait for the host, which builds the inputs, is no part of the step. On a CPU the
+    host is the device, and the step begins where it is made.
+
+    Args:
+        device: that computes.
+        before: the timer of the step before; None: there was none.
+    """
+
+    def __init__(self, device: torch.device, before: Timer | None = None) -> None:
         self._cuda = device.type == "cuda"
-        self._began_s = time.perf_counter()
+        self._before = before
+        self._began_s = self._ended_s = time.perf_counter()
         if self._cuda:
             self._began = torch.Event("cuda", enable_timing=True)
             self._ended = torch.Event("cuda", enable_timing=True)
+
+    def begin(self) -> None:
+        if self._cuda:
             self._began.record()
 
     def stop(self) -> None:
-        self._took_s = time.perf_counter() - self._began_s
+        self._ended_s = time.perf_counter()
         if self._cuda:
             self._ended.record()
 
-    def seconds(self) -> float:
-        """Waits for the device."""
-        if self._cuda:
-            self._ended.synchronize()
-            return float(self._began.elapsed_time(self._ended)) / 1000
-        return self._took_s
+    def seconds(self) -> tuple[float, float]:
+        """(of the step, of the device's idleness before it). Waits for the device; to be called once."""
+        before, self._before = self._before, None
+        if not self._cuda:
+            return self._ended_s - self._began_s, max(self._began_s - before._ended_s, 0.0) if before else 0.0
+        self._ended.synchronize()
+        idle_ms = before._ended.elapsed_time(self._began) if before else 0.0
+        return self._began.elapsed_time(self._ended) / 1000, max(idle_ms, 0.0) / 1000
 
 
 def views(buffer: torch.Tensor, arrays: dict[str, np.ndarray]) -> tuple[dict[str, torch.Tensor], int]:

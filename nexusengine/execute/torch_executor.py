@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from nexusengine.config import DeviceSpec
 from nexusengine.errors import ModelLoadError
 from nexusengine.execute.base import ExecutorOptions, ExecutorSpec, Progress
 from nexusengine.execute.batch import StepBatch, StepResult
+from nexusengine.execute.block_tables import DeviceTables
 from nexusengine.execute.decode_graphs import CudaGraphDevice, DecodeGraphs
 from nexusengine.execute.graphs import GraphDevice, GraphShape
 from nexusengine.execute.load import LoadedModel, load_model
@@ -75,7 +77,9 @@ class TorchExecutor:
         self._last_tokens = torch.zeros(1, dtype=torch.long, device=self._device)
         self._staging = Staging(self._device)
         self._in_flight: deque[tuple[ReadBack, Timer]] = deque()
+        self._timer: Timer | None = None
         self.graphs: DecodeGraphs | None = None
+        self._tables: DeviceTables | None = None if self._device.type == "cpu" else self._device_tables()
 
     @classmethod
     def create(
@@ -124,7 +128,7 @@ class TorchExecutor:
         log.info("memory of %s: %s", device, plan.text())
         if memory.graphs:
             graph_device = CudaGraphDevice(loaded.attention_spec.device)
-            executor.capture_decodes(graph_device, memory.graphs, options.max_running)
+            executor.capture_decodes(graph_device, memory.graphs, options.max_running, progress)
         progress("ready", 1.0)
         return executor
 
@@ -135,11 +139,13 @@ class TorchExecutor:
             raise RuntimeError(f"steps in flight: {len(self._in_flight)}; collect it first")
         if self.kv is None:
             raise RuntimeError("the executor is closed")
-        timer = Timer(self._device)
+        timer = Timer(self._device, self._timer)
         rows = np.nonzero(batch.sampled)[0]
         inputs = self._inputs(batch, rows)
-        hidden = self._hidden(inputs, self.kv)
+        compute = self._planned(inputs, self.kv)
         tokens, logprobs = None, None
+        timer.begin()
+        hidden = compute()
         if len(rows):
             sampling = batch.sampling.rows(batch.slots[rows], (batch.starts + batch.counts)[rows])
             tokens, logprobs = sample(self._model.logits(hidden), sampling)
@@ -147,46 +153,71 @@ class TorchExecutor:
             self._last_tokens[inputs.sampled_slots] = tokens.clamp_min(0)
         read_back = ReadBack(tokens, logprobs)
         timer.stop()
+        self._timer = timer
         self._in_flight.append((read_back, timer))
 
     def _hidden(self, inputs: _Inputs, kv: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[N, C]` of the sampled rows; a decode step is one of few shapes, which may be remembered."""
+        """Hidden states `[N, C]` of the sampled rows."""
+        return self._planned(inputs, kv)()
+
+    def _planned(self, inputs: _Inputs, kv: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What computes the hidden states `[N, C]` of the sampled rows, once attention is planned.
+
+        A decode step is one of few shapes, which may be remembered.
+        """
         meta = inputs.meta
         decodes = meta.max_query_len == 1
         if inputs.graph is not None and self.graphs is not None:
-            return self.graphs.replay(inputs.graph, meta.seq_lens_host)[inputs.last]
+            replay = self.graphs.plan(inputs.graph, meta.seq_lens_host)
+            return lambda: replay()[inputs.last]
         wanted = inputs.last if self._device.type == "cpu" and not decodes else None
         self._attention.plan(meta)
 
-        def compute() -> torch.Tensor:
+        def forward() -> torch.Tensor:
             return self._model.forward(inputs.token_ids, inputs.positions, kv, self._attention, meta, wanted)
 
-        if not self._attention.caps().graphs:
-            hidden = compute()
-        elif not decodes:
-            hidden = self._model.ops.step(compute, None)
-        else:
-            tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
-            hidden = self._model.ops.step(compute, (*tensors, meta.slot_mapping))
-        if wanted is not None or (decodes and len(inputs.last) == len(hidden)):
-            return hidden
-        return hidden[inputs.last]
+        def compute() -> torch.Tensor:
+            if not self._attention.caps().graphs:
+                hidden = forward()
+            elif not decodes:
+                hidden = self._model.ops.step(forward, None)
+            else:
+                tensors = (inputs.token_ids, inputs.positions, kv, meta.block_table, meta.seq_lens, meta.cu_seqlens_q)
+                hidden = self._model.ops.step(forward, (*tensors, meta.slot_mapping))
+            if wanted is not None or (decodes and len(inputs.last) == len(hidden)):
+                return hidden
+            return hidden[inputs.last]
+
+        return compute
 
     def collect(self) -> StepResult:
         """Waits for the end of the oldest step, and for nothing else."""
         if not self._in_flight:
             raise RuntimeError("no step is in flight")
         read_back, timer = self._in_flight.popleft()
-        device_s = timer.seconds()
+        device_s, idle_s = timer.seconds()
         ids, logprobs = read_back.get()
-        return StepResult(ids, device_s, logprobs)
+        return StepResult(ids, device_s, logprobs, idle_s)
 
     def close(self) -> None:
-        self.kv = self.graphs = None
+        self.kv = self.graphs = self._tables = None
         self._in_flight.clear()
 
-    def capture_decodes(self, graph_device: GraphDevice[torch.Tensor], budget_bytes: int, max_rows: int) -> None:
-        """From now on decode steps run as graphs, where the backend can and the budget allows."""
+    def capture_decodes(
+        self,
+        graph_device: GraphDevice[torch.Tensor],
+        budget_bytes: int,
+        max_rows: int,
+        progress: Progress = lambda phase, share: None,
+    ) -> None:
+        """Capture the graphs of decode steps, which run as such from now on: where the backend can, within the budget.
+
+        Args:
+            graph_device: captures them.
+            budget_bytes: for all graphs together.
+            max_rows: most rows of a step.
+            progress: told how far capturing is.
+        """
         kv, attention = self.kv, self._attention
         if kv is None:
             raise RuntimeError("the executor is closed")
@@ -194,7 +225,7 @@ class TorchExecutor:
         def forward(token_ids: torch.Tensor, positions: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
             return self._model.forward(token_ids, positions, kv, attention, meta)
 
-        self.graphs = DecodeGraphs(
+        graphs = DecodeGraphs(
             graph_device,
             attention,
             forward,
@@ -204,8 +235,27 @@ class TorchExecutor:
             max_tokens=self.spec.max_model_len,
             budget_bytes=budget_bytes,
         )
+        graphs.capture(lambda share: progress("capturing decode steps as CUDA graphs", share))
+        if not graphs.table.failure:
+            self.graphs, self._tables = graphs, self._tables or self._device_tables()
 
     # ---- building the step's tensors -----------------------------------------------------------------------------
+
+    def _upload_with_tables(
+        self, batch: StepBatch, width: int, arrays: dict[str, np.ndarray], graph: GraphShape | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The step's arrays on the device, and its rows' block tables, `width` blocks or what the graph reads."""
+        if self._tables is None:
+            there = self._upload({**arrays, "block_table": batch.block_tables[batch.slots, :width]}, graph)
+            return there, there["block_table"]
+        self._tables.update(batch, self._block_size)
+        there = self._upload({**arrays, "table_rows": batch.slots.astype(np.int64) + 1}, graph)
+        target = None if graph is None or self.graphs is None else self.graphs.block_table(graph)
+        width = width if target is None else target.shape[1]
+        return there, self._tables.rows(there["table_rows"], width, target)
+
+    def _device_tables(self) -> DeviceTables:
+        return DeviceTables(self._device, -(-self.spec.max_model_len // self._block_size))
 
     def _upload(self, arrays: dict[str, np.ndarray], graph: GraphShape | None) -> dict[str, torch.Tensor]:
         """Copy a step's arrays to the device.
@@ -242,11 +292,12 @@ class TorchExecutor:
         else:
             rows = np.repeat(np.arange(len(batch.slots)), batch.counts)
             positions = np.arange(total) - np.repeat(ends - seq_lens, batch.counts)
-        tables = batch.block_tables[batch.slots, : -(-longest // size)]
-        slot_mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
+        slot_mapping = (
+            batch.block_tables[batch.slots[rows], positions // size].astype(np.int64) * size + positions % size
+        )
         starts = np.zeros(len(ends) + 1, np.int32)
         starts[1:] = ends
-        graph = self.graphs.shape_of(total, longest) if most == 1 and self.graphs is not None else None
+        graph = self.graphs.table.shape_for(total, longest) if most == 1 and self.graphs is not None else None
         arrays = {
             "token_ids": batch.token_ids.astype(np.int64),
             "positions": positions,
@@ -256,14 +307,14 @@ class TorchExecutor:
             "sampled_slots": batch.slots[sampled_rows].astype(np.int64),
             "seq_lens": seq_lens,
             "cu_seqlens_q": starts,
-            "block_table": tables,
         }
-        there, sampled = self._upload(arrays, graph), len(sampled_rows)
+        there, block_table = self._upload_with_tables(batch, -(-longest // size), arrays, graph)
+        sampled = len(sampled_rows)
         ids = there["token_ids"]
         if (batch.token_ids < 0).any():
             torch.where(ids < 0, self._last_tokens[there["token_slots"]], ids, out=ids)
         meta = AttentionMeta(
-            block_table=there["block_table"],
+            block_table=block_table,
             seq_lens=there["seq_lens"],
             cu_seqlens_q=there["cu_seqlens_q"],
             slot_mapping=there["slot_mapping"],

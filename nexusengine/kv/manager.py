@@ -47,7 +47,8 @@ class KVManager:
 
     Attributes:
         block_tables: i4 `[max_slots, max_blocks_per_slot]`, each slot's blocks in order, 0 behind them; executors read
-            it in place.
+            it in place. Until a slot is released its blocks stay where they are, and others are added behind them.
+        releases: i8 `[max_slots]`, how often each slot was released.
         events: records every block hash that comes and goes, if set.
         evictions: cached blocks that were taken for other content.
     """
@@ -67,6 +68,7 @@ class KVManager:
         self.total_blocks = num_blocks - 1
         self.prefix_caching = prefix_caching
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_slots, max_blocks_per_slot), np.int32)
+        self.releases: npt.NDArray[np.int64] = np.zeros(max_slots, np.int64)
         self.evictions = 0
         self.events: CacheEvents | None = None
         self._held = [0] * max_slots  # blocks of each slot
@@ -171,6 +173,7 @@ class KVManager:
                 else:
                     self._free.append(block)
         self.block_tables[slot, : self._held[slot]] = 0
+        self.releases[slot] += 1
         self._held[slot] = self._published[slot] = 0
 
     def check(self) -> None:

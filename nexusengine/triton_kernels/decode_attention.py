@@ -10,6 +10,14 @@ from nexusengine.triton_kernels import launch as launching
 from nexusengine.triton_kernels.attention import Shape, attend, constants, decode_tile, padded, score_scale
 
 _MERGED_SPLITS = 16
+MOST_SPLITS = 64
+
+
+@triton.jit
+def _tokens_of_a_split(length, split_tokens, MOST: tl.constexpr):
+    """A multiple of split_tokens, so that a row of this length has at most MOST splits."""
+    splits = (length + split_tokens - 1) // split_tokens
+    return tl.maximum((splits + MOST - 1) // MOST, 1) * split_tokens
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits"], do_not_specialize_on_alignment=["table", "lengths"])
@@ -18,10 +26,12 @@ def _decode_kernel(
     block_stride, slot_stride, head_stride, num_heads, num_splits, split_tokens,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    MOST: tl.constexpr,
 ):  # fmt: skip
     """A program: one row, one KV head, one split of the row's keys."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
+    split_tokens = _tokens_of_a_split(length, split_tokens, MOST)
     first = split * split_tokens
     if SPLIT:
         if first >= length:
@@ -58,11 +68,12 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lengths"])
 def _merge_kernel(
     partial, levels, lengths, out, out_stride, num_heads, num_splits, split_tokens,
-    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOW: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A program: one row, one head; its splits in order."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
+    split_tokens = _tokens_of_a_split(length, split_tokens, MOST)
     used = (length + split_tokens - 1) // split_tokens
     oldest = 0
     if WINDOW > 0:
@@ -102,6 +113,7 @@ def decode(
     num_splits: int,
     split_tokens: int,
     capability: tuple[int, int],
+    most_splits: int = MOST_SPLITS,
 ) -> None:
     """Attention of rows with one query each; a row of length 0 gives zeros.
 
@@ -110,12 +122,13 @@ def decode(
         k_cache: `[num_blocks, block_size, H_kv, D]`, of q's type or float8_e4m3fn, whose numbers q's type has too.
         v_cache: as k_cache, with equal strides.
         block_table: i4 `[R, B]`.
-        seq_lens: i4 `[R]`, at most num_splits * split_tokens.
+        seq_lens: i4 `[R]`; at most num_splits * split_tokens, unless num_splits is most_splits.
         out: as q.
         shape: of the model.
         num_splits: into how many parts a row's keys are split.
-        split_tokens: keys of each part.
+        split_tokens: keys of each part of a row that has no more than most_splits of these.
         capability: of the device.
+        most_splits: of a row; one that is longer has parts of a multiple of split_tokens.
     """
     rows, tile = len(q), decode_tile(shape, q.element_size(), capability)
     partial, levels = out, out
@@ -123,6 +136,7 @@ def decode(
         partial = q.new_empty(rows, shape.num_heads, num_splits, shape.head_dim, dtype=torch.float32)
         levels = q.new_empty(rows, shape.num_heads, num_splits, dtype=torch.float32)
     common = {"DIM": shape.head_dim, "DIM_PADDED": padded(shape.head_dim), "WINDOW": shape.window}
+    common["MOST"] = most_splits
     launching.launch(
         _decode_kernel,
         (rows, shape.num_kv_heads, num_splits),

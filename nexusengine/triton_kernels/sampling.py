@@ -29,7 +29,8 @@ def _scaled(row, ids, there, temperature):
 def _ordered(x):
     """Unsigned numbers in the order of float32 x."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)  # -0 becomes 0
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    # not ~bits: up to Triton 3.6 its interpreter makes that a signed -1, which numpy refuses
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit

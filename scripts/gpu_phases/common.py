@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,41 @@ LARGE = ModelConfig("LlamaForCausalLM", 128_256, 4096, 14_336, 32, 32, 8, 128, 8
 Findings = dict[str, Any]
 
 
+_REPEATS = 10
+"""Of what is timed, in one graph, so that starting the graph does not show."""
+
+
 class Skip(Exception):
-    """The phase cannot run here; the message says why."""
+    """The phase or case cannot run here; the message says why."""
+
+
+class CasesFailed(Exception):
+    """Some cases of a phase failed: found has them all, trace is where the first one did."""
+
+    def __init__(self, message: str, found: Findings, trace: str) -> None:
+        super().__init__(message)
+        self.found, self.trace = found, trace
+
+
+def unheard(found: Findings) -> None:
+    """Where nobody asks what was found so far."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+    """Where a phase runs.
+
+    Attributes:
+        beside: the file of findings; what else a phase writes goes beside it.
+        ends_s: on time.monotonic: when the phase should come to its end.
+        tell: takes what was found so far, in case the phase does not end.
+    """
+
     device: torch.device
     tiny: bool
-    beside: Path | None = None  # the file of findings; what else a phase writes goes beside it
-    ends_s: float = float("inf")  # on time.monotonic: when the phase should come to its end
+    beside: Path | None = None
+    ends_s: float = float("inf")
+    tell: Callable[[Findings], None] = unheard
 
     @property
     def late(self) -> bool:
@@ -50,8 +76,12 @@ class Setting:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, run: Callable[[], object], runs: int = 10) -> float:
-        """Median of `runs`, after two to warm up."""
+    def generator(self) -> torch.Generator:
+        """Of test data, which is made where it is needed."""
+        return torch.Generator(self.device).manual_seed(0)
+
+    def host_seconds(self, run: Callable[[], object], runs: int = 10) -> float:
+        """Median of `runs` by the host's clock, launches included, after two to warm up."""
         took = []
         for i in range(runs + 2):
             self.sync()
@@ -62,11 +92,90 @@ class Setting:
                 took.append(time.perf_counter() - began)
         return float(np.median(took))
 
+    def seconds(self, run: Callable[[], object], runs: int = 10) -> float:
+        """Median of `runs` on the device: on CUDA of a graph of it, so that launching it does not show.
+
+        Args:
+            run: what a graph can capture.
+            runs: replays.
+        """
+        if self.device.type != "cuda":
+            return self.host_seconds(run, runs)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(_REPEATS):
+                run()
+        took = []
+        for i in range(runs + 2):
+            began, ended = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+            began.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            if i > 1:
+                took.append(began.elapsed_time(ended) / 1000 / _REPEATS)
+        return float(np.median(took))
+
     def copy_gb_s(self) -> float:
         """GB/s that the device copies, read and written, measured now: shares of bandwidth are shares of this."""
         n = 2**20 if self.tiny else 2**30
         a, b = (torch.zeros(n, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * n / self.seconds(lambda: b.copy_(a)) / 1e9
+
+    def read_gb_s(self) -> float:
+        """GB/s that the device reads in a sum."""
+        n = 2**18 if self.tiny else 2**28
+        a = torch.zeros(n, dtype=torch.float32, device=self.device)
+        return 4 * n / self.seconds(a.sum) / 1e9
+
+
+class Cases:
+    """The cases of a phase: one that fails is recorded, and the others go on."""
+
+    def __init__(self, at: Setting) -> None:
+        self._at = at
+        self.found: Findings = {}
+        self._failed: list[str] = []
+        self._trace = ""
+
+    def run(self, name: str, case: Callable[[], object]) -> None:
+        """Run a case unless the phase is out of time; what it returns is its finding."""
+        if self._at.late:
+            self.found[name] = "skipped: out of time"
+            return
+        try:
+            self.found[name] = case()
+        except Skip as reason:
+            self.found[name] = f"skipped: {reason}"
+        except Exception as error:  # recorded, and raised by `end`
+            words = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            self.found[name] = f"failed: {words}"
+            self._failed.append(name)
+            self._trace = self._trace or traceback.format_exc()
+        self._at.tell(self.found)
+
+    def end(self) -> Findings:
+        """What was found.
+
+        Raises:
+            CasesFailed: a case failed.
+        """
+        if self._failed:
+            first = self._failed[0]
+            message = f"{len(self._failed)} of {len(self.found)} cases failed; {first}: {self.found[first]}"
+            raise CasesFailed(message, self.found, self._trace)
+        return self.found
+
+
+def bytes_read(config: ModelConfig, weights_bytes: int, element_bytes: int) -> int:
+    """Bytes of weights that a decode step reads: all but the table of embeddings, unless that is the head too."""
+    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * element_bytes
+    return weights_bytes - table
 
 
 def make_executor(at: Setting, config: ModelConfig, dtype: str, **options: Any) -> TorchExecutor:
@@ -89,7 +198,7 @@ def serve(
     executor: TorchExecutor, prompts: list[list[int]], tokens: int, *, chunk: int = 256, cached: bool = True,
     running: int = 8,
 ) -> tuple[list[list[int]], EngineCore, list[float]]:  # fmt: skip
-    """Greedy answers, the core, and the instants of each request's first token and end."""
+    """Greedy answers, the core, and the instants of each request's first token."""
     core = EngineCore(
         executor, FCFS(chunk), make_model(), clock=MonotonicClock(), max_running=running, max_waiting=len(prompts),
         prefix_caching=cached, hash_key=b"k",

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_phases.common import LARGE, SMALL, TINY, Findings, Setting, make_executor
+from gpu_phases.common import LARGE, SMALL, TINY, Cases, Findings, Setting, make_executor
 from nexusengine.execute.torch_executor import TorchExecutor
+from nexusengine.model_config import ModelConfig
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.registry import make_model
 from nexusengine.profiles.fit import fit_steps
@@ -25,41 +26,42 @@ def performance_model(at: Setting) -> Findings:
 
     The grid's steps, each run by itself, also make a profile of this device for the simulator.
     """
-    found: Findings = {}
+    cases = Cases(at)
     # (name of the model in the profile, shape, contexts of the grid, contexts held out)
     shapes = [("tiny", TINY, (64, 256), 128)] if at.tiny else [("llama-3.1-8b", LARGE, (128, 2048), 1024)]
     shapes = shapes if at.tiny else [("random-0.6b", SMALL, (128, 2048), 1024), *shapes]
-    for name, config, (short, long), between in shapes:
-        if at.late:
-            found[name] = "skipped: out of time"
-            continue
-        chunks = (0, 32, 64) if at.tiny else (0, 128, 512, 1024)
-        executor = make_executor(
-            at, config, "float32" if at.tiny else "bfloat16", max_running=_ROWS, max_batch_tokens=1280
-        )
-        grid = {
-            ProbeShape(d, c if d else 0, p, pc if p else 0)
-            for d, c, p, pc in product((0, 1, 2, 4) if at.tiny else (0, 1, 8, 32, 64), (short, long), chunks, (0, long))
-        }
-        held_out = [ProbeShape(d, between, p, between) for d in ((3,) if at.tiny else (4, 16, 48)) for p in (48, 256)]
-        observed = _measure(executor, sorted(grid, key=repr), 16 if at.tiny else 6)
-        scored = _measure(executor, held_out, 8)
-        model = make_model()
-        for run in range(max(len(times) for _, times in observed)):
-            for features, times in observed:
-                if run < len(times):
-                    model.observe(features, times[run])
-        errors = [abs(model.predict(f).mean_s / float(np.median(times)) - 1) for f, times in scored]
-        if not errors:
-            raise AssertionError(f"{name}: no held-out step fits the executor")
-        found[name] = {
-            "observed": len(observed),
-            "held_out": len(scored),
-            "mape": 100 * float(np.mean(errors)),
-            "aim": 5.0,
-            "profile": _profile(at, name, executor, observed),
-        }
-        executor.close()
+    for name, config, ends, between in shapes:
+        cases.run(name, lambda n=name, c=config, e=ends, b=between: _learned(at, n, c, e, b))  # type: ignore[misc]
+    return cases.end()
+
+
+def _learned(at: Setting, name: str, config: ModelConfig, ends: tuple[int, int], between: int) -> Findings:
+    """Error of one model on steps between the contexts `ends` that it learnt from."""
+    chunks = (0, 32, 64) if at.tiny else (0, 128, 512, 1024)
+    executor = make_executor(at, config, "float32" if at.tiny else "bfloat16", max_running=_ROWS, max_batch_tokens=1280)
+    grid = {
+        ProbeShape(d, c if d else 0, p, pc if p else 0)
+        for d, c, p, pc in product((0, 1, 2, 4) if at.tiny else (0, 1, 8, 32, 64), ends, chunks, (0, ends[1]))
+    }
+    held_out = [ProbeShape(d, between, p, between) for d in ((3,) if at.tiny else (4, 16, 48)) for p in (48, 256)]
+    observed = _measure(executor, sorted(grid, key=repr), 16 if at.tiny else 6)
+    scored = _measure(executor, held_out, 8)
+    model = make_model()
+    for run in range(max(len(times) for _, times in observed)):
+        for features, times in observed:
+            if run < len(times):
+                model.observe(features, times[run])
+    errors = [abs(model.predict(f).mean_s / float(np.median(times)) - 1) for f, times in scored]
+    if not errors:
+        raise AssertionError("no held-out step fits the executor")
+    found = {
+        "observed": len(observed),
+        "held_out": len(scored),
+        "mape": 100 * float(np.mean(errors)),
+        "aim": 5.0,
+        "profile": _profile(at, name, executor, observed),
+    }
+    executor.close()
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_phases.common import SMALL, TINY, Findings, Setting, Skip, make_executor, prompts_for, serve
+from gpu_phases.common import SMALL, TINY, Cases, Findings, Setting, Skip, make_executor, prompts_for, serve
 from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.torch_executor import TorchExecutor
 from nexusengine.model_config import ModelConfig
@@ -23,20 +23,24 @@ _PAGED = ("flash_attention_2", "sdpa", "sdpa_paged", "paged|sdpa")  # names of o
 
 def reference(at: Setting) -> Findings:
     """Greedy text of the engine in float32 is transformers'."""
-    found: Findings = {}
+    cases = Cases(at)
     for name, c in _shapes(at).items():
-        theirs = _theirs(at, c, torch.float32)
-        executor = make_executor(at, c, "float32", seed=_SEED)
-        prompts = prompts_for(c, 3, 30)
-        answers, _, _ = serve(executor, prompts, 12)
-        executor.close()
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = torch.tensor([prompt], device=at.device)
-            expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-            if answer != expected:
-                raise AssertionError(f"{name}: greedy text is {answer}, transformers says {expected}")
-        found[name] = {"prompts": len(prompts), "tokens_each": 12}
-    return found
+        cases.run(name, lambda c=c: _same_text(at, c))  # type: ignore[misc]
+    return cases.end()
+
+
+def _same_text(at: Setting, c: ModelConfig) -> Findings:
+    theirs = _theirs(at, c, torch.float32)
+    executor = make_executor(at, c, "float32", seed=_SEED)
+    prompts = prompts_for(c, 3, 30)
+    answers, _, _ = serve(executor, prompts, 12)
+    executor.close()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt], device=at.device)
+        expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+        if answer != expected:
+            raise AssertionError(f"greedy text is {answer}, transformers says {expected}")
+    return {"prompts": len(prompts), "tokens_each": 12}
 
 
 def logits(at: Setting) -> Findings:
@@ -44,20 +48,24 @@ def logits(at: Setting) -> Findings:
 
     With the same weights: mean Kullback-Leibler divergence, and the largest difference over the spread of the logits.
     """
-    found: Findings = {}
+    cases = Cases(at)
     for name, c in _shapes(at).items():
-        theirs = _theirs(at, c, at.dtype)
-        executor = make_executor(at, c, str(at.dtype).removeprefix("torch."), seed=_SEED)
-        prompts = prompts_for(c, 3, 60)
-        ours = own_logits(executor, prompts)
-        executor.close()
-        expected = torch.cat([theirs(torch.tensor([p], device=at.device)).logits[0] for p in prompts]).float()
-        log_theirs, log_ours = expected.log_softmax(-1), ours.log_softmax(-1)
-        kl = float((log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean())
-        found[name] = {"kl": kl, "largest_over_spread": float((ours - expected).abs().max() / expected.std())}
-        if not kl <= _KL_LIMITS[at.dtype]:
-            raise AssertionError(f"{name}: the divergence from transformers is {kl}, more than {_KL_LIMITS[at.dtype]}")
-    return found
+        cases.run(name, lambda c=c: _divergence(at, c))  # type: ignore[misc]
+    return cases.end()
+
+
+def _divergence(at: Setting, c: ModelConfig) -> Findings:
+    theirs = _theirs(at, c, at.dtype)
+    executor = make_executor(at, c, str(at.dtype).removeprefix("torch."), seed=_SEED)
+    prompts = prompts_for(c, 3, 60)
+    ours = own_logits(executor, prompts)
+    executor.close()
+    expected = torch.cat([theirs(torch.tensor([p], device=at.device)).logits[0] for p in prompts]).float()
+    log_theirs, log_ours = expected.log_softmax(-1), ours.log_softmax(-1)
+    kl = float((log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean())
+    if not kl <= _KL_LIMITS[at.dtype]:
+        raise AssertionError(f"the divergence from transformers is {kl}, more than {_KL_LIMITS[at.dtype]}")
+    return {"kl": kl, "largest_over_spread": float((ours - expected).abs().max() / expected.std())}
 
 
 def own_logits(executor: TorchExecutor, prompts: list[list[int]]) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Pool(RuleBasedStateMachine):
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
         self.content: dict[tuple[int, int], int] = {}
+        self.tables: dict[int, tuple[int, list[int]]] = {}
 
     def hashes(self, slot: int) -> list[bytes]:
         return block_hashes(self.tokens[slot], SIZE, b"k")
@@ -70,6 +71,16 @@ class Pool(RuleBasedStateMachine):
             del self.tokens[slot]
             self.kv.release(slot, discard=True)
             assert not held & set(self.kv.lookup(names, SIZE * BLOCKS).blocks), "discarded, and yet given to others"
+
+    @invariant()
+    def tables_only_grow_until_they_are_released(self) -> None:
+        for slot in range(SLOTS):
+            releases = int(self.kv.releases[slot])
+            table = self.kv.block_tables[slot, : self.kv.blocks_of(slot)].tolist()
+            last_releases, last_table = self.tables.get(slot, (0, []))
+            if releases == last_releases:
+                assert table[: len(last_table)] == last_table
+            self.tables[slot] = releases, table
 
     @rule(prompt=prompts)
     def lookup(self, prompt: list[int]) -> None:

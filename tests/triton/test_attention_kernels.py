@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from nexusengine.attention import triton as backend_module
-from nexusengine.attention.base import AttentionSpec
+from nexusengine.attention.base import AttentionMeta, AttentionSpec
 from nexusengine.attention.triton import TritonBackend
 from nexusengine.triton_kernels import launch
 from tests.support.attention_cases import Case, difference, make_case, run_case
@@ -37,6 +38,52 @@ def test_a_decode_split_over_its_keys_is_merged_right(dim: int, window: int | No
     backend = TritonBackend(wanted)
     assert difference(backend, make_case(wanted, ROWS)) < 2e-5
     assert backend.num_splits == 19
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 250])
+def test_rows_of_more_splits_than_there_may_be_have_larger_ones(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """The same beside shorter rows and alone, bit for bit."""
+    monkeypatch.setattr(backend_module, "_SPLIT_TOKENS", 16)
+    monkeypatch.setattr(backend_module, "_MOST_SPLITS", 4)
+    wanted = replace(spec(), window=window)
+    backend = TritonBackend(wanted)
+    rows = [(1, 64), (1, 65), (1, 17), (1, 128), (1, 129), (1, 300), (20, 20)]
+    case = make_case(wanted, rows)
+    assert difference(backend, case) < 2e-5
+    assert backend.num_splits == 4
+    together = run_case(backend, case)
+    for row in range(6):
+        assert torch.equal(run_case(TritonBackend(wanted), _only(case, row, row)), together[row : row + 1]), rows[row]
+
+
+def test_memory_between_the_two_kernels_of_a_decode_is_bounded_and_sized_by_the_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def launched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if kernel.__name__ == "_decode_kernel":
+            taken.append(sum(t.nbytes for t in arguments[6:8]))
+
+    monkeypatch.setattr(launch, "launch", launched)
+    backend = TritonBackend(replace(spec((32, 8), 128), dtype=torch.bfloat16))
+    cache = torch.zeros(2, 16, 8, 128, dtype=torch.bfloat16)
+
+    def run(lengths: list[int], queries: list[int], longest: int) -> int:
+        total = sum(queries)
+        q, table = torch.empty(total, 32, 128, dtype=torch.bfloat16), torch.zeros(len(lengths), 1, dtype=torch.int32)
+        numbers = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        slots = torch.zeros(total, dtype=torch.long)
+        ones = queries.count(1)
+        meta = AttentionMeta(table, numbers[1:], numbers, slots, lengths, queries, ones, longest, max(queries))
+        backend.plan(meta)
+        backend.run(q, cache, cache, meta, torch.empty_like(q))
+        return taken.pop()
+
+    assert run([1] * 256, [1] * 256, 131_072) <= 2**28 + 2**22, "a graph of the longest rows"
+    assert run([400] * 255 + [131_072], [1] * 255 + [512], 131_072) <= 2**24, "decodes beside a long prompt"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

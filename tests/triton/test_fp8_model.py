@@ -25,6 +25,7 @@ from nexusengine.triton_kernels import fp8, launch
 from tests.support import checkpoints
 from tests.support.attention_cases import make_case
 
+from .offline import need_scales_by_output
 from .test_attention_kernels import spec
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -80,6 +81,8 @@ def test_weights_stay_as_they_are_stored_and_logits_are_those_of_rounded_activat
     tmp_path: Path, layout: str, dtype: torch.dtype
 ) -> None:
     """Products by channel come in bfloat16, whatever the model's type."""
+    if "block" not in layout:
+        need_scales_by_output()
     tensors, numbers, quantization = checkpoints.fp8(layout)
     kept = loaded(checkpoints.write(tmp_path / "fp8", tensors, quantization), TritonOps(1e-5, fp8=True), dtype)
     for layer in kept.layers:
@@ -104,6 +107,7 @@ def test_weights_stay_as_they_are_stored_and_logits_are_those_of_rounded_activat
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_map_by_channel_is_the_product_of_its_numbers(bias: bool, dtype: torch.dtype) -> None:
     """torch's own product, as on a GPU; up to the rounding to bfloat16 in which it comes."""
+    need_scales_by_output()
     torch.manual_seed(3)
     x, added = torch.randn(5, 96).to(dtype), torch.randn(48).to(dtype) if bias else None
     weight = Fp8Weight(torch.randn(48, 96).to(torch.float8_e4m3fn), torch.rand(48, 1) + 0.5)

@@ -105,6 +105,45 @@ def test_one_backend_serves_step_after_step(monkeypatch: pytest.MonkeyPatch, nam
         assert difference(backend, case) < TOLERANCE[spec.dtype]
 
 
+def test_flashinfer_rewrites_no_pinned_memory_while_a_copy_of_it_may_be_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device that is behind: a copy is over once somebody waits for the mark that follows it."""
+    install("flashinfer", monkeypatch)
+    spec, copying = made("flashinfer"), list[str]()
+    module = sys.modules["flashinfer"]
+    for name in ("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"):
+
+        class Behind(getattr(module, name)):  # type: ignore[misc]
+            def plan(self, *args: Any, _name: str = name, **options: Any) -> None:
+                assert _name not in copying, "its pinned memory is still being copied"
+                copying.append(_name)
+                super().plan(*args, **options)
+
+        monkeypatch.setattr(module, name, Behind)
+
+    class Mark:
+        behind = 0
+
+        def __init__(self, device: str) -> None:
+            assert device == "cuda"
+
+        def record(self) -> None:
+            self.behind = len(copying)
+
+        def synchronize(self) -> None:
+            del copying[: self.behind]
+            self.behind = 0
+
+    monkeypatch.setattr(torch, "Event", Mark)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **more: empty(*sizes, **more))
+    backend = backend_class("flashinfer")(replace(spec, device=torch.device("cuda", 0)))
+    for rows in (BATCHES["mixed"], BATCHES["one decode"], BATCHES["a whole prompt"], BATCHES["mixed"]):
+        backend.plan(make_case(spec, rows).meta)
+    assert copying
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_queries_may_lie_between_other_numbers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     install(name, monkeypatch)

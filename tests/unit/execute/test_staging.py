@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 
 from nexusengine.clock import MonotonicClock
 from nexusengine.core.engine_core import EngineCore
+from nexusengine.execute.batch import StepBatch
 from nexusengine.execute.memory import DeviceMemory, MemoryPlan, graph_budget_bytes
-from nexusengine.execute.staging import Staging
+from nexusengine.execute.staging import Staging, Timer
+from nexusengine.execute.torch_executor import TorchExecutor
 from nexusengine.perf.registry import make_model
 from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.types import SamplingParams
 from tests.support.fakes import request, run
+from tests.unit.execute.test_graphs import Rehearsal
 from tests.unit.execute.test_torch_executor import OPTIONS, Steps, made
 
 
@@ -78,10 +82,16 @@ def test_two_overlapping_steps_are_collected_in_order() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
-    answers = []
-    for overlap in (False, True):
-        executor = made(options=dataclasses.replace(OPTIONS, overlap=overlap, kv_cache_bytes=2**16))
+def test_text_is_the_same_with_and_without_overlap_and_graphs(temperature: float) -> None:
+    """With graphs, block tables stay on the device while requests are preempted and slots change owners."""
+    answers, preemptions = [], []
+    for overlap, graphs in ((False, False), (True, False), (True, True)):
+        executor = made(options=dataclasses.replace(OPTIONS, overlap=overlap, kv_cache_bytes=2**15))
+        device = Rehearsal()
+        if graphs:
+            with torch.inference_mode():
+                executor.capture_decodes(device, 2**30, OPTIONS.max_running)
+        check_tables(executor)
         core = EngineCore(
             executor,
             FCFS(24),
@@ -93,12 +103,100 @@ def test_text_is_the_same_with_and_without_overlap(temperature: float) -> None:
         )
         for i in range(10):
             sampling = SamplingParams(
-                temperature=temperature, seed=i, max_tokens=4 + 3 * i, stop_token_ids=(1, 2, 3), logprobs=i % 3 or None
+                temperature=temperature, seed=i, max_tokens=40 + 3 * i, stop_token_ids=(1, 2), logprobs=i % 3 or None
             )
             core.add(request(str(i), [i % 4, 5, 6, 7] * (1 + i % 5), sampling=sampling))
         answers.append({name: (tokens, last.finish_reason) for name, (tokens, last) in run(core).items()})
         assert core.stats().kv_used_blocks == 0
-    assert answers[0] == answers[1]
+        assert (device.replays > 20) == graphs
+        preemptions.append(core.stats().preemptions)
+    assert answers[0] == answers[1] == answers[2]
+    assert min(preemptions) > 0
+
+
+def check_tables(executor: TorchExecutor) -> None:
+    """Each step is checked to see the host's block tables: a model this small hardly shows what attention reads."""
+    build = executor._inputs
+
+    def checked(batch: StepBatch, sampled_rows: np.ndarray) -> Any:
+        inputs = build(batch, sampled_rows)
+        for row, (slot, end) in enumerate(zip(batch.slots, batch.starts + batch.counts, strict=True)):
+            used = -(-int(end) // executor.spec.block_size)
+            assert inputs.meta.block_table[row, :used].tolist() == batch.block_tables[slot, :used].tolist()
+        return inputs
+
+    executor._inputs = checked  # type: ignore[method-assign]
+
+
+class FakeEvent:
+    """A place in the work of a device that takes a millisecond for each mark."""
+
+    marks = 0
+
+    def __init__(self, device: str, enable_timing: bool = False) -> None:
+        self.at_ms = 0
+
+    def record(self) -> None:
+        FakeEvent.marks += 1
+        self.at_ms = FakeEvent.marks
+
+    def synchronize(self) -> None:
+        return
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return float(other.at_ms - self.at_ms)
+
+
+def test_a_step_on_a_gpu_begins_where_its_work_is_launched_and_idleness_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "marks", 0)
+    device, busy = torch.device("cuda", 0), FakeEvent("cuda")
+    first = Timer(device)
+    busy.record()  # inputs of the first step are built
+    first.begin()
+    first.stop()
+    second = Timer(device, first)
+    for _ in range(5):
+        busy.record()
+    second.begin()
+    for _ in range(3):
+        busy.record()
+    second.stop()
+    assert first.seconds() == (0.001, 0.0)
+    assert second.seconds() == (0.004, 0.006)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_timer_begins_after_inputs_and_plan_just_before_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    steps, log = Steps(made()), list[str]()
+    executor = steps.executor
+    if graphs:
+        with torch.inference_mode():
+            executor.capture_decodes(Rehearsal(), 2**30, OPTIONS.max_running)
+    steps.step({0: [5, 6, 7]})
+
+    def noted(name: str, owner: object, method: str) -> None:
+        real = getattr(owner, method)
+
+        def call(*args: object) -> object:
+            log.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, method, call)
+
+    noted("inputs", executor, "_upload")
+    noted("plan", executor._attention, "plan")
+    noted("begin", Timer, "begin")
+    noted("stop", Timer, "stop")
+    noted("forward", executor._model, "forward")
+    result = steps.step({0: [-1]})
+    assert log == ["inputs", "plan", "begin", "forward", "stop"]
+    assert result.device_s > 0
+    assert result.idle_s > 0
 
 
 def test_a_memory_plan_accounts_for_every_byte() -> None:

@@ -49,13 +49,15 @@ class Steps:
         for slot in range(SLOTS):
             self.sampling.set(slot, SamplingParams(**({"temperature": 0.0, "seed": slot} | sampling)))  # type: ignore[arg-type]
         self.done = np.zeros(SLOTS, np.int32)
+        self.releases = np.zeros(SLOTS, np.int64)
 
     def submit(self, work: dict[int, list[int]], sampled: bool = True) -> None:
         slots = np.array(sorted(work, key=lambda s: len(work[s]) > 1), np.int32)
         counts = np.array([len(work[s]) for s in slots], np.int32)
         ids = np.concatenate([work[s] for s in slots]).astype(np.int32)
         flags = np.full(len(slots), sampled)
-        self.executor.submit(StepBatch(slots, self.done[slots], counts, flags, ids, self.tables, self.sampling))
+        starts = self.done[slots]
+        self.executor.submit(StepBatch(slots, starts, counts, flags, ids, self.tables, self.sampling, self.releases))
         self.done[slots] += counts
 
     def step(self, work: dict[int, list[int]], sampled: bool = True) -> StepResult:
