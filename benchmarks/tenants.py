@@ -1,10 +1,10 @@
 """What one tenant that floods an engine costs the others, and what counting tenants costs when nobody does. Simulated.
 
-    python -m benchmarks.tenants --traces ../shared/traces --json tenants.json [--seeds 1-2] [--devices h100]
+    python -m benchmarks.tenants --traces ../shared/traces --json tenants.json [--seeds 1-2] [--devices h100,mixed]
 
-Eight tenants send requests at a share of what the engine can serve; in `flood` they send 0.7 of it, and a ninth three
-times as much. Each case runs with tenants named and without (all requests are then one tenant's): `share` beside
-`none`. Attainment is that of the eight.
+Eight tenants send requests at a share of what the engine, or a cluster behind PRISM, can serve; in `flood` they send
+0.7 of it, and a ninth three times as much. Each case runs with tenants named and without (all requests are then one
+tenant's): `share` beside `none`. Attainment is that of the eight.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from nexusengine.sim.verdicts import tabulate
 from nexusengine.sim.workload.build import Builder, Workload, WorkloadSpec
 
 TENANTS = 8
+CLUSTERS = {"mixed": "h100,2xa100,2xl4", "alike": "4xa100"}
+"""By their names in benchmarks/cluster.py."""
 FLOOD = "flood"
-RATES_RPS = {  # near the goodput of LENS (docs/evaluation.md), by workload and device
+RATES_RPS = {  # near the goodput of LENS (docs/evaluation.md, evaluation-cluster.md), by workload and device
+    ("azure", "mixed"): 50.0,
+    ("azure", "alike"): 44.0,
     ("azure", "rtxpro6000"): 10.5,
     ("sharegpt", "rtxpro6000"): 23.6,
     ("mixed", "rtxpro6000"): 12.0,
@@ -116,8 +120,8 @@ def run(
 ) -> dict[str, float]:
     """One simulation: attainment of the tenants that do not flood and of all, and the widest difference in service."""
     spec = SimSpec(
-        trace=str(trace), devices=device, engine=engine, rate_rps=rate_rps * case.load, duration_s=duration_s,
-        arrivals=arrivals, classes=classes, seed=seed,
+        trace=str(trace), devices=CLUSTERS.get(device, device), engine=engine, rate_rps=rate_rps * case.load,
+        duration_s=duration_s, arrivals=arrivals, classes=classes, seed=seed,
     )  # fmt: skip
     result = simulate(spec, builder=TenantBuilder(spec.workload(131_072), case, named))
     builder = result.builder

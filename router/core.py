@@ -144,7 +144,9 @@ class RouterCore:
         if refusal is not None:
             self._outbox.deltas({client: [TokenDelta.failed(request.request_id, refusal)]})
         else:
-            self._place(self.ledger.add(request, client), now)
+            entry = self.ledger.add(request, client)
+            self._placer.arrived(entry)
+            self._place(entry, now)
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -326,6 +328,7 @@ class RouterCore:
             self._cancel(entry, now)
             self._fail(entry, past_deadline(entry))
         self._give_up_late(now)
+        self._placer.look_at_tenants(now)
         for identity in self._clients.silent(now):
             self.on_client_gone(identity, now)
         if self.ledger.held:

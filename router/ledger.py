@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nexusengine.router.placement.policy import PlacementRequest
@@ -216,6 +216,10 @@ class Ledger:
     def at(self, identity: bytes) -> list[Entry]:
         """Entries at a worker process, in order of dispatch."""
         return list(self.share(identity).entries.values())
+
+    def entries(self) -> Iterable[Entry]:
+        """All entries; the ledger is not to be changed meanwhile."""
+        return self._entries.values()
 
     def of_client(self, client: bytes) -> list[Entry]:
         """Entries of a client."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from nexusengine.kv.digest import short_hashes
 from nexusengine.router.ledger import Entry, Ledger
+from nexusengine.router.placement.completion import expected_output
 from nexusengine.router.placement.policy import Decision, Hold, Place, PlacementPolicy, PlacementRequest
 from nexusengine.router.prefix import PrefixIndex
+from nexusengine.router.tenants import ClusterShares
 from nexusengine.router.workers import WorkerTable
 from nexusengine.types import EngineRequest
 
@@ -36,6 +40,7 @@ class Placer:
     ) -> None:
         self._policy, self._ledger, self._workers, self._prefixes = policy, ledger, workers, prefixes
         self._block_hashes = block_hashes if policy.uses_prefixes else None
+        self._tenants = ClusterShares()
 
     @property
     def looks_up_prefixes(self) -> bool:
@@ -45,6 +50,14 @@ class Placer:
     def prepare(self, now: float) -> None:
         """Let the policy digest new reports."""
         self._policy.prepare(self._workers.views(self._ledger), now)
+
+    def arrived(self, entry: Entry) -> None:
+        """Note that a request came, for the sake of fairness between tenants."""
+        self._tenants.arrived(entry.request.tenant)
+
+    def look_at_tenants(self, now: float) -> None:
+        """Find anew which tenants have had more than their share."""
+        self._tenants.look(self._ledger.entries(), now)
 
     def any_accepts(self) -> bool:
         """Whether any worker accepts requests now."""
@@ -56,7 +69,11 @@ class Placer:
         If to a worker, the entry is dispatched there, and the message is the caller's to send; else it stays held, and
         a refusal is the caller's to answer.
         """
-        decision = self._policy.place(self._with_cached_tokens(entry), self._workers.views(self._ledger), now)
+        request, tenant = self._with_cached_tokens(entry), entry.request.tenant
+        if self._tenants.over(tenant):
+            request = replace(request, over_share=True)
+        views = self._workers.views(self._ledger)
+        decision = self._policy.place(request, views, now)
         if isinstance(decision, Place):
             worker = self._workers.by_id[decision.worker_id]
             if worker.identity is None:
@@ -67,6 +84,9 @@ class Placer:
             entry.placed_s, entry.first_token_in_s, entry.late = now, decision.first_token_in_s, decision.late
             cached_tokens = entry.placement.cached_tokens.get(decision.worker_id, 0)
             self._ledger.dispatch(entry, worker.identity, seq, cached_tokens)
+            if self._tenants.several:
+                means = np.array([0.0 if view.load is None else view.load.mean_output_tokens for view in views])
+                self._tenants.placed(tenant, request.prompt_tokens, expected_output(request, means))
         return decision
 
     def first_token(self, entry: Entry, in_time: bool) -> None:

@@ -40,9 +40,14 @@ class TenantShares:
         self._least = 0.0  # counter of those that waited when somebody did
 
     @property
+    def tenants(self) -> int:
+        """How many numbers are in use."""
+        return len(self._service)
+
+    @property
     def one_tenant(self) -> bool:
         """Whether there has been no more than one so far, so that nothing needs to be counted."""
-        return len(self._service) == 1
+        return self.tenants == 1
 
     def number_of(self, tenant: str | None) -> int:
         """The number of a tenant, new ones included."""
@@ -59,7 +64,7 @@ class TenantShares:
         self._numbers.move_to_end(tenant)
         return number
 
-    def served(self, tenants: I4, counts: I4, sampled: I4) -> None:
+    def served(self, tenants: I4, counts: I4 | F8, sampled: I4) -> None:
         """Count what a step computes.
 
         Args:

@@ -21,6 +21,7 @@ class PlacementRequest:
         deadline_s: timestamp at which it is timed out; not its SLO.
         cached_tokens: by worker id, tokens of its prompt that the worker's prefix cache is believed to hold; workers
             with none are left out.
+        over_share: its tenant has had more than its share of the workers while others wait.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class PlacementRequest:
     deadline_s: float
     slo: SLO | None = None
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    over_share: bool = False
 
     @property
     def first_token_due_s(self) -> float:

@@ -26,8 +26,10 @@ from nexusengine.router.placement.policy import Decision, Place, PlacementReques
 _SOFT_SHARE, _SOFT_S = 0.15, 0.02
 _TPOT_FROM, _KV_FROM = 0.9, 0.95
 _MIN_S = 1e-3
-_SAME, _SAVED = 1.05, 0.01
+_SAME, _SAVED, _EARLY = 1.05, 0.01, 0.25
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_OVER_SHARE_SPENT = 0.15
+"""Of its TTFT, that a request may wait whose tenant is over its share: the rest of the queue is for the others."""
 _LOOKED_AT = 8
 """Workers on whose queue it is tried whether a request can displace a longer one."""
 _INF = float("inf")
@@ -47,7 +49,7 @@ class PlacementCosts:
         service_s: seconds that its prompt keeps the worker busy.
         spent: share of its TTFT that is used up; without an SLO, when the worker is done with all it has and this
             request, compared with the first to be.
-        saved: without an SLO, what its cached prefix makes spent less.
+        saved: what its cached prefix makes spent less; with an SLO compared with the earliest first token.
     """
 
     first_token_s: F8
@@ -100,12 +102,31 @@ class Prism:
         feasible = eligible & (missed < 1.0)
         if request.slo is None:
             return self._place_without_slo(request, workers, costs, missed, feasible if feasible.any() else eligible)
+        if request.over_share:
+            feasible &= costs.spent <= _OVER_SHARE_SPENT
         if not np.count_nonzero(feasible):
+            if request.over_share:
+                return self._place_over_share(request, workers, costs, eligible)
             return self._place_late(request, workers, costs, eligible, now)
         score = np.where(feasible, missed + self._delay * costs.spent, _INF)
         if self._economy is not None:
             score = score + self._economy.penalty(self._matrix, request, costs, feasible)
+        elif np.count_nonzero(early := self._equally_early(costs, missed, score)) > 1:
+            outstanding = np.where(early, self._matrix.estimates.outstanding, _INF)
+            return self._choose(workers, costs, outstanding, 0.0, "in time")
         return self._choose(workers, costs, score, self._tie, "in time")
+
+    def _equally_early(self, costs: PlacementCosts, missed: F8, score: F8) -> Bools:
+        """Devices of a kind on which the first token comes so early that predictions say little about which is best.
+
+        The worker with the fewest requests among them gets the next, so that a burst is spread evenly.
+        """
+        e, kinds, best = self._matrix.estimates, self._matrix.kinds, int(score.argmin())
+        error = (1.0 + e.error) * (1.0 + e.error[best])
+        close: Bools = (kinds == kinds[best]) & (score < _INF) & (missed <= missed[best] + self._tie)
+        close &= (costs.spent <= _EARLY) & (costs.spent <= error * costs.spent[best])
+        close &= costs.saved >= costs.saved[best] - _SAVED
+        return close
 
     def _place_without_slo(
         self,
@@ -159,14 +180,22 @@ class Prism:
         if displacing.any():
             return self._relegate(workers, costs, displacing if self.saturated(now) else eligible)
         if self._admission.refuses(request, least_s, now):
-            e = m.estimates
-            drain_s = float((e.rest_s + m.ahead_s[:, -1] + e.late_s)[eligible].min())
-            return Refuse(
-                Overloaded.code,
-                f"its first token is not to be expected within {request.slo.ttft_s if request.slo else 0.0:.1f} s",
-                min(max(drain_s, _MIN_RETRY_S), _MAX_RETRY_S),
-            )
+            ttft_s = request.slo.ttft_s if request.slo else 0.0
+            return self._refuse(eligible, f"its first token is not to be expected within {ttft_s:.1f} s")
         return replace(self._relegate(workers, costs, eligible), late=True)
+
+    def _place_over_share(
+        self, request: PlacementRequest, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools
+    ) -> Decision:
+        """Refuse what a tenant asks beyond its share of a cluster that is short, unless its class waits for ever."""
+        if request.gives_up_s == _INF:
+            return self._relegate(workers, costs, eligible)
+        return self._refuse(eligible, "its sender has had more than its share while others wait")
+
+    def _refuse(self, eligible: Bools, reason: str) -> Refuse:
+        m, e = self._matrix, self._matrix.estimates
+        drain_s = float((e.rest_s + m.ahead_s[:, -1] + e.late_s)[eligible].min())
+        return Refuse(Overloaded.code, reason, min(max(drain_s, _MIN_RETRY_S), _MAX_RETRY_S))
 
     def _relegate(self, workers: Sequence[WorkerView], costs: PlacementCosts, eligible: Bools) -> Place:
         """Place a request that nobody can serve in time without making another late.
@@ -204,11 +233,14 @@ def assess(matrix: ForecastMatrix, request: PlacementRequest, now: float) -> Pla
     decode_s = e.decode_s + e.per_kv_s * request.prompt_tokens
     service_s = left * (e.per_token_s + e.per_pair_s * (cached + 0.5 * left))
     kv = _ramp((e.kv_tokens + left + e.mean_output) / e.kv_capacity, _KV_FROM)
-    late = decode = saved = np.zeros(len(matrix.views))
+    late = decode = np.zeros(len(matrix.views))
     if request.slo is not None:
         slack_s = request.first_token_due_s - now - first_token_s
         late = _clip01(1.0 - slack_s / (_SOFT_SHARE * first_token_s + _SOFT_S))
-        spent = first_token_s / request.slo.ttft_s
+        spent, saved = (
+            first_token_s / request.slo.ttft_s,
+            cached * e.per_token_s / max(float(first_token_s.min()), _MIN_S),
+        )
         decode = _ramp(decode_s / request.slo.tpot_s, _TPOT_FROM)
         tightest_s = np.minimum(e.tightest_tpot_s, request.slo.tpot_s)
     else:

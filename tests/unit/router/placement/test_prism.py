@@ -164,3 +164,21 @@ def test_absurd_options_are_refused() -> None:
     for wrong in ("prism:delay=0", "prism:tie=-1", "prism:roll=0", "prism:speed=1", "prism:tie"):
         with pytest.raises(ConfigError):
             make_policy(wrong)
+
+
+def test_a_tenant_over_its_share_leaves_most_of_the_time_to_the_others() -> None:
+    soon, full = view("soon"), view("full", load(pending=(pending(0.4, 12_000),)))
+    over = request(over_share=True)
+    assert place([full, soon], over).worker_id == "soon"
+    assert place([full]).worker_id == "full"  # in time, for one within its share
+    refused = Prism().place(request(over_share=True, slo=SLO(0.5, 0.05, patience=1.5)), [full], 0.0)
+    assert isinstance(refused, Refuse)
+    assert refused.code == "overloaded"
+    assert refused.retry_after_s is not None
+    assert "share" in refused.reason
+
+
+def test_a_tenant_over_its_share_whose_class_waits_for_ever_is_served_late() -> None:
+    full = view("full", load(pending=(pending(0.4, 12_000),)))
+    assert place([full], request(over_share=True, slo=SLO(0.5, 0.05))).worker_id == "full"
+    assert place([full], request(over_share=True, slo=None)).worker_id == "full"
