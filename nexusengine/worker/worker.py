@@ -35,31 +35,36 @@ log = get_logger("worker")
 
 
 def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: Saver | None) -> None:
-    """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
+    """Serve until the process is ended."""
     while True:
-        apply_telemetry(telemetry, core.scheduler.model)
-        if saver is not None:
-            saver.tick()
-        deltas: list[TokenDelta] = []
-        link.receive()
-        while link.inbox:
-            message = link.inbox.popleft()
-            if isinstance(message, wire.Cancel):
-                core.abort(message.request_id)  # the client knows it from the router already
-                continue
-            if isinstance(message, wire.DebugQuery):
-                link.send_reply(core.debug_reply(message))
-                continue
-            core.last_dispatch_seq = message.seq
-            core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
-            try:
-                core.add(message.request)
-            except NexusError as error:
-                deltas.append(TokenDelta.failed(message.request.request_id, error))
-        link.send(deltas, core.last_dispatch_seq)
-        link.send(core.step(), core.last_dispatch_seq)
+        serve_turn(core, link, telemetry, saver)
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
+
+
+def serve_turn(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: Saver | None) -> None:
+    """Take what the router sent, compute a step, send the new tokens."""
+    apply_telemetry(telemetry, core.scheduler.model)
+    if saver is not None:
+        saver.tick()
+    deltas: list[TokenDelta] = []
+    link.receive()
+    while link.inbox:
+        message = link.inbox.popleft()
+        if isinstance(message, wire.Cancel):
+            core.abort(message.request_id)  # the client knows it from the router already
+            continue
+        if isinstance(message, wire.DebugQuery):
+            link.send_reply(core.debug_reply(message))
+            continue
+        core.last_dispatch_seq = message.seq
+        core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
+        try:
+            core.add(message.request)
+        except NexusError as error:
+            deltas.append(TokenDelta.failed(message.request.request_id, error))
+    link.send(deltas, core.last_dispatch_seq)
+    link.send(core.step(), core.last_dispatch_seq)
 
 
 def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
