@@ -68,7 +68,7 @@ PARTS: tuple[tuple[str, object, str], ...] = (
     ("step-time model", OnlineModel, "observe"),
     ("load published", PublishedLoad, "publish"),
     ("record of the step", InFlightStep, "record"),
-    ("send", RouterLink, "send"),
+    ("send", RouterLink, "send_split"),
 )
 """What each is called, its owner, and the function."""
 

@@ -50,6 +50,7 @@ class KVManager:
             it in place.
         events: records every block hash that comes and goes, if set.
         evictions: cached blocks that were taken for other content.
+        releases: i8 `[max_slots]`, how often each slot's blocks were released.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class KVManager:
         self.total_blocks = num_blocks - 1
         self.prefix_caching = prefix_caching
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_slots, max_blocks_per_slot), np.int32)
+        self.releases: npt.NDArray[np.int64] = np.zeros(max_slots, np.int64)
         self.evictions = 0
         self.events: CacheEvents | None = None
         self._held = [0] * max_slots  # blocks of each slot
@@ -172,6 +174,7 @@ class KVManager:
                     self._free.append(block)
         self.block_tables[slot, : self._held[slot]] = 0
         self._held[slot] = self._published[slot] = 0
+        self.releases[slot] += 1
 
     def check(self) -> None:
         """Check the pool.

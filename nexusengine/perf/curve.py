@@ -165,13 +165,20 @@ class Curve:
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         mixed = np.asarray(prefills) > 0
-        plain_s = (
-            np.where(mixed, self._mixed.many(tokens), self._decode.many(tokens))
-            + self._sequence_s * sequences
-            + np.where(mixed, self._prefill_s * prefills + self._pair_s * prefill_attention, 0.0)
-            + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
-        )
-        offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
-        mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
+        if mixed.all():  # as is usual
+            chunks_s = self._prefill_s * prefills + self._pair_s * prefill_attention
+            plain_s = self._mixed.many(tokens) + self._sequence_s * sequences + chunks_s
+            plain_s = plain_s + self._mixed_kv_s * decode_kv_tokens
+            offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
+            mean_s = plain_s + np.maximum(offset_s - self._mixed_s, 0.0)
+        else:
+            plain_s = (
+                np.where(mixed, self._mixed.many(tokens), self._decode.many(tokens))
+                + self._sequence_s * sequences
+                + np.where(mixed, self._prefill_s * prefills + self._pair_s * prefill_attention, 0.0)
+                + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
+            )
+            offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
+            mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
         result: F8 = np.maximum(mean_s * self.level, SHORTEST_S)
         return result

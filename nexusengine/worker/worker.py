@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
@@ -64,7 +65,7 @@ def serve_turn(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: 
         except NexusError as error:
             deltas.append(TokenDelta.failed(message.request.request_id, error))
     link.send(deltas, core.last_dispatch_seq)
-    link.send(core.step(), core.last_dispatch_seq)
+    link.send_split(core.step_split(), core.last_dispatch_seq)
 
 
 def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
@@ -112,6 +113,8 @@ def main() -> None:
         sys.exit(1)
     telemetry = Telemetry(os.environ)
     link.ready(info_of(core, info), telemetry.beside(with_memory(core.load)), core.request_ids, prefix_digest(core))
+    gc.collect()
+    gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
     child.send(Ready())
     try:
         serve_requests(core, link, telemetry, saver)
