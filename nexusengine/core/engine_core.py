@@ -276,7 +276,7 @@ class EngineCore:
     def _apply(self, step: InFlightStep, result: StepResult) -> None:
         """Append what was sampled, name the blocks that are full, and end what is at its end."""
         batch, tokens, now = step.batch, result.token_ids, self.clock.now()
-        rows = np.flatnonzero(batch.sampled)
+        rows = batch.sampled.nonzero()[0]
         if len(rows) != len(tokens):
             raise InternalError(f"{len(rows)} rows were to be sampled, the executor returned {len(tokens)}")
         for i in rows[tokens < 0].tolist():
@@ -286,10 +286,10 @@ class EngineCore:
         holds = self.kv.releases[batch.slots] == step.releases
         if self.kv.prefix_caching:
             size, ends = self.kv.block_size, batch.starts + batch.counts
-            for i in np.flatnonzero((batch.starts // size != ends // size) & holds).tolist():
+            for i in ((batch.starts // size != ends // size) & holds).nonzero()[0].tolist():
                 self._commit(step.states[i], int(ends[i]))
         sampled = np.arange(len(rows))
-        if not holds.all():  # others have failed above or ended meanwhile: computed in vain
+        if np.count_nonzero(holds) < len(holds):  # others have failed above or ended meanwhile: computed in vain
             sampled = sampled[[self._serves(step.states[i]) for i in rows.tolist()]]
         self._delivery.deliver(step, result, rows[sampled], sampled, now)
 

@@ -28,12 +28,12 @@ def step_batch(
     ends = starts + counts
     sampled = ends == c.known_tokens[slots]
     decodes = sampled & (counts == 1)
-    if decodes.all():
+    if np.count_nonzero(decodes) == len(decodes):
         return StepBatch(slots, starts, counts, sampled, last_token[slots], scheduler.kv.block_tables, sampling)
     offsets = counts.cumsum() - counts
     token_ids = np.empty(int(counts.sum()), np.int32)
     token_ids[offsets[decodes]] = last_token[slots[decodes]]
-    for i in np.flatnonzero(~decodes).tolist():
+    for i in (~decodes).nonzero()[0].tolist():
         tokens = scheduler.requests[int(slots[i])].tokens[starts[i] : ends[i]]
         known = offsets[i] + len(tokens)
         token_ids[offsets[i] : known] = tokens

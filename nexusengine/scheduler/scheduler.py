@@ -226,7 +226,7 @@ class Scheduler(Generic[R]):
         """Find KV blocks for the planned rows; a row without blocks is left for a later step."""
         c, slots, counts = self.columns, plan.slots, plan.counts
         ends = c.computed_tokens[slots] + counts
-        short = np.flatnonzero(ends > c.blocks[slots] * self.kv.block_size)
+        short = (ends > c.blocks[slots] * self.kv.block_size).nonzero()[0]
         if not len(short):
             return slots, counts
         counts, keep = counts.copy(), np.ones(len(slots), np.bool_)
@@ -351,17 +351,17 @@ class Scheduler(Generic[R]):
 
     def counters(self) -> CoreStats:
         """A copy of the counters with the present numbers."""
-        return dataclasses.replace(
-            self.stats,
-            running=len(self.running) + len(self.ending),
-            waiting=len(self.waiting),
-            kv_used_blocks=self.kv.used_blocks,
-            kv_evictions=self.kv.evictions,
-        )
+        return dataclasses.replace(self._stats_now())
+
+    def _stats_now(self) -> CoreStats:
+        stats, kv = self.stats, self.kv
+        stats.running, stats.waiting = len(self.running) + len(self.ending), len(self.waiting)
+        stats.kv_used_blocks, stats.kv_evictions = kv.used_blocks, kv.evictions
+        return stats
 
     def load(self, last_dispatch_seq: int) -> WorkerLoad:
         """What the router is told. last_dispatch_seq: number of the newest dispatch that is in it."""
-        view, stats = self.view(), self.counters()
+        view, stats = self.view(), self._stats_now()
         return worker_load(
             self.columns,
             view.running,

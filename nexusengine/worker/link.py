@@ -21,6 +21,7 @@ from nexusengine.types import TokenDelta
 from nexusengine.wire import identity_of
 
 _HIGH_WATER = 10_000
+_READABLE = int(zmq.POLLIN)
 log = get_logger("worker")
 
 
@@ -157,11 +158,8 @@ class RouterLink:
         """
         if message is not None:
             self._socket.send(wire.encode(message))
-        while True:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while self._socket.get(zmq.EVENTS) & _READABLE:
+            frame = self._socket.recv(zmq.NOBLOCK)
             try:
                 arrived = wire.decode_for_worker(frame)
             except wire.ProtocolError as error:
