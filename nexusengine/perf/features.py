@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,7 @@ import numpy.typing as npt
 SHORTEST_S, LONGEST_S = 1e-6, 1e4
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(NamedTuple):
     """A step's composition.
 
     Attributes:
