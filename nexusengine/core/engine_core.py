@@ -286,8 +286,9 @@ class EngineCore:
         holds = self.kv.releases[batch.slots] == step.releases
         if self.kv.prefix_caching:
             size, ends = self.kv.block_size, batch.starts + batch.counts
-            for i in ((batch.starts // size != ends // size) & holds).nonzero()[0].tolist():
-                self._commit(step.states[i], int(ends[i]))
+            full = ((batch.starts // size != ends // size) & holds).nonzero()[0]
+            for i, end in zip(full.tolist(), ends[full].tolist(), strict=True):
+                self._commit(step.states[i], end)
         sampled = np.arange(len(rows))
         if np.count_nonzero(holds) < len(holds):  # others have failed above or ended meanwhile: computed in vain
             sampled = sampled[[self._serves(step.states[i]) for i in rows.tolist()]]
@@ -297,11 +298,11 @@ class EngineCore:
         return self.scheduler.requests.get(state.slot) is state
 
     def _commit(self, state: RequestState, computed: int) -> None:
-        size, have = self.kv.block_size, len(state.block_hashes)
+        size, hashes = self.kv.block_size, state.block_hashes
+        have = len(hashes)
         if computed // size > have:
-            tokens = state.tokens[have * size : computed]
-            previous = state.block_hashes[-1] if have else b""
-            state.block_hashes += block_hashes(tokens, size, self._hash_key, previous)
+            previous = hashes[-1] if have else b""
+            hashes += block_hashes(state.tokens[have * size : computed], size, self._hash_key, previous)
         self.scheduler.commit(state, computed)
 
     # ---- ends ----------------------------------------------------------------------------------------------------
