@@ -15,7 +15,7 @@ from nexusengine.core.deltas import End, Outbox, first_delta, next_delta, token_
 from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.request import RequestState
-from nexusengine.execute.batch import PENDING, StepResult
+from nexusengine.execute.batch import PENDING
 from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.scheduler.scheduler import Scheduler
 from nexusengine.types import Service
@@ -58,25 +58,29 @@ class Delivery:
         self.newest[slots] = PENDING
         self.pending[slots] += 1
 
-    def deliver(self, step: InFlightStep, result: StepResult, rows: I8, sampled: I8, now: float) -> None:
+    def deliver(
+        self, step: InFlightStep, rows: I8, sampled: I8, tokens: I4, logprobs: SampledLogprobs | None, now: float
+    ) -> None:
         """Give each request its token.
 
         Args:
-            step, result: that sampled them.
+            step: that sampled them.
             rows, sampled: `[N]`, of the requests that are still served: their numbers among the rows of the step, and
                 among those that it sampled.
+            tokens: `[N]`, theirs.
+            logprobs: of all that were sampled.
             now: timestamp, seconds.
         """
-        scheduler, slots, tokens = self._scheduler, step.batch.slots[rows], result.token_ids[sampled]
-        c, plain = scheduler.columns, self._outbox.plain
-        delivered = c.generated_tokens[slots] - self.pending[slots]
+        scheduler, slots = self._scheduler, step.batch.slots[rows]
+        c, plain, pending = scheduler.columns, self._outbox.plain, self.pending[slots]
+        delivered = c.generated_tokens[slots] - pending
         scheduler.judge(slots, delivered, np.array([now]))
-        self.pending[slots] -= 1
-        known = self.pending[slots] == 0
+        self.pending[slots] = pending - 1
+        known = pending == 1
         self.newest[slots[known]] = tokens[known]
         c.last_token_s[slots[known]] = now
         goes_on = (delivered > 0) & (delivered + 1 < c.max_tokens[slots])
-        if result.logprobs is not None:
+        if logprobs is not None:
             goes_on &= step.batch.sampling.logprobs[slots] < 0
         states = [step.states[row] for row in rows.tolist()]
         for state, token, simple, row in zip(states, tokens.tolist(), goes_on.tolist(), sampled.tolist(), strict=True):
@@ -84,7 +88,7 @@ class Delivery:
             if simple and token not in state.end_ids:
                 plain.append((state.request.request_id, (token,)))
             else:
-                self._deliver(state, token, result.logprobs, row, now)
+                self._deliver(state, token, logprobs, row, now)
         scheduler.stats.generated_tokens += len(slots)
 
     def _deliver(self, state: RequestState, token: int, logprobs: SampledLogprobs | None, row: int, now: float) -> None:

@@ -279,10 +279,8 @@ class EngineCore:
         rows = batch.sampled.nonzero()[0]
         if len(rows) != len(tokens):
             raise InternalError(f"{len(rows)} rows were to be sampled, the executor returned {len(tokens)}")
-        for i in rows[tokens < 0].tolist():
-            if self._serves(step.states[i]):
-                # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
-                self._fail(step.states[i], InternalError.code, "the model's logits were not finite", discard=True)
+        if np.count_nonzero(tokens < 0):
+            self._fail_not_finite([step.states[i] for i in rows[tokens < 0].tolist()])
         holds = self.kv.releases[batch.slots] == step.releases
         if self.kv.prefix_caching:
             size, ends = self.kv.block_size, batch.starts + batch.counts
@@ -292,7 +290,13 @@ class EngineCore:
         sampled = np.arange(len(rows))
         if np.count_nonzero(holds) < len(holds):  # others have failed above or ended meanwhile: computed in vain
             sampled = sampled[[self._serves(step.states[i]) for i in rows.tolist()]]
-        self._delivery.deliver(step, result, rows[sampled], sampled, now)
+            rows, tokens = rows[sampled], tokens[sampled]
+        self._delivery.deliver(step, rows, sampled, tokens, result.logprobs, now)
+
+    def _fail_not_finite(self, states: Sequence[RequestState]) -> None:
+        for state in filter(self._serves, states):
+            # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
+            self._fail(state, InternalError.code, "the model's logits were not finite", discard=True)
 
     def _serves(self, state: RequestState) -> bool:
         return self.scheduler.requests.get(state.slot) is state

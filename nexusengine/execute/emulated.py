@@ -131,7 +131,9 @@ class EmulatedExecutor:
 
     def _tokens(self, batch: StepBatch) -> npt.NDArray[np.int32]:
         """Made up of seed and position, so that a request gets the same ones on every device."""
-        slots, places = batch.slots[batch.sampled], (batch.starts + batch.counts)[batch.sampled]
+        slots, places = batch.slots, batch.starts + batch.counts
+        if np.count_nonzero(batch.sampled) < len(slots):
+            slots, places = slots[batch.sampled], places[batch.sampled]
         mixed = batch.sampling.seed[slots].astype(np.uint64)
         mixed *= _GOLDEN
         mixed += places.astype(np.uint64)

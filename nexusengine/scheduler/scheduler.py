@@ -31,8 +31,7 @@ from nexusengine.wire import WorkerLoad
 
 COLD_AFTER_S = 1.0
 """Seconds without a step after which clocks and caches of a device may have gone down."""
-_HITS_LOOKED_UP = 32
-_BLOCKS_LOOKED_UP = 2048
+_HITS_LOOKED_UP, _BLOCKS_LOOKED_UP = 32, 2048
 
 R = TypeVar("R", bound=SchedulerRequest)
 
@@ -280,7 +279,8 @@ class Scheduler(Generic[R]):
         """
         c = self.columns
         c.computed_tokens[slots] = computed = c.computed_tokens[slots] + counts * steps
-        sampled = slots if steps > 1 else slots[computed == c.known_tokens[slots]]
+        ends = computed == c.known_tokens[slots]
+        sampled = slots if steps > 1 or np.count_nonzero(ends) == len(ends) else slots[ends]
         c.known_tokens[sampled] += steps
         c.generated_tokens[sampled] += steps
         self._lengths.advanced(steps)

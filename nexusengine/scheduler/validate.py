@@ -10,7 +10,7 @@ from nexusengine.arrays import I4
 from nexusengine.scheduler.plan import StepPlan
 from nexusengine.scheduler.view import EngineView
 
-_ABSENT, _WAITING, _RUNNING = 0, 1, 2
+_WAITING, _RUNNING = 1, 2  # 0: there is no request
 
 
 def plan_problem(plan: StepPlan, view: EngineView) -> str | None:
@@ -26,7 +26,7 @@ def plan_problem(plan: StepPlan, view: EngineView) -> str | None:
     status[view.running] = _RUNNING
     once = slots if not (plan.preempt or plan.refuse) else _with(slots, *plan.preempt, *plan.refuse)
     named = once if not (plan.relegate or plan.restore) else _with(once, *plan.relegate, *plan.restore)
-    if np.count_nonzero((named < 0) | (named >= known_slots)) or np.count_nonzero(status[named] == _ABSENT):
+    if np.count_nonzero((named < 0) | (named >= known_slots)) or np.count_nonzero(status[named]) < len(named):
         return "it names a slot without a request"
     seen = np.zeros(known_slots, np.bool_)
     seen[once] = True

@@ -88,7 +88,7 @@ def step_limit(
     if bounds < len(bound):
         decodes, slack_s, tpot_s, generated = (x[bound] for x in (decodes, slack_s, tpot_s, generated))
     asked_s, burst_s = np.maximum(slack_s, _LEAST_STEP_SHARE * tpot_s), slack_s
-    if floor_tokens:
+    if np.count_nonzero(generated < floor_tokens):
         burst_s = slack_s + np.maximum(floor_tokens - generated, 0) * np.maximum(tpot_s - decode_s, 0.0)
     tightest = int(asked_s.argmin())
     limit_s, tightest_tpot_s = float(asked_s[tightest]), float(tpot_s.min())
