@@ -29,6 +29,7 @@ from nexusengine.clock import VirtualClock
 from nexusengine.config import EngineConfig, parse_device
 from nexusengine.core import engine_core
 from nexusengine.core.engine_core import EngineCore
+from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.published_load import PublishedLoad
@@ -59,7 +60,7 @@ PARTS: tuple[tuple[str, object, str], ...] = (
     ("schedule: policy", Lens, "plan"),
     ("schedule: check of the plan", scheduler, "plan_problem"),
     ("schedule: KV blocks", Scheduler, "_place"),
-    ("first tokens predicted", engine_core.FirstTokens, "planned"),
+    ("first tokens predicted", FirstTokens, "planned"),
     ("batch", engine_core, "step_batch"),
     ("submit", EmulatedExecutor, "submit"),
     ("columns moved on", EngineCore, "_advance"),
@@ -127,7 +128,7 @@ class Bench:
         self._router.bind(endpoint)
         self.link = RouterLink(endpoint, _INFO, _NEVER_S)
         self.link.ready(_INFO, with_memory(self.core.load), self.core.request_ids, prefix_digest(self.core))
-        self._identity = self._router.recv_multipart()[0]
+        self._identity: bytes = self._router.recv_multipart()[0]
         self._telemetry = Telemetry({})
         self._send(running)
         while self.core.scheduler.waiting or self.core.room == 0 or len(self._decodes()) < running:

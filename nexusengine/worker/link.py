@@ -158,7 +158,7 @@ class RouterLink:
         """
         if message is not None:
             self._socket.send(wire.encode(message))
-        while self._socket.get(zmq.EVENTS) & _READABLE:
+        while int(self._socket.get(zmq.EVENTS)) & _READABLE:
             frame = self._socket.recv(zmq.NOBLOCK)
             try:
                 arrived = wire.decode_for_worker(frame)
