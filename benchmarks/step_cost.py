@@ -1,6 +1,6 @@
 """Processor time of a worker for each step, by part: planning, bookkeeping, messages. Nothing is computed.
 
-    python -m benchmarks.step_cost [--sizes 1 32 128 256] [--device emulated:h100] [--steps 400] [--json FILE]
+    python -m benchmarks.step_cost [--sizes 1 32 128 256] [--loads decodes traffic] [--policy lens] [--json FILE]
 
 The worker's own turn (receive, step, send) runs in this thread, with an engine core, an emulated device and a router's
 socket that throws away what comes. The device does not sleep: only the core's clock is moved on by what its step would
@@ -39,6 +39,7 @@ from nexusengine.execute.factory import make_executor
 from nexusengine.loading.resolve import resolve_model
 from nexusengine.perf.online import OnlineModel
 from nexusengine.scheduler import scheduler
+from nexusengine.scheduler.baselines.fcfs import FCFS
 from nexusengine.scheduler.lens.policy import Lens
 from nexusengine.scheduler.scheduler import Scheduler
 from nexusengine.slo.classes import CLASSES, MIXED
@@ -58,6 +59,7 @@ PARTS: tuple[tuple[str, object, str], ...] = (
     ("new requests", EngineCore, "add"),
     ("schedule: view, prefix cache", Scheduler, "schedule"),
     ("schedule: policy", Lens, "plan"),
+    ("schedule: policy", FCFS, "plan"),
     ("schedule: check of the plan", scheduler, "plan_problem"),
     ("schedule: KV blocks", Scheduler, "_place"),
     ("first tokens predicted", FirstTokens, "planned"),
@@ -72,6 +74,7 @@ PARTS: tuple[tuple[str, object, str], ...] = (
     ("send", RouterLink, "send_split"),
 )
 """What each is called, its owner, and the function."""
+NAMES = tuple(dict.fromkeys(name for name, _, _ in PARTS))
 
 
 class Parts:
@@ -103,14 +106,14 @@ class Bench:
 
     Args:
         folder: for the socket.
-        device: emulated.
+        device, policy: an emulated one, and how it is scheduled.
         running: how many requests decode.
         load: "decodes" or "traffic".
     """
 
-    def __init__(self, folder: Path, device: str, running: int, load: str) -> None:
+    def __init__(self, folder: Path, device: str, policy: str, running: int, load: str) -> None:
         self._rng, self._traffic, self._names = np.random.default_rng(1), load == "traffic", 0
-        config = EngineConfig(max_running=256)
+        config = EngineConfig(max_running=256, scheduler=policy)
         executor = make_executor(
             resolve_model("smollm2-135m", weights=False), parse_device(device), executor_options(config)
         )
@@ -190,7 +193,7 @@ class Bench:
 
 def measure(args: argparse.Namespace, folder: Path, running: int, load: str, parts: Parts | None) -> dict[str, float]:
     """Microseconds a step: of each part, or in total where nothing is watched."""
-    bench = Bench(folder, args.device, running, load)
+    bench = Bench(folder, args.device, args.policy, running, load)
     for _ in range(_WARM_STEPS):
         bench.turn()
     if parts is not None:
@@ -207,6 +210,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 32, 128, 256])
     parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS)
     parser.add_argument("--device", default="emulated:h100")
+    parser.add_argument("--policy", default="lens", help="lens or fcfs")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3, help="of which the fastest counts")
     parser.add_argument("--json", type=Path)
@@ -226,9 +230,9 @@ def main() -> None:
             runs = [measure(args, folder, *cell, parts) for _ in range(args.repeats)]
             by_part[cell] = min(runs, key=lambda run: run["total"])
     print(f"{'us a step':32}" + "".join(f"{running:>7} {load:8}" for running, load in cells))
-    for part in [name for name, _, _ in PARTS]:
+    for part in NAMES:
         print(f"{part:32}" + "".join(f"{by_part[cell].get(part, 0.0):>9.1f}       " for cell in cells))
-    rest = {cell: by_part[cell]["total"] - sum(by_part[cell].get(name, 0.0) for name, _, _ in PARTS) for cell in cells}
+    rest = {cell: by_part[cell]["total"] - sum(by_part[cell].get(name, 0.0) for name in NAMES) for cell in cells}
     print(f"{'the rest':32}" + "".join(f"{rest[cell]:>9.1f}       " for cell in cells))
     for name in ("total", "median", "report"):
         title = {"total": "mean, without timers", "median": "median, without timers", "report": "a report"}[name]

@@ -6,48 +6,34 @@ First and last tokens, and those with log-probabilities, are deltas of their own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 
 from nexusengine.arrays import I4, I8
-from nexusengine.core.deltas import End, Outbox, first_delta, next_delta, token_logprobs
-from nexusengine.core.first_token import FirstTokens
+from nexusengine.core.deltas import End, Logprobs, Outbox
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.request import RequestState
 from nexusengine.execute.batch import PENDING
-from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.scheduler.scheduler import Scheduler
-from nexusengine.types import Service
 
 
 class Delivery:
-    """Gives each request its next token, and ends those that are at their end.
+    """Gives each request its next token.
 
     Args:
         scheduler: of the core.
-        outbox: for the deltas.
-        first_tokens: hears when they have come.
-        service: what is told of how a request is served.
-        finish: ends a request.
+        outbox: for the tokens of requests that go on.
 
     Attributes:
         newest: `[S]`, the token that each slot sampled last, or PENDING.
         pending: `[S]`, how many tokens steps in flight sample, which their requests lack yet.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler[RequestState],
-        outbox: Outbox,
-        first_tokens: FirstTokens,
-        service: Callable[[RequestState], Service],
-        finish: Callable[[RequestState, End], None],
-    ) -> None:
+    def __init__(self, scheduler: Scheduler[RequestState], outbox: Outbox) -> None:
         self.newest: I4 = np.zeros(scheduler.slots, np.int32)
         self.pending: I4 = np.zeros(scheduler.slots, np.int32)
-        self._scheduler, self._outbox, self._first_tokens = scheduler, outbox, first_tokens
-        self._service, self._finish = service, finish
+        self._scheduler, self._outbox = scheduler, outbox
 
     def arrived(self, state: RequestState) -> None:
         """A request has got its slot."""
@@ -59,8 +45,8 @@ class Delivery:
         self.pending[slots] += 1
 
     def deliver(
-        self, step: InFlightStep, rows: I8, sampled: I8, tokens: I4, logprobs: SampledLogprobs | None, now: float
-    ) -> None:
+        self, step: InFlightStep, rows: I8, sampled: I8, tokens: I4, now: float, *, logprobs: bool
+    ) -> Iterator[tuple[RequestState, int, int]]:
         """Give each request its token.
 
         Args:
@@ -68,19 +54,24 @@ class Delivery:
             rows, sampled: `[N]`, of the requests that are still served: their numbers among the rows of the step, and
                 among those that it sampled.
             tokens: `[N]`, theirs.
-            logprobs: of all that were sampled.
             now: timestamp, seconds.
+            logprobs: some asked for log-probabilities.
+
+        Yields:
+            Each request of which more is to be said, by its first token, its last or log-probabilities: it, its token,
+            which it has already, and its number among those sampled.
         """
         scheduler, slots = self._scheduler, step.batch.slots[rows]
         c, plain, pending = scheduler.columns, self._outbox.plain, self.pending[slots]
         delivered = c.generated_tokens[slots] - pending
         scheduler.judge(slots, delivered, np.array([now]))
+        scheduler.stats.generated_tokens += len(slots)
         self.pending[slots] = pending - 1
         known = pending == 1
         self.newest[slots[known]] = tokens[known]
         c.last_token_s[slots[known]] = now
         goes_on = (delivered > 0) & (delivered + 1 < c.max_tokens[slots])
-        if logprobs is not None:
+        if logprobs:
             goes_on &= step.batch.sampling.logprobs[slots] < 0
         states = [step.states[row] for row in rows.tolist()]
         for state, token, simple, row in zip(states, tokens.tolist(), goes_on.tolist(), sampled.tolist(), strict=True):
@@ -88,22 +79,11 @@ class Delivery:
             if simple and token not in state.end_ids:
                 plain.append((state.request.request_id, (token,)))
             else:
-                self._deliver(state, token, logprobs, row, now)
-        scheduler.stats.generated_tokens += len(slots)
+                yield state, token, row
 
-    def _deliver(self, state: RequestState, token: int, logprobs: SampledLogprobs | None, row: int, now: float) -> None:
-        """A token that its request has just got, which may be its last. row: among those sampled."""
-        if state.first_token_s is None:
-            state.first_token_s = self._scheduler.columns.first_token_s[state.slot] = now
-            self._first_tokens.came(state, now)
-        if token in state.end_ids:
-            stop_reason = token if token in state.request.sampling.stop_token_ids else None
-            self._finish(state, End("stop", stop_reason=stop_reason))
-            return
-        found = None if logprobs is None else token_logprobs(logprobs, row, token, state)
-        if state.output_tokens == state.max_tokens:
-            self._finish(state, End("length", (token,), found))
-            return
-        is_first = state.output_tokens == 1
-        delta = first_delta(state, self._service(state), token, found) if is_first else next_delta(state, token, found)
-        self._outbox.full.append(delta)
+
+def end_by(state: RequestState, token: int, logprobs: Logprobs) -> End | None:
+    """How a request ends by the token that it has just got; None if it goes on."""
+    if token in state.end_ids:
+        return End("stop", stop_reason=token if token in state.request.sampling.stop_token_ids else None)
+    return End("length", (token,), logprobs) if state.output_tokens == state.max_tokens else None

@@ -20,8 +20,8 @@ import numpy as np
 
 from nexusengine.clock import Clock
 from nexusengine.core.admission import is_unattainable, longest_output
-from nexusengine.core.delivery import Delivery
-from nexusengine.core.deltas import End, Error, Outbox, last_delta
+from nexusengine.core.delivery import Delivery, end_by
+from nexusengine.core.deltas import End, Error, Logprobs, Outbox, first_delta, last_delta, next_delta, token_logprobs
 from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
@@ -105,7 +105,7 @@ class EngineCore:
         self._timeouts = Timeouts(2 * slots)
         self._outbox = Outbox()  # survives a step that raises, so that no request ends unheard
         self._first_tokens = FirstTokens()
-        self._delivery = Delivery(self.scheduler, self._outbox, self._first_tokens, self._service, self._finish)
+        self._delivery = Delivery(self.scheduler, self._outbox)
         self._published = PublishedLoad(self.kv.total_blocks)
         self._stepped_s, self._idle_since_s = clock.now(), math.inf  # idle: the device, while the core has work
         self._submitted = 0
@@ -291,7 +291,23 @@ class EngineCore:
         if np.count_nonzero(holds) < len(holds):  # others have failed above or ended meanwhile: computed in vain
             sampled = sampled[[self._serves(step.states[i]) for i in rows.tolist()]]
             rows, tokens = rows[sampled], tokens[sampled]
-        self._delivery.deliver(step, rows, sampled, tokens, result.logprobs, now)
+        logprobs = result.logprobs
+        special = self._delivery.deliver(step, rows, sampled, tokens, now, logprobs=logprobs is not None)
+        for state, token, row in special:
+            self._deliver(state, token, None if logprobs is None else token_logprobs(logprobs, row, token, state), now)
+
+    def _deliver(self, state: RequestState, token: int, logprobs: Logprobs, now: float) -> None:
+        """Say more of a request and the token that it has just got."""
+        if state.first_token_s is None:
+            state.first_token_s = self.scheduler.columns.first_token_s[state.slot] = now
+            self._first_tokens.came(state, now)
+        end = end_by(state, token, logprobs)
+        if end is not None:
+            self._finish(state, end)
+        elif state.output_tokens == 1:
+            self._outbox.full.append(first_delta(state, self._service(state), token, logprobs))
+        else:
+            self._outbox.full.append(next_delta(state, token, logprobs))
 
     def _fail_not_finite(self, states: Sequence[RequestState]) -> None:
         for state in filter(self._serves, states):
