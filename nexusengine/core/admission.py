@@ -34,8 +34,8 @@ def is_unattainable(scheduler: Scheduler[RequestState], state: RequestState) -> 
     slo, kv = state.request.slo, scheduler.kv
     if slo is None:
         return False
-    cached = kv.lookup(state.block_hashes, state.known - 1).tokens if kv.prefix_caching else 0
-    return unattainable(scheduler.model, scheduler.max_batch_tokens, state.known - cached, slo)
+    cached = kv.lookup(state.block_hashes, state.prompt_tokens - 1).tokens if kv.prefix_caching else 0
+    return unattainable(scheduler.model, scheduler.max_batch_tokens, state.prompt_tokens - cached, slo)
 
 
 def unattainable(model: PerformanceModel, max_batch_tokens: int, prompt_tokens: int, slo: SLO) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from nexusengine.core.request import RequestState
 from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.types import FinishReason, Service, TokenDelta, TokenLogprob
+from nexusengine.wire import Split
 
 Logprobs = tuple[TokenLogprob, ...] | None
 
@@ -32,6 +33,26 @@ class End(NamedTuple):
     def complete(self) -> bool:
         """Whether the answer ended by itself or at its longest."""
         return self.reason in ("stop", "length")
+
+
+class Outbox:
+    """Deltas that wait to be sent.
+
+    Attributes:
+        plain: (request id, token ids) of requests that go on, which is what most are.
+        full: all others, which follow.
+    """
+
+    def __init__(self) -> None:
+        self.plain: list[tuple[str, tuple[int, ...]]] = []
+        self.full: list[TokenDelta] = []
+
+    def take(self) -> Split:
+        """All of them, which leave it."""
+        split = tuple(self.plain), tuple(self.full)
+        self.plain.clear()
+        self.full.clear()
+        return split
 
 
 def first_delta(state: RequestState, service: Service, token: int, logprobs: Logprobs) -> TokenDelta:

@@ -20,7 +20,8 @@ import numpy as np
 
 from nexusengine.clock import Clock
 from nexusengine.core.admission import is_unattainable, longest_output
-from nexusengine.core.deltas import End, Error, first_delta, last_delta, next_delta, token_logprobs
+from nexusengine.core.delivery import Delivery, end_by
+from nexusengine.core.deltas import End, Error, Logprobs, Outbox, first_delta, last_delta, next_delta, token_logprobs
 from nexusengine.core.first_token import FirstTokens
 from nexusengine.core.history import History, record_of
 from nexusengine.core.in_flight import InFlightStep
@@ -32,17 +33,17 @@ from nexusengine.core.step_batch import step_batch
 from nexusengine.core.timeouts import Timeouts
 from nexusengine.errors import DeadlineExceeded, InternalError, InvalidRequest, Overloaded
 from nexusengine.execute.base import Executor
-from nexusengine.execute.batch import PENDING, StepBatch, StepResult
+from nexusengine.execute.batch import StepBatch, StepResult
 from nexusengine.kv.hashing import block_hashes
 from nexusengine.kv.manager import KVManager
 from nexusengine.perf.features import StepFeatures
 from nexusengine.perf.model import PerformanceModel
-from nexusengine.sampling.table import SampledLogprobs, SamplingTable
+from nexusengine.sampling.table import SamplingTable
 from nexusengine.scheduler.plan import SchedulerPolicy
 from nexusengine.scheduler.scheduler import COLD_AFTER_S, Scheduler
 from nexusengine.scheduler.stats import CoreStats
 from nexusengine.types import EngineRequest, Service, TokenDelta
-from nexusengine.wire import DebugQuery, DebugReply, RequestRecord, StepRecord, WorkerLoad
+from nexusengine.wire import DebugQuery, DebugReply, RequestRecord, Split, StepRecord, WorkerLoad, join_deltas
 
 _RECORDS = 4096
 
@@ -98,13 +99,13 @@ class EngineCore:
         self.on_step: Callable[[StepRecord, StepBatch], None] | None = None
         self._hash_key, self._check_every_step = hash_key, check_every_step
         self._sampling = SamplingTable.empty(slots)
-        self._last_token = np.zeros(slots, np.int32)
         self._history = History(slots)
         self._by_id: dict[str, RequestState] = {}
         self._in_flight: deque[InFlightStep] = deque()  # oldest first; two at most, and only while `step` runs
         self._timeouts = Timeouts(2 * slots)
-        self._outbox: list[TokenDelta] = []  # survives a step that raises, so that no request ends unheard
+        self._outbox = Outbox()  # survives a step that raises, so that no request ends unheard
         self._first_tokens = FirstTokens()
+        self._delivery = Delivery(self.scheduler, self._outbox)
         self._published = PublishedLoad(self.kv.total_blocks)
         self._stepped_s, self._idle_since_s = clock.now(), math.inf  # idle: the device, while the core has work
         self._submitted = 0
@@ -139,7 +140,7 @@ class EngineCore:
         self.scheduler.add(state)
         self._sampling.set(state.slot, request.sampling)
         state.serial = self._history.arrived(state.slot)
-        self._last_token[state.slot] = state.tokens[-1]
+        self._delivery.arrived(state)
         self._by_id[request.request_id] = state
         if request.deadline_s is not None:
             self._timeouts.watch(request.deadline_s, request.request_id, self._by_id)
@@ -157,18 +158,22 @@ class EngineCore:
         if state is None:
             return None
         self._finish(state, End("abort"))
-        return self._outbox.pop()
+        return self._outbox.full.pop()
 
     def fail_all(self, code: str, message: str) -> list[TokenDelta]:
         """End every request with an error; what a step that raised had not delivered comes before."""
         for state in list(self._by_id.values()):
             self._fail(state, code, message)
-        return self._take_outbox()
+        return join_deltas(*self._outbox.take())
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
-        """Compute one step and return the new tokens; returns at once when there is nothing to do.
+        """As `step_split`, but each delta whole."""
+        return join_deltas(*self.step_split())
+
+    def step_split(self) -> Split:
+        """Compute one step and return the new tokens, as they travel; returns at once when there is nothing to do.
 
         Where steps overlap, submits one and returns the tokens of the one before: none at first.
 
@@ -182,7 +187,7 @@ class EngineCore:
             self.publish(force=not self._by_id)
         elif not (submitted and self.executor.spec.overlaps and len(self._in_flight) == 1):
             self._collect()
-        return self._take_outbox()
+        return self._outbox.take()
 
     def _submit_next(self, now: float) -> bool:
         """Plan a step and hand it to the executor; False if there is nothing that it could compute yet."""
@@ -196,16 +201,15 @@ class EngineCore:
         if not len(scheduled.slots):
             return False
         plan, number = scheduled.plan, self._submitted + 1
-        batch = step_batch(self.scheduler, scheduled, self._last_token, self._sampling)
+        batch = step_batch(self.scheduler, scheduled, self._delivery.newest, self._sampling)
         self._published.step_planned(number, plan.upper_s)
-        states = tuple(self.scheduler.requests[slot] for slot in batch.slots.tolist())
         step = InFlightStep(
             number=number,
             plan=plan,
             batch=batch,
             features=StepFeatures.of(batch.counts, batch.starts),
-            states=states,
-            preemption_epochs=tuple(state.preemptions for state in states),
+            states=tuple(map(self.scheduler.requests.__getitem__, batch.slots.tolist())),
+            releases=self.kv.releases[batch.slots],
             started_s=now,
             planning_s=time.perf_counter() - began_s,
             preempted=stats.preemptions - preemptions,
@@ -235,15 +239,13 @@ class EngineCore:
         """Move every row on by what the step computes; a sampled row has one more token, which nobody knows yet."""
         c, batch = self.scheduler.columns, step.batch
         sampled = self.scheduler.advance(batch.slots, batch.counts)
-        expected_s = step.expected_end_s
+        expected_s, generated = step.expected_end_s, c.generated_tokens[sampled]
         # until the tokens are there, so that a policy has something to go by
-        c.first_token_s[sampled[c.generated_tokens[sampled] == 1]] = expected_s
+        c.first_token_s[sampled[generated == 1]] = expected_s
         c.last_token_s[sampled] = expected_s
-        self._last_token[sampled] = PENDING
-        for slot in sampled[c.generated_tokens[sampled] == c.max_tokens[sampled]].tolist():
+        self._delivery.expect(sampled)
+        for slot in sampled[generated == c.max_tokens[sampled]].tolist():
             self.scheduler.end_soon(slot)
-        for i in np.nonzero(batch.sampled)[0].tolist():
-            step.states[i].pending += 1
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and do what it leads to."""
@@ -273,59 +275,54 @@ class EngineCore:
 
     def _apply(self, step: InFlightStep, result: StepResult) -> None:
         """Append what was sampled, name the blocks that are full, and end what is at its end."""
-        batch, size, requests, now = step.batch, self.kv.block_size, self.scheduler.requests, self.clock.now()
-        rows = np.nonzero(batch.sampled)[0]
-        if len(rows) != len(result.token_ids):
-            raise InternalError(f"{len(rows)} rows were to be sampled, the executor returned {len(result.token_ids)}")
-        sampled = [step.states[i] for i in rows.tolist()]
-        tokens = result.token_ids.tolist()
-        for state, token in zip(sampled, tokens, strict=True):
-            state.pending -= 1
-            if token < 0 and requests.get(state.slot) is state:
-                # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
-                self._fail(state, InternalError.code, "the model's logits were not finite", discard=True)
-        ends = batch.starts + batch.counts
+        batch, tokens, now = step.batch, result.token_ids, self.clock.now()
+        rows = batch.sampled.nonzero()[0]
+        if len(rows) != len(tokens):
+            raise InternalError(f"{len(rows)} rows were to be sampled, the executor returned {len(tokens)}")
+        if np.count_nonzero(tokens < 0):
+            self._fail_not_finite([step.states[i] for i in rows[tokens < 0].tolist()])
+        holds = self.kv.releases[batch.slots] == step.releases
         if self.kv.prefix_caching:
-            for i in np.nonzero(batch.starts // size != ends // size)[0].tolist():
-                if requests.get(step.states[i].slot) is step.states[i] and step.still_holds(i):
-                    self._commit(step.states[i], int(ends[i]))
-        # others have failed above or ended meanwhile: computed in vain
-        alive = [row for row, state in enumerate(sampled) if tokens[row] >= 0 and requests.get(state.slot) is state]
-        delivered = np.array([sampled[row].output_tokens for row in alive], np.int64)
-        self.scheduler.judge(np.array([sampled[row].slot for row in alive], np.int32), delivered, np.array([now]))
-        for row in alive:
-            self._deliver(sampled[row], tokens[row], result.logprobs, row, now)
-        self.scheduler.stats.generated_tokens += len(alive)
+            size, ends = self.kv.block_size, batch.starts + batch.counts
+            full = ((batch.starts // size != ends // size) & holds).nonzero()[0]
+            for i, end in zip(full.tolist(), ends[full].tolist(), strict=True):
+                self._commit(step.states[i], end)
+        sampled = np.arange(len(rows))
+        if np.count_nonzero(holds) < len(holds):  # others have failed above or ended meanwhile: computed in vain
+            sampled = sampled[[self._serves(step.states[i]) for i in rows.tolist()]]
+            rows, tokens = rows[sampled], tokens[sampled]
+        logprobs = result.logprobs
+        special = self._delivery.deliver(step, rows, sampled, tokens, now, logprobs=logprobs is not None)
+        for state, token, row in special:
+            self._deliver(state, token, None if logprobs is None else token_logprobs(logprobs, row, token, state), now)
 
-    def _deliver(self, state: RequestState, token: int, logprobs: SampledLogprobs | None, row: int, now: float) -> None:
-        """One more token of a request, which may be its last. row: among those sampled."""
-        c, slot = self.scheduler.columns, state.slot
-        state.output_tokens += 1
+    def _deliver(self, state: RequestState, token: int, logprobs: Logprobs, now: float) -> None:
+        """Say more of a request and the token that it has just got."""
         if state.first_token_s is None:
-            state.first_token_s = c.first_token_s[slot] = now
+            state.first_token_s = self.scheduler.columns.first_token_s[state.slot] = now
             self._first_tokens.came(state, now)
-        if token in state.end_ids:
-            stop_reason = token if token in state.request.sampling.stop_token_ids else None
-            self._finish(state, End("stop", stop_reason=stop_reason))
-            return
-        found = None if logprobs is None else token_logprobs(logprobs, row, token, state)
-        if state.output_tokens == state.max_tokens:
-            self._finish(state, End("length", (token,), found))
-            return
-        state.append(token)
-        if not state.pending:
-            self._last_token[slot] = token
-            c.last_token_s[slot] = now
-        is_first = state.output_tokens == 1
-        delta = first_delta(state, self._service(state), token, found) if is_first else next_delta(state, token, found)
-        self._outbox.append(delta)
+        end = end_by(state, token, logprobs)
+        if end is not None:
+            self._finish(state, end)
+        elif state.output_tokens == 1:
+            self._outbox.full.append(first_delta(state, self._service(state), token, logprobs))
+        else:
+            self._outbox.full.append(next_delta(state, token, logprobs))
+
+    def _fail_not_finite(self, states: Sequence[RequestState]) -> None:
+        for state in filter(self._serves, states):
+            # Discarded: every later request with this beginning would meet the same numbers in the prefix cache.
+            self._fail(state, InternalError.code, "the model's logits were not finite", discard=True)
+
+    def _serves(self, state: RequestState) -> bool:
+        return self.scheduler.requests.get(state.slot) is state
 
     def _commit(self, state: RequestState, computed: int) -> None:
-        size, have = self.kv.block_size, len(state.block_hashes)
+        size, hashes = self.kv.block_size, state.block_hashes
+        have = len(hashes)
         if computed // size > have:
-            tokens = state.tokens[have * size : computed]
-            previous = state.block_hashes[-1] if have else b""
-            state.block_hashes += block_hashes(tokens, size, self._hash_key, previous)
+            previous = hashes[-1] if have else b""
+            hashes += block_hashes(state.tokens[have * size : computed], size, self._hash_key, previous)
         self.scheduler.commit(state, computed)
 
     # ---- ends ----------------------------------------------------------------------------------------------------
@@ -346,15 +343,11 @@ class EngineCore:
         now, service = self.clock.now(), self._service(state)
         record = record_of(state, service, now, end.reason, end.error.message if end.error else None)
         self._history.ended(state.slot, state.serial, record)
-        self._outbox.append(last_delta(state, service, now, end))
+        self._outbox.full.append(last_delta(state, service, now, end))
 
     def _service(self, state: RequestState) -> Service:
         strict = bool(self.scheduler.strict[state.slot])
         return Service(self.name, state.predicted_ttft_s, state.unattainable, strict)
-
-    def _take_outbox(self) -> list[TokenDelta]:
-        deltas, self._outbox = self._outbox, []
-        return deltas
 
     def _expire(self, now: float) -> None:
         for deadline_s, request_id in self._timeouts.expired(now):
@@ -396,5 +389,10 @@ class EngineCore:
         """Raises InternalError or KVError naming the first invariant that does not hold."""
         self.scheduler.check()
         check_requests(
-            self.scheduler, self._by_id, self._in_flight, self._last_token, self.max_model_len, self._hash_key
+            self.scheduler,
+            self._by_id,
+            self._in_flight,
+            self._delivery,
+            self.max_model_len,
+            self._hash_key,
         )

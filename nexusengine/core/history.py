@@ -98,7 +98,7 @@ class History:
         chunks = slots[counts > 1]
         changed = reasons != self._reason
         changed[chunks] = True
-        which = np.flatnonzero(changed & (self._serial >= 0))
+        which = (changed & (self._serial >= 0)).nonzero()[0]
         self._reason[:] = reasons
         if not len(which):
             return

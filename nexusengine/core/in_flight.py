@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nexusengine.arrays import I8
 from nexusengine.core.history import REASON_NAMES
 from nexusengine.core.request import RequestState
 from nexusengine.execute.batch import StepBatch
@@ -22,8 +23,7 @@ class InFlightStep:
     Attributes:
         number: from 1.
         states: the request of each row; its slot may belong to another by the time the result is there.
-        preemption_epochs: how often each had been preempted, which tells whether it still holds the blocks that the
-            step wrote.
+        releases: `[R]`, KVManager.releases of their slots, which tell who still holds the blocks that the step writes.
         started_s: timestamp on the core's clock.
         planning_s: seconds spent planning it and building its batch.
         preempted: requests that lost their blocks to the plan.
@@ -35,7 +35,7 @@ class InFlightStep:
     batch: StepBatch
     features: StepFeatures
     states: tuple[RequestState, ...]
-    preemption_epochs: tuple[int, ...]
+    releases: I8
     started_s: float
     planning_s: float
     preempted: int
@@ -45,10 +45,6 @@ class InFlightStep:
     def expected_end_s(self) -> float:
         """Timestamp at which it ends, by its prediction."""
         return self.started_s + self.plan.predicted_s
-
-    def still_holds(self, row: int) -> bool:
-        """Whether the row's request has kept the blocks that it had when the step was submitted."""
-        return self.states[row].preemptions == self.preemption_epochs[row]
 
     def record(self, scheduler: Scheduler[RequestState], device_s: float, scheduler_s: float) -> StepRecord:
         """The step as it went, its result applied."""

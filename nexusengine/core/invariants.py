@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from nexusengine.arrays import I4
+from nexusengine.core.delivery import Delivery
 from nexusengine.core.in_flight import InFlightStep
 from nexusengine.core.request import RequestState
 from nexusengine.errors import InternalError
@@ -17,7 +17,7 @@ def check_requests(
     scheduler: Scheduler[RequestState],
     by_id: Mapping[str, RequestState],
     in_flight: Collection[InFlightStep],
-    last_token: I4,
+    delivery: Delivery,
     max_model_len: int,
     hash_key: bytes,
 ) -> None:
@@ -26,17 +26,21 @@ def check_requests(
     if {s.request.request_id: s for s in scheduler.requests.values()} != by_id:
         raise InternalError("the scheduler has other requests than the core")
     for slot, state in scheduler.requests.items():
-        known, generated = int(c.known_tokens[slot]), int(c.generated_tokens[slot])
-        if known != state.known + state.pending or known > max_model_len:
+        known, generated, unknown = (
+            int(c.known_tokens[slot]),
+            int(c.generated_tokens[slot]),
+            int(delivery.pending[slot]),
+        )
+        if known != len(state.tokens) + unknown or known > max_model_len:
             raise InternalError(
-                f"slot {slot}: {known} tokens in its column, {state.known} and {state.pending} pending in its state"
+                f"slot {slot}: {known} tokens in its column, {len(state.tokens)} in its state and {unknown} pending"
             )
-        if state.output_tokens + state.pending != generated:
+        if state.output_tokens + unknown != generated:
             raise InternalError(f"slot {slot}: {state.output_tokens} output tokens of {generated}")
         steps = sum(any(s is state for s in step.states) for step in in_flight)
-        if not 0 <= state.pending <= steps or (slot in scheduler.ending) != (generated == state.max_tokens):
-            raise InternalError(f"slot {slot}: {state.pending} tokens pending, in {steps} steps in flight")
-        if last_token[slot] != (PENDING if state.pending else state.tokens[known - 1]):
+        if not 0 <= unknown <= steps or (slot in scheduler.ending) != (generated == state.max_tokens):
+            raise InternalError(f"slot {slot}: {unknown} tokens pending, in {steps} steps in flight")
+        if delivery.newest[slot] != (PENDING if unknown else state.tokens[-1]):
             raise InternalError(f"slot {slot}: its newest token is not the one the next step would compute")
         if state.block_hashes != block_hashes(state.tokens[: len(state.block_hashes) * size], size, hash_key):
             raise InternalError(f"slot {slot}: its block hashes are not those of its tokens")

@@ -20,20 +20,22 @@ def step_batch(
         last_token: `[S]`, the token that each slot sampled last, or PENDING.
         sampling: parameters by slot.
     """
-    c = scheduler.columns
-    order = np.argsort(scheduled.counts > 1, kind="stable")
-    slots, counts = scheduled.slots[order], scheduled.counts[order]
+    c, kv, slots, counts = scheduler.columns, scheduler.kv, scheduled.slots, scheduled.counts
+    if np.count_nonzero(counts > 1):
+        order = np.argsort(counts > 1, kind="stable")
+        slots, counts = slots[order], counts[order]
     starts = c.computed_tokens[slots]
     ends = starts + counts
     sampled = ends == c.known_tokens[slots]
-    offsets = np.cumsum(counts) - counts
-    token_ids = np.empty(int(counts.sum()), np.int32)
     decodes = sampled & (counts == 1)
+    if np.count_nonzero(decodes) == len(decodes):
+        return StepBatch(slots, starts, counts, sampled, last_token[slots], kv.block_tables, sampling, kv.releases)
+    offsets = counts.cumsum() - counts
+    token_ids = np.empty(int(counts.sum()), np.int32)
     token_ids[offsets[decodes]] = last_token[slots[decodes]]
-    for i in np.nonzero(~decodes)[0].tolist():
-        state = scheduler.requests[int(slots[i])]
-        tokens = state.tokens[starts[i] : min(ends[i], state.known)]
-        token_ids[offsets[i] : offsets[i] + len(tokens)] = tokens
-        token_ids[offsets[i] + len(tokens) : offsets[i] + counts[i]] = PENDING
-    kv = scheduler.kv
+    for i in (~decodes).nonzero()[0].tolist():
+        tokens = scheduler.requests[int(slots[i])].tokens[starts[i] : ends[i]]
+        known = offsets[i] + len(tokens)
+        token_ids[offsets[i] : known] = tokens
+        token_ids[known : offsets[i] + counts[i]] = PENDING
     return StepBatch(slots, starts, counts, sampled, token_ids, kv.block_tables, sampling, kv.releases)

@@ -32,6 +32,7 @@ _INSTANT = "instant"
 _INSTANT_KV_BYTES = 2**30
 _FOLLOWS_WITHIN_S = 0.02
 _MOST_LATE_S = 0.05
+_GOLDEN, _MIX, _31, _33 = np.uint64(GOLDEN), np.uint64(0xBF58476D1CE4E5B9), np.uint64(31), np.uint64(33)
 
 
 class EmulatedExecutor:
@@ -51,7 +52,8 @@ class EmulatedExecutor:
         self._profile, self._rng = profile, rng
         self._in_flight: deque[tuple[StepResult, float]] = deque()  # what it computes, and when it ends
         self._ended_s, self._late_s = float("-inf"), 0.0
-        self._first_token = min(max((*config.eos_token_ids, config.bos_token_id or 0)) + 1, config.vocab_size - 1)
+        first = min(max((*config.eos_token_ids, config.bos_token_id or 0)) + 1, config.vocab_size - 1)
+        self._first_token, self._made_up = np.int32(first), np.uint64(spec.vocab_size - first)
 
     @classmethod
     def create(
@@ -106,7 +108,7 @@ class EmulatedExecutor:
         late_s = self._late_s if now - self._ended_s < _FOLLOWS_WITHIN_S else 0.0
         takes_s = self.step_s(batch)
         if self._profile is not None:
-            takes_s *= float(self._profile.noise(self._rng.random(1), bool(batch.counts.max() > 1))[0])
+            takes_s *= float(self._profile.noise(self._rng.random(1), len(batch.token_ids) > len(batch.counts))[0])
         begins_s = self._in_flight[-1][1] if self._in_flight else now - late_s
         self._in_flight.append((StepResult(self._tokens(batch), takes_s), max(begins_s, now - late_s) + takes_s))
 
@@ -129,12 +131,17 @@ class EmulatedExecutor:
 
     def _tokens(self, batch: StepBatch) -> npt.NDArray[np.int32]:
         """Made up of seed and position, so that a request gets the same ones on every device."""
-        slots = batch.slots[batch.sampled]
-        positions = (batch.starts + batch.counts)[batch.sampled].astype(np.uint64)
-        mixed = batch.sampling.seed[slots].astype(np.uint64) * np.uint64(GOLDEN) + positions
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-        spread = np.uint64(self.spec.vocab_size - self._first_token)
-        return ((mixed >> np.uint64(33)) % spread).astype(np.int32) + np.int32(self._first_token)
+        slots, places = batch.slots, batch.starts + batch.counts
+        if np.count_nonzero(batch.sampled) < len(slots):
+            slots, places = slots[batch.sampled], places[batch.sampled]
+        mixed = batch.sampling.seed[slots].astype(np.uint64)
+        mixed *= _GOLDEN
+        mixed += places.astype(np.uint64)
+        mixed ^= mixed >> _31
+        mixed *= _MIX
+        mixed >>= _33
+        mixed %= self._made_up
+        return mixed.astype(np.int32) + self._first_token
 
     def close(self) -> None:
         self._in_flight.clear()

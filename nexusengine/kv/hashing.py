@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 HASH_BYTES = 16
+_TOKEN_BYTES = 4
 
 
 def block_hashes(
@@ -25,11 +26,10 @@ def block_hashes(
         key: at most 64 bytes; keeps one engine's hashes from being guessed or matched by another's.
         previous: hash of the block before the first token, or a salt that separates requests which must not share.
     """
-    ids = np.ascontiguousarray(token_ids, np.int32)
-    hashes = []
-    for start in range(0, len(ids) - block_size + 1, block_size):
-        block = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=key)
-        block.update(ids[start : start + block_size].tobytes())
-        previous = block.digest()
+    data = np.ascontiguousarray(token_ids, np.int32).tobytes()
+    size, hashes = _TOKEN_BYTES * block_size, []
+    for start in range(0, len(data) - size + 1, size):
+        block = data[start : start + size]
+        previous = hashlib.blake2b(previous + block, digest_size=HASH_BYTES, key=key).digest()
         hashes.append(previous)
     return hashes

@@ -144,17 +144,17 @@ class KVManager:
 
     def commit(self, slot: int, hashes: Sequence[bytes], computed_tokens: int) -> None:
         """Cache the slot's computed full blocks under `hashes`; a hash that is cached already keeps its first block."""
-        full = min(computed_tokens // self.block_size, len(hashes), self._held[slot])
-        if not self.prefix_caching:
+        first, full = self._published[slot], min(computed_tokens // self.block_size, len(hashes), self._held[slot])
+        if full <= first or not self.prefix_caching:
             return
-        for i in range(self._published[slot], full):
-            block, h = int(self.block_tables[slot, i]), hashes[i]
+        for i, block in enumerate(self.block_tables[slot, first:full].tolist(), first):
+            h = hashes[i]
             if h not in self._block_of and block not in self._hash_of:
                 self._block_of[h] = block
                 self._hash_of[block] = h
                 if self.events is not None:
                     self.events.added(h, i)
-        self._published[slot] = max(self._published[slot], full)
+        self._published[slot] = full
 
     def release(self, slot: int, *, discard: bool = False) -> None:
         """Free all blocks of the slot, the last first, so that a prompt's beginning stays cached longest.

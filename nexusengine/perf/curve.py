@@ -86,7 +86,7 @@ class _Tokens:
         if not self._arrays:
             self._arrays = tuple(map(np.array, (self.breaks, self.starts, self.values, self.slopes)))
         breaks, starts, values, slopes = self._arrays
-        i = np.searchsorted(breaks, tokens)
+        i = breaks.searchsorted(tokens)
         result: F8 = values[i] + slopes[i] * (tokens - starts[i])
         return result
 
@@ -136,42 +136,44 @@ class Curve:
         return (*self.weights, self.seen, *factors, self.offset_s, self.offset_at_s, self.token_s, self.level)
 
     def predict(self, features: StepFeatures) -> StepTime:
-        mean_s = self._mean_s(features)
-        return StepTime(mean_s, mean_s * (self.factor_mixed if features.prefills else self.factor_decode))
-
-    def _mean_s(self, f: StepFeatures) -> float:
-        mean_s, offset_s = self.plain_s(f), self.offset_s
+        mean_s, offset_s, mixed = self.plain_s(features), self.offset_s, features.prefills > 0
         if mean_s < self.offset_at_s:
             offset_s *= mean_s / self.offset_at_s
-        if f.prefills:
-            if offset_s > self._mixed_s:
-                mean_s += offset_s - self._mixed_s
-        else:
+        if not mixed:
             mean_s += offset_s
+        elif offset_s > self._mixed_s:
+            mean_s += offset_s - self._mixed_s
         mean_s *= self.level
-        return mean_s if mean_s > SHORTEST_S else SHORTEST_S
+        if mean_s < SHORTEST_S:
+            mean_s = SHORTEST_S
+        return StepTime(mean_s, mean_s * (self.factor_mixed if mixed else self.factor_decode))
 
     def plain_s(self, f: StepFeatures) -> float:
         """The mean by the weights alone, without offset and level."""
-        if f.prefills:
-            return (
-                self._mixed(f.tokens)
-                + self._sequence_s * f.sequences
-                + self._prefill_s * f.prefills
-                + self._pair_s * f.prefill_attention
-                + self._mixed_kv_s * f.decode_kv_tokens
-            )
-        return self._decode(f.tokens) + self._sequence_s * f.sequences + self._kv_s * f.decode_kv_tokens
+        tokens, sequences, prefills, pairs, kv = f
+        by_tokens = self._mixed if prefills else self._decode
+        i = bisect_left(by_tokens.breaks, tokens)
+        tokens_s = by_tokens.values[i] + by_tokens.slopes[i] * (tokens - by_tokens.starts[i])
+        if prefills:
+            prompts_s = tokens_s + self._sequence_s * sequences + self._prefill_s * prefills
+            return prompts_s + self._pair_s * pairs + self._mixed_kv_s * kv
+        return tokens_s + self._sequence_s * sequences + self._kv_s * kv
 
     def mean_s(self, tokens: F8, sequences: F8, prefills: F8, prefill_attention: F8, decode_kv_tokens: F8) -> F8:
         mixed = np.asarray(prefills) > 0
-        plain_s = (
-            np.where(mixed, self._mixed.many(tokens), self._decode.many(tokens))
-            + self._sequence_s * sequences
-            + np.where(mixed, self._prefill_s * prefills + self._pair_s * prefill_attention, 0.0)
-            + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
-        )
-        offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
-        mean_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
-        result: F8 = np.maximum(mean_s * self.level, SHORTEST_S)
+        chunks_s = self._prefill_s * prefills + self._pair_s * prefill_attention
+        if mixed.all():  # as is usual
+            plain_s = self._mixed.many(tokens) + self._sequence_s * sequences + chunks_s
+            plain_s = plain_s + self._mixed_kv_s * decode_kv_tokens
+        else:
+            plain_s = (
+                np.where(mixed, self._mixed.many(tokens), self._decode.many(tokens))
+                + self._sequence_s * sequences
+                + np.where(mixed, chunks_s, 0.0)
+                + np.where(mixed, self._mixed_kv_s, self._kv_s) * decode_kv_tokens
+            )
+        if self.offset_s:
+            offset_s = self.offset_s * np.minimum(plain_s / self.offset_at_s, 1.0)
+            plain_s = plain_s + np.where(mixed, np.maximum(offset_s - self._mixed_s, 0.0), offset_s)
+        result: F8 = np.maximum(plain_s * self.level, SHORTEST_S)
         return result

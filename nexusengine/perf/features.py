@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,7 @@ import numpy.typing as npt
 SHORTEST_S, LONGEST_S = 1e-6, 1e4
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(NamedTuple):
     """A step's composition.
 
     Attributes:
@@ -32,15 +31,18 @@ class StepFeatures:
     @classmethod
     def of(cls, counts: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32]) -> StepFeatures:
         """From tokens computed `counts [R]` and tokens already in the KV cache `contexts [R]`, row by row."""
-        q = counts.astype(np.float64)
-        ctx = contexts.astype(np.float64)
+        rows, tokens = len(counts), int(counts.sum())
+        kv_tokens = int(contexts.sum()) + rows
+        if tokens == rows:
+            return cls(tokens, rows, 0, 0.0, kv_tokens)
         chunk = counts > 1
+        q, ctx = counts[chunk].astype(np.float64), contexts[chunk].astype(np.float64)
         return cls(
-            tokens=int(counts.sum()),
-            sequences=len(counts),
-            prefills=int(chunk.sum()),
-            prefill_attention=float((q * (ctx + 0.5 * q))[chunk].sum()),
-            decode_kv_tokens=int((ctx + 1.0)[~chunk].sum()),
+            tokens=tokens,
+            sequences=rows,
+            prefills=len(q),
+            prefill_attention=float((q * (ctx + 0.5 * q)).sum()),
+            decode_kv_tokens=kv_tokens - int(ctx.sum()) - len(q),
         )
 
     def with_prefill(self, tokens: int, context: int) -> StepFeatures:

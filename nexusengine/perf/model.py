@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nexusengine.arrays import F8
 from nexusengine.perf.features import StepFeatures
@@ -11,8 +10,7 @@ from nexusengine.perf.kinds import RecentError
 from nexusengine.wire import PerfSnapshot
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
+class StepTime(NamedTuple):
     """A predicted duration in seconds.
 
     Attributes:

@@ -42,14 +42,13 @@ def worker_load(
         decode_kv_tokens=int(c.computed_tokens[decodes].sum()),
         tightest_tpot_s=float(np.fmin.reduce(tpot_s, initial=np.nan)),
         pending=tuple(
-            PendingPrefill(*row)
-            for row in zip(
+            map(
+                PendingPrefill,
                 deadlines_s[first].tolist(),
                 pending_left[first].tolist(),
                 c.computed_tokens[pending[first]].tolist(),
                 c.tpot_s[pending[first]].tolist(),
-                c.relegated[pending[first]].tolist(),
-                strict=True,
+                relegated[first].tolist(),
             )
         ),
         pending_tokens=int(pending_left.sum()),

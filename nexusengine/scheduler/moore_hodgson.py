@@ -59,7 +59,7 @@ def _defer_for_slots(work_s: F8, slots: F8, rank: Sequence[int]) -> Bools:
 
 
 def _defer_for_both(work_s: F8, allowed_s: F8, rank: Sequence[int], needs_slot: Bools, slots: F8) -> Bools:
-    out = np.zeros(len(work_s), np.bool_)
+    out = bytearray(len(work_s))
     sums_s, starting = work_s.cumsum(), needs_slot.cumsum()
     first = int(((sums_s > allowed_s) | (starting > slots)).argmax())  # nobody before is left out before it
     works, starts = work_s.tolist(), needs_slot.tolist()
@@ -68,26 +68,25 @@ def _defer_for_both(work_s: F8, allowed_s: F8, rank: Sequence[int], needs_slot: 
     heapq.heapify(taken)
     heapq.heapify(taken_starting)
     done_s, started = (float(sums_s[first - 1]), int(starting[first - 1])) if first else (0.0, 0)
-    bounds = zip(items[first:], allowed_s[first:].tolist(), slots[first:].tolist(), strict=True)
+    push, bounds = heapq.heappush, zip(items[first:], allowed_s[first:].tolist(), slots[first:].tolist(), strict=True)
     for item, allowed, most in bounds:
         i = item[2]
-        heapq.heappush(taken, item)
+        push(taken, item)
         done_s += works[i]
         if starts[i]:
-            heapq.heappush(taken_starting, item)
-            started += 1
-            if started > most:
-                gone = _pop(taken_starting, out)
-                done_s, started = done_s - works[gone], started - 1
+            if started + 1 <= most:
+                push(taken_starting, item)
+                started += 1
+            else:
+                done_s -= works[_next_out(taken_starting, heapq.heappushpop(taken_starting, item)[2], out)]
         if done_s > allowed and not out[i]:
-            gone = _pop(taken, out)
+            gone = _next_out(taken, heapq.heappop(taken)[2], out)
             done_s, started = done_s - works[gone], started - starts[gone]
-    return out
+    return np.frombuffer(out, np.bool_)
 
 
-def _pop(taken: list[tuple[int, float, int]], out: Bools) -> int:
-    """Leave out the first that is not out already, through the other heap; its index."""
-    index = heapq.heappop(taken)[2]
+def _next_out(taken: list[tuple[int, float, int]], index: int, out: bytearray) -> int:
+    """Leave out `index`, or the next of those taken if it is out already, through the other heap; who that is."""
     while out[index]:
         index = heapq.heappop(taken)[2]
     out[index] = True

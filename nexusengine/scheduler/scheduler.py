@@ -31,8 +31,7 @@ from nexusengine.wire import WorkerLoad
 
 COLD_AFTER_S = 1.0
 """Seconds without a step after which clocks and caches of a device may have gone down."""
-_HITS_LOOKED_UP = 32
-_BLOCKS_LOOKED_UP = 2048
+_HITS_LOOKED_UP, _BLOCKS_LOOKED_UP = 32, 2048
 
 R = TypeVar("R", bound=SchedulerRequest)
 
@@ -216,36 +215,42 @@ class Scheduler(Generic[R]):
             self.preempt(slot)
         for slot in plan.relegate:
             self.columns.relegated[slot] = self.requests[slot].ever_relegated = True
-        self.columns.relegated[list(plan.restore)] = False
+        if plan.restore:
+            self.columns.relegated[list(plan.restore)] = False
         for slot in plan.refuse:
             refused.append(self.requests[slot])
             self.finish(refused[-1], output_tokens=int(self.columns.generated_tokens[slot]))
 
     def _place(self, plan: StepPlan, now: float) -> tuple[I4, I4]:
         """Find KV blocks for the planned rows; a row without blocks is left for a later step."""
-        c, size = self.columns, self.kv.block_size
-        slots, counts = plan.slots.copy(), plan.counts.copy()
-        short = np.nonzero(c.computed_tokens[slots] + counts > c.blocks[slots] * size)[0]
-        keep = np.ones(len(slots), np.bool_)
-        for i in short.tolist():
-            slot, count, cached = int(slots[i]), int(counts[i]), 0
-            is_waiting = slot in self.waiting
-            if is_waiting:
-                known = int(c.known_tokens[slot])
-                cached = self.kv.admit(slot, self.requests[slot].block_hashes, known - 1)
-                c.computed_tokens[slot] = cached
-                counts[i] = count = min(count, known - cached)
-            if not self.kv.grow(slot, int(c.computed_tokens[slot]) + count):
-                self.stats.plan_shortfalls += 1
+        c, slots, counts = self.columns, plan.slots, plan.counts
+        ends = c.computed_tokens[slots] + counts
+        short = (ends > c.blocks[slots] * self.kv.block_size).nonzero()[0]
+        if not len(short):
+            return slots, counts
+        counts, keep = counts.copy(), np.ones(len(slots), np.bool_)
+        for i, slot, end in zip(short.tolist(), slots[short].tolist(), ends[short].tolist(), strict=True):
+            if slot in self.waiting:
+                counts[i] = self._admit(slot, int(counts[i]), now)
+                keep[i] = counts[i] > 0
+            elif not self.grow(slot, end):
                 keep[i] = False
-                if is_waiting:
-                    self.kv.release(slot)
-                    c.computed_tokens[slot] = 0
-                continue
-            c.blocks[slot] = self.kv.blocks_of(slot)
-            if is_waiting:
-                self._admitted(self.requests[slot], cached, now)
-        return (slots, counts) if keep.all() else (slots[keep], counts[keep])
+        if keep.all():
+            return slots, counts
+        self.stats.plan_shortfalls += len(slots) - int(np.count_nonzero(keep))
+        return slots[keep], counts[keep]
+
+    def _admit(self, slot: int, count: int, now: float) -> int:
+        """Let a waiting request run that is to compute so many tokens; how many there are, 0 if blocks are lacking."""
+        c, known = self.columns, int(self.columns.known_tokens[slot])
+        cached = self.kv.admit(slot, self.requests[slot].block_hashes, known - 1)
+        count = min(count, known - cached)
+        if not self.kv.grow(slot, cached + count):
+            self.kv.release(slot)
+            return 0
+        c.computed_tokens[slot], c.blocks[slot] = cached, self.kv.blocks_of(slot)
+        self._admitted(self.requests[slot], cached, now)
+        return count
 
     def _admitted(self, request: R, cached: int, now: float) -> None:
         del self.waiting[request.slot]
@@ -273,8 +278,9 @@ class Scheduler(Generic[R]):
             The slots that are sampled, `[N]`: they know one more token a step.
         """
         c = self.columns
-        c.computed_tokens[slots] += counts * steps
-        sampled = slots if steps > 1 else slots[c.computed_tokens[slots] == c.known_tokens[slots]]
+        c.computed_tokens[slots] = computed = c.computed_tokens[slots] + counts * steps
+        ends = computed == c.known_tokens[slots]
+        sampled = slots if steps > 1 or np.count_nonzero(ends) == len(ends) else slots[ends]
         c.known_tokens[sampled] += steps
         c.generated_tokens[sampled] += steps
         self._lengths.advanced(steps)
@@ -296,16 +302,17 @@ class Scheduler(Generic[R]):
         """Note in `strict` whose token comes late.
 
         Args:
-            slots: `[N]`, each of which gets a token at each timestamp of at_s `[steps]`.
-            delivered: `[N]`, tokens that each had before.
+            slots, delivered: `[N]`, who gets a token at each timestamp of at_s `[steps]`, and how many it had before.
             margin_s: how much earlier than it is due a token must come.
         """
         c = self.columns
-        due_s = tokens_due_s(c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots], delivered) - margin_s
+        arrival_s, ttft_s, tpot_s = c.arrival_s[slots], c.ttft_s[slots], c.tpot_s[slots]
         if len(at_s) == 1:
-            self.strict[slots] &= ~(at_s[0] > due_s)
+            late = at_s[0] > arrival_s + ttft_s + delivered * tpot_s - margin_s  # never where there is no SLO: NaN
+            self.strict[slots[late]] = False
             return
-        late_s = at_s[None, :] - due_s[:, None] - np.arange(len(at_s)) * c.tpot_s[slots][:, None]
+        due_s = tokens_due_s(arrival_s, ttft_s, tpot_s, delivered) - margin_s
+        late_s = at_s[None, :] - due_s[:, None] - np.arange(len(at_s)) * tpot_s[:, None]
         self.strict[slots] &= ~(late_s > 0.0).any(axis=1)
 
     # ---- what others see -----------------------------------------------------------------------------------------
@@ -344,17 +351,17 @@ class Scheduler(Generic[R]):
 
     def counters(self) -> CoreStats:
         """A copy of the counters with the present numbers."""
-        return dataclasses.replace(
-            self.stats,
-            running=len(self.running) + len(self.ending),
-            waiting=len(self.waiting),
-            kv_used_blocks=self.kv.used_blocks,
-            kv_evictions=self.kv.evictions,
-        )
+        return dataclasses.replace(self._stats_now())
+
+    def _stats_now(self) -> CoreStats:
+        stats, kv = self.stats, self.kv
+        stats.running, stats.waiting = len(self.running) + len(self.ending), len(self.waiting)
+        stats.kv_used_blocks, stats.kv_evictions = kv.used_blocks, kv.evictions
+        return stats
 
     def load(self, last_dispatch_seq: int) -> WorkerLoad:
         """What the router is told. last_dispatch_seq: number of the newest dispatch that is in it."""
-        view, stats = self.view(), self.counters()
+        view, stats = self.view(), self._stats_now()
         return worker_load(
             self.columns,
             view.running,

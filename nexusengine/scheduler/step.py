@@ -12,6 +12,7 @@ import numpy as np
 
 from nexusengine.arrays import F8, I4, Bools
 from nexusengine.perf.features import StepFeatures
+from nexusengine.perf.model import StepTime
 from nexusengine.scheduler.plan import Reason, StepPlan
 from nexusengine.scheduler.view import EngineView
 
@@ -42,9 +43,10 @@ class Step:
         self.tokens = min(max_tokens or view.max_batch_tokens, view.max_batch_tokens)
         self.free_blocks = view.free_blocks
         self.free_running_slots = view.max_running - len(running)
-        left = c.known_tokens[running] - c.computed_tokens[running]
-        decodes = left == 1
+        computed = c.computed_tokens[running]
+        decodes = c.known_tokens[running] - computed == 1
         self.decodes: I4 = running[decodes]
+        self._computed: I4 = computed[decodes]  # tokens of each
         self.prompts: list[int] = []
         self.preempted: list[int] = []
         self.reasons = np.zeros(len(c.known_tokens), np.int8)
@@ -62,6 +64,7 @@ class Step:
         self._attention = 0.0
         self._chunks = 0
         self._taken = 0
+        self._time: StepTime | None = None  # until more is taken
 
     @property
     def empty(self) -> bool:
@@ -75,13 +78,15 @@ class Step:
     @property
     def features(self) -> StepFeatures:
         """Of the rows taken so far."""
-        return StepFeatures(
-            self._taken,
-            len(self._decode_rows) + len(self._slots),
-            self._chunks,
-            self._attention,
-            self._decode_kv_tokens,
-        )
+        rows = len(self._decode_rows) + len(self._slots)
+        return StepFeatures(self._taken, rows, self._chunks, self._attention, self._decode_kv_tokens)
+
+    @property
+    def time(self) -> StepTime:
+        """Predicted for the rows taken so far."""
+        if self._time is None:
+            self._time = self.view.model.predict(self.features)
+        return self._time
 
     # ---- decodes -------------------------------------------------------------------------------------------------
 
@@ -110,13 +115,13 @@ class Step:
         self.reasons[rows] = _DECODE
         self._decode_rows = rows
         self._taken += len(rows)
+        self._time = None
         self._decode_kv_tokens += int(computed.sum()) + len(rows)
 
     def _short(self) -> tuple[I4, I4, Bools]:
         """Decodes, their computed tokens, and which of them need a new block."""
-        c, rows = self.columns, self.decodes
-        computed = c.computed_tokens[rows]
-        return rows, computed, computed >= c.blocks[rows] * self.view.block_size
+        rows, computed = self.decodes, self._computed
+        return rows, computed, computed >= self.columns.blocks[rows] * self.view.block_size
 
     def preempt(self, slot: int) -> None:
         """Take the KV of a running slot that is not in the step yet."""
@@ -126,7 +131,8 @@ class Step:
             whole = -(-int(c.known_tokens[slot]) // self.view.block_size)
             self._reserved -= max(whole - int(c.blocks[slot]), 0)
         else:
-            self.decodes = self.decodes[self.decodes != slot]
+            stays = self.decodes != slot
+            self.decodes, self._computed = self.decodes[stays], self._computed[stays]
         self.preempted.append(slot)
         self.free_blocks += int(c.blocks[slot])
         self.free_running_slots += 1
@@ -206,6 +212,7 @@ class Step:
         self.free_blocks -= blocks
         self.reasons[slot] = reason
         self._taken += count
+        self._time = None
         if count > 1:
             self._chunks += 1
             self._attention += count * (context + 0.5 * count)
@@ -235,7 +242,7 @@ class Step:
             if 1 in self._counts:
                 chunks = chunks[:, np.argsort(chunks[1] > 1, kind="stable")]
             slots, counts = np.concatenate([slots, chunks[0]]), np.concatenate([counts, chunks[1]])
-        time = self.view.model.predict(self.features)
+        time = self.time
         return StepPlan(
             slots=slots,
             counts=counts,

@@ -21,6 +21,7 @@ from nexusengine.types import TokenDelta
 from nexusengine.wire import identity_of
 
 _HIGH_WATER = 10_000
+_READABLE = int(zmq.POLLIN)
 log = get_logger("worker")
 
 
@@ -90,6 +91,10 @@ class RouterLink:
             self._exchange(wire.Ready(info))
 
     def send(self, deltas: list[TokenDelta], last_dispatch_seq: int) -> None:
+        """Send deltas."""
+        self.send_split(wire.split_deltas(deltas), last_dispatch_seq)
+
+    def send_split(self, split: wire.Split, last_dispatch_seq: int) -> None:
         """Send new tokens.
 
         ZeroMQ's own thread puts them on the wire; woken on this core, it would wait for the engine's thread to finish
@@ -98,9 +103,10 @@ class RouterLink:
         Args:
             last_dispatch_seq: the last dispatch that was seen before they were computed.
         """
-        if deltas:
+        plain, full = split
+        if plain or full:
             with self._lock:
-                self._exchange(wire.WorkerDeltas(*wire.split_deltas(deltas), last_dispatch_seq))
+                self._exchange(wire.WorkerDeltas(plain, full, last_dispatch_seq))
             os.sched_yield()
 
     def send_reply(self, reply: wire.DebugReply) -> None:
@@ -152,11 +158,8 @@ class RouterLink:
         """
         if message is not None:
             self._socket.send(wire.encode(message))
-        while True:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while int(self._socket.get(zmq.EVENTS)) & _READABLE:
+            frame = self._socket.recv(zmq.NOBLOCK)
             try:
                 arrived = wire.decode_for_worker(frame)
             except wire.ProtocolError as error:

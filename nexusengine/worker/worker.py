@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
@@ -35,31 +36,36 @@ log = get_logger("worker")
 
 
 def serve_requests(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: Saver | None) -> None:
-    """Take what the router sent, compute a step, send the new tokens; until the process is ended."""
+    """Serve until the process is ended."""
     while True:
-        apply_telemetry(telemetry, core.scheduler.model)
-        if saver is not None:
-            saver.tick()
-        deltas: list[TokenDelta] = []
-        link.receive()
-        while link.inbox:
-            message = link.inbox.popleft()
-            if isinstance(message, wire.Cancel):
-                core.abort(message.request_id)  # the client knows it from the router already
-                continue
-            if isinstance(message, wire.DebugQuery):
-                link.send_reply(core.debug_reply(message))
-                continue
-            core.last_dispatch_seq = message.seq
-            core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
-            try:
-                core.add(message.request)
-            except NexusError as error:
-                deltas.append(TokenDelta.failed(message.request.request_id, error))
-        link.send(deltas, core.last_dispatch_seq)
-        link.send(core.step(), core.last_dispatch_seq)
+        serve_turn(core, link, telemetry, saver)
         if not core.has_work:
             link.wait(_IDLE_WAIT_S)
+
+
+def serve_turn(core: EngineCore, link: RouterLink, telemetry: Telemetry, saver: Saver | None) -> None:
+    """Take what the router sent, compute a step, send the new tokens."""
+    apply_telemetry(telemetry, core.scheduler.model)
+    if saver is not None:
+        saver.tick()
+    deltas: list[TokenDelta] = []
+    link.receive()
+    while link.inbox:
+        message = link.inbox.popleft()
+        if isinstance(message, wire.Cancel):
+            core.abort(message.request_id)  # the client knows it from the router already
+            continue
+        if isinstance(message, wire.DebugQuery):
+            link.send_reply(core.debug_reply(message))
+            continue
+        core.last_dispatch_seq = message.seq
+        core.abort(message.request.request_id)  # the router knows nothing of one that has the same id
+        try:
+            core.add(message.request)
+        except NexusError as error:
+            deltas.append(TokenDelta.failed(message.request.request_id, error))
+    link.send(deltas, core.last_dispatch_seq)
+    link.send_split(core.step_split(), core.last_dispatch_seq)
 
 
 def with_memory(load: Callable[[], WorkerLoad]) -> Callable[[], WorkerLoad]:
@@ -107,6 +113,8 @@ def main() -> None:
         sys.exit(1)
     telemetry = Telemetry(os.environ)
     link.ready(info_of(core, info), telemetry.beside(with_memory(core.load)), core.request_ids, prefix_digest(core))
+    gc.collect()
+    gc.freeze()  # what is there by now stays, and need not be looked through while requests are served
     child.send(Ready())
     try:
         serve_requests(core, link, telemetry, saver)

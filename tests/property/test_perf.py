@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def learn(model: PerformanceModel, observed: list[tuple[StepFeatures, float]]) -
 
 
 def mean_of_many(model: Predictor, many: list[StepFeatures]) -> np.ndarray:
-    columns = [np.array([getattr(s, name) for s in many], np.float64) for name in StepFeatures.__dataclass_fields__]
+    columns = [np.array([getattr(s, name) for s in many], np.float64) for name in StepFeatures._fields]
     return model.mean_s(*columns)
 
 
@@ -68,13 +67,13 @@ def test_the_online_model_rises_in_every_argument(
     model = learn(OnlineModel(), observed)
     before_s = model.predict(step).mean_s
     grown = [
-        replace(step, tokens=step.tokens + more),
-        replace(step, sequences=step.sequences + more),
-        replace(step, prefills=step.prefills + 1),
-        replace(step, decode_kv_tokens=step.decode_kv_tokens + more),
+        step._replace(tokens=step.tokens + more),
+        step._replace(sequences=step.sequences + more),
+        step._replace(prefills=step.prefills + 1),
+        step._replace(decode_kv_tokens=step.decode_kv_tokens + more),
     ]
     if step.prefills:
-        grown.append(replace(step, prefill_attention=step.prefill_attention + pairs))
+        grown.append(step._replace(prefill_attention=step.prefill_attention + pairs))
     for larger in grown:
         assert model.predict(larger).mean_s >= before_s * (1 - 1e-12)
 

@@ -39,14 +39,16 @@ class OutputLengthFloor:
         if len(self._generated) != all_slots:
             self._generated = np.zeros(all_slots, np.int32)
         before = self._generated[slots]
-        new = (before == 0) | (generated < before)
+        self._generated[slots] = generated
+        below, another = before < self._tokens, generated < before
+        if not np.count_nonzero(below | another):
+            return
+        new = (before == 0) | another
         new_answers = int(np.count_nonzero(new))
         if new_answers:
             keep = math.exp(-new_answers / _MEMORY_ANSWERS)
             self._seen, self._reached = keep * self._seen + new_answers, keep * self._reached
-        grown = (generated >= self._tokens) & (new | (before < self._tokens))
-        self._reached += int(np.count_nonzero(grown))
-        self._generated[slots] = generated
+        self._reached += int(np.count_nonzero((generated >= self._tokens) & (new | below)))
 
     def floor_tokens(self) -> int:
         """What almost every answer reaches: `tokens`, or 0 as long as that is not known or not so."""

@@ -61,7 +61,7 @@ class Fill:
         """
         if time_s < self.limit_s:
             unknown = self.limit_s == _INF
-            step_s = self.step.view.model.predict(self.step.features).mean_s if unknown else self._step_s
+            step_s = self.step.time.mean_s if unknown else self._step_s
             self.limit_s = time_s if step_s <= time_s else self.limit_s
 
     def resume(self, slot: int, context: int, left: int, at_most: int = CHUNK_MAX) -> int:

@@ -10,8 +10,6 @@ when others keep overtaking them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from nexusengine.arrays import F8, I4
@@ -92,7 +90,7 @@ class Lens:
         deadlines, arrived = self._observe(view, now)
         step = self._take_decodes(view, deadlines, now)
         costs = self._marginal_costs(view, step, arrived, now)
-        decode_s = view.model.predict(step.features).mean_s
+        decode_s = step.time.mean_s
         deadlines.renew_e2e(view, step.decodes, decode_s)
         limit = self._step_limit(view, deadlines, step, costs, decode_s, now)
         if not len(self._queue) and not step.prompts:
@@ -192,7 +190,7 @@ class Lens:
         extra_s = mixing_cost_s(model, base, decode_s)
         burst_s = min(limit.burst_s, decode_s + _BURST_MIXING * extra_s)
         if burst_s > limit.limit_s and may_burst:
-            limit = replace(limit, limit_s=burst_s, slot=-1)
+            limit = limit._replace(limit_s=burst_s, slot=-1)
         if not o.limit or limit.limit_s == _INF:
             return fixed_rate(model, base, step.tokens, decode_s, extra_s), limit
         factor = 1.0
@@ -304,6 +302,8 @@ class Lens:
         for n, (slot, cached, left) in enumerate(rows):
             if not fill.open:
                 return
+            if not may_start and slot not in partial:
+                continue
             if step.reasons[slot] == _AGED:  # it has computed out of its share
                 continue
             before, reason = step.taken, _NONE

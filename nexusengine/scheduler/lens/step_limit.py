@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ _LEAST_STEP_SHARE = 0.7  # of its TPOT that a late request asks for at least, or
 _POSSIBLE_STEPS = 1.02  # a TPOT below so many decode steps of a single sequence constrains nobody
 
 
-@dataclass(frozen=True, slots=True)
-class StepLimit:
+class StepLimit(NamedTuple):
     """How long a step may take.
 
     Attributes:
@@ -77,20 +76,23 @@ def step_limit(
         )
         all_missed = np.zeros(len(decodes), np.bool_)
         all_missed[promised] = limit.slo_missed
-        return replace(limit, slo_missed=all_missed)
+        return limit._replace(slo_missed=all_missed)
     slack_s = first_s + (generated * tpot_s - now)  # NaN before the first token
     missed: Bools = first_s > deadlines.first_due_s[decodes]
     if np.fmin.reduce(slack_s) < decode_s:
         missed |= slack_s - decode_s < np.minimum((decode_s - tpot_s) * (generated + _RECOVERY_TOKENS), 0.0)
-    asked_s = np.maximum(slack_s, _LEAST_STEP_SHARE * tpot_s)
     bound = ~missed & (tpot_s > _POSSIBLE_STEPS * single_s) & (generated > 0)
-    burst_s = slack_s
-    if floor_tokens:
+    bounds = np.count_nonzero(bound)
+    if not bounds:
+        return StepLimit(cap_s, -1, missed, _INF, cap_s)
+    if bounds < len(bound):
+        decodes, slack_s, tpot_s, generated = (x[bound] for x in (decodes, slack_s, tpot_s, generated))
+    asked_s, burst_s = np.maximum(slack_s, _LEAST_STEP_SHARE * tpot_s), slack_s
+    if np.count_nonzero(generated < floor_tokens):
         burst_s = slack_s + np.maximum(floor_tokens - generated, 0) * np.maximum(tpot_s - decode_s, 0.0)
-    if np.count_nonzero(bound) < len(bound):
-        asked_s, burst_s, tpot_s = (np.where(bound, x, _INF) for x in (asked_s, burst_s, tpot_s))
     tightest = int(asked_s.argmin())
-    limit_s, least_burst_s = float(asked_s[tightest]), min(float(burst_s.min()), cap_s)
+    limit_s, tightest_tpot_s = float(asked_s[tightest]), float(tpot_s.min())
+    least_burst_s = min(float(burst_s.min()), cap_s)
     if limit_s >= cap_s:
-        return StepLimit(cap_s, -1, missed, float(tpot_s.min()), least_burst_s)
-    return StepLimit(limit_s, int(decodes[tightest]), missed, float(tpot_s.min()), least_burst_s)
+        return StepLimit(cap_s, -1, missed, tightest_tpot_s, least_burst_s)
+    return StepLimit(limit_s, int(decodes[tightest]), missed, tightest_tpot_s, least_burst_s)

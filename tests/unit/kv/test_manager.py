@@ -103,3 +103,14 @@ def test_discarded_blocks_are_found_by_nobody_even_while_others_still_hold_them(
     kv.check()
     assert kv.used_blocks == 0
     assert kv.lookup(hashes(tokens), 8).tokens == 0
+
+
+def test_each_release_of_a_slot_is_counted() -> None:
+    kv = pool()
+    fill(kv, 1, list(range(6)))
+    fill(kv, 2, list(range(6)))
+    assert kv.releases.tolist() == [0, 0, 0, 0]
+    kv.release(1)
+    fill(kv, 1, list(range(9)))
+    kv.release(1, discard=True)
+    assert kv.releases.tolist() == [0, 2, 0, 0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def recorded(path: Path, **options: int) -> tuple[EngineCore, StepRecorder]:
 
 
 def features(record: StepRecord) -> StepFeatures:
-    return StepFeatures(**{f.name: getattr(record, f.name) for f in fields(StepFeatures)})
+    return StepFeatures(**{name: getattr(record, name) for name in StepFeatures._fields})
 
 
 def test_every_step_is_logged_with_what_each_sequence_computed(tmp_path: Path) -> None:
