@@ -109,9 +109,14 @@ class PrefillRate:
         return self._work_until(slack_s, np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s))
 
     def work_in_whole_steps(self, slack_s: F8) -> F8:
-        """The same if no step is ended very early for those who are due soon, which costs throughput."""
+        """The same if no step is ended very early for those who are due soon, which costs throughput.
+
+        A prompt that does not end in the first step waits for the end of the one in which it does: only the work of the
+        whole steps until its deadline is sure to be done.
+        """
         first_s = np.minimum(slack_s - (self.decode_s + self.extra_s), self.prompts_s)
-        return self._work_until(slack_s, np.where(slack_s >= _LEAST_OF_STEP * self.step_s, first_s, 0.0))
+        first_s = np.where(slack_s >= _LEAST_OF_STEP * self.step_s, first_s, 0.0)
+        return self._work_until(slack_s - self.step_s, first_s)
 
     def _work_until(self, slack_s: F8, first_s: F8) -> F8:
         """first_s: `[N]`, work of the first step, if it is not coalesced."""

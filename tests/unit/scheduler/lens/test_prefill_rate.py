@@ -69,6 +69,15 @@ def test_work_until_a_near_deadline_is_that_of_a_step_right_now() -> None:
 
 def test_whole_steps_leave_no_work_for_those_who_are_due_long_before_a_step_ends() -> None:
     p = rate(0.05, coalescing=0)
-    slack_s = np.array([0.034, 0.04, 0.05, 0.06, 1.0])
-    assert p.work_in_whole_steps(slack_s) == pytest.approx([0.0, 0.01, 0.02, 0.02 + 0.01 / 2.5, 0.02 + 0.95 / 2.5])
+    slack_s = np.array([0.034, 0.04, 0.05, 0.099, 0.11, 1.0])
+    expected_s = [0.0, 0.01, 0.02, 0.02, 0.02 + 0.01 / 2.5, 0.02 + 0.90 / 2.5]
+    assert p.work_in_whole_steps(slack_s) == pytest.approx(expected_s)
     assert (p.work_in_whole_steps(slack_s) <= p.work_until(slack_s)).all()
+
+
+def test_no_more_is_counted_on_than_whole_steps_can_do() -> None:
+    p = rate(0.05, coalescing=0)
+    slack_s = np.arange(0.05, 2.0, 0.003)
+    done_s = np.floor(slack_s / p.step_s) * p.prompts_s
+    assert (p.work_in_whole_steps(slack_s) <= done_s + 1e-9).all()
+    assert (p.work_in_whole_steps(slack_s) >= done_s - p.prompts_s).all()
