@@ -23,7 +23,7 @@ from nexusengine.errors import InvalidRequest
 from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
-from nexusengine.server.heavy import LARGE
+from nexusengine.server.heavy import LARGE, SMALL
 from nexusengine.server.pieces import JSONPieces, LoopYield
 from nexusengine.server.recorded_request import Generations, error_code, how_ended, tenant_of
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
@@ -317,8 +317,11 @@ async def completions(request: Request) -> Response:
     asked = Asked.of(request, body)
     engine, prompts = state.serving_engine(), body.prompts
     size = sum(1 if p is None else len(p) for p in prompts)
-    async with while_present(request.receive):
-        ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
+    if size <= SMALL:
+        ready = _tokenised(engine, prompts, body.echo, asked.tokens)
+    else:
+        async with while_present(request.receive):
+            ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
     generation = Generation(
         state, TextShape(), [ids for ids, _ in ready], [echo for _, echo in ready], asked, arrival_s
     )
