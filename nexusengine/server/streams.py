@@ -170,6 +170,7 @@ class EventStream(Response):
         """
         loop = asyncio.get_running_loop()
         self._clock = loop.time
+        timer: asyncio.TimerHandle
         async with asyncio.timeout(None) as limit:
 
             def look() -> None:
