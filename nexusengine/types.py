@@ -1,10 +1,12 @@
-"""The vocabulary of requests and results. Frozen values, standard library only."""
+"""The vocabulary of requests and results, as values."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import msgspec
 
 from nexusengine.errors import InvalidRequest, NexusError, error_from_code
 
@@ -221,14 +223,13 @@ class Service:
     strict: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(msgspec.Struct, frozen=True):
     """New tokens of one request, as they leave the engine core.
 
     finish_reason is set on the last delta only; `token_ids` then may be empty. A stop or EOS token ends the request
     and is not in `token_ids`, but counts in `timings.output_tokens`. `error_code` and `error_message` come with
     finish_reason "error". `timings`, `service` and `cached_tokens` (prompt tokens served by the prefix cache) come with
-    the first token and with the last delta.
+    the first token and with the last delta. A struct, as one is made for every token.
     """
 
     request_id: str
@@ -263,7 +264,7 @@ class TokenDelta:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that would take three times as long
 class RequestOutput:
     """What a caller of `Engine.generate` gets: the whole output, or with stream=True what is new since the last one.
 

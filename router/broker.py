@@ -92,10 +92,9 @@ class Broker:
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_MOST_FRAMES_A_TURN):
-            try:
-                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
+            identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             now = time.monotonic()
             try:
                 if len(frames) != 1:

@@ -106,10 +106,16 @@ def problem_of_request(request: EngineRequest) -> str | None:
     return None
 
 
+def are_token_ids(ids: tuple[int, ...]) -> bool:
+    """Whether these can be new tokens; none at all can."""
+    if len(ids) == 1:
+        return 0 <= ids[0] <= MAX_TOKEN_ID
+    return not ids or 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID
+
+
 def problem_of_delta(delta: TokenDelta) -> str | None:
     """Why a delta of new tokens is invalid; None if it can be passed on."""
-    ids = delta.token_ids
-    if ids and not 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID:
+    if not are_token_ids(delta.token_ids):
         return "a token id is out of range"
     if not 0 <= delta.cached_tokens <= MAX_COUNT or not 0 <= delta.preemptions <= MAX_COUNT:
         return "a count of it is out of range"

@@ -19,6 +19,7 @@ from nexusengine.router.placer import BlockHashes, Placer
 from nexusengine.router.prefix import PrefixIndex
 from nexusengine.router.refusals import past_deadline, refusal_on_arrival, waited_too_long
 from nexusengine.router.stats import FinishRate, RouterStats
+from nexusengine.router.streaming import goes_on
 from nexusengine.router.workers import Worker, WorkerTable
 from nexusengine.types import EngineRequest, TokenDelta
 from nexusengine.wire import (
@@ -44,7 +45,6 @@ from nexusengine.wire import (
     WorkerDeltas,
     WorkerInfo,
     identity_of,
-    join_deltas,
 )
 
 MAX_ATTEMPTS = 2
@@ -259,8 +259,9 @@ class RouterCore:
         self._place(entry, now)
 
     def _forward(self, worker: Worker, identity: bytes, message: WorkerDeltas, now: float) -> None:
+        plain, others = goes_on(message, identity, self.ledger)
         by_client: dict[bytes, list[TokenDelta]] = defaultdict(list)
-        for delta in join_deltas(message.plain, message.full):
+        for delta in [*others, *message.full]:
             entry = self.ledger.get(delta.request_id)
             if entry is not None and entry.identity == identity and entry.seq > message.last_dispatch_seq:
                 continue  # of an attempt before the router thought the worker gone
@@ -280,7 +281,7 @@ class RouterCore:
             if delta.finish_reason is not None:
                 self._count_end(delta)
                 self.ledger.remove(entry)
-        self._outbox.deltas(by_client)
+        self._outbox.deltas(by_client, plain)
 
     def _answered(self, entry: Entry, delta: TokenDelta, now: float) -> bool:
         """Note how a worker ended a request. True if it was turned away before it began and is tried elsewhere."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nexusengine.types import TokenDelta
-from nexusengine.wire import Deltas, Message, split_deltas
+from nexusengine.wire import Deltas, Message, PlainDelta, split_deltas
+
+_NONE: Mapping[bytes, Sequence[PlainDelta]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,10 @@ class Outbox:
         """Send to a worker process."""
         self._messages.append(Outgoing("worker", identity, message))
 
-    def deltas(self, by_client: Mapping[bytes, Sequence[TokenDelta]]) -> None:
-        """Send new tokens and ends of requests, one message a client."""
-        for client, deltas in by_client.items():
-            self.to_client(client, Deltas(*split_deltas(deltas)))
+    def deltas(
+        self, by_client: Mapping[bytes, Sequence[TokenDelta]], plain: Mapping[bytes, Sequence[PlainDelta]] = _NONE
+    ) -> None:
+        """Send new tokens and ends of requests, one message a client; the plain ones first."""
+        for client in {**plain, **by_client}:
+            further, full = split_deltas(by_client.get(client, ()))
+            self.to_client(client, Deltas((*plain.get(client, ()), *further), full))

@@ -286,16 +286,21 @@ class AsyncEngine:
             raise InvalidRequest(f"a request with id {request.request_id!r} is being served", param="request_id")
         processor = make_processor(request, self.tokenizer, prompt)
         inbox: deque[TokenDelta] = deque()
-        arrived, expired = asyncio.Event(), False
+        loop, expired = asyncio.get_running_loop(), False
+        arrival: asyncio.Future[None] | None = None  # what is waited for, cheaper than an Event for each token
+
+        def wake() -> None:
+            if arrival is not None and not arrival.done():
+                arrival.set_result(None)
 
         def sink(delta: TokenDelta) -> None:
             inbox.append(delta)
-            arrived.set()
+            wake()
 
         def expire() -> None:
             nonlocal expired
             expired = True
-            arrived.set()
+            wake()
 
         backend, ended, timer = self.backend, False, None
         self._active.add(request.request_id)
@@ -303,11 +308,11 @@ class AsyncEngine:
             backend.submit(request, sink)
             if request.deadline_s is not None:
                 left_s = request.deadline_s + _DEADLINE_GRACE_S - time.monotonic()
-                timer = asyncio.get_running_loop().call_later(left_s, expire)
+                timer = loop.call_later(left_s, expire)
             while not ended:
-                if not expired:
-                    await arrived.wait()
-                    arrived.clear()
+                if not (inbox or expired):
+                    arrival = loop.create_future()
+                    await arrival
                 silent = not inbox  # the backend should have ended the request at its deadline
                 if silent:
                     error = DeadlineExceeded("the time limit of the request is over, and no answer came")

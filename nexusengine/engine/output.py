@@ -164,6 +164,10 @@ class OutputProcessor:
     def _offsets(self, ended: bool) -> tuple[int, ...]:
         """Where tokens begin in the text that was given out, of those that begin in it; at the end of all."""
         self._starts.extend(self.detokenizer.take_starts())
+        if self._starts and self._starts[-1] < self._given:  # they rise, so all of them are in it
+            whole = tuple(self._starts)
+            self._starts.clear()
+            return whole
         offsets = []
         while self._starts and (ended or self._starts[0] < self._given):
             offsets.append(min(self._starts.popleft(), self._given))

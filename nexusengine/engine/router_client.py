@@ -243,22 +243,16 @@ class RouterClient:
     def _receive(self) -> None:
         for _ in range(_MOST_FRAMES_A_TURN):
             with self._lock:
-                if self._socket.closed:
+                if self._socket.closed or not self._unread():
                     return
-                try:
-                    frame = self._socket.recv(zmq.NOBLOCK)
-                except zmq.Again:
-                    return
+                frame = self._socket.recv(zmq.NOBLOCK)
             try:
                 message = wire.decode_for_client(frame)
             except wire.ProtocolError as error:
                 self._complaints.warning("ignored a message of the router: %s", error)
             else:
                 self._handle(message)
-        with self._lock:
-            more = self._unread()
-        if more:
-            self._loop.call_soon(self._receive)
+        self._loop.call_soon(self._receive)
 
     def _handle(self, message: wire.ToClient) -> None:
         self._heard_s = time.monotonic()

@@ -6,7 +6,7 @@ import itertools
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,19 +16,20 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from nexusengine.engine.async_engine import AsyncEngine, retry_on_worker_loss
 from nexusengine.errors import InvalidRequest
 from nexusengine.request_limits import check_fits, check_token_ids
 from nexusengine.server.body import read_body
 from nexusengine.server.chat_messages import in_template_form
-from nexusengine.server.heavy import LARGE
+from nexusengine.server.heavy import LARGE, SMALL
 from nexusengine.server.pieces import JSONPieces, LoopYield
 from nexusengine.server.recorded_request import Generations, error_code, how_ended, tenant_of
 from nexusengine.server.schemas import ChatRequest, CompletionRequest
 from nexusengine.server.shapes import ChatShape, Shape, TextShape
 from nexusengine.server.state import ServerState
-from nexusengine.server.streams import EventStream, fan_in, while_present
+from nexusengine.server.streams import Event, EventStream, fan_in, while_present
 from nexusengine.server.verdict import all_headers, missed_by, nexus, of_all, wants_verdict
 from nexusengine.slo.classes import SLOClass
 from nexusengine.types import MAX_SEED, Missed, RequestOutput, SamplingParams, TokenLogprob
@@ -236,11 +237,13 @@ class Generation:
         reply = self.envelope(self.shape.object_name, []) | {"usage": self.usage()}
         if self.asked.verdict:
             reply["nexus"] = of_all(verdicts)
-        before, after = msgspec.json.encode(reply).split(b'"choices":[]', 1)
-        return [before, b'"choices":[', *pieces, b"]", after]
+        before, after = _around_choices(reply)
+        return [before, b"[", *pieces, b"]", after]
 
-    async def events(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+    async def events(self, include_usage: bool) -> AsyncGenerator[Event]:
         no_usage = {"usage": None} if include_usage else {}
+        before, after = _around_choices(self.envelope(self.shape.chunk_name, []) | no_usage)
+        before, after = before + b"[", b"]" + after
         opened: set[int] = set()
         verdicts: list[dict[str, Any]] = []
         async with aclosing(self.outputs()) as outputs:
@@ -250,16 +253,16 @@ class Generation:
                     opened.add(index)
                     text = self.echoes[index] + text
                     if (opening := self.shape.opening(index)) is not None:
-                        yield self.envelope(self.shape.chunk_name, [opening]) | no_usage
-                entries = await self._entries(index, output)
+                        yield msgspec.Raw(before + msgspec.json.encode(opening) + after)
+                entries = [] if self.asked.sampling.logprobs is None else await self._entries(index, output)
                 if not (text or output.finished or entries):
                     continue
                 choice = self.shape.delta(index, text, output.finish_reason, self._joined(entries))
-                chunk = self.envelope(self.shape.chunk_name, [choice]) | no_usage
                 if output.finished and self.asked.verdict:
                     verdicts.append(nexus(output))
-                    chunk["nexus"] = verdicts[-1]
-                yield chunk
+                    yield self.envelope(self.shape.chunk_name, [choice]) | no_usage | {"nexus": verdicts[-1]}
+                else:
+                    yield msgspec.Raw(before + msgspec.json.encode(choice) + after)
         if include_usage:
             last = {"nexus": of_all(verdicts)} if verdicts else {}
             yield self.envelope(self.shape.chunk_name, []) | {"usage": self.usage()} | last
@@ -276,6 +279,12 @@ class Generation:
 
     def _joined(self, entries: Sequence[Any]) -> dict[str, Any] | None:
         return None if self.asked.sampling.logprobs is None else self.shape.logprobs(entries)
+
+
+def _around_choices(envelope: dict[str, Any]) -> tuple[bytes, bytes]:
+    """The JSON of an envelope without choices, before and after their list."""
+    before, after = msgspec.json.encode(envelope).split(b'"choices":[]', 1)
+    return before + b'"choices":', after
 
 
 def _reseeded(sampling: SamplingParams, k: int) -> SamplingParams:
@@ -308,8 +317,11 @@ async def completions(request: Request) -> Response:
     asked = Asked.of(request, body)
     engine, prompts = state.serving_engine(), body.prompts
     size = sum(1 if p is None else len(p) for p in prompts)
-    async with while_present(request.receive):
-        ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
+    if size <= SMALL:
+        ready = _tokenised(engine, prompts, body.echo, asked.tokens)
+    else:
+        async with while_present(request.receive):
+            ready = await state.heavy.run(size, _tokenised, engine, prompts, body.echo, asked.tokens)
     generation = Generation(
         state, TextShape(), [ids for ids, _ in ready], [echo for _, echo in ready], asked, arrival_s
     )
@@ -357,4 +369,18 @@ async def _reply(request: Request, generation: Generation, body: ChatRequest | C
         return JSONPieces(await generation.whole(), headers)
 
 
-routes = [Route(CHAT, chat_completions, methods=["POST"]), Route(TEXT, completions, methods=["POST"])]
+class _Endpoint:
+    """An endpoint without what the framework wraps around a function, at a cost for each event: Edge handles errors."""
+
+    def __init__(self, handle: Callable[[Request], Awaitable[Response]]) -> None:
+        self._handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handle(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+routes = [
+    Route(CHAT, _Endpoint(chat_completions), methods=["POST"]),
+    Route(TEXT, _Endpoint(completions), methods=["POST"]),
+]

@@ -144,6 +144,7 @@ def http_config(state: ServerState) -> uvicorn.Config:
         ws="none",
         log_level="warning",
         access_log=False,
+        proxy_headers=False,  # nobody asks where a request came from
         lifespan="off",
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,

@@ -16,6 +16,9 @@ from nexusengine.obs.logs import get_logger
 from nexusengine.server.errors import SERVER_FAILED, error_body
 from nexusengine.types import RequestOutput
 
+Event = dict[str, Any] | msgspec.Raw
+"""An object, or one that is JSON already."""
+
 _QUEUED_PIECES = 16
 _STARTED_A_TURN = 4
 log = get_logger("server")
@@ -107,7 +110,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[dict[str, Any]],
+        events: AsyncGenerator[Event],
         headers: dict[str, str],
         *,
         stall_s: float,
@@ -116,13 +119,14 @@ class EventStream(Response):
         self.status_code, self.background, self.body = 200, None, b""
         self._events, self._stall_s, self._keepalive_s = events, stall_s, keepalive_s
         self._begun, self._wrote = False, False
+        self._sending_s: float | None = None  # the loop's time at which the event that is being sent was to be sent
         self.init_headers({**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what the generation raises while nothing was sent, and Cancelled if the client leaves before."""
         try:
-            async with while_present(receive), self._comments(send), aclosing(self._events):
+            async with while_present(receive), self._comments(send), aclosing(self._events), self._stall_limit():
                 await self._write(send)
         except (Cancelled, OSError) as error:  # TimeoutError is an OSError
             if not self._begun:
@@ -146,10 +150,10 @@ class EventStream(Response):
             log.exception("a stream failed")
             await self._event(send, error_body(InternalError(SERVER_FAILED)), last=True)
 
-    async def _event(self, send: Send, event: dict[str, Any], *, last: bool = False) -> None:
-        body = b"data: " + msgspec.json.encode(event) + b"\n\n"
-        async with asyncio.timeout(self._stall_s):
-            await self._send(send, body, last=last)
+    async def _event(self, send: Send, event: Event, *, last: bool = False) -> None:
+        self._sending_s = self._clock()
+        await self._send(send, b"data: " + msgspec.json.encode(event) + b"\n\n", last=last)
+        self._sending_s = None
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         self._wrote = True
@@ -157,6 +161,31 @@ class EventStream(Response):
             self._begun = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    @asynccontextmanager
+    async def _stall_limit(self) -> AsyncIterator[None]:
+        """Inside, no event may take longer than stall_s to send; raises TimeoutError if one does.
+
+        One timer watches all events: setting one for each would cost as much as sending it.
+        """
+        loop = asyncio.get_running_loop()
+        self._clock = loop.time
+        timer: asyncio.TimerHandle
+        async with asyncio.timeout(None) as limit:
+
+            def look() -> None:
+                nonlocal timer
+                since_s = self._clock() if self._sending_s is None else self._sending_s
+                if self._clock() - since_s >= self._stall_s:
+                    limit.reschedule(since_s)
+                else:
+                    timer = loop.call_at(since_s + self._stall_s, look)
+
+            timer = loop.call_later(self._stall_s, look)
+            try:
+                yield
+            finally:
+                timer.cancel()
 
     @asynccontextmanager
     async def _comments(self, send: Send) -> AsyncIterator[None]:

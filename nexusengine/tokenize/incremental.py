@@ -30,19 +30,28 @@ class ByteDetokenizer:
             if len(tail) >= 4:  # the longest character
                 break
         self._utf8.decode(tail)
-        self._shown = _REPLACEMENT if self._utf8.getstate()[0] else ""  # as the end of the context reads by itself
+        self._inside = bool(self._utf8.getstate()[0])  # whether it has seen only a part of a character
+        self._shown = _REPLACEMENT if self._inside else ""  # as the end of the context reads by itself
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became final with these tokens."""
+        if len(token_ids) == 1:
+            return self._push(token_ids[0])
         return "".join(map(self._push, token_ids))
 
     def _push(self, token_id: int) -> str:
         data = self._bytes_of(token_id)
+        if data.isascii() and not self._inside:  # as most tokens are
+            text = data.decode()
+            self._starts.append(self._length)
+            self._length += len(text)
+            return text
         text = self._utf8.decode(data[:1])
         start = self._length + len(text)
         if data and not self._utf8.getstate()[0]:
             start -= 1  # the first byte is the end of a character, or one in itself
         text += self._utf8.decode(data[1:])
+        self._inside = bool(self._utf8.getstate()[0])
         if text and self._shown:
             if text.startswith(self._shown):
                 text, start = text.removeprefix(self._shown), max(0, start - len(self._shown))

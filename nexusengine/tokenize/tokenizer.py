@@ -72,6 +72,11 @@ class Tokenizer:
         """The bytes a token adds to a text; those of the tokens of one character, joined, are its UTF-8."""
         return self._vocabulary.token(token_id).data
 
+    def _bytes_shown(self, token_id: int) -> bytes:
+        """`token_bytes`, none for special tokens."""
+        token = self._vocabulary.token(token_id)
+        return b"" if token.special else token.data
+
     def stream(
         self, skip_special_tokens: bool = True, context: Sequence[int] = ()
     ) -> ByteDetokenizer | IncrementalDetokenizer:
@@ -81,14 +86,14 @@ class Tokenizer:
             context: the ids before them, a prompt; its text does not come out, but the first word after it keeps its
                 leading space.
         """
+        if self._vocabulary.byte_level:
+            return ByteDetokenizer(self._bytes_shown if skip_special_tokens else self.token_bytes, context)
         token = self._vocabulary.token
 
         def skipped(token_id: int) -> bool:
             found = token(token_id)
             return not found.exists or (skip_special_tokens and found.special)
 
-        if self._vocabulary.byte_level:
-            return ByteDetokenizer(lambda i: b"" if skipped(i) else token(i).data, context)
         return IncrementalDetokenizer(
             lambda ids: self.decode(ids, skip_special_tokens), lambda i: token(i).byte, skipped, context
         )

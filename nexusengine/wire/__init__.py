@@ -30,7 +30,7 @@ from nexusengine.wire.codec import (
     decode_from_worker,
     encode,
 )
-from nexusengine.wire.deltas import Split, join_deltas, split_deltas
+from nexusengine.wire.deltas import PlainDelta, Split, join_deltas, split_deltas
 from nexusengine.wire.history import DebugQuery, DebugReply, RequestChange, RequestHistory, RequestRecord, StepRecord
 from nexusengine.wire.load import (
     PendingPrefill,
@@ -74,6 +74,7 @@ __all__ = [
     "Message",
     "PendingPrefill",
     "PerfSnapshot",
+    "PlainDelta",
     "PolicyTraits",
     "PrefixDigest",
     "ProtocolError",

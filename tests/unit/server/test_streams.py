@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message
 
 from nexusengine.errors import Cancelled, InvalidRequest
-from nexusengine.server.streams import EventStream, fan_in, while_present
+from nexusengine.server.streams import Event, EventStream, fan_in, while_present
 from nexusengine.types import RequestOutput
 
 
@@ -129,6 +130,34 @@ async def test_a_client_that_takes_nothing_is_waited_for_and_then_given_up() -> 
     assert len(client.sent) == 4
     assert events.given <= 5
     assert events.closed
+
+
+async def test_a_slow_client_that_takes_every_event_in_time_gets_them_all() -> None:
+    """The limit is one event's, not the stream's: ten of them take longer than it."""
+    client, events = Client(), Events(10)
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.05)
+        await client.send(message)
+
+    reply = EventStream(events.generate(), {}, stall_s=0.4)
+    await asyncio.wait_for(reply({"type": "http"}, client.receive, send), 5)
+    assert client.text.endswith('data: {"n":10}\n\ndata: [DONE]\n\n')
+
+
+async def test_a_pause_between_events_is_no_stall() -> None:
+    client = Client()
+    await EventStream(slow(2), {}, stall_s=0.03)({"type": "http"}, client.receive, client.send)
+    assert client.text == 'data: {"n":0}\n\ndata: {"n":1}\n\ndata: [DONE]\n\n'
+
+
+async def test_an_event_may_be_json_already() -> None:
+    async def events() -> AsyncGenerator[Event]:
+        yield msgspec.Raw(b'{"n":1}')
+
+    client = Client()
+    await EventStream(events(), {}, stall_s=5.0)({"type": "http"}, client.receive, client.send)
+    assert client.text == 'data: {"n":1}\n\ndata: [DONE]\n\n'
 
 
 async def test_work_ends_when_the_client_leaves_and_its_result_comes_through_when_it_stays() -> None:
