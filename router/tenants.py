@@ -14,6 +14,8 @@ from nexusengine.arrays import I4, Bools
 from nexusengine.router.ledger import Entry, Stage
 from nexusengine.scheduler.fairness import OUTPUT_WEIGHT, TenantShares
 
+_GAP_S = 20.0
+"""As scheduler.fairness.GAP_S, but longer: who is over its share here is not served last, but refused."""
 _NOBODY: I4 = np.zeros(0, np.int32)
 
 
@@ -21,7 +23,7 @@ class ClusterShares:
     """Service by tenant over all workers, counted when a request is placed, with the answer that is expected."""
 
     def __init__(self) -> None:
-        self._shares = TenantShares()
+        self._shares = TenantShares(_GAP_S)
         self._arrived: set[int] = set()  # since the last look
         self._over: Bools | None = None  # by number
 
