@@ -15,6 +15,7 @@ from nexusengine.kv.hashing import block_hashes
 from nexusengine.obs.logs import Sparse, get_logger, setup
 from nexusengine.process import child
 from nexusengine.process.control import Drain, Listening, RouterBoot, ToChild, WorkerExited
+from nexusengine.process.sockets import readable
 from nexusengine.router.core import RouterCore
 from nexusengine.router.outbox import Outgoing
 from nexusengine.router.placement.registry import make_policy
@@ -92,7 +93,7 @@ class Broker:
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_MOST_FRAMES_A_TURN):
-            if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if not readable(socket):
                 return
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             now = time.monotonic()

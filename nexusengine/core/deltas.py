@@ -7,7 +7,7 @@ from typing import NamedTuple
 from nexusengine.core.request import RequestState
 from nexusengine.sampling.table import SampledLogprobs
 from nexusengine.types import FinishReason, Service, TokenDelta, TokenLogprob
-from nexusengine.wire import Split
+from nexusengine.wire import PlainDelta, Split
 
 Logprobs = tuple[TokenLogprob, ...] | None
 
@@ -44,7 +44,7 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self.plain: list[tuple[str, tuple[int, ...]]] = []
+        self.plain: list[PlainDelta] = []
         self.full: list[TokenDelta] = []
 
     def take(self) -> Split:

@@ -15,6 +15,7 @@ from nexusengine import wire
 from nexusengine.engine.client import Sink
 from nexusengine.errors import PayloadTooLarge, Unavailable, WorkerLost
 from nexusengine.obs.logs import Sparse, get_logger
+from nexusengine.process.sockets import readable
 from nexusengine.types import EngineRequest, TokenDelta
 
 _HELLO_EVERY_S = 1.0
@@ -205,7 +206,7 @@ class RouterClient:
 
         The descriptor shows a change once, and sending or an unfinished turn may have used that up.
         """
-        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+        return readable(self._socket)
 
     def _say_hello(self) -> bool:
         """False if the event loop was closed before this client."""

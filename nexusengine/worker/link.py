@@ -17,11 +17,11 @@ import zmq
 from nexusengine import wire
 from nexusengine.kv.digest import DigestSender
 from nexusengine.obs.logs import Sparse, get_logger
+from nexusengine.process.sockets import readable
 from nexusengine.types import TokenDelta
 from nexusengine.wire import identity_of
 
 _HIGH_WATER = 10_000
-_READABLE = int(zmq.POLLIN)
 log = get_logger("worker")
 
 
@@ -158,7 +158,7 @@ class RouterLink:
         """
         if message is not None:
             self._socket.send(wire.encode(message))
-        while int(self._socket.get(zmq.EVENTS)) & _READABLE:
+        while readable(self._socket):
             frame = self._socket.recv(zmq.NOBLOCK)
             try:
                 arrived = wire.decode_for_worker(frame)
